@@ -1,0 +1,8 @@
+"""``python -m graphprune`` is the command line."""
+
+from __future__ import annotations
+
+from graphprune.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Conversion of a program to ONNX's operators, by torch's exporter."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch._subclasses import FakeTensor
+
+from graphprune.backends import ort
+from graphprune.backends.onnx_names import output_names
+from graphprune.errors import BackendError
+from graphprune.program import Program, module_path, source_line
+
+if TYPE_CHECKING:
+    import onnx_ir
+    from torch.export import ExportedProgram
+
+_LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+
+
+def convert(program: Program, opset: int) -> onnx_ir.Model:
+    """`program` in ONNX's operators, as the exporter leaves it."""
+    for value in (node.meta.get("val") for node in program.graph.nodes):
+        if isinstance(value, FakeTensor) and value.fake_mode.shape_env is not None:
+            # An earlier export leaves behind sizes that depend on data, and a later one trips.
+            value.fake_mode.shape_env.pending_fresh_unbacked_symbols.clear()
+            break
+    try:
+        with _silence():
+            converted = torch.onnx.export(
+                _reshaping(program),
+                (),
+                dynamo=True,
+                opset_version=opset,
+                input_names=[value.name for value in program.inputs],
+                output_names=output_names(program),
+                # Its own optimisation renames, merges and transposes weights.
+                optimize=False,
+                verbose=False,
+            )
+    except Exception as error:  # any operator's translation may fail in any way
+        raise BackendError(f"no ONNX export: {_why(program, error)}") from error
+    assert converted is not None
+    return converted.model
+
+
+def _reshaping(program: Program) -> ExportedProgram:
+    """`program` for the exporter, with every view a reshape, of a copy where dimensions moved.
+
+    Whether a view is possible depends on strides, and the exporter's decompositions change those.
+    """
+    aten = torch.ops.aten
+    graph = fx.Graph()
+    results = []
+    copied: Any = graph.graph_copy(program.graph, {})
+    for node in copied:
+        # Neither an input nor a weight may leave as it came, nor anything twice.
+        own = node.op != "placeholder" and node not in results
+        results.append(
+            node if own else _with_meta(graph.call_function(aten.clone.default, (node,)))
+        )
+    graph.output(tuple(results))
+    for node in list(graph.nodes):
+        if node.target not in (aten.view.default, aten.reshape.default):
+            continue
+        node.target = aten.reshape.default
+        moved = node.all_input_nodes[0]
+        if moved.target in (
+            aten.transpose.int,
+            aten.permute.default,
+        ):
+            with graph.inserting_before(node):
+                copy = graph.call_function(
+                    aten.clone.default, (moved,), {"memory_format": torch.contiguous_format}
+                )
+            node.update_arg(0, _with_meta(copy))
+    module = fx.GraphModule(torch.nn.Module(), graph)
+    return dataclasses.replace(program, graph_module=module).exported()
+
+
+def _with_meta(copy: fx.Node) -> fx.Node:
+    """`copy`, a clone of its first argument, with the meta data of that."""
+    meta = copy.all_input_nodes[0].meta
+    copy.meta = {**meta, "val": meta["val"].contiguous()}
+    return copy
+
+
+def simplify(model: onnx_ir.Model, weights: set[str]) -> None:
+    """Fold constants and drop what does nothing, but leave every weight under its own name."""
+    import onnx_ir
+    from onnx_ir.passes import common
+    from onnxscript import optimizer, rewriter
+
+    def fold(node: onnx_ir.Node) -> bool | None:
+        held = any(value is not None and value.name in weights for value in node.inputs)
+        return False if held else None
+
+    with _silence():
+        common.InlinePass()(model)
+        for _ in range(2):
+            optimizer.fold_constants_ir(model, should_fold=fold)
+            rewriter.rewrite(model)
+        onnx_ir.passes.Sequential(
+            common.CommonSubexpressionEliminationPass(),
+            common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+            common.RemoveUnusedNodesPass(),
+            common.OutputFixPass(),
+            common.NameFixPass(),
+        )(model)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep the exporter's own progress report and advice off the screen."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _why(program: Program, error: BaseException) -> str:
+    """One line about `error`, with the operator, module and source line where they can be told."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    text = "\n".join(str(link) for link in chain)
+    calls = [node for node in program.graph.nodes if node.op == "call_function"]
+    if match := re.search(r"OpOverload\(op='([^']+)', overload='([^']+)'\)", text):
+        operator = f"{match[1]}.{match[2]}"
+        reason = f"{operator} has no counterpart"
+        node = next((call for call in calls if str(call.target) == operator), None)
+    else:
+        reason = f"{type(chain[-1]).__name__}: {ort.first_line(chain[-1])}"
+        # Names of nodes do not survive decomposition, but where they came from does.
+        traces = ((call, (call.meta.get("stack_trace") or "").strip()) for call in calls)
+        node = next((call for call, trace in traces if trace and trace in text), None)
+        reason = f"{node.target}: {reason}" if node is not None else reason
+    where = ", ".join(filter(None, (module_path(node), source_line(node)))) if node else ""
+    return f"{reason} (at {where})" if where else reason

@@ -1,0 +1,278 @@
+"""ONNX Runtime on the CPU: models are run on sizes that were never traced, and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.backends.onnx_names import output_names
+from graphprune.errors import BackendError
+from graphprune.program import PAST, PRESENT, Program
+
+PROMPTS = ((3, 7), (1, 1))
+"""Batch and length of the prompts a decoder is compared on."""
+
+STEPS = 10
+"""Tokens decoded after the first prompt, each side fed from its own caches."""
+
+TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Largest relative error allowed, where it is not `DEFAULT_TOLERANCE`."""
+
+DEFAULT_TOLERANCE = 1e-4
+
+_LENGTHS = (7, 11, 13, 17, 19)
+_SPARE = 4
+"""Rows of a position table left unused: some models start counting at 2."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What running a model beside its program showed.
+
+    Parameters
+    ----------
+    max_relative_error
+        The largest difference over the largest absolute value of the output concerned; None when
+        the model was not run.
+    version
+        The version of ONNX Runtime, if it is installed.
+    notes
+        What was not compared, and why.
+    """
+
+    max_relative_error: float | None
+    version: str | None
+    notes: tuple[str, ...] = ()
+
+
+def compare(program: Program, path: Path, names: Mapping[str, str]) -> Comparison:
+    """Run the ONNX model at `path` and `program` on the same random inputs.
+
+    A decoder answers two prompts and then ten single tokens; any other program gets a batch of
+    three and a batch of one.
+
+    Parameters
+    ----------
+    program
+        The program that was exported.
+    path
+        The ONNX model.
+    names
+        The name of every dynamic size, by its symbol.
+
+    Raises
+    ------
+    BackendError
+        When ONNX Runtime cannot load or run the model, or its outputs differ by more than the
+        tolerance of their type (1e-4 for float32).
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        note = "ONNX Runtime is not installed, so the model was checked but not run"
+        return Comparison(None, None, (note,))
+    version = str(onnxruntime.__version__)
+    values = (*program.inputs, *program.outputs)
+    if any(value.dtype == torch.bfloat16 for value in values):
+        return Comparison(None, version, ("not run: bfloat16 has no kernels on the CPU",))
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # its exceptions share no base but Exception
+        raise BackendError(
+            f"ONNX Runtime {version} refuses the model: {first_line(error)}"
+        ) from error
+    pair = _Pair(program, session)
+    if program.is_decoder and {"sequence", "past_sequence"} <= set(names.values()):
+        notes = _compare_decoder(pair, names)
+    else:
+        for batch in (3, 1):
+            pair.run(sample_inputs(program, sizes_for(program, names, batch)))
+        notes = ()
+    return Comparison(pair.worst, version, notes)
+
+
+class _Pair:
+    """A program and its ONNX model, compared on every run."""
+
+    def __init__(self, program: Program, session: Any) -> None:
+        self.program = program
+        self.session = session
+        self.wanted = output_names(program)
+        self.worst = 0.0
+        self.device = next((w.device for w in program.weights.values()), torch.device("cpu"))
+
+    def run(
+        self, inputs: Mapping[str, Tensor], theirs: Mapping[str, Tensor] | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The outputs of the program and of ONNX Runtime, the latter on `inputs` with `theirs`."""
+        ours = self.program(**{name: tensor.to(self.device) for name, tensor in inputs.items()})
+        feeds = {name: tensor.numpy() for name, tensor in {**inputs, **(theirs or {})}.items()}
+        try:
+            arrays = self.session.run(self.wanted, feeds)
+        except Exception as error:  # its exceptions share no base but Exception
+            sizes = ", ".join(f"{name} {tuple(feed.shape)}" for name, feed in feeds.items())
+            raise BackendError(f"ONNX Runtime fails on {sizes}: {first_line(error)}") from error
+        reference = {name: tensor.cpu() for name, tensor in ours.items()}
+        found = {name: torch.from_numpy(a) for name, a in zip(reference, arrays, strict=True)}
+        for name in reference:
+            self._compare(name, reference[name], found[name])
+        return reference, found
+
+    def _compare(self, name: str, reference: Tensor, found: Tensor) -> None:
+        if reference.shape != found.shape or reference.dtype != found.dtype:
+            raise BackendError(
+                f"ONNX Runtime gives {name} as {found.dtype} {tuple(found.shape)}, "
+                f"the program as {reference.dtype} {tuple(reference.shape)}"
+            )
+        error = relative_error(reference, found)
+        self.worst = max(self.worst, error)
+        tolerance = TOLERANCE.get(reference.dtype, DEFAULT_TOLERANCE)
+        if not error <= tolerance:
+            raise BackendError(
+                f"ONNX Runtime differs from the program in {name}: relative error {error:.1e}, "
+                f"and {tolerance:.0e} is allowed"
+            )
+
+
+def relative_error(reference: Tensor, found: Tensor) -> float:
+    """Largest difference over the largest absolute value of `reference`.
+
+    Entries that are the same infinity, or both NaN, are equal.
+    """
+    if not reference.numel():
+        return 0.0
+    a, b = reference.double(), found.double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    difference = torch.where(same, 0.0, (a - b).abs()).max().item()
+    if difference == 0.0:
+        return 0.0
+    scale = torch.where(a.isfinite(), a.abs(), 0.0).max().item()
+    return difference / scale if scale and difference == difference else float("inf")
+
+
+def _compare_decoder(pair: _Pair, names: Mapping[str, str]) -> tuple[str, ...]:
+    program = pair.program
+    room = _positions(program, names)
+    notes = []
+    for index, (batch, length) in enumerate(PROMPTS):
+        length = min(length, room)
+        sizes = {"batch": batch, "sequence": length, "past_sequence": 0, "total_sequence": length}
+        inputs = sample_inputs(program, {symbol: sizes[name] for symbol, name in names.items()})
+        ours, theirs = pair.run(inputs)
+        steps = min(STEPS, room - length) if index == 0 else 0
+        if index == 0 and steps < STEPS:
+            notes.append(f"{steps} decode steps: the model has {room} positions to try")
+        for step in range(steps):
+            sizes = {"batch": batch, "sequence": 1, "past_sequence": 0}
+            sizes["total_sequence"] = length + step + 1
+            inputs = sample_inputs(program, {s: sizes[name] for s, name in names.items()}, step + 1)
+            ours, theirs = pair.run({**inputs, **_caches(ours)}, _caches(theirs))
+    return tuple(notes)
+
+
+def _caches(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The caches among `outputs`, by the names of the inputs that take them."""
+    present = {name for name in outputs if name.startswith(PRESENT)}
+    return {PAST + name.removeprefix(PRESENT): outputs[name] for name in present}
+
+
+def _positions(program: Program, names: Mapping[str, str]) -> int:
+    """How many positions may be tried, by the sizes' ranges and the model's position table."""
+    room = PROMPTS[0][1] + STEPS
+    for symbol, limits in program.ranges.items():
+        if names.get(str(symbol)) not in (None, "batch") and limits.upper.is_Integer:
+            room = min(room, int(limits.upper))
+    for value, node in program.input_nodes():
+        rows = _rows(node) if value.name.endswith("attention_mask") else None
+        room = room if rows is None else min(room, rows - _SPARE)
+    return max(room, 1)
+
+
+def sizes_for(program: Program, names: Mapping[str, str], batch: int) -> dict[str, int]:
+    """A size for every symbol: `batch`, and lengths of which no two are equal."""
+    lengths = iter(_LENGTHS * len(names))
+    chosen: dict[str, int] = {}
+    for name in dict.fromkeys(names.values()):
+        chosen[name] = batch if name == "batch" or name.endswith("_batch") else next(lengths)
+    for symbol, limits in program.ranges.items():
+        name = names.get(str(symbol), "")
+        if name and limits.upper.is_Integer:
+            chosen[name] = min(chosen[name], int(limits.upper))
+        # A lower limit of 2 only says that torch.export treats 0 and 1 as special.
+        if name and limits.lower.is_Integer and int(limits.lower) > 2:
+            chosen[name] = max(chosen[name], int(limits.lower))
+    return {symbol: chosen[name] for symbol, name in names.items()}
+
+
+def sample_inputs(program: Program, sizes: Mapping[str, int], seed: int = 0) -> dict[str, Tensor]:
+    """Random inputs on the CPU: token ids within the vocabulary, masks of ones, normal floats.
+
+    Parameters
+    ----------
+    program
+        The program to make inputs for.
+    sizes
+        The size of every symbol.
+    seed
+        Seed of what is random.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    inputs = {}
+    for value, node in program.input_nodes():
+        shape = [_size(size, sizes) for size in node.meta["val"].shape]
+        if value.name.endswith("attention_mask") or value.dtype == torch.bool:
+            inputs[value.name] = torch.ones(shape, dtype=value.dtype)
+        elif value.dtype.is_floating_point or value.dtype.is_complex:
+            inputs[value.name] = torch.randn(shape, generator=generator).to(value.dtype)
+        else:
+            bound = _rows(node) or 2
+            drawn = torch.randint(0, bound, shape, generator=generator)
+            inputs[value.name] = drawn.to(value.dtype)
+    return inputs
+
+
+def _size(size: Any, sizes: Mapping[str, int]) -> int:
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression.subs({symbol: sizes[str(symbol)] for symbol in expression.free_symbols}))
+
+
+def _rows(node: fx.Node) -> int | None:
+    """Rows of the smallest table that the integers of `node` look into; None for no table."""
+    rows: list[int] = []
+    seen, queue = {node}, [node]
+    while queue:
+        node = queue.pop()
+        for user in node.users:
+            value = user.meta.get("val")
+            if _looks_up(user, node):
+                rows.append(int(user.args[0].meta["val"].shape[0]))  # type: ignore[union-attr]
+            elif isinstance(value, Tensor) and not value.is_floating_point() and user not in seen:
+                seen.add(user)
+                queue.append(user)
+    return min(rows, default=None)
+
+
+def _looks_up(user: fx.Node, index: fx.Node) -> bool:
+    """Whether `user` picks rows of a weight by the values of `index`."""
+    table: Any = user.args[0] if user.args else None
+    if not isinstance(table, fx.Node) or table is index or table.op != "placeholder":
+        return False
+    return str(user.target).startswith(("aten.embedding.", "aten.index.", "aten.index_select."))
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of `error` that says anything."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,632 @@
+"""The front end: a model becomes a `Program` through `torch.export`.
+
+Nothing is traced symbolically: `torch.export` (non-strict) follows the model's own code and keeps
+where every node came from. A transformers decoder is captured once, with its KV cache as inputs and
+outputs and with batch, new and past lengths dynamic; that one graph then serves scoring,
+verification, rewriting and export. Models on the meta device are captured without weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._export.verifier import load_verifier
+from torch.export import Dim, ExportedProgram
+from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    TensorArgument,
+)
+from torch.utils import _pytree as pytree
+
+from graphprune.errors import CaptureError, UsageError
+from graphprune.program import PAST, PRESENT, Kind, Program, Source, Value
+
+_BATCH, _NEW, _PAST_LENGTH = 2, 3, 5
+"""Example sizes: distinct, and none of them 0 or 1, which `torch.export` would specialise."""
+
+_FIXED_BATCH, _FIXED_NEW, _FIXED_PAST = 101, 103, 107
+"""Sizes of a decoder captured on the meta device, where dynamic ones would cost four times the
+time for a graph that can only be analysed: primes, so that no other size is taken for them."""
+
+_ASSERTS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "_assert_async")
+"""Operators that only check; they tie a graph to one device and type and compute nothing."""
+
+
+def capture(
+    model: nn.Module,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    cache: bool | None = None,
+) -> Program:
+    """Capture `model` into a program that shares its weights.
+
+    Parameters
+    ----------
+    model
+        A transformers model, or any `nn.Module`; may be on the meta device. It is captured in
+        evaluation mode and left as it was.
+    example_inputs
+        Positional (a sequence) or keyword (a mapping) inputs. Not needed for transformers models,
+        for which they follow from the config.
+    dynamic_shapes
+        As for `torch.export.export`; without it the first dimension of every example is dynamic
+        where the model allows it.
+    cache
+        Whether a decoder is captured with its KV cache; by default it is wherever it has one.
+
+    Raises
+    ------
+    CaptureError
+        When `torch.export` refuses, naming the module and line that it named.
+    UsageError
+        When a module that is no transformers model comes without example inputs.
+    """
+    with _evaluation_mode(model):
+        if example_inputs is None:
+            if not _is_transformers_model(model):
+                raise UsageError(
+                    f"{type(model).__name__} is no transformers model: give example_inputs"
+                )
+            return _capture_transformers(model, cache)
+        return _capture_call(model, example_inputs, dynamic_shapes)
+
+
+# -- plain modules ------------------------------------------------------------------------------
+
+
+class _Flat(nn.Module):
+    """Calls `inner` on tensors rebuilt from a flat list, and flattens what comes back.
+
+    The outputs' names go to `record`, since export takes back what a forward does to its module.
+    """
+
+    def __init__(
+        self,
+        inner: nn.Module,
+        spec: pytree.TreeSpec,
+        keep: Callable[[str], bool],
+        record: Callable[[list[str]], None],
+    ) -> None:
+        super().__init__()
+        self.inner = inner
+        self.spec = spec
+        self.keep = keep
+        self.record = record
+
+    def forward(self, *flat: Tensor) -> tuple[Tensor, ...]:
+        args, kwargs = pytree.tree_unflatten(list(flat), self.spec)
+        names, leaves = _named_leaves(self.inner(*args, **kwargs), "output")
+        chosen = [i for i, name in enumerate(names) if self.keep(name)]
+        self.record([names[i] for i in chosen])
+        return tuple(leaves[i] for i in chosen)
+
+
+def _named_leaves(tree: Any, root: str) -> tuple[list[str], list[Tensor]]:
+    """The tensors in `tree` with dotted names (`root` for a bare tensor)."""
+    names, leaves = [], []
+    if isinstance(tree, Mapping):  # a transformers ModelOutput among them
+        tree = dict(tree)
+    for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
+        if isinstance(leaf, Tensor):
+            keys = [
+                str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))))
+                for key in path
+            ]
+            names.append(
+                ".".join(keys) if keys and not keys[0].isdigit() else ".".join([root, *keys])
+            )
+            leaves.append(leaf)
+    return names, leaves
+
+
+def _capture_call(
+    model: nn.Module,
+    example_inputs: Sequence[Any] | Mapping[str, Any],
+    dynamic_shapes: Any = None,
+    keep: Callable[[str], bool] = lambda name: True,
+    source: Source | None = None,
+    notes: tuple[str, ...] = (),
+) -> Program:
+    if isinstance(example_inputs, Mapping):
+        args, kwargs = (), dict(example_inputs)
+    else:
+        args, kwargs = tuple(example_inputs), {}
+    if isinstance(example_inputs, Tensor):
+        raise UsageError("example_inputs is a tensor: give a tuple of inputs, such as (x,)")
+    flat, spec = pytree.tree_flatten((args, kwargs))
+    if not flat or not all(isinstance(leaf, Tensor) for leaf in flat):
+        raise UsageError("example_inputs must hold tensors only (nested in tuples, lists, dicts)")
+    parameters = list(inspect.signature(model.forward).parameters)
+    named = dict(zip(parameters, args, strict=False)) | kwargs
+    names, _ = _named_leaves(named, "input")
+    if dynamic_shapes is None:
+        attempts = [({0: Dim.AUTO} if leaf.ndim else None for leaf in flat)]
+        if all(leaf.ndim and leaf.shape[0] == 1 for leaf in flat):
+            # A batch of one would be taken as a constant.
+            flat = [torch.cat([leaf, leaf]) for leaf in flat]
+        shapes: Any = (tuple(attempts[0]),)
+    else:
+        leaves = pytree.tree_leaves(dynamic_shapes, is_leaf=lambda x: x is None or _is_dims(x))
+        shapes = (tuple(leaves),)
+    recorded: list[list[str]] = []
+    wrapper = _Flat(model, spec, keep, recorded.append)
+    exported = _export(wrapper, tuple(flat), shapes, type(model).__name__)
+    return _program(exported, model, names, recorded[-1], source, notes)
+
+
+def _is_dims(tree: Any) -> bool:
+    """Whether `tree` describes one tensor of a `dynamic_shapes` argument."""
+    keys = isinstance(tree, Mapping) and all(isinstance(key, int) for key in tree)
+    return keys or (isinstance(tree, tuple | list) and not any(map(_is_dims, tree)))
+
+
+# -- transformers models ------------------------------------------------------------------------
+
+
+def _is_transformers_model(model: nn.Module) -> bool:
+    import transformers
+
+    return isinstance(model, transformers.PreTrainedModel)
+
+
+class _Decoder(nn.Module):
+    """A decoder as a function of ids, mask and past keys and values.
+
+    Positions are counted on the mask, so that a batch padded on either side is right without an
+    input of its own.
+    """
+
+    def __init__(self, inner: nn.Module, layers: Sequence[int]) -> None:
+        super().__init__()
+        self.inner = inner
+        self.layers = layers
+        self.takes_positions = "position_ids" in inspect.signature(inner.forward).parameters
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, past: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        cache = _filled_cache(past, self.layers)
+        extra = {}
+        if self.takes_positions:
+            positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+            extra["position_ids"] = positions[:, -input_ids.shape[1] :]
+        result = self.inner(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+            **extra,
+        )
+        kept = [cache.layers[index] for index in self.layers]
+        first = result["logits"] if "logits" in result else result["last_hidden_state"]
+        return (first, *(tensor for layer in kept for tensor in (layer.keys, layer.values)))
+
+
+def _filled_cache(past: Sequence[Tensor], layers: Sequence[int]) -> Any:
+    """A transformers cache that already holds `past` (keys and values in turn) at `layers`."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    cache = DynamicCache()
+    cache.layers = [DynamicLayer() for _ in range(max(layers) + 1)]
+    for position, index in enumerate(layers):
+        layer = cache.layers[index]
+        keys, values = past[2 * position], past[2 * position + 1]
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+    return cache
+
+
+def _capture_transformers(model: Any, cache: bool | None) -> Program:
+    source = Source(
+        model.config, type(model), generation_config=getattr(model, "generation_config", None)
+    )
+    with _exportable_experts(model):
+        if cache is not False:
+            layers, why = _cache_layers(model)
+            if layers:
+                try:
+                    return _capture_decoder(model, layers, source)
+                except CaptureError as error:
+                    if cache:
+                        raise
+                    why = str(error)
+            if cache:
+                raise CaptureError(f"{type(model).__name__} has no KV cache to capture: {why}")
+            notes = (f"captured without a cache: {why}",) if why and model.can_generate() else ()
+        else:
+            notes = ("captured without a cache, as asked",)
+        inputs, dims = _example_inputs(model)
+        hidden = {"encoder_last_hidden_state", "past_key_values", "hidden_states", "loss"}
+        return _capture_call(
+            model,
+            inputs,
+            dims,
+            keep=lambda name: name.split(".")[0] not in hidden,
+            source=source,
+            notes=notes,
+        )
+
+
+def _cache_layers(model: Any) -> tuple[list[tuple[int, Tensor, Tensor]], str]:
+    """(layer, keys, values) that a short run leaves in the model's cache, or why there is none."""
+    names = inspect.signature(model.forward).parameters
+    if getattr(model.config, "is_encoder_decoder", False):
+        return [], "an encoder-decoder is captured as one call"
+    if not {"past_key_values", "use_cache", "input_ids"} <= set(names):
+        return [], "its forward takes no past_key_values"
+    ids = torch.zeros((_BATCH, _NEW), dtype=torch.int64, device=model.device)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = model(input_ids=ids, use_cache=True, return_dict=True)
+    except Exception as error:  # noqa: BLE001 - any model code may fail in any way here
+        return [], f"a short run failed: {_first_line(error)}"
+    held = getattr(result, "past_key_values", None)
+    found = []
+    for index, layer in enumerate(getattr(held, "layers", ())):
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if not (isinstance(keys, Tensor) and isinstance(values, Tensor)):
+            continue
+        if keys.ndim != 4 or values.ndim != 4 or keys.shape[2] != _NEW:
+            return [], f"layer {index} caches something other than keys and values per token"
+        found.append((index, keys, values))
+    others = [layer for layer in getattr(held, "layers", ()) if not hasattr(layer, "keys")]
+    if others:
+        return [], f"its cache holds a {type(others[0]).__name__}"
+    return found, "" if found else "a short run left nothing in it"
+
+
+def _capture_decoder(
+    model: Any, layers: Sequence[tuple[int, Tensor, Tensor]], source: Source
+) -> Program:
+    fixed = model.device.type == "meta"
+    rows, new, held = _BATCH, _NEW, _PAST_LENGTH
+    if fixed:
+        rows, new, held = _FIXED_BATCH, _FIXED_NEW, _FIXED_PAST
+    ids = torch.zeros((rows, new), dtype=torch.int64, device=model.device)
+    mask = torch.ones((rows, held + new), dtype=torch.int64, device=model.device)
+    past, names = [], []
+    for position, (_, keys, values) in enumerate(layers):
+        for kind, like in (("key", keys), ("value", values)):
+            shape = (rows, like.shape[1], held, like.shape[3])
+            past.append(torch.zeros(shape, dtype=like.dtype, device=model.device))
+            names.append(f"{position}.{kind}")
+    wrapper = _Decoder(model, [index for index, _, _ in layers])
+    shapes, fallback = _decoder_dims(len(past)), None
+    notes: tuple[str, ...] = ()
+    if fixed:
+        shapes = (None, None, [None] * len(past))
+        notes = ("captured without weights and with fixed sizes: it can be analysed, not run",)
+    else:
+        fallback = ({0: Dim.AUTO, 1: Dim.AUTO},) * 2 + ([{0: Dim.AUTO, 2: Dim.AUTO}] * len(past),)
+    exported = _export(wrapper, (ids, mask, past), shapes, type(model).__name__, fallback)
+    inputs = ["input_ids", "attention_mask", *(PAST + name for name in names)]
+    outputs = ["logits", *(PRESENT + name for name in names)]
+    return _program(exported, model, inputs, outputs, source, notes)
+
+
+def _decoder_dims(caches: int) -> tuple[Any, ...]:
+    """Names for the dynamic sizes of ids, mask and caches, so that all caches share one length."""
+    batch, new, held = Dim("batch", min=1), Dim("new", min=1), Dim("past", min=0)
+    return {0: batch, 1: new}, {0: batch, 1: Dim.AUTO}, [{0: batch, 2: held}] * caches
+
+
+def _example_inputs(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Example inputs and their dynamic dimensions, from the model's signature and config."""
+    config, device, dtype = model.config, model.device, model.dtype
+    names = inspect.signature(model.forward).parameters
+    main = model.main_input_name
+    inputs: dict[str, Tensor] = {}
+    dims: dict[str, Any] = {}
+    if main == "input_ids":
+        _add_tokens(inputs, dims, "", names, device)
+    elif main == "pixel_values":
+        size = _config_value(config, "image_size") or 64
+        height, width = size if isinstance(size, Sequence) else (size, size)
+        channels = _config_value(config, "num_channels") or 3
+        inputs[main] = torch.zeros((_BATCH, channels, height, width), dtype=dtype, device=device)
+        dims[main] = {0: Dim.AUTO}
+    else:
+        raise CaptureError(
+            f"{type(model).__name__} takes {main!r}, for which no example can be made: "
+            "give example_inputs"
+        )
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in names:
+        _add_tokens(inputs, dims, "decoder_", names, device)
+    return inputs, dims
+
+
+def _add_tokens(
+    inputs: dict[str, Tensor],
+    dims: dict[str, Any],
+    prefix: str,
+    names: Mapping[str, Any],
+    device: torch.device,
+) -> None:
+    length = _NEW + _PAST_LENGTH if not prefix else _NEW
+    for name, value in (("input_ids", 0), ("attention_mask", 1)):
+        if prefix + name in names and (not prefix or name == "input_ids"):
+            inputs[prefix + name] = torch.full((_BATCH, length), value, device=device)
+            dims[prefix + name] = {0: Dim.AUTO, 1: Dim.AUTO}
+
+
+def _config_value(config: Any, name: str) -> Any:
+    for part in (
+        config,
+        *(getattr(config, sub, None) for sub in ("vision_config", "backbone_config")),
+    ):
+        value = getattr(part, name, None)
+        if value is not None:
+            return value
+    return None
+
+
+@contextlib.contextmanager
+def _exportable_experts(model: Any) -> Iterator[None]:
+    """Let packed experts run as batched products, which every back end can express."""
+    configs = [c for c in _configs(model.config) if hasattr(c, "_experts_implementation")]
+    before = [c._experts_implementation for c in configs]
+    for config in configs:
+        config._experts_implementation = "batched_mm"
+    try:
+        yield
+    finally:
+        for config, value in zip(configs, before, strict=True):
+            config._experts_implementation = value
+
+
+def _configs(config: Any) -> list[Any]:
+    """`config` and the configs inside it."""
+    inner = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+    return [config, *(sub for sub in inner if sub is not None)]
+
+
+# -- torch.export -------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _export(
+    module: nn.Module, args: tuple[Any, ...], shapes: Any, name: str, fallback: Any = None
+) -> ExportedProgram:
+    try:
+        # Without no_grad, the grad-mode switches in transformers' rotary code become sub-graphs.
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.export(module.eval(), args, dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        if fallback is not None:
+            return _export(module, args, fallback, name)
+        raise CaptureError(
+            f"torch.export could not capture {name}: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = f"{type(error).__name__}: {error}".strip()
+    where = ""
+    trace = error.__traceback__
+    while trace is not None:
+        path = trace.tb_frame.f_code.co_filename
+        if "/transformers/models/" in path or "/torch/" not in path and "/graphprune/" not in path:
+            where = f" (at {'/'.join(path.split('/')[-2:])}:{trace.tb_lineno})"
+        trace = trace.tb_next
+    return text.splitlines()[0] + where
+
+
+def _program(
+    exported: ExportedProgram,
+    model: nn.Module,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    source: Source | None = None,
+    notes: tuple[str, ...] = (),
+) -> Program:
+    graph_module = exported.graph_module
+    graph = graph_module.graph
+    canonical, aliases = _ties(model)
+    originals: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    originals.update(model.named_buffers(remove_duplicate=False))
+    stored = set(model.state_dict(keep_vars=True))
+    placeholders = {node.name: node for node in graph.find_nodes(op="placeholder")}
+    weights: dict[str, Tensor] = {}
+    kinds: dict[str, Kind] = {}
+    nodes: dict[str, fx.Node] = {}
+    user: list[fx.Node] = []
+    for spec in exported.graph_signature.input_specs:
+        node = placeholders[spec.arg.name]
+        if spec.kind == InputKind.USER_INPUT:
+            user.append(node)
+            continue
+        target = (spec.target or "").removeprefix("inner.")
+        name = canonical.get(target, target)
+        if name in nodes:
+            # A tied weight has a placeholder per name; one of them is enough.
+            node.replace_all_uses_with(nodes[name])
+            graph.erase_node(node)
+            continue
+        nodes[name] = node
+        tensor = originals.get(name, exported.constants.get(spec.target or ""))
+        assert tensor is not None, f"torch.export lifted {name!r} and kept no value"
+        weights[name] = tensor.detach()
+        if spec.kind == InputKind.PARAMETER:
+            kinds[name] = "parameter"
+        elif spec.kind == InputKind.BUFFER:
+            kinds[name] = "buffer" if name in stored else "derived"
+        else:
+            kinds[name] = "constant"
+    _clean(graph)
+    (output,) = graph.find_nodes(op="output")
+    count = len(output_names)
+    output.args = (tuple(output.args[0][-count:]),)
+    graph.lint()
+    graph_module.recompile()
+    return Program(
+        graph_module=graph_module,
+        weights=weights,
+        kinds=kinds,
+        aliases=aliases,
+        inputs=tuple(value_of(name, node) for name, node in zip(input_names, user, strict=True)),
+        outputs=tuple(
+            value_of(name, node) for name, node in zip(output_names, output.args[0], strict=True)
+        ),
+        source=source,
+        ranges=dict(exported.range_constraints),
+        notes=notes,
+    )
+
+
+def value_of(name: str, node: fx.Node) -> Value:
+    """The program value called `name` that `node` stands for."""
+    fake = node.meta["val"]
+    return Value(name, node.name, tuple(map(_size, fake.shape)), fake.dtype)
+
+
+def _size(size: int | torch.SymInt) -> int | str:
+    if isinstance(size, int):
+        return size
+    # A dimension that the code turned out to fix stays a symbolic size, of a number.
+    expression = size.node.expr
+    return int(expression) if expression.is_number else str(expression)
+
+
+def _ties(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
+    """Every name of a tied weight -> its first name; and the same without the first names."""
+    first: dict[int, str] = {}
+    canonical: dict[str, str] = {}
+    named = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    for name, tensor in named:
+        canonical[name] = first.setdefault(id(tensor), name)
+    return canonical, {name: to for name, to in canonical.items() if name != to}
+
+
+def _clean(graph: fx.Graph) -> None:
+    """Erase checks, and let constants made while captured on meta be made on the CPU."""
+    meta, cpu = torch.device("meta"), torch.device("cpu")
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if any(name in str(node.target) for name in _ASSERTS):
+            graph.erase_node(node)
+            continue
+        if any(
+            arg == meta
+            for arg in (*node.args, *node.kwargs.values())
+            if isinstance(arg, torch.device)
+        ):
+            node.args = tuple(cpu if arg == meta else arg for arg in node.args)
+            node.kwargs = {k: cpu if v == meta else v for k, v in node.kwargs.items()}
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and not node.users and not _mutates(node):
+            graph.erase_node(node)
+        elif node.op == "call_function":
+            _spell_out(node)
+
+
+def _spell_out(node: fx.Node) -> None:
+    """Write down what an operator would derive from a size, so that it can follow the size."""
+    aten = torch.ops.aten
+    fake = node.args[0].meta.get("val") if node.args and isinstance(node.args[0], fx.Node) else None
+    if node.target in (aten.split.Tensor, aten.chunk.default):
+        dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+        sizes = [piece.shape[dim] for piece in node.meta["val"]]
+        if all(isinstance(size, int) for size in sizes):
+            node.target = aten.split_with_sizes.default
+            node.args, node.kwargs = (node.args[0], sizes, dim), {}
+    elif node.target is aten.scaled_dot_product_attention.default:
+        width = fake.shape[-1]  # type: ignore[union-attr]
+        if node.kwargs.get("scale") is None and isinstance(width, int):
+            node.kwargs = {**node.kwargs, "scale": 1.0 / math.sqrt(width)}
+    elif node.target is aten.rms_norm.default:
+        epsilon = node.args[3] if len(node.args) > 3 else node.kwargs.get("eps")
+        if epsilon is None:
+            node.args = node.args[:3]
+            node.kwargs = {**node.kwargs, "eps": torch.finfo(fake.dtype).eps}  # type: ignore[union-attr]
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema is not None and schema.is_mutable)
+
+
+_KINDS = {
+    "parameter": InputKind.PARAMETER,
+    "buffer": InputKind.BUFFER,
+    "derived": InputKind.BUFFER,
+    "constant": InputKind.CONSTANT_TENSOR,
+}
+
+
+def as_exported_program(program: Program) -> ExportedProgram:
+    """`program` as a `torch.export.ExportedProgram` that shares its graph and weights.
+
+    Every node must carry an up-to-date ``meta["val"]``, which the rewriter sees to.
+    """
+    specs: list[InputSpec] = []
+    state: dict[str, Tensor | nn.Parameter] = {}
+    constants: dict[str, Any] = {}
+    for name, node in program.weight_nodes():
+        kind = program.kinds[name]
+        persistent = kind == "buffer" if kind in ("buffer", "derived") else None
+        argument = TensorArgument(name=node.name)
+        specs.append(InputSpec(_KINDS[kind], argument, target=name, persistent=persistent))
+        weight = program.weights[name]
+        if kind == "parameter":
+            state[name] = nn.Parameter(weight, requires_grad=False)
+        elif kind == "buffer":
+            state[name] = weight
+        else:
+            constants[name] = weight
+    for _, node in program.input_nodes():
+        specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(name=node.name), target=None))
+    outputs = [
+        OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(name=node.name), target=None)
+        for _, node in program.output_nodes()
+    ]
+    arguments = tuple(range(len(program.inputs)))
+    in_spec = pytree.tree_flatten((arguments, {}))[1]
+    out_spec = pytree.tree_flatten(tuple(range(len(program.outputs))))[1]
+    root = ModuleCallSignature(
+        inputs=[spec.arg for spec in specs if spec.kind == InputKind.USER_INPUT],
+        outputs=[spec.arg for spec in outputs],
+        in_spec=in_spec,
+        out_spec=out_spec,
+    )
+    return ExportedProgram(
+        root=torch.nn.Module(),
+        graph=program.graph,
+        graph_signature=ExportGraphSignature(input_specs=specs, output_specs=outputs),
+        state_dict=state,
+        range_constraints=dict(program.ranges),
+        module_call_graph=[ModuleCallEntry(fqn="", signature=root)],
+        example_inputs=None,
+        constants=constants,
+        # Captured graphs keep in-place operators, which the default verifier refuses.
+        verifiers=[load_verifier("TRAINING")],
+    )

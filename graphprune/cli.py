@@ -1,0 +1,505 @@
+"""The command line: ``graphprune VERB``.
+
+Exit status 0; 1 when something is refused or fails, with one line on standard error; 2 when the
+command line itself makes no sense. Nothing heavy is imported before a verb needs it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from graphprune import __version__, reference
+from graphprune.errors import GraphPruneError, PlanError
+from graphprune.instruments import Instrument, Place
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from graphprune.calibration import Calibration
+    from graphprune.pass_base import Context, Outcome
+    from graphprune.pipeline import Pipeline
+    from graphprune.plan import Plan
+    from graphprune.program import Program
+    from graphprune.progress import Maker
+
+WIDTH = 100
+"""Columns of what is printed where there is no terminal."""
+
+TRACEBACK = "GRAPHPRUNE_TRACEBACK"
+"""The environment variable that asks for tracebacks of errors."""
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, by the custom of shells."""
+
+_KINDS = {
+    "plain": "a Hugging Face checkpoint",
+    "remote-code": "a Hugging Face checkpoint that needs trust_remote_code=True",
+    "none": "an archive that graphprune.load reads, since no Hugging Face checkpoint can hold it",
+}
+"""How the result of a pipeline is written, by `Loadability.kind`."""
+
+app = typer.Typer(
+    name="graphprune",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Makes neural networks smaller: a checkpoint goes in, a smaller verified one comes out.",
+)
+
+
+def main() -> None:
+    """Run the command line and exit with its status."""
+    try:
+        app(prog_name="graphprune")
+    except GraphPruneError as error:
+        _fail(error, str(error))
+    except KeyboardInterrupt:
+        _interrupted()
+    except SystemExit as status:
+        if status.code != INTERRUPTED:
+            raise
+        _interrupted()  # typer swallows the interrupt and says nothing
+    except Exception as error:  # noqa: BLE001 - whatever else it is, a user gets one line
+        reason = f"{type(error).__name__}: {error}".rstrip(": ")
+        _fail(error, f"internal error, please report it: {reason} (--traceback shows where)")
+
+
+# -- options that verbs share -------------------------------------------------------------------
+
+
+class Format(StrEnum):
+    """How `inspect` prints."""
+
+    text = "text"
+    json = "json"
+    dot = "dot"
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"graphprune {__version__}")
+        raise typer.Exit
+
+
+def _ask_traceback(asked: bool) -> None:
+    if asked:
+        os.environ[TRACEBACK] = "1"
+
+
+Checkpoint = Annotated[
+    str,
+    typer.Argument(
+        metavar="DIR",
+        help=f"A Hugging Face directory, or one that graphprune wrote; '{reference.NAME}' is the "
+        "small model that comes with graphprune.",
+    ),
+]
+Output = Annotated[
+    Path,
+    typer.Option("--output", "-o", metavar="OUT", help="A directory to make; it appears whole."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and no summary.")]
+Traceback = Annotated[
+    bool,
+    typer.Option(
+        "--traceback",
+        callback=_ask_traceback,
+        help=f"Show where an error comes from; so does {TRACEBACK}=1.",
+    ),
+]
+Tolerance = Annotated[
+    float | None,
+    typer.Option("--tolerance", help="The largest relative error; the verifier's own if left out."),
+]
+TokenizerDirectory = Annotated[
+    str | None,
+    typer.Option("--tokenizer", metavar="DIR", help="Where the tokenizer is, if not in DIR."),
+]
+
+
+@app.callback()
+def prepare(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Makes neural networks smaller: a checkpoint goes in, a smaller verified one comes out."""
+    # Read when transformers and its tokenizers are imported, which a verb does later.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not _wants_traceback():
+        logging.getLogger("torch").setLevel(logging.ERROR)
+        warnings.simplefilter("ignore")
+
+
+# -- verbs that look ----------------------------------------------------------------------------
+
+
+@app.command()
+def inspect(
+    directory: Checkpoint,
+    format: Annotated[Format, typer.Option("--format", help="What to print.")] = Format.text,
+    quiet: Quiet = False,
+    traceback: Traceback = False,
+) -> None:
+    """Print what can be pruned: the coupled groups and the axis types of the weights."""
+    from graphprune.coupling import analyze
+    from graphprune.overview import overview
+    from graphprune.progress import maker
+
+    progress = maker(quiet=quiet)
+    program = _load(directory, progress)
+    with _working(progress, "analysing"):
+        coupling = analyze(program)
+    if format is Format.json:
+        print(coupling.to_json())
+    elif format is Format.dot:
+        print(coupling.to_dot())
+    else:
+        _show(overview(directory, program, coupling))
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def explain(
+    directory: Checkpoint,
+    weight: Annotated[str, typer.Argument(metavar="WEIGHT", help="A weight's dotted name.")],
+    dim: Annotated[int, typer.Argument(metavar="DIM", help="Its dimension; -1 is the last.")],
+    quiet: Quiet = False,
+    traceback: Traceback = False,
+) -> None:
+    """Say what one dimension of a weight is coupled with, or why it cannot be pruned."""
+    from graphprune.coupling import analyze
+    from graphprune.progress import maker
+
+    progress = maker(quiet=quiet)
+    program = _load(directory, progress)
+    with _working(progress, "analysing"):
+        coupling = analyze(program)
+    print(coupling.explain(weight, dim))
+    name = program.aliases.get(weight, weight)
+    dim %= program.weight(name).ndim
+    for group in coupling.groups:
+        if any(member.weight == name and member.dim == dim for member in group.members):
+            print(f"\n{group}")
+
+
+@app.command()
+def evaluate(
+    directory: Checkpoint,
+    text: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A text; the packaged held-out text if left out."),
+    ] = None,
+    tokenizer: TokenizerDirectory = None,
+    length: Annotated[int, typer.Option(help="Tokens of each window.")] = 256,
+    max_tokens: Annotated[int | None, typer.Option(help="Use no more of the text.", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows at once.", min=1)] = 4,
+    quiet: Quiet = False,
+    traceback: Traceback = False,
+) -> None:
+    """Measure the perplexity of a causal language model on a text."""
+    from graphprune.evaluate import perplexity
+    from graphprune.progress import maker
+
+    progress = maker(quiet=quiet)
+    path = text or reference.heldout_text()
+    found = perplexity(
+        _load(directory, progress),
+        path,
+        _resolve(tokenizer or directory),
+        length=length,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        progress=progress or False,
+    )
+    print(f"perplexity {found.perplexity:.4f}")
+    print(f"loss       {found.loss:.4f} nats per token")
+    print(f"tokens     {found.tokens} of {path.name}, in windows of {found.length}")
+
+
+@app.command()
+def passes(traceback: Traceback = False) -> None:
+    """List the passes with their options."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from graphprune import registry
+
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for info in registry.listing():
+        table.add_row(Text(info.name, style="bold"), Text(info.summary))
+        for option, description in info.options:
+            default = "" if option.required else f"  [{option.name}={option.write(option.default)}]"
+            table.add_row(
+                Text(f"  {option.name}"), Text(f"{option.type_text}{default}\n{description}")
+            )
+        table.add_row()
+    _console().print(table)
+
+
+@app.command()
+def operators(traceback: Traceback = False) -> None:
+    """List the operators that have a rule; every other one freezes what it touches."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from graphprune.operators import table
+
+    rows = table()
+    shown = Table(show_edge=False, pad_edge=False)
+    for column in rows[0]:
+        shown.add_column(column, overflow="fold")
+    for row in rows:
+        shown.add_row(*map(Text, row.values()))
+    _show(shown)
+
+
+# -- verbs that write ---------------------------------------------------------------------------
+
+
+@app.command()
+def run(
+    directory: Checkpoint,
+    passes: Annotated[
+        str,
+        typer.Option(
+            help="A pipeline such as 'prune{target=ffn ratio=0.25},verify', or a .yaml file."
+        ),
+    ],
+    output: Output,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A text, or JSON lines with a field 'text'.")
+    ] = None,
+    tokenizer: TokenizerDirectory = None,
+    samples: Annotated[int, typer.Option(help="Windows of calibration text.", min=1)] = 10,
+    length: Annotated[int, typer.Option(help="Tokens of each of them.", min=1)] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of whatever is random.")] = 0,
+    verify_each: Annotated[
+        bool, typer.Option("--verify-each", help="Verify after every pass that changes sizes.")
+    ] = False,
+    print_after: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PASS", help="Print the graph after these passes; may be repeated."),
+    ] = None,
+    stop_after: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Run only the first N passes that change.", min=0),
+    ] = None,
+    quiet: Quiet = False,
+    traceback: Traceback = False,
+) -> None:
+    """Run a pipeline: write a smaller checkpoint, its plan and a report."""
+    from graphprune.output import staged_directory
+    from graphprune.progress import maker
+
+    pipeline = _pipeline(passes)
+    progress = maker(quiet=quiet)
+    with staged_directory(output) as folder, ExitStack() as stack:
+        program = _load(directory, progress)
+        result = pipeline.run(
+            program,
+            calibration=_calibration(
+                pipeline, directory, calibration, tokenizer, samples, length, seed
+            ),
+            output=folder,
+            seed=seed,
+            verify_each=verify_each,
+            print_after=tuple(print_after or ()),
+            stop_after=stop_after,
+            instruments=[_Spinner(progress, stack)],
+            quiet=progress is None,
+        )
+        kind = _write(result.program, result.plan, folder, progress)
+        report = result.report.to_json().replace(f"{folder}{os.sep}", "")
+        (folder / "report.json").write_text(report, encoding="utf-8")
+    if not quiet:
+        _show(result.report)
+        _say_written(output, kind)
+
+
+@app.command()
+def apply(
+    directory: Checkpoint,
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json that 'run' wrote.")],
+    output: Output,
+    quiet: Quiet = False,
+    traceback: Traceback = False,
+) -> None:
+    """Carry a plan out on a fresh copy of the model that it was made for."""
+    from graphprune.output import staged_directory
+    from graphprune.progress import maker
+
+    chosen = _plan(plan)
+    progress = maker(quiet=quiet)
+    with staged_directory(output) as folder:
+        program = _load(directory, progress)
+        with _working(progress, "applying the plan"):
+            smaller = chosen.apply(program)
+        kind = _write(smaller, chosen, folder, progress)
+    if not quiet:
+        _say_written(output, kind)
+
+
+@app.command()
+def verify(
+    directory: Checkpoint,
+    output: Annotated[
+        Path, typer.Argument(metavar="OUT", help="What 'run' or 'apply' wrote, with its plan.json.")
+    ],
+    tolerance: Tolerance = None,
+    quiet: Quiet = False,
+    traceback: Traceback = False,
+) -> None:
+    """Prove that OUT equals DIR with the removed units set to zero."""
+    from graphprune.progress import maker
+    from graphprune.verify import verify as prove
+
+    progress = maker(quiet=quiet)
+    plan = _plan(output / "plan.json")
+    original, smaller = _load(directory, progress), _load(str(output), progress)
+    with _working(progress, "verifying"):
+        report = prove(original, plan, smaller, tolerance=tolerance)
+    if not quiet:
+        print(f"verified: max relative error {report.max_relative_error:.2e}")
+
+
+# -- parts of verbs -----------------------------------------------------------------------------
+
+
+class _Spinner(Instrument):
+    """Shows which pass is at work; an interrupt ends that with `stack`."""
+
+    def __init__(self, progress: Maker | None, stack: ExitStack) -> None:
+        self.progress = progress
+        self.stack = stack
+
+    def before_pass(self, place: Place, program: Program, context: Context) -> None:
+        self.stack.enter_context(_working(self.progress, str(place)))
+
+    def after_pass(self, place: Place, outcome: Outcome, context: Context) -> None:
+        self.stack.close()
+
+    def on_error(self, place: Place, error: Exception) -> None:
+        self.stack.close()
+
+
+def _resolve(directory: str) -> str:
+    return str(reference.checkpoint_dir()) if directory == reference.NAME else directory
+
+
+def _load(directory: str, progress: Maker | None) -> Program:
+    with _working(progress, f"loading {directory}"):
+        from graphprune.loading import load
+
+        return load(_resolve(directory))
+
+
+def _working(progress: Maker | None, what: str) -> AbstractContextManager[Callable[[float], None]]:
+    from graphprune.progress import counted
+
+    return counted(progress, what)
+
+
+def _pipeline(passes: str) -> Pipeline:
+    from graphprune.pipeline import Pipeline
+
+    if passes.endswith((".yaml", ".yml")):
+        return Pipeline.from_yaml(Path(passes))
+    return Pipeline.parse(passes)
+
+
+def _calibration(
+    pipeline: Pipeline,
+    directory: str,
+    path: Path | None,
+    tokenizer: str | None,
+    samples: int,
+    length: int,
+    seed: int,
+) -> Calibration | None:
+    from graphprune.calibration import Calibration
+
+    needed = any(each.requires_calibration for each in pipeline.passes)
+    if path is None and needed and directory == reference.NAME:
+        path = reference.calibration_text()
+    if path is None:
+        return None
+    where = _resolve(tokenizer or directory)
+    return Calibration.from_text(path, where, samples=samples, length=length, seed=seed)
+
+
+def _plan(path: Path) -> Plan:
+    from graphprune.plan import Plan
+
+    if not path.is_file():
+        raise PlanError(f"{path} does not exist")
+    return Plan.load(path)
+
+
+def _write(program: Program, plan: Plan, folder: Path, progress: Maker | None) -> str:
+    """Write checkpoint and plan into `folder`; return what kind of checkpoint it became."""
+    from graphprune.backends import huggingface
+
+    with _working(progress, "looking for a config"):
+        found = huggingface.loadability(program)
+    kind = _KINDS[found.kind]
+    if found.kind != "plain":
+        print(f"graphprune: writing {kind}: {found.reason}", file=sys.stderr)
+    # In a directory of its own first, since passes may have written into `folder` already.
+    inner = folder / ".checkpoint"
+    with _working(progress, "writing the checkpoint"):
+        program.save(inner) if found.kind == "none" else program.save_pretrained(inner)
+    for path in sorted(inner.iterdir()):
+        path.rename(folder / path.name)
+    inner.rmdir()
+    plan.save(folder / "plan.json")
+    return kind
+
+
+# -- printing -----------------------------------------------------------------------------------
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=WIDTH)
+
+
+def _show(what: RenderableType) -> None:
+    _console().print(what)
+
+
+def _say_written(output: Path, kind: str) -> None:
+    print(f"{output}: {kind}")
+
+
+def _wants_traceback() -> bool:
+    return os.environ.get(TRACEBACK, "") not in ("", "0")
+
+
+def _fail(error: BaseException, message: str) -> None:
+    if _wants_traceback():
+        raise error
+    print(f"graphprune: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _interrupted() -> None:
+    print("graphprune: interrupted", file=sys.stderr)
+    sys.exit(INTERRUPTED)

@@ -1,0 +1,59 @@
+"""Every error that graphprune raises on purpose: one line that names what went wrong and where."""
+
+from __future__ import annotations
+
+
+class GraphPruneError(Exception):
+    """Base of all deliberate errors; catching it catches every refusal of this package."""
+
+
+class UsageError(GraphPruneError):
+    """An argument that makes no sense, whatever the model is."""
+
+
+class PipelineError(GraphPruneError):
+    """A pipeline that cannot be read, or a pass that failed in an unforeseen way."""
+
+
+class CaptureError(GraphPruneError):
+    """A model that `torch.export` cannot turn into a graph."""
+
+
+class CheckpointError(GraphPruneError):
+    """A directory or file that does not hold a loadable model."""
+
+
+class CalibrationError(GraphPruneError):
+    """Calibration data that is missing, too short or does not fit the program."""
+
+
+class SelectionError(GraphPruneError):
+    """A target, pattern or budget that no set of units satisfies."""
+
+
+class PlanError(GraphPruneError):
+    """A plan that cannot be read or was made for another program."""
+
+
+class RewriteError(GraphPruneError):
+    """A plan that the rewriter cannot carry out on this graph."""
+
+
+class MergeError(GraphPruneError):
+    """KV heads that cannot be merged as asked."""
+
+
+class VerificationError(GraphPruneError):
+    """A rewritten program that is not equal to its reference."""
+
+
+class BackendError(GraphPruneError):
+    """A program that a back end cannot represent."""
+
+
+class OutputError(GraphPruneError):
+    """A place that cannot be written to."""
+
+
+class EvaluationError(GraphPruneError):
+    """Text or a program that cannot be evaluated."""

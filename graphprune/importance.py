@@ -1,0 +1,312 @@
+"""Importance of the units of groups: what a unit's removal is thought to cost.
+
+A criterion looks at a program and gives a score for every unit of every group; higher is more
+important. Criteria that score single weights (magnitude, Taylor) say only how; summing over the
+slice of a unit in each member, and combining members, is done here once for any axis type.
+"""
+
+from __future__ import annotations
+
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from graphprune.calibration import Calibration, next_token_loss
+from graphprune.coupling import Coupling, Group, Member
+from graphprune.errors import CalibrationError, SelectionError, UsageError
+from graphprune.program import Program
+
+Aggregate = Literal["sum", "mean", "max", "product"]
+"""How the scores of a unit in the weights of its group become one."""
+
+Scores = dict[str, Tensor]
+"""Group name -> float64 scores, shape ``[*parents' sizes, size]``."""
+
+Track = Callable[[Iterable[Any], str], Iterable[Any]]
+
+
+def _silent(items: Iterable[Any], what: str) -> Iterable[Any]:
+    return items
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a criterion may look at.
+
+    Parameters
+    ----------
+    program, coupling
+        The program and its analysis.
+    groups
+        The groups to score.
+    calibration
+        Batches to run the program on, or None.
+    aggregate
+        How members are combined.
+    seed
+        Seed of whatever is random.
+    track
+        Wraps long loops in a progress bar.
+    """
+
+    program: Program
+    coupling: Coupling
+    groups: Sequence[Group]
+    calibration: Calibration | None = None
+    aggregate: Aggregate = "sum"
+    seed: int = 0
+    track: Track = field(default=_silent)
+
+    def sizes(self, group: Group) -> tuple[int, ...]:
+        """The shape of the scores of `group`: the sizes of its parents, and its own."""
+        return (*(self.coupling.group(parent).size for parent in group.parents), group.size)
+
+    def parameters(self) -> list[str]:
+        """Names of the parameters that the groups reach into, each once."""
+        kinds = self.program.kinds
+        names = dict.fromkeys(name for group in self.groups for name in group.weights())
+        return [name for name in names if kinds[name] == "parameter"]
+
+
+class Criterion(ABC):
+    """Scores units of groups; subclasses register themselves by `name`."""
+
+    name: ClassVar[str]
+    requires_calibration: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "name" in cls.__dict__:
+            CRITERIA[cls.name] = cls
+
+    @abstractmethod
+    def scores(self, evidence: Evidence) -> Scores:
+        """The score of every unit of ``evidence.groups``; higher is more important."""
+
+
+CRITERIA: dict[str, type[Criterion]] = {}
+"""Every criterion by name."""
+
+
+def criterion(name: str) -> Criterion:
+    """The criterion called `name`.
+
+    Raises
+    ------
+    UsageError
+        When there is none, with the nearest name.
+    """
+    if name not in CRITERIA:
+        from graphprune.options import nearest
+
+        raise UsageError(f"there is no criterion {name!r}{nearest(name, CRITERIA)}")
+    return CRITERIA[name]()
+
+
+# -- criteria on single weights -------------------------------------------------------------------
+
+Measure = Literal["sum", "l1", "l2"]
+"""How the elements of a slice become one number: their sum, sum of absolutes, or of squares."""
+
+
+class WeightCriterion(Criterion):
+    """Measures the slice of each unit in each weight of its group.
+
+    Subclasses say what stands at each element (the weight itself, its gradient times the weight)
+    and by which measure a slice is reduced.
+    """
+
+    measure: ClassVar[Measure]
+
+    def scores(self, evidence: Evidence) -> Scores:
+        """Reduce the slice of each unit in each weight, then combine the weights of the group."""
+        per_weight: dict[str, dict[str, Tensor]] = {group.name: {} for group in evidence.groups}
+        places = _members_by_weight(evidence)
+        names = evidence.parameters()
+        for name, elements in evidence.track(self.elements(evidence, names), "scoring weights"):
+            dims = {member.dim for _, member in places[name]}
+            lines = {dim: _reduce(elements, dim, self.measure) for dim in dims}
+            for group, member in places[name]:
+                found = per_weight[group.name]
+                score = _sum_units(lines[member.dim], group, member)
+                found[name] = found[name] + score if name in found else score
+        return {
+            group: _combine([self.finish(score) for score in found.values()], evidence.aggregate)
+            for group, found in per_weight.items()
+        }
+
+    @abstractmethod
+    def elements(self, evidence: Evidence, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """(name, a tensor of the weight's shape) for the weights called `names`, one by one."""
+
+    def finish(self, total: Tensor) -> Tensor:
+        """Turn the reduced slices of one weight into scores."""
+        return total
+
+
+def _members_by_weight(evidence: Evidence) -> dict[str, list[tuple[Group, Member]]]:
+    found: dict[str, list[tuple[Group, Member]]] = {}
+    for group in evidence.groups:
+        for member in group.members:
+            found.setdefault(member.weight, []).append((group, member))
+    return found
+
+
+def _reduce(elements: Tensor, dim: int, measure: Measure) -> Tensor:
+    """Reduce all dimensions but `dim` in one pass over the elements; float64."""
+    others = [other for other in range(elements.ndim) if other != dim]
+    wide = torch.promote_types(elements.dtype, torch.float32)
+    if not others:
+        elements, others = elements[:, None], [1]
+    if measure == "sum":
+        line = elements.sum(others, dtype=wide).double()
+    else:
+        power = 1 if measure == "l1" else 2
+        line = torch.linalg.vector_norm(elements, power, others, dtype=wide).double() ** power
+    return line.contiguous()
+
+
+def _sum_units(line: Tensor, group: Group, member: Member) -> Tensor:
+    """Sum scores along a dimension over the slice of every unit: ``[*parents' sizes, size]``."""
+    loops = [*member.outer, (group.size, member.width), (member.width, 1)]
+    sizes, strides = zip(*loops, strict=True)
+    units = line.as_strided(sizes, strides, member.offset)
+    keep = [member.outer_groups.index(parent) for parent in group.parents]
+    gone = [dim for dim in range(len(sizes)) if dim not in (*keep, len(sizes) - 2)]
+    order = sorted(keep)
+    return units.sum(gone).permute(*(order.index(dim) for dim in keep), len(keep))
+
+
+def _combine(scores: Sequence[Tensor], aggregate: Aggregate) -> Tensor:
+    stacked = torch.stack(list(scores))
+    if aggregate == "sum":
+        return stacked.sum(0)
+    if aggregate == "mean":
+        return stacked.mean(0)
+    return stacked.amax(0) if aggregate == "max" else stacked.prod(0)
+
+
+class L1(WeightCriterion):
+    """Sum of absolute weights of the slice (LLM-Pruner's L1; no root)."""
+
+    name = "l1"
+    measure: ClassVar[Measure] = "l1"
+
+    def elements(self, evidence: Evidence, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """The weights themselves."""
+        for name in names:
+            yield name, evidence.program.weights[name].detach()
+
+
+class L2(L1):
+    """Sum of squared weights of the slice (LLM-Pruner's L2; no root)."""
+
+    name = "l2"
+    measure = "l2"
+
+
+class Magnitude(L2):
+    """Another name for `l2`."""
+
+    name = "magnitude"
+
+
+class Taylor(WeightCriterion):
+    """First-order Taylor expansion of the loss, element-wise: sum of |g w| over the slice.
+
+    LLM-Pruner (Ma et al. 2305.11627, equation 4, "Element^1"): the change of the next-token loss on
+    the calibration text when a weight is set to zero, to first order. The gradient is that of the
+    mean loss over all calibration samples.
+    """
+
+    name = "taylor"
+    measure: ClassVar[Measure] = "l1"
+    requires_calibration = True
+
+    def elements(self, evidence: Evidence, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """The product g w."""
+        for name, gradient in loss_gradients(evidence, names):
+            yield name, gradient.mul_(evidence.program.weights[name].detach())
+
+
+class TaylorVector(Taylor):
+    """First-order Taylor expansion of the loss, vector-wise: |sum of g w| over the slice.
+
+    LLM-Pruner (Ma et al. 2305.11627, equation 3, "Vector"): signs cancel within a slice.
+    """
+
+    name = "taylor-vector"
+    measure = "sum"
+
+    def finish(self, total: Tensor) -> Tensor:
+        """The absolute value after the sum."""
+        return total.abs()
+
+
+def loss_gradients(evidence: Evidence, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """(name, gradient) of the mean next-token loss on the calibration batches.
+
+    Gradients are taken of the weights called `names` only, and given away one by one.
+
+    Raises
+    ------
+    CalibrationError
+        Without calibration batches, or when the loss is not finite.
+    """
+    if evidence.calibration is None:
+        raise CalibrationError("this criterion needs calibration data, and none was given")
+    program = evidence.program
+    if names and program.weights[names[0]].is_meta:
+        raise CalibrationError("the program has no weights (it was captured on the meta device)")
+    weights = {name: weight.detach() for name, weight in program.weights.items()}
+    leaves = {name: weights[name].requires_grad_() for name in names}
+    total = evidence.calibration.samples
+    for batch in evidence.track(evidence.calibration, "taking gradients"):
+        with torch.enable_grad():
+            outputs = program.run(weights, batch)
+            rows = len(next(iter(batch.values())))
+            loss = next_token_loss(outputs[program.outputs[0].name], batch) * (rows / total)
+        if not bool(torch.isfinite(loss)):
+            raise CalibrationError("the loss on the calibration data is not finite")
+        loss.backward()
+    for name, leaf in leaves.items():
+        gradient = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
+        leaf.grad = None
+        yield name, gradient.detach()
+
+
+class Random(Criterion):
+    """Uniformly random scores: the baseline that every criterion must beat."""
+
+    name = "random"
+
+    def scores(self, evidence: Evidence) -> Scores:
+        """Independent of the order of groups: each is seeded by its name."""
+        found = {}
+        for group in evidence.groups:
+            seed = zlib.crc32(f"{evidence.seed}:{group.name}".encode())
+            generator = torch.Generator().manual_seed(seed)
+            sizes = evidence.sizes(group)
+            found[group.name] = torch.rand(sizes, generator=generator, dtype=torch.float64)
+        return found
+
+
+def check_scores(scores: Mapping[str, Tensor], evidence: Evidence) -> None:
+    """Refuse scores that are missing, misshapen or not finite.
+
+    Raises
+    ------
+    SelectionError
+        Naming the group.
+    """
+    for group in evidence.groups:
+        found = scores.get(group.name)
+        if found is None or tuple(found.shape) != evidence.sizes(group):
+            raise SelectionError(f"{group.name}: the criterion gave no scores of the right shape")
+        if not bool(torch.isfinite(found).all()):
+            raise SelectionError(f"{group.name}: the criterion gave scores that are not finite")

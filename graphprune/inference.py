@@ -1,0 +1,378 @@
+"""The analysis: every dimension of every node gets an axis, by the rules of its operator."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from graphprune.axes import UNIT, Atom, Axes, Axis, Product, Sum
+from graphprune.operators import RULES
+from graphprune.operators.base import Attention, Facts, Frozen, Op, Type, Zero
+from graphprune.program import PAST, PRESENT, Program
+
+_FIRST_PRIME = 1_000_003
+
+Law = Zero | tuple[tuple[fx.Node, ...], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Types:
+    """What inference found out about a program.
+
+    Parameters
+    ----------
+    program
+        The program.
+    axes
+        The store of axes.
+    of
+        Every tensor node -> its axes (a list of them for several results).
+    facts
+        Literals, reasons to freeze and uses of axes, as the rules said them.
+    laws
+        Where each result vanishes when the weights of a unit are zeroed: a law, or a sum of
+        products of nodes.
+    written
+        Nodes that write one of their operands in place.
+    """
+
+    program: Program
+    axes: Axes
+    of: dict[fx.Node, Any]
+    facts: Facts
+    laws: dict[fx.Node, Law]
+    written: frozenset[fx.Node]
+
+    def weight(self, name: str) -> Type:
+        """The axes of the weight called `name` (which may be a tied name)."""
+        node = self._weight_nodes[self.program.aliases.get(name, name)]
+        found: Type = self.of[node]
+        return found
+
+    @cached_property
+    def _weight_nodes(self) -> dict[str, fx.Node]:
+        return dict(self.program.weight_nodes())
+
+    @cached_property
+    def frozen(self) -> dict[Atom, Frozen]:
+        """Every atom that must keep all its units -> the first reason found."""
+        found: dict[Atom, Frozen] = {}
+        for entry in self.facts.frozen:
+            for atom in self.axes.atoms(entry.axis):
+                found.setdefault(atom, entry)
+        for atom, contraction in self._leaks():
+            if atom not in found:
+                why = "it is summed over values that do not vanish when its weights are zeroed"
+                found[atom] = Frozen(atom, why, contraction)
+        return found
+
+    def _leaks(self) -> Iterator[tuple[Atom, fx.Node]]:
+        """Atoms that are summed over where no operand vanishes when their weights are zeroed."""
+        zeros = self._zeros
+        for entry in self.facts.contractions:
+            vanishing = frozenset[Atom]().union(*(zeros[node] for node in entry.operands))
+            for atom in self.axes.atoms(entry.axis):
+                if atom not in vanishing:
+                    yield atom, entry.node
+
+    @cached_property
+    def _zeros(self) -> dict[fx.Node, frozenset[Atom]]:
+        """Every node -> the atoms at whose units it vanishes when their weights are zeroed."""
+        held = self.held
+        weights = {node for _, node in self.program.weight_nodes()}
+        zeros: dict[fx.Node, frozenset[Atom]] = {}
+        nothing: frozenset[Atom] = frozenset()
+        for node in self.program.graph.nodes:
+            if self.of.get(node) is None:
+                continue
+            if node.op == "placeholder":
+                zeros[node] = held[node] if node in weights else nothing
+                continue
+            law = self.laws.get(node, Zero.NEVER)
+            zeros[node] = _vanishing(law, node, self._cover(node, zeros), held)
+            if node in self.written:
+                for view in self._views(node):
+                    zeros[view] = zeros[view] & zeros[node]
+        return zeros
+
+    def _cover(
+        self, node: fx.Node, zeros: dict[fx.Node, frozenset[Atom]]
+    ) -> dict[fx.Node, frozenset[Atom]]:
+        """What `zeros` of its operands says about the places of `node`.
+
+        Where ``x[:, None] * y[None]`` holds an atom in both dimensions, it does not vanish wherever
+        `x` does: at a unit of the second dimension it is `y` that counts.
+        """
+        here = self._repeated[node]
+        if not here:
+            return zeros
+        nothing: frozenset[Atom] = frozenset()
+        return {
+            other: zeros[other] - (here - self._repeated.get(other, nothing))
+            for other in node.all_input_nodes
+            if other in zeros
+        }
+
+    @cached_property
+    def _repeated(self) -> dict[fx.Node, frozenset[Atom]]:
+        """Every tensor node -> the atoms that several coordinates of one place run over."""
+        found = {}
+        for node, type_ in self.of.items():
+            if type_ is not None:
+                several = type_ if isinstance(type_, list) else [type_]
+                found[node] = frozenset[Atom]().union(*(self._twice(t) for t in several if t))
+        return found
+
+    def _twice(self, axes: Iterable[Axis]) -> frozenset[Atom]:
+        """Atoms that stand in several of `axes`, or several times in the factors of one."""
+        seen: set[Atom] = set()
+        again: set[Atom] = set()
+        for axis in axes:
+            inside = self._inside(axis)
+            again |= seen & inside
+            seen |= inside
+            axis = self.axes.head(axis)
+            if isinstance(axis, Product):
+                again |= self._twice(axis.factors)
+            elif isinstance(axis, Sum):
+                again |= frozenset[Atom]().union(*(self._twice((term,)) for term in axis.terms))
+        return frozenset(again)
+
+    def _inside(self, axis: Axis) -> frozenset[Atom]:
+        if axis not in self._atoms:
+            self._atoms[axis] = frozenset(self.axes.atoms(axis))
+        return self._atoms[axis]
+
+    @cached_property
+    def _atoms(self) -> dict[Axis, frozenset[Atom]]:
+        return {}
+
+    def _views(self, node: fx.Node) -> Iterator[fx.Node]:
+        """What an in-place operator writes: its first operand, and what that is a view of."""
+        while node.args and isinstance(node.args[0], fx.Node) and node.args[0] in self.held:
+            node = node.args[0]
+            yield node
+
+    @cached_property
+    def held(self) -> dict[fx.Node, frozenset[Atom]]:
+        """Every tensor node -> the atoms in its axes."""
+        nothing: frozenset[Atom] = frozenset()
+        found = {}
+        for node, type_ in self.of.items():
+            if type_ is None:
+                continue
+            flat = (
+                itertools.chain.from_iterable(t or () for t in type_)
+                if isinstance(type_, list)
+                else type_
+            )
+            found[node] = nothing.union(*map(self._inside, flat))
+        return found
+
+
+def _vanishing(
+    law: Law,
+    node: fx.Node,
+    zeros: dict[fx.Node, frozenset[Atom]],
+    held: dict[fx.Node, frozenset[Atom]],
+) -> frozenset[Atom]:
+    here = held[node]
+    if isinstance(law, tuple):
+        terms = (frozenset[Atom]().union(*(zeros[factor] for factor in term)) for term in law)
+        return frozenset.intersection(here, *terms)
+    operands = [other for other in node.all_input_nodes if other in zeros]
+    if law is Zero.ALWAYS:
+        return here
+    if law is Zero.NEVER or not operands:
+        return frozenset()
+    if law is Zero.KEEP:
+        return zeros[operands[0]] & here
+    if law is Zero.ANY:
+        return here.intersection(frozenset().union(*(zeros[other] for other in operands)))
+    if law is Zero.ALL:
+        return frozenset.intersection(here, *(zeros[other] for other in operands))
+    return frozenset(
+        atom for atom in here if all(atom in zeros[o] for o in operands if atom in held[o])
+    )
+
+
+def infer(program: Program, apart: Iterable[Attention] = ()) -> Types:
+    """Infer the axis types of every node of `program`; linear in the number of nodes.
+
+    Parameters
+    ----------
+    program
+        A captured program; weights are not needed.
+    apart
+        Attentions that shall not make the heads of queries one with those of keys and values (but
+        those of keys with those of values).
+    """
+    inference = _Inference(program, frozenset(node for site in apart for node in site.products))
+    types = inference.run()
+    for site in apart:
+        _, key, value = (types.of[node] for node in site.operands)
+        for left, right in zip(key[:-2], value[:-2], strict=True):
+            inference.unify(left, right, site.node)
+    return types
+
+
+class _Inference:
+    def __init__(self, program: Program, apart: frozenset[fx.Node]) -> None:
+        self.program = program
+        self.apart = apart
+        self.axes = Axes()
+        self.facts = Facts()
+        self.types: dict[fx.Node, Any] = {}
+        self.laws: dict[fx.Node, Law] = {}
+        self.written: set[fx.Node] = set()
+        self._primes = _Primes()
+        self._shapes: dict[fx.Node, Any] = {}
+        self._names: dict[Any, str] = {}
+
+    def run(self) -> Types:
+        weights = {node for _, node in self.program.weight_nodes()}
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder":
+                shape = self.shapes(node)
+                self.types[node] = tuple(self.axes.atom(size) for size in shape)
+                if node in weights and not node.users:
+                    self._freeze_all(self.types[node], "the graph does not use it", node)
+            elif node.op == "call_function":
+                self.types[node] = self._call(node)
+            elif node.op == "get_attr":
+                self.types[node] = None
+        self._interface()
+        return Types(
+            self.program, self.axes, self.types, self.facts, self.laws, frozenset(self.written)
+        )
+
+    def _interface(self) -> None:
+        """Inputs and outputs are promises to the caller, but for the sizes of a KV cache."""
+        for kind, prefix, pairs in (
+            ("input", PAST, self.program.input_nodes()),
+            ("output", PRESENT, self.program.output_nodes()),
+        ):
+            for value, node in pairs:
+                for dim, axis in enumerate(self.types.get(node) or ()):
+                    if value.name.startswith(prefix) and dim in (1, 3):
+                        continue
+                    op = self._op(node, Zero.NEVER)
+                    op.freeze(axis, f"it is dimension {dim} of the {kind} {value.name!r}")
+
+    def _op(self, node: fx.Node, zero: Zero) -> Op:
+        return Op(node, self.axes, self.facts, self.types, self.shapes, zero, self.apart)
+
+    def unify(self, left: Axis, right: Axis, node: fx.Node) -> None:
+        """Make two axes one, for a reason that lies at `node`."""
+        self._op(node, Zero.NEVER).unify(left, right)
+
+    def shapes(self, node: fx.Node) -> Any:
+        """Generic sizes of a node (a list of them for several results; None for no tensor)."""
+        if node not in self._shapes:
+            self._shapes[node] = self._shape(node.meta.get("val"))
+        return self._shapes[node]
+
+    def _shape(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return tuple(s if type(s) is int else self._primes.size(s) for s in value.shape)
+        if isinstance(value, tuple | list):
+            return [self._shape(part) for part in value]
+        return None
+
+    def _call(self, node: fx.Node) -> Any:
+        if node.target is operator.getitem:
+            types = self.types[node.args[0]]  # type: ignore[index]
+            if types is None:
+                return None
+            self.laws[node] = Zero.KEEP
+            return types[node.args[1]]
+        shape = self.shapes(node)
+        if shape is None:
+            return None
+        name = self._name(node)
+        rule = RULES.get(name)
+        if rule is None:
+            return self._unruled(node, shape)
+        op = self._op(node, rule.zero)
+        type_ = rule.apply(op)
+        self.laws[node] = op.zero if op.terms is None else op.terms
+        if node in self.written and type_ is not None and not isinstance(type_, list):
+            target = self.types[node.args[0]]  # type: ignore[index]
+            for ours, theirs in zip(type_, target, strict=True):
+                op.unify(ours, theirs)
+        return type_
+
+    def _name(self, node: fx.Node) -> str:
+        """The operator's name without namespace and without the mark of in-place operators."""
+        target = node.target
+        if target not in self._names:
+            name = str(target).partition(".")[2] if hasattr(target, "_schema") else str(target)
+            base, _, overload = name.rpartition(".")
+            if base.endswith("_") and not base.endswith("__"):
+                name = f"{base[:-1]}.{overload}"
+            self._names[target] = name
+        schema = getattr(target, "_schema", None)
+        if schema is not None and schema.is_mutable and node.args:
+            self.written.add(node)
+        return self._names[target]
+
+    def _unruled(self, node: fx.Node, shape: Any) -> Any:
+        why = f"operator {node.target} has no rule"
+        self.facts.unruled.append(node)
+        for operand in node.all_input_nodes:
+            types = self.types.get(operand)
+            for type_ in types if isinstance(types, list) else [types]:
+                self._freeze_all(type_ or (), why, node)
+        parts = shape if isinstance(shape, list) else [shape]
+        result: list[Any] = []
+        for part in parts:
+            type_ = tuple(self.axes.atom(size) for size in part) if part is not None else None
+            self._freeze_all(type_ or (), why, node)
+            result.append(type_)
+        return result if isinstance(shape, list) else result[0]
+
+    def _freeze_all(self, type_: Iterable[Axis], why: str, node: fx.Node) -> None:
+        for axis in type_:
+            if axis is not UNIT:
+                self.facts.frozen.append(Frozen(axis, why, node))
+
+
+class _Primes:
+    """Dynamic sizes as integers: each symbol is a large prime of its own.
+
+    Two products of sizes are then equal as integers only where they are equal as expressions.
+    """
+
+    def __init__(self) -> None:
+        self._next = _FIRST_PRIME
+        self._symbols: dict[Any, int] = {}
+        self._sizes: dict[Any, int] = {}
+
+    def size(self, size: Any) -> int:
+        expression = sympy.sympify(size.node.expr)
+        if expression not in self._sizes:
+            places = {symbol: self._prime(symbol) for symbol in expression.free_symbols}
+            value = sympy.sympify(expression.xreplace(places))
+            known = value.is_Integer and value > 0
+            self._sizes[expression] = int(value) if known else self._prime(expression)
+        return self._sizes[expression]
+
+    def _prime(self, key: Any) -> int:
+        if key not in self._symbols:
+            while not _is_prime(self._next):
+                self._next += 2
+            self._symbols[key] = self._next
+            self._next += 2
+        return self._symbols[key]
+
+
+def _is_prime(number: int) -> bool:
+    return all(number % divisor for divisor in range(3, int(number**0.5) + 1, 2))

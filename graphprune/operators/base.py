@@ -1,0 +1,352 @@
+"""What an operator rule sees and says: the node being typed, its axes and its literals.
+
+A rule is one function. It reads the axes of the operands, says which axes must be the same,
+returns the axes of the result, and says in the same breath which literals of the node follow from
+which axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cache
+from typing import Any, Literal, TypeVar
+
+from torch import fx
+
+from graphprune.axes import UNIT, Atom, Axes, Axis, Conflict
+
+Type = tuple[Axis, ...]
+"""The axes of one tensor, one for each dimension."""
+
+
+class Zero(Enum):
+    """Where a result vanishes when the weights of a unit are zeroed, told from its operands."""
+
+    KEEP = "where its first operand does (f(0) = 0)"
+    ANY = "where any operand does (products, contractions)"
+    ALL = "where all operands do (sums of operands)"
+    JOIN = "where all operands that hold the axis do (concatenation)"
+    NEVER = "nowhere (f(0) is not 0)"
+    ALWAYS = "everywhere (a tensor of zeros)"
+
+
+@dataclass(frozen=True)
+class SizeLiteral:
+    """An argument of `node` (or one element of it) that is the size of `axis`.
+
+    `index` is the element of a list argument, or None for the argument itself.
+    """
+
+    node: fx.Node
+    argument: str
+    index: int | None
+    axis: Axis
+
+
+@dataclass(frozen=True)
+class MeanLiteral:
+    """`node` averages over `axis`: its divisor must stay the old size.
+
+    `form` says what to repair: a plain mean is multiplied by new/old; the root mean square of
+    `rms_norm` takes a scaled epsilon and output.
+    """
+
+    node: fx.Node
+    axis: Axis
+    form: Literal["mean", "rms_norm"]
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """`node` centres or scales by statistics over `axis` that no rescaling makes exact."""
+
+    node: fx.Node
+    axis: Axis
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """`axis` must keep all its units, because of `why`, found at `node`."""
+
+    axis: Axis
+    why: str
+    node: fx.Node
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """`node` sums over `axis`: that is exact only where one of `operands` vanishes."""
+
+    node: fx.Node
+    axis: Axis
+    operands: tuple[fx.Node, ...]
+
+
+Use = Literal["rotary", "convolved", "picked", "spread", "linear", "softmax"]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """`node` uses `axis` in the way `kind` says; roles of groups are read from it."""
+
+    kind: Use
+    axis: Axis
+    node: fx.Node
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A softmax attention.
+
+    Parameters
+    ----------
+    products
+        The nodes that multiply queries with keys, and probabilities with values (one fused node
+        may be both).
+    heads
+        Batch axes of the products.
+    key, value
+        The axis that queries and keys share, and that of the values.
+    operands
+        Queries, keys and values.
+    """
+
+    products: tuple[fx.Node, fx.Node]
+    heads: tuple[Axis, ...]
+    key: Axis
+    value: Axis
+    operands: tuple[fx.Node, fx.Node, fx.Node]
+
+    @property
+    def node(self) -> fx.Node:
+        """The node that returns the attended values."""
+        return self.products[1]
+
+
+@dataclass
+class Facts:
+    """All that the rules said about one graph, in the order of its nodes."""
+
+    sizes: list[SizeLiteral] = field(default_factory=list)
+    means: list[MeanLiteral] = field(default_factory=list)
+    statistics: list[Statistic] = field(default_factory=list)
+    frozen: list[Frozen] = field(default_factory=list)
+    contractions: list[Contraction] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)
+    attentions: list[Attention] = field(default_factory=list)
+    unruled: list[fx.Node] = field(default_factory=list)
+
+
+Result = Type | list[Type | None] | None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How an operator is typed, where its result vanishes, and a line that says so."""
+
+    names: tuple[str, ...]
+    apply: Callable[[Op], Result]
+    zero: Zero
+    summary: str
+
+
+class Op:
+    """A node being typed: its arguments by name, and what can be said about them."""
+
+    __slots__ = ("apart", "axes", "facts", "node", "shapes", "terms", "types", "zero")
+
+    def __init__(
+        self,
+        node: fx.Node,
+        axes: Axes,
+        facts: Facts,
+        types: dict[fx.Node, Any],
+        shapes: Callable[[fx.Node], Any],
+        zero: Zero,
+        apart: frozenset[fx.Node] = frozenset(),
+    ) -> None:
+        self.node = node
+        self.apart = node in apart
+        self.axes = axes
+        self.facts = facts
+        self.types = types
+        self.shapes = shapes
+        self.zero = zero
+        self.terms: tuple[tuple[fx.Node, ...], ...] | None = None
+
+    # -- arguments ------------------------------------------------------------------------------
+
+    def arg(self, name: str) -> Any:
+        """The argument called `name` in the operator's schema, or its default."""
+        for position, argument, positional, default in _arguments(self.node.target):
+            if argument == name:
+                if positional and position < len(self.node.args):
+                    return self.node.args[position]
+                return self.node.kwargs.get(name, default)
+        return None
+
+    def type(self, name: str) -> Type:
+        """The axes of the tensor argument called `name`."""
+        found: Type = self.types[self.arg(name)]
+        return found
+
+    def shape(self, node: fx.Node | None = None) -> tuple[int, ...]:
+        """Generic sizes of `node` (the result by default); dynamic ones are large primes."""
+        found: tuple[int, ...] = self.shapes(node or self.node)
+        return found
+
+    def operands(self) -> list[fx.Node]:
+        """The tensor arguments, in order, those inside lists among them."""
+        return [node for node in self.node.all_input_nodes if self.types.get(node) is not None]
+
+    def dim(self, name: str, rank: int) -> int:
+        """The dimension argument called `name`, counted from the front."""
+        dim: int = self.arg(name)
+        return dim + rank if dim < 0 else dim
+
+    def dims(self, name: str, rank: int) -> list[int]:
+        """A dimension list (or single dimension); all of them when it is empty or None."""
+        given = self.arg(name)
+        if given is None or given == []:
+            return list(range(rank))
+        given = [given] if isinstance(given, int) else given
+        return [dim + rank if dim < 0 else dim for dim in given]
+
+    # -- axes -----------------------------------------------------------------------------------
+
+    def fresh(self, size: int) -> Axis:
+        """A new axis that nothing is known about."""
+        return self.axes.atom(size)
+
+    def fixed(self, size: int, why: str) -> Axis:
+        """A new axis that must keep all its units."""
+        axis = self.axes.atom(size)
+        self.freeze(axis, why)
+        return axis
+
+    def unify(self, left: Axis, right: Axis) -> None:
+        """Make two axes the same; where that cannot be, freeze both."""
+        if left is right:
+            return
+        try:
+            self.axes.unify(left, right)
+        except Conflict as conflict:
+            for axis in (left, right):
+                self.freeze(axis, f"its structure does not fit: {conflict}")
+
+    def split(self, axis: Axis, sizes: Sequence[int]) -> list[Axis]:
+        """`axis` cut into pieces; where that cannot be, it is frozen and so are the pieces."""
+        try:
+            return self.axes.split(axis, sizes)
+        except Conflict as conflict:
+            self.freeze(axis, f"it is cut across its structure: {conflict}")
+            return [
+                self.fixed(size, "a piece cut across the structure of an axis") for size in sizes
+            ]
+
+    def factor(self, axis: Axis, sizes: tuple[int, ...]) -> list[Axis]:
+        """`axis` as a product; where that cannot be, it is frozen and so are the factors."""
+        try:
+            return self.axes.factor(axis, sizes)
+        except Conflict as conflict:
+            self.freeze(axis, f"it is factored across its structure: {conflict}")
+            return [self.fixed(size, "a factor across the structure of an axis") for size in sizes]
+
+    def freeze(self, axis: Axis, why: str) -> None:
+        """Say that `axis` must keep all its units."""
+        if axis is not UNIT:
+            self.facts.frozen.append(Frozen(axis, why, self.node))
+
+    def broadcast(self, *types: Type, shape: Sequence[int] | None = None) -> Type:
+        """Unify `types` aligned at their last dimension, as element-wise operators do."""
+        shape = self.shape() if shape is None else shape
+        result: list[Axis] = []
+        for back in range(len(shape), 0, -1):
+            size = shape[-back]
+            found: Axis | None = None
+            for type_ in types:
+                axis = type_[-back] if back <= len(type_) else UNIT
+                if axis.size != size or axis is UNIT:
+                    continue
+                if found is None:
+                    found = axis
+                else:
+                    self.unify(found, axis)
+            result.append(found if found is not None else self.fresh(size))
+        return tuple(result)
+
+    # -- literals and marks ---------------------------------------------------------------------
+
+    def size_literal(self, argument: str, index: int | None, axis: Axis) -> None:
+        """Say that an argument is the size of `axis`; -1 and dynamic sizes follow by themselves."""
+        value = self.arg(argument)
+        value = value if index is None else value[index]
+        if axis is UNIT or (isinstance(value, int) and value == -1):
+            return
+        self.facts.sizes.append(SizeLiteral(self.node, argument, index, axis))
+
+    def size_literals(self, argument: str, type_: Iterable[Axis]) -> None:
+        """Say that a list argument holds the sizes of `type_`."""
+        for index, axis in enumerate(type_):
+            self.size_literal(argument, index, axis)
+
+    def vanishes_as(self, *terms: Iterable[fx.Node | None]) -> None:
+        """Say that the result is a sum of products of nodes (None and empty terms left out).
+
+        It vanishes where a factor of every term does; this overrides the rule's own law.
+        """
+        found = (tuple(node for node in term if node is not None) for term in terms)
+        self.terms = tuple(term for term in found if term)
+
+    def contract(self, axis: Axis, *operands: fx.Node) -> None:
+        """Say that the node sums over `axis` of the product of `operands`."""
+        if axis is not UNIT:
+            self.facts.contractions.append(Contraction(self.node, axis, operands))
+
+    def mark(self, kind: Use, axis: Axis) -> None:
+        """Say how the node uses `axis`."""
+        if axis is not UNIT:
+            self.facts.marks.append(Mark(kind, axis, self.node))
+
+
+@cache
+def _arguments(target: Any) -> list[tuple[int, str, bool, Any]]:
+    """(position, name, whether it may be positional, default) of an operator's arguments."""
+    return [
+        (
+            position,
+            argument.name,
+            not argument.kwarg_only,
+            argument.default_value if argument.has_default_value() else None,
+        )
+        for position, argument in enumerate(target._schema.arguments)
+    ]
+
+
+RULES: dict[str, Rule] = {}
+"""Operator name without its namespace, such as ``view.default`` -> its rule."""
+
+
+Typing = TypeVar("Typing", bound=Callable[[Op], Result])
+
+
+def rule(*names: str, zero: Zero) -> Callable[[Typing], Typing]:
+    """Register a typing function for the ATen operators called `names`."""
+
+    def register(apply: Typing) -> Typing:
+        summary = (apply.__doc__ or "").strip().splitlines()[0]
+        entry = Rule(names, apply, zero, summary)
+        for name in names:
+            if name in RULES:
+                raise ValueError(f"two rules for {name}")
+            RULES[name] = entry
+        return apply
+
+    return register
+
+
+def atoms_of(axes: Axes, type_: Iterable[Axis]) -> set[Atom]:
+    """The unbound atoms anywhere in `type_`."""
+    return {atom for axis in type_ for atom in axes.atoms(axis)}

@@ -1,0 +1,219 @@
+"""Operators that reduce, normalise or order along axes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from graphprune.axes import UNIT, Axis
+from graphprune.operators.base import MeanLiteral, Op, Statistic, Type, Zero, rule
+
+
+def _reduced(op: Op, type_: Type, dims: Iterable[int]) -> Type:
+    keep = bool(op.arg("keepdim"))
+    gone = set(dims)
+    kept = [(UNIT if dim in gone else axis) for dim, axis in enumerate(type_)]
+    return tuple(a for dim, a in enumerate(kept) if keep or dim not in gone)
+
+
+@rule("sum.dim_IntList", "sum.default", "linalg_vector_norm.default", zero=Zero.KEEP)
+@rule("norm.ScalarOpt_dim", "nansum.default", "count_nonzero.dim_IntList", zero=Zero.KEEP)
+def sum_(op: Op) -> Type:
+    """Sums and norms: exact where what is removed vanishes."""
+    type_ = op.types[op.operands()[0]]
+    dims = op.dims("dim", len(type_))
+    order = op.arg("ord") if op.arg("ord") is not None else op.arg("p")
+    for dim in dims:
+        if order is not None and order <= 0:
+            op.freeze(type_[dim], f"a norm of order {order} is taken over it")
+        op.contract(type_[dim], op.operands()[0])
+    return _reduced(op, type_, dims)
+
+
+@rule("mean.dim", "mean.default", zero=Zero.KEEP)
+def mean(op: Op) -> Type:
+    """Means: rescaled by new/old size, exact where what is removed vanishes."""
+    type_ = op.type("self")
+    dims = op.dims("dim", len(type_))
+    for dim in dims:
+        op.contract(type_[dim], op.operands()[0])
+        if type_[dim] is not UNIT:
+            op.facts.means.append(MeanLiteral(op.node, type_[dim], "mean"))
+    return _reduced(op, type_, dims)
+
+
+@rule("var.dim", "var.correction", "std.dim", "std.correction", "var.default", zero=Zero.NEVER)
+@rule("std.default", zero=Zero.NEVER)
+def variance(op: Op) -> Type:
+    """Variances: the mean shifts with what is removed, so the axes are frozen."""
+    type_ = op.type("self")
+    dims = op.dims("dim", len(type_))
+    for dim in dims:
+        op.freeze(type_[dim], "a variance is taken over it")
+    return _reduced(op, type_, dims)
+
+
+@rule("amax.default", "amin.default", "any.dim", "any.default", "all.dim", zero=Zero.NEVER)
+@rule("all.default", "max.default", "min.default", "argmax.default", zero=Zero.NEVER)
+@rule("argmin.default", "prod.dim_int", "prod.default", "logsumexp.default", zero=Zero.NEVER)
+@rule("any.dims", "all.dims", zero=Zero.NEVER)
+def extreme(op: Op) -> Type:
+    """Extremes and logic over axes, which are frozen: a zero in place of a value may win."""
+    type_ = op.types[op.operands()[0]]
+    dims = op.dims("dim", len(type_))
+    for dim in dims:
+        op.freeze(type_[dim], f"{op.node.target.__name__.split('.')[0]} runs over it")  # type: ignore[union-attr]
+    return _reduced(op, type_, dims)
+
+
+@rule("max.dim", "min.dim", "median.dim", "mode.default", zero=Zero.NEVER)
+def extreme_with_index(op: Op) -> list[Type | None]:
+    """Extremes with their places: the axis is frozen."""
+    type_ = extreme(op)
+    return [type_, type_]
+
+
+@rule("softmax.int", "_softmax.default", zero=Zero.NEVER)
+def softmax(op: Op) -> Type:
+    """Softmax: the axis is frozen, the others stay."""
+    type_ = normalised(op)
+    op.mark("softmax", type_[op.dim("dim", len(type_))])
+    return type_
+
+
+@rule("log_softmax.int", "_log_softmax.default", zero=Zero.NEVER)
+@rule("cumsum.default", "cumprod.default", "logcumsumexp.default", zero=Zero.NEVER)
+def normalised(op: Op) -> Type:
+    """Running sums and the like: the axis is frozen, the others stay."""
+    type_ = op.type("self")
+    dim = op.dim("dim", len(type_))
+    op.freeze(type_[dim], f"{op.node.target.__name__.split('.')[0]} runs over it")  # type: ignore[union-attr]
+    return type_
+
+
+@rule("argsort.default", "argsort.stable", zero=Zero.NEVER)
+def order(op: Op) -> Type:
+    """Ordering: the axis is frozen."""
+    return normalised(op)
+
+
+@rule("sort.default", "sort.stable", "cummax.default", "cummin.default", zero=Zero.NEVER)
+def order_with_index(op: Op) -> list[Type | None]:
+    """Ordering with places: the axis is frozen."""
+    type_ = normalised(op)
+    return [type_, type_]
+
+
+@rule("topk.default", zero=Zero.NEVER)
+def top(op: Op) -> list[Type | None]:
+    """The largest few of an axis, which is frozen, as is their number."""
+    type_ = op.type("self")
+    dim = op.dim("dim", len(type_)) if op.arg("dim") is not None else len(type_) - 1
+    op.freeze(type_[dim], "the largest of it are picked")
+    kept = op.fixed(op.shapes(op.node)[0][dim], "the number that is picked")
+    result = (*type_[:dim], kept, *type_[dim + 1 :])
+    return [result, result]
+
+
+@rule("kthvalue.default", zero=Zero.NEVER)
+def ranked(op: Op) -> list[Type | None]:
+    """The k-th smallest of an axis, which is frozen."""
+    type_ = op.type("self")
+    dim = op.dim("dim", len(type_))
+    op.freeze(type_[dim], "the k-th of it is picked")
+    result = _reduced(op, type_, (dim,))
+    return [result, result]
+
+
+# -- norms --------------------------------------------------------------------------------------
+
+
+def _affine(op: Op, axes: tuple[Axis, ...]) -> None:
+    for name in ("weight", "bias"):
+        if op.arg(name) is not None:
+            for axis, other in zip(axes, op.type(name), strict=True):
+                op.unify(axis, other)
+
+
+def _vanish_by_gain(op: Op) -> None:
+    """Zeroed gain and bias make the result vanish whatever the statistics are."""
+    if op.arg("weight") is not None:
+        op.vanishes_as((op.arg("weight"),), (op.arg("bias"),))
+
+
+@rule("layer_norm.default", zero=Zero.NEVER)
+def layer_norm(op: Op) -> Type:
+    """Mean and variance over the last axes: approximate, the statistics are of what stays."""
+    type_ = op.type("input")
+    axes = type_[-len(op.arg("normalized_shape")) :]
+    _affine(op, axes)
+    op.size_literals("normalized_shape", axes)
+    for axis in axes:
+        op.facts.statistics.append(Statistic(op.node, axis))
+    _vanish_by_gain(op)
+    return type_
+
+
+@rule("rms_norm.default", zero=Zero.ANY)
+def rms_norm(op: Op) -> Type:
+    """Root mean square over the last axes: rescaled by new/old size, exact."""
+    type_ = op.type("input")
+    axes = type_[-len(op.arg("normalized_shape")) :]
+    _affine(op, axes)
+    op.size_literals("normalized_shape", axes)
+    for axis in axes:
+        op.contract(axis, op.arg("input"))
+        op.facts.means.append(MeanLiteral(op.node, axis, "rms_norm"))
+    return type_
+
+
+@rule("group_norm.default", zero=Zero.NEVER)
+def group_norm(op: Op) -> Type:
+    """(group channel): whole groups go exactly, channels within a group approximately."""
+    type_ = op.type("input")
+    groups = op.arg("num_groups")
+    _affine(op, type_[1:2])
+    for axis in type_[2:]:
+        op.freeze(axis, "places of an image")
+    group, channel = op.factor(type_[1], (groups, type_[1].size // groups))
+    op.size_literal("num_groups", None, group)
+    op.freeze(channel, "a group's mean and variance are taken over it")
+    _vanish_by_gain(op)
+    return type_
+
+
+@rule("batch_norm.default", "instance_norm.default", zero=Zero.NEVER)
+def batch_norm(op: Op) -> Type:
+    """Statistics of each channel alone: exact; they are not of other axes, unless held fixed."""
+    type_ = op.type("input")
+    if op.arg("training") or op.arg("use_input_stats"):
+        for axis in (type_[0], *type_[2:]):
+            op.freeze(axis, "mean and variance are taken over it")
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if op.arg(name) is not None:
+            op.unify(type_[1], op.type(name)[0])
+    _vanish_by_gain(op)
+    return type_
+
+
+# -- pooling ------------------------------------------------------------------------------------
+
+
+@rule("max_pool1d.default", "max_pool2d.default", "max_pool3d.default", zero=Zero.KEEP)
+@rule("avg_pool1d.default", "avg_pool2d.default", "avg_pool3d.default", zero=Zero.KEEP)
+@rule("adaptive_avg_pool1d.default", "adaptive_avg_pool2d.default", zero=Zero.KEEP)
+@rule("adaptive_avg_pool3d.default", "upsample_nearest2d.vec", zero=Zero.KEEP)
+@rule("upsample_bilinear2d.vec", "upsample_bicubic2d.vec", "upsample_linear1d.vec", zero=Zero.KEEP)
+@rule("upsample_nearest2d.default", "upsample_nearest1d.vec", "im2col.default", zero=Zero.KEEP)
+def pool(op: Op) -> Type:
+    """Places of an image are combined, each channel alone."""
+    type_ = op.types[op.operands()[0]]
+    name = op.node.target.__name__.split(".")[0]  # type: ignore[union-attr]
+    places = int(name.replace("im2col", "x2d")[name.replace("im2col", "x2d").rindex("d") - 1])
+    if name == "im2col" or len(op.shape()) != len(type_):
+        for axis in type_:
+            op.freeze(axis, f"{name} rearranges it")
+        return tuple(op.fixed(size, f"result of {name}") for size in op.shape())
+    for axis in type_[-places:]:
+        op.freeze(axis, "places of an image")
+    fixed = [op.fixed(size, "places of an image") for size in op.shape()[-places:]]
+    return (*type_[:-places], *fixed)

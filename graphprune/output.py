@@ -1,0 +1,185 @@
+"""Outputs that are complete or absent: written beside their place, then renamed into it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from graphprune.errors import OutputError
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+"""Failures of the place rather than of whoever writes to it."""
+
+
+@contextmanager
+def staged_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A directory to write into, which becomes `path` when the ``with`` ends well.
+
+    Missing parents are made. After a failure, an interrupt included, nothing is left: neither what
+    was written nor a parent that was made for it.
+
+    Parameters
+    ----------
+    path
+        The directory to make; it may exist if it is empty.
+
+    Yields
+    ------
+    Path
+        The directory to write into meanwhile.
+
+    Raises
+    ------
+    OutputError
+        When `path` is a file, is not empty or cannot be made, or the disk is full.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with staged_directory(f"{folder}/out") as staged:
+    ...         _ = (staged / "report.json").write_text("{}")
+    ...     print(*(entry.name for entry in Path(folder, "out").iterdir()))
+    report.json
+    """
+    target = Path(os.path.realpath(path))
+    made: list[Path] = []
+    with _refusing(path):
+        if target.exists() and not target.is_dir():
+            raise OutputError(f"{path} is a file, not a directory")
+        existed = target.is_dir()
+        if existed and any(target.iterdir()):
+            raise OutputError(f"{path} is not empty: give another place, or empty it first")
+    try:
+        with _refusing(path):
+            # An empty directory may be a mount point or somebody's current directory: it stays.
+            _make_parents(target if existed else target.parent, made)
+            staged = _hidden(target if existed else target.parent, target.name)
+        try:
+            with _disk_full(path):
+                yield staged
+            with _refusing(path):
+                if existed:
+                    _move_up(staged, target, sorted(staged.iterdir()), overwrite=False)
+                else:
+                    os.rename(staged, target)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+    except BaseException:
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+@contextmanager
+def staged_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """A file to write, which becomes `path` when the ``with`` ends well.
+
+    What is written beside it, such as external data that it refers to by name, goes along.
+
+    Parameters
+    ----------
+    path
+        The file to make, in a directory that exists.
+    overwrite
+        Whether it may replace a file.
+
+    Yields
+    ------
+    Path
+        The file to write meanwhile, of the same name and alone in its directory.
+
+    Raises
+    ------
+    OutputError
+        When `path` exists or cannot be made, nothing was written, or the disk is full.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with staged_file(f"{folder}/plan.json") as staged:
+    ...         _ = staged.write_text("{}")
+    ...     print(Path(folder, "plan.json").read_text())
+    {}
+    """
+    target = Path(os.path.realpath(path))
+    with _refusing(path):
+        if target.is_dir():
+            raise OutputError(f"{path} is a directory, not a file")
+        if target.exists() and not overwrite:
+            raise OutputError(f"{path} exists already")
+        if not target.parent.is_dir():
+            raise OutputError(f"{path} cannot be written: {target.parent} is no directory")
+        staged = _hidden(target.parent, target.name)
+    try:
+        with _disk_full(path):
+            yield staged / target.name
+        with _refusing(path):
+            if not (staged / target.name).is_file():
+                raise OutputError(f"nothing was written to {path}")
+            # The file itself comes last: whoever sees it finds what it refers to.
+            entries = sorted(staged.iterdir(), key=lambda entry: (entry.name == target.name, entry))
+            _move_up(staged, target.parent, entries, overwrite)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _hidden(parent: Path, name: str) -> Path:
+    """A new hidden directory in `parent`, with the permissions of any other."""
+    staged = parent / f".{name}.{secrets.token_hex(4)}.partial"
+    staged.mkdir()
+    return staged
+
+
+def _make_parents(folder: Path, made: list[Path]) -> None:
+    """Make `folder` and the directories above it, noting in `made` which were missing."""
+    if folder.is_dir():
+        return
+    _make_parents(folder.parent, made)
+    folder.mkdir()
+    made.append(folder)
+
+
+def _move_up(staged: Path, parent: Path, entries: list[Path], overwrite: bool) -> None:
+    """Move `entries` out of `staged` into `parent`: all of them, or none."""
+    clash = [entry.name for entry in entries if os.path.lexists(parent / entry.name)]
+    if clash and not overwrite:
+        raise OutputError(f"{parent / clash[0]} exists already")
+    moved: list[Path] = []
+    try:
+        for entry in entries:
+            os.replace(entry, parent / entry.name)
+            moved.append(parent / entry.name)
+    except BaseException:
+        for entry in moved:
+            with contextlib.suppress(OSError):
+                os.replace(entry, staged / entry.name)
+        raise
+
+
+@contextmanager
+def _refusing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn any failure of the file system into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def _disk_full(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what befalls whoever writes, through no fault of their own, into one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise OutputError(f"{path} cannot be written: {error.strerror}") from error

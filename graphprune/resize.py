@@ -1,0 +1,134 @@
+"""Changing the sizes of axes in a graph: literals follow and weights are gathered."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.axes import Axis, Cuts
+from graphprune.inference import Types
+from graphprune.operators.base import MeanLiteral, Type
+from graphprune.program import Program
+from graphprune.rebuild import follow_size, get_argument, rebuild, set_argument
+
+RESCALE = "rescale"
+"""Key in a node's meta: (new size, old size) of a mean whose divisor this multiplication keeps."""
+
+
+class Resize:
+    """A copy of a program's graph in which the units of `cuts` are gone.
+
+    Parameters
+    ----------
+    types
+        The axis types of the program.
+    cuts
+        Resolved atoms -> what they lose (or gain).
+    """
+
+    def __init__(self, types: Types, cuts: Cuts) -> None:
+        self.types = types
+        self.cuts = cuts
+        self.axes = types.axes
+        self.graph = fx.Graph()
+        self.new: dict[fx.Node, fx.Node] = {}
+        output = self.graph.graph_copy(types.program.graph, self.new)
+        self.graph.output(output)
+        for literal in types.facts.sizes:
+            if self.touched((literal.axis,)):
+                node = self.new[literal.node]
+                follow_size(node, literal.argument, literal.index, self._ratio(literal.axis))
+
+    def touched(self, type_: Type) -> bool:
+        """Whether any axis of `type_` changes its size."""
+        return any(self.axes.touched(axis, self.cuts) for axis in type_)
+
+    def _ratio(self, axis: Axis) -> Fraction:
+        if not self.axes.touched(axis, self.cuts):
+            return Fraction(1)
+        return Fraction(self.axes.kept_size(axis, self.cuts), self.axes.head(axis).size)
+
+    def gathered(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`weights` with the indices that stay; those that do not change are shared."""
+        return {
+            name: self._gather(weights[name], self.types.of[node])
+            for name, node in self.types.program.weight_nodes()
+        }
+
+    def _gather(self, weight: Tensor, type_: Type) -> Tensor:
+        for dim, axis in enumerate(type_):
+            if self.axes.touched(axis, self.cuts):
+                kept = torch.tensor(self.axes.positions(axis, self.cuts), device=weight.device)
+                weight = weight.detach().index_select(dim, kept)
+        return weight
+
+    def program(self, weights: Mapping[str, Tensor]) -> Program:
+        """The new program with `weights`, its sizes derived again and compared with the types.
+
+        Raises
+        ------
+        RewriteError
+            When an operator does not accept its new sizes, or a size comes out otherwise than its
+            axis says.
+        """
+        shapes = {
+            self.new[node]: self._shapes(node.meta["val"], type_)
+            for node, type_ in self.types.of.items()
+            if type_ is not None and self._any_touched(type_)
+        }
+        return rebuild(self.types.program, self.graph, weights, shapes)
+
+    def _any_touched(self, type_: Type | list[Type | None]) -> bool:
+        if isinstance(type_, list):
+            return any(self.touched(one) for one in type_ if one is not None)
+        return self.touched(type_)
+
+    def _shapes(self, value: Any, type_: Any) -> Any:
+        if isinstance(type_, list):
+            return [self._shapes(part, one) for part, one in zip(value, type_, strict=True)]
+        ratios = map(self._ratio, type_)
+        return tuple(
+            size * ratio.numerator // ratio.denominator if ratio != 1 else size
+            for size, ratio in zip(value.shape, ratios, strict=True)
+        )
+
+    # -- means ----------------------------------------------------------------------------------
+
+    def keep_divisors(self) -> None:
+        """Let every mean over an axis that shrinks divide by the old size.
+
+        Zeros in place of the removed units would not change its sum, so the result is then exact.
+        """
+        ratios: dict[fx.Node, Fraction] = defaultdict(lambda: Fraction(1))
+        forms: dict[fx.Node, MeanLiteral] = {}
+        for literal in self.types.facts.means:
+            if self.touched((literal.axis,)):
+                ratios[literal.node] *= self._ratio(literal.axis)
+                forms[literal.node] = literal
+        for node, ratio in ratios.items():
+            self._rescale(self.new[node], ratio, forms[node].form)
+
+    def _rescale(self, node: fx.Node, ratio: Fraction, form: str) -> None:
+        factor = float(ratio)
+        if form == "rms_norm":
+            # x / sqrt(ratio * mean + eps) = ratio^-1/2 * x / sqrt(mean + eps / ratio)
+            set_argument(node, "eps", None, get_argument(node, "eps") / float(ratio))
+            factor = math.sqrt(1 / ratio)
+        users = list(node.users)
+        if len(users) == 1 and RESCALE in users[0].meta:
+            scaled = users[0]
+            earlier = Fraction(*scaled.meta[RESCALE])
+            scaled.args = (node, scaled.args[1] * factor)  # type: ignore[operator]
+            ratio *= earlier
+        else:
+            with self.graph.inserting_after(node):
+                scaled = self.graph.call_function(torch.ops.aten.mul.Tensor, (node, factor))
+            node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+            scaled.meta = {k: v for k, v in node.meta.items() if k != "val"}
+        scaled.meta[RESCALE] = (ratio.numerator, ratio.denominator)

@@ -1,0 +1,194 @@
+"""What an axis does: read from how the graph uses it, never from a module's name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Literal
+
+from torch import fx
+
+from graphprune.axes import Atom, Axis
+from graphprune.inference import Types
+from graphprune.operators.base import Attention
+
+Role = Literal[
+    "kv-head",
+    "query-slot",
+    "head-dim",
+    "rope-pair",
+    "ffn",
+    "expert-unit",
+    "residual",
+    "channel",
+    "other",
+]
+
+LABELS: dict[Role, str] = {
+    "kv-head": "kv",
+    "query-slot": "q",
+    "head-dim": "d",
+    "rope-pair": "r",
+    "ffn": "ffn",
+    "expert-unit": "unit",
+    "residual": "hidden",
+    "channel": "c",
+    "other": "x",
+}
+"""Role -> how its axis is called inside a printed type."""
+
+
+def find_roles(types: Types, atoms: Collection[Atom]) -> dict[Atom, Role]:
+    """The role of each of `atoms`."""
+    heads, keys, values = _attention_axes(types)
+    rotary = _marked(types, "rotary")
+    spread = set(_spread(types, atoms))
+    residual = _residual(types, atoms)
+    convolved, linear = _marked(types, "convolved"), _marked(types, "linear")
+    picked = _beside_picked(types)
+    roles: dict[Atom, Role] = {}
+    for atom in atoms:
+        if atom in heads:
+            roles[atom] = "query-slot" if atom in spread else "kv-head"
+        elif atom in keys or atom in values:
+            roles[atom] = "rope-pair" if atom in rotary else "head-dim"
+        elif atom in residual:
+            roles[atom] = "residual"
+        elif atom in picked and atom in linear:
+            roles[atom] = "expert-unit"
+        elif atom in convolved:
+            roles[atom] = "channel"
+        elif atom in linear:
+            roles[atom] = "ffn"
+        else:
+            roles[atom] = "other"
+    return roles
+
+
+def _marked(types: Types, kind: str) -> set[Atom]:
+    return {
+        atom
+        for mark in types.facts.marks
+        if mark.kind == kind
+        for atom in types.axes.atoms(mark.axis)
+    }
+
+
+def _spread(types: Types, atoms: Collection[Atom]) -> Iterator[Atom]:
+    """Atoms along which values that hold other groups are repeated (keys over query slots)."""
+    groups = set(atoms)
+    for mark in types.facts.marks:
+        if mark.kind == "spread" and mark.node.all_input_nodes:
+            found = set(types.axes.atoms(mark.axis))
+            if found & groups and (types.held[mark.node.all_input_nodes[0]] - found) & groups:
+                yield from found
+
+
+def _beside_picked(types: Types) -> set[Atom]:
+    """Atoms in weights of which one axis is picked by index at run time (packed experts)."""
+    picked = _marked(types, "picked")
+    found: set[Atom] = set()
+    for _, node in types.program.weight_nodes():
+        if types.held[node] & picked:
+            found |= types.held[node]
+    return found
+
+
+# -- attention ----------------------------------------------------------------------------------
+
+
+def _attention_axes(types: Types) -> tuple[set[Atom], set[Atom], set[Atom]]:
+    """Atoms of head axes, of query-key axes, and of value axes."""
+    heads: set[Atom] = set()
+    keys: set[Atom] = set()
+    values: set[Atom] = set()
+    for site in (*types.facts.attentions, *attention_sites(types)):
+        for axis in site.heads:
+            heads |= set(types.axes.atoms(axis))
+        keys |= set(types.axes.atoms(site.key))
+        values |= set(types.axes.atoms(site.value))
+    return heads, keys, values
+
+
+_PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
+
+
+def attention_sites(types: Types) -> Iterator[Attention]:
+    """Attention spelled out: a product, a softmax over its last axis, and a product again."""
+    for node in (mark.node for mark in types.facts.marks if mark.kind == "softmax"):
+        scores = _back_to_product(node)
+        context = _on_to_product(node)
+        if scores is None or context is None:
+            continue
+        query, key = scores.all_input_nodes[-2:]
+        value = context.all_input_nodes[-1]
+        out = types.of[context]
+        probabilities: tuple[Axis, ...] = types.of[node]
+        operands = (query, key, value)
+        yield Attention(
+            (scores, context), probabilities[:-2], types.of[query][-1], out[-1], operands
+        )
+
+
+def _kind(node: fx.Node) -> str:
+    return str(node.target).split(".")[1] if "." in str(node.target) else str(node.target)
+
+
+def _back_to_product(node: fx.Node) -> fx.Node | None:
+    while node.op == "call_function" and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+        if _kind(node) in _PRODUCTS:
+            return node
+    return None
+
+
+def _on_to_product(node: fx.Node) -> fx.Node | None:
+    for _ in range(8):
+        users = list(node.users)
+        if len(users) != 1:
+            return None
+        if _kind(users[0]) in _PRODUCTS:
+            return users[0] if users[0].all_input_nodes[0] is node else None
+        node = users[0]
+    return None
+
+
+# -- residual streams ---------------------------------------------------------------------------
+
+
+def _residual(types: Types, atoms: Collection[Atom]) -> set[Atom]:
+    """Atoms along which a value is added to a function of itself that contracts them."""
+    groups = set(atoms)
+    order = {node: index for index, node in enumerate(types.program.graph.nodes)}
+    found: set[Atom] = set()
+    for node in types.program.graph.nodes:
+        if node.op != "call_function" or not str(node.target).startswith("aten.add"):
+            continue
+        operands = [n for n in node.all_input_nodes if n.op == "call_function"]
+        if len(operands) != 2:
+            continue
+        early, late = sorted(operands, key=order.__getitem__)
+        for atom in (types.held.get(node, frozenset()) & groups) - found:
+            around = _reaches(late, early, order, types, None)
+            if around and not _reaches(late, early, order, types, atom):
+                found.add(atom)
+    return found
+
+
+def _reaches(
+    late: fx.Node, early: fx.Node, order: dict[fx.Node, int], types: Types, atom: Atom | None
+) -> bool:
+    """Whether `late` is computed from `early` (through values that hold `atom` only)."""
+    limit = order[early]
+    pending, seen = [late], {late}
+    while pending:
+        node = pending.pop()
+        if node is early:
+            return True
+        for other in node.all_input_nodes:
+            if other in seen or order[other] < limit:
+                continue
+            if atom is not None and atom not in types.held.get(other, frozenset()):
+                continue
+            seen.add(other)
+            pending.append(other)
+    return False

@@ -1,0 +1,325 @@
+"""Verification: a rewritten program must equal the original with its removed slices zeroed.
+
+The reference is made from the plan's index maps and the original graph alone; nothing of the
+rewriter's slicing is shared. Removing zeroes; merging replaces every head of a run by the run's
+mean. The change of shape that follows must then be exact, whatever the edit did to quality. Where
+a normalisation's statistics run over an axis that lost units (LayerNorm over the residual stream),
+the reference takes them over what stays; a plain mean (RMSNorm) keeps its old divisor, which
+zeroing does by itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from graphprune.axes import Axis, Occurrence
+from graphprune.errors import VerificationError
+from graphprune.inference import infer
+from graphprune.plan import Place, Plan, Step
+from graphprune.program import PAST, PRESENT, Program
+from graphprune.sampling import continuation, random_inputs
+
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was compared and how far apart it was.
+
+    Parameters
+    ----------
+    max_relative_error
+        Largest absolute difference of any output, over the largest absolute value of that output.
+    max_weight_error
+        The same over the weights of the program and those that the plan's index maps leave.
+    tolerance
+        What was allowed.
+    outputs
+        Error of each output.
+    runs
+        What was run, for people.
+    seconds
+        Time taken.
+    """
+
+    max_relative_error: float
+    max_weight_error: float
+    tolerance: float
+    outputs: Mapping[str, float]
+    runs: tuple[str, ...]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"max relative error {self.max_relative_error:.1e} "
+            f"(tolerance {self.tolerance:.0e}; {', '.join(self.runs)})"
+        )
+
+
+def verify(
+    original: Program,
+    plan: Plan,
+    program: Program,
+    *,
+    tolerance: float | None = None,
+    seed: int = 0,
+) -> VerifyReport:
+    """Check that `program` is what `plan` makes of `original`.
+
+    Parameters
+    ----------
+    original
+        The program that the plan was made for, with its weights.
+    plan
+        What was removed and merged.
+    program
+        The rewritten program.
+    tolerance
+        Largest relative error allowed; by default 1e-4 in float32, and wider in half precision.
+    seed
+        Seed of the random inputs.
+
+    Raises
+    ------
+    PlanError
+        When the plan was made for another program.
+    VerificationError
+        Past tolerance, naming the output or weight and the error; also for other shapes, and for
+        values that are not finite.
+    """
+    start = time.perf_counter()
+    plan.check(original)
+    allowed = _TOLERANCE.get(_dtype(original), 1e-4) if tolerance is None else tolerance
+    reference = _Reference(original, plan)
+    weights = {
+        name: _error(weight, program.weights.get(name), name)
+        for name, weight in reference.narrow.items()
+    }
+    outputs: dict[str, float] = {}
+    runs = []
+    wide, narrow = _Session(reference), _Session(program)
+    for run, inputs in _runs(original, seed):
+        runs.append(run)
+        got = narrow(inputs)
+        for name, expected in wide(inputs).items():
+            outputs[name] = max(outputs.get(name, 0.0), _error(expected, got.get(name), name))
+    for errors, kind in ((weights, "weight"), (outputs, "output")):
+        worst = max(errors, key=errors.__getitem__, default=None)
+        if worst is not None and not errors[worst] <= allowed:
+            raise VerificationError(
+                f"{kind} {worst} is {errors[worst]:.1e} (relative) away from the masked original, "
+                f"past the tolerance of {allowed:.0e}"
+            )
+    return VerifyReport(
+        max(outputs.values(), default=0.0),
+        max(weights.values(), default=0.0),
+        allowed,
+        outputs,
+        tuple(runs),
+        time.perf_counter() - start,
+    )
+
+
+def _dtype(program: Program) -> torch.dtype:
+    kinds = program.kinds
+    return next(w.dtype for name, w in program.weights.items() if kinds[name] == "parameter")
+
+
+def _runs(program: Program, seed: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    inputs = random_inputs(program, seed=seed)
+    yield "full pass", inputs
+    if program.is_decoder:
+        yield "one more token on the cache", continuation(program, inputs, seed=seed + 1)
+
+
+@dataclass
+class _Session:
+    """Runs a program step by step on its own KV cache; returns the other outputs."""
+
+    call: Any
+    cache: dict[str, Tensor] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        outputs = self.call(**inputs, **self.cache)
+        self.cache = {
+            PAST + name.removeprefix(PRESENT): value
+            for name, value in outputs.items()
+            if name.startswith(PRESENT)
+        }
+        return {k: v for k, v in outputs.items() if not k.startswith(PRESENT)}
+
+
+def _error(expected: Tensor, found: Tensor | None, name: str) -> float:
+    """Largest absolute difference over the largest absolute value expected."""
+    if found is None or found.shape != expected.shape:
+        shape = "missing" if found is None else f"of shape {tuple(found.shape)}"
+        raise VerificationError(f"{name} is {shape}, not of shape {tuple(expected.shape)}")
+    if expected.numel() == 0 or not expected.dtype.is_floating_point:
+        return 0.0 if torch.equal(expected, found) else float("inf")
+    if not bool(torch.isfinite(expected).all()) or not bool(torch.isfinite(found).all()):
+        raise VerificationError(f"{name} holds values that are not finite")
+    scale = float(expected.abs().max()) or 1.0
+    return float((expected - found).abs().max()) / scale
+
+
+class _Reference:
+    """The original graph on edited weights: removed slices zeroed, merged heads made equal.
+
+    Attributes
+    ----------
+    narrow
+        The edited weights with what goes left out, which the program must hold.
+    """
+
+    def __init__(self, original: Program, plan: Plan) -> None:
+        self.original = original
+        self.narrow: dict[str, Tensor] = dict(original.weights)
+        self.origin: dict[Place, Tensor] = {}
+        for step in plan.steps:
+            self._edit(step)
+        wide = {name: self._widen(name) for name in original.weights}
+        self.weights = wide
+        self.statistics = self._statistics()
+
+    # -- weights --------------------------------------------------------------------------------
+
+    def _edit(self, step: Step) -> None:
+        lost: dict[Place, set[int]] = {}
+        for cut in step.cuts:
+            for weight, dim, indices in cut.indices():
+                lost.setdefault((weight, dim), set()).update(indices)
+        for place, gone in lost.items():
+            size = self.narrow[place[0]].shape[place[1]]
+            kept = [index for index in range(size) if index not in gone]
+            moved = torch.full((size,), -1)
+            moved[kept] = torch.arange(len(kept))
+            self._shrink(place, kept, moved)
+        for merge in step.merges:
+            for weight, dim, runs in merge.runs():
+                self._pool((weight, dim), runs)
+
+    def _pool(self, place: Place, runs: list[list[int]]) -> None:
+        name, dim = place
+        weight = self.narrow[name].detach().clone().movedim(dim, 0)
+        members = torch.tensor(runs)
+        pooled = weight[members].double().mean(dim=1).to(weight.dtype)
+        weight[members[:, 0]] = pooled
+        self.narrow[name] = weight.movedim(0, dim)
+        size = len(weight)
+        first = torch.arange(size)
+        first[members] = members[:, :1].expand_as(members)
+        kept = sorted(set(first.tolist()))
+        moved = torch.empty(size, dtype=torch.long)
+        moved[kept] = torch.arange(len(kept))
+        self._shrink(place, kept, moved[first])
+
+    def _shrink(self, place: Place, kept: list[int], moved: Tensor) -> None:
+        """Keep only `kept`; `moved` tells where every index is found now (-1: nowhere)."""
+        name, dim = place
+        weight = self.narrow[name].detach()
+        origin = self.origin.get(place, torch.arange(weight.shape[dim]))
+        self.origin[place] = torch.where(origin >= 0, moved[origin.clamp(min=0)], -1)
+        self.narrow[name] = weight.movedim(dim, 0)[kept].movedim(0, dim).contiguous()
+
+    def _widen(self, name: str) -> Tensor:
+        """The narrow weight at its original shape: copies of merged heads, zeros for what went."""
+        weight = self.narrow[name]
+        for (other, dim), origin in self.origin.items():
+            if other != name:
+                continue
+            weight = weight.movedim(dim, 0)[origin.clamp(min=0)]
+            weight[origin < 0] = 0
+            weight = weight.movedim(0, dim)
+        return weight
+
+    # -- running --------------------------------------------------------------------------------
+
+    def _statistics(self) -> dict[fx.Node, list[Tensor]]:
+        """Normalisations over axes that lost units -> the indices of each axis that stay."""
+        if not self.origin:
+            return {}
+        types = infer(self.original)
+        kept: dict[Axis, Tensor] = {}
+        for (name, dim), origin in self.origin.items():
+            for place in types.axes.occurrences(types.weight(name)[dim]):
+                stays = (origin[_indices(place)] >= 0).flatten(1).any(1)
+                kept[place.atom] = kept.get(place.atom, torch.zeros(place.atom.size).bool()) | stays
+        found: dict[fx.Node, list[Tensor]] = {}
+        for entry in types.facts.statistics:
+            stays = torch.ones(entry.axis.size).bool()
+            for place in types.axes.occurrences(entry.axis):
+                if place.atom in kept:
+                    stays[_indices(place)[~kept[place.atom]].flatten()] = False
+            found.setdefault(entry.node, []).append(stays)
+        return {
+            node: [stays.nonzero().flatten() for stays in axes]
+            for node, axes in found.items()
+            if not all(bool(stays.all()) for stays in axes)
+        }
+
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        filled = self.original.fill(inputs)
+        arguments = (
+            *(self.weights[name] for name in self.original.weights),
+            *(filled[value.name] for value in self.original.inputs),
+        )
+        outputs = _Masked(self.original.graph_module, self.statistics).run(*arguments)
+        return {v.name: out for v, out in zip(self.original.outputs, outputs, strict=True)}
+
+
+def _indices(place: Occurrence) -> Tensor:
+    """Row `u`: the indices that unit `u` of an atom holds at `place`."""
+    rows = place.offset + torch.arange(place.atom.size)[:, None] * place.inner
+    rows = rows + torch.arange(place.inner)
+    for loop, stride in place.outer:
+        rows = (rows[:, None] + (torch.arange(loop.size) * stride)[:, None]).flatten(1)
+    return rows
+
+
+class _Masked(fx.Interpreter):
+    """Runs a graph with the statistics of some normalisations taken over what stays."""
+
+    def __init__(
+        self, graph_module: fx.GraphModule, statistics: Mapping[fx.Node, list[Tensor]]
+    ) -> None:
+        super().__init__(graph_module)
+        self.statistics = statistics
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n not in self.statistics:
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        names = [argument.name for argument in n.target._schema.arguments]  # type: ignore[union-attr]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        return _masked_layer_norm(self.statistics[n], **given)
+
+
+def _masked_layer_norm(
+    kept: list[Tensor],
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    **_: Any,
+) -> Tensor:
+    places: tuple[Any, ...] = (..., *torch.meshgrid(*kept, indexing="ij"))
+    result = torch.zeros_like(input)
+    gain = weight[places] if weight is not None else None
+    shift = bias[places] if bias is not None else None
+    result[places] = functional.layer_norm(
+        input[places], [len(axis) for axis in kept], gain, shift, eps
+    )
+    return result

@@ -1,0 +1,78 @@
+"""Write the program as an ONNX model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from graphprune.errors import UsageError
+from graphprune.pass_base import COUPLING, Analysis, Context, Outcome, Pass
+
+if TYPE_CHECKING:
+    from graphprune.program import Program
+
+
+@dataclass(frozen=True)
+class ExportOnnx(Pass):
+    """Write an ONNX model with the program's inputs and outputs by the same names.
+
+    Before
+    ------
+    Any program.
+
+    After
+    -----
+    The same program; the file is complete, or was not written at all.
+
+    Options
+    -------
+    path
+        The file, under the output folder of the run unless it is absolute.
+    opset
+        The version of ONNX's operator set to write.
+    check
+        Whether to check the file with `onnx.checker` once it is written.
+
+    Requires
+    --------
+    Nothing.
+
+    Preserves
+    ---------
+    Everything.
+
+    Refuses
+    -------
+    A program that cannot be exported (`BackendError`), a file that exists or cannot be written
+    (`OutputError`), an empty path, an opset below 18 (the first that torch's exporter writes).
+
+    Reference
+    ---------
+    `graphprune.backends.onnx`; `torch.onnx.export` with ``dynamo=True``.
+
+    Example
+    -------
+    >>> str(ExportOnnx(path="out/model.onnx", check=False))
+    'export-onnx{path=out/model.onnx check=false}'
+    """
+
+    name: ClassVar[str] = "export-onnx"
+    required: ClassVar[bool] = True
+    preserves: ClassVar[frozenset[Analysis[Any]]] = frozenset({COUPLING})
+
+    path: str = "model.onnx"
+    opset: int = 20
+    check: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.path:
+            raise UsageError("export-onnx: the path is empty")
+        if self.opset < 18:
+            raise UsageError(f"export-onnx: opset {self.opset} is below 18")
+
+    def run(self, program: Program, context: Context) -> Outcome:
+        """Write the file, and return `program` as it is."""
+        with context.bar(f"exporting {self.path}"):
+            program.export_onnx(context.path(self.path), opset=self.opset, check=self.check)
+        return Outcome(program, details={"path": self.path, "opset": self.opset})

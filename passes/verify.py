@@ -1,0 +1,74 @@
+"""Verify the program against the original."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from graphprune.errors import UsageError
+from graphprune.pass_base import COUPLING, Analysis, Context, Outcome, Pass
+
+if TYPE_CHECKING:
+    from graphprune.program import Program
+
+
+@dataclass(frozen=True)
+class Verify(Pass):
+    """Check that the program equals the original with the removed units set to zero.
+
+    Before
+    ------
+    A program and the plan that made it from the original.
+
+    After
+    -----
+    The same program.
+
+    Options
+    -------
+    tolerance
+        The largest relative error of any output that is accepted.
+
+    Requires
+    --------
+    The original program and the plan so far.
+
+    Preserves
+    ---------
+    Everything.
+
+    Refuses
+    -------
+    A program that differs by more than the tolerance (`VerificationError`); a tolerance that is not
+    positive.
+
+    Reference
+    ---------
+    `graphprune.verify`: the reference is computed from the plan and the original graph, and shares
+    no code with the rewriter.
+
+    Example
+    -------
+    >>> str(Verify(tolerance=0.001))
+    'verify{tolerance=0.001}'
+    """
+
+    name: ClassVar[str] = "verify"
+    required: ClassVar[bool] = True
+    preserves: ClassVar[frozenset[Analysis[Any]]] = frozenset({COUPLING})
+
+    tolerance: float = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tolerance <= 0:
+            raise UsageError(f"verify: tolerance {self.tolerance} is not positive")
+
+    def run(self, program: Program, context: Context) -> Outcome:
+        """Verify, and return `program` as it is."""
+        from graphprune.verify import verify
+
+        given = context.original, context.plan_so_far, program
+        with context.bar("verifying"):
+            report = verify(*given, tolerance=self.tolerance)
+        return Outcome(program, details=report.to_dict())

@@ -1,0 +1,29 @@
+"""What all tests share: one thread, and the flag that rewrites golden texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # the models are tiny: more threads cost more than they give
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """Compare a text with the one kept in `tests/golden`, or rewrite that (`--update-golden`)."""
+
+    def compare(name: str, text: str) -> None:
+        path = Path(__file__).parent / "golden" / f"{name}.txt"
+        if request.config.getoption("--update-golden"):
+            path.write_text(text + "\n", encoding="utf-8")
+        assert path.is_file(), f"{path.name} is missing: run pytest --update-golden"
+        assert path.read_text(encoding="utf-8") == text + "\n"
+
+    return compare

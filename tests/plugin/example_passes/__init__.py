@@ -1,0 +1,1 @@
+"""Passes for graphprune from outside of it."""

@@ -1,0 +1,527 @@
+"""The command line: what it writes and prints, and that every refusal is one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from byte_llama import byte_tokenizer, save_checkpoint
+from safetensors.torch import load_file, save_file
+
+from graphprune import cli
+
+VERBS = ["inspect", "explain", "run", "apply", "verify", "evaluate", "passes", "operators"]
+TEXT = "".join(f"line {number} of a text that is long enough\n" for number in range(60))
+PRUNE = "prune{target=ffn ratio=0.25 criterion=magnitude}"
+
+
+class Done(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Done]
+
+
+_loaded: dict[str, Any] = {}
+"""Programs by directory. They are never edited, and capturing one takes most of a verb's time."""
+
+
+@pytest.fixture
+def remembered(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
+    """The checkpoint is loaded once for all tests; what tests write is loaded as it is."""
+    from graphprune import loading
+
+    load = loading.load
+
+    def remember(directory: str) -> Any:
+        if Path(directory) != checkpoint:
+            return load(directory)
+        if directory not in _loaded:
+            _loaded[directory] = load(directory)
+        return _loaded[directory]
+
+    monkeypatch.setattr(loading, "load", remember)
+
+
+@pytest.fixture
+def graphprune(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], remembered: None
+) -> Run:
+    monkeypatch.delenv(cli.TRACEBACK, raising=False)
+    for name in (
+        "TRANSFORMERS_VERBOSITY",
+        "HF_HUB_DISABLE_PROGRESS_BARS",
+        "TOKENIZERS_PARALLELISM",
+    ):
+        monkeypatch.setenv(name, os.environ.get(name, "1" if "HUB" in name else "error"))
+
+    def invoke(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["graphprune", *map(str, arguments)])
+        capsys.readouterr()
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as exit_:
+            status = int(exit_.code or 0)
+        return Done(status, *capsys.readouterr())
+
+    return invoke
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("model") / "llama")
+
+
+@pytest.fixture
+def broken(checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint that a test may damage."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "broken"))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    return tmp_path / "text.txt"
+
+
+def assert_refused(done: Done, *words: str) -> None:
+    assert done.status == 1, done
+    assert done.err.startswith("graphprune: ")
+    assert done.err.count("\n") == 1, done.err
+    for word in words:
+        assert word in done.err
+
+
+# -- starting -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["run", "--help"], ["--version"]])
+def test_nothing_heavy_is_imported_before_it_is_needed(arguments: list[str]) -> None:
+    code = (
+        "import sys, graphprune.cli as cli\n"
+        "try:\n    cli.main()\n"
+        "except SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'networkx', 'onnx', 'scipy', 'yaml'}\n"
+        "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)\n"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_the_module_runs_as_the_command_does() -> None:
+    command = [sys.executable, "-m", "graphprune", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("graphprune ")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(graphprune: Run, verb: str) -> None:
+    done = graphprune(verb, "--help")
+    assert done.status == 0
+    assert verb in done.out
+    assert done.err == ""
+
+
+def test_help_names_every_verb(graphprune: Run) -> None:
+    out = graphprune("--help").out
+    assert all(verb in out for verb in VERBS)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["prune"],
+        ["run"],
+        ["run", "somewhere", "--passes", "verify"],
+        ["run", "somewhere", "--passes", "verify", "-o", "x", "--samples", "0"],
+        ["inspect"],
+        ["inspect", "somewhere", "--format", "xml"],
+        ["inspect", "somewhere", "--nonsense"],
+        ["explain", "somewhere", "weight", "first"],
+        ["verify", "somewhere"],
+    ],
+)
+def test_a_command_line_that_makes_no_sense_exits_with_2(
+    graphprune: Run, arguments: list[str]
+) -> None:
+    done = graphprune(*arguments)
+    assert done.status == 2
+    assert "Usage" in done.err
+    assert "Traceback" not in done.err
+
+
+# -- looking ------------------------------------------------------------------------------------
+
+
+def test_inspect_folds_the_layers(graphprune: Run, checkpoint: Path) -> None:
+    done = graphprune("inspect", checkpoint)
+    assert done.status == 0, done
+    assert "LlamaForCausalLM" in done.out
+    assert "bytes of KV cache per token" in done.out
+    assert "model.layers.{0-1}" in done.out
+    assert "model.layers.0.mlp" not in done.out
+    assert all(len(line) <= 100 for line in done.out.splitlines())
+    assert done.err == ""
+
+
+def test_inspect_prints_json(graphprune: Run, checkpoint: Path) -> None:
+    done = graphprune("inspect", checkpoint, "--format", "json")
+    assert done.status == 0, done
+    assert json.loads(done.out)
+
+
+def test_inspect_prints_dot(graphprune: Run, checkpoint: Path) -> None:
+    done = graphprune("inspect", checkpoint, "--format", "dot")
+    assert done.status == 0, done
+    assert "graph" in done.out.split("{")[0]
+
+
+@pytest.mark.parametrize("dim", ["1", "-1"])
+def test_explain_says_what_a_dimension_is(graphprune: Run, checkpoint: Path, dim: str) -> None:
+    done = graphprune("explain", checkpoint, "model.layers.0.mlp.down_proj.weight", dim)
+    assert done.status == 0, done
+    assert "model.layers.0.mlp.up_proj.weight" in done.out
+
+
+def test_explain_refuses_what_is_not_there(graphprune: Run, checkpoint: Path) -> None:
+    assert_refused(graphprune("explain", checkpoint, "nonsense", 0), "nonsense")
+    assert_refused(graphprune("explain", checkpoint, "lm_head.weight", 7), "7")
+
+
+def test_evaluate_measures_perplexity(graphprune: Run, checkpoint: Path, text: Path) -> None:
+    done = graphprune("evaluate", checkpoint, "--text", text, "--length", 64)
+    assert done.status == 0, done
+    assert 200 < float(done.out.split()[1]) < 320
+    assert "text.txt" in done.out
+
+
+def test_evaluate_refuses_a_short_text(graphprune: Run, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("short")
+    done = graphprune("evaluate", checkpoint, "--text", tmp_path / "short.txt", "--length", 64)
+    assert_refused(done, "5 tokens", "64")
+
+
+def test_passes_lists_options(graphprune: Run) -> None:
+    done = graphprune("passes")
+    assert done.status == 0
+    for word in ("prune", "ratio", "merge-kv-heads", "groups", "verify", "tolerance"):
+        assert word in done.out
+
+
+def test_operators_lists_rules(graphprune: Run) -> None:
+    done = graphprune("operators")
+    assert done.status == 0
+    assert "aten.linear.default" in done.out
+
+
+# -- writing ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smaller(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `run` wrote, in a process of its own."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    passes = "prune{target=ffn ratio=0.25 criterion=taylor},verify,export-onnx{path=model.onnx}"
+    command = [sys.executable, "-m", "graphprune", "run", checkpoint, "--passes", passes]
+    command += ["--calibration", folder / "text.txt", "-o", folder / "smaller"]
+    done = subprocess.run(map(str, command), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "smaller" in done.stdout
+    return folder / "smaller"
+
+
+def test_run_writes_checkpoint_onnx_plan_and_report(smaller: Path) -> None:
+    names = {path.name for path in smaller.iterdir()}
+    assert {"config.json", "tokenizer.json", "model.onnx", "plan.json", "report.json"} <= names
+    assert any(name.endswith(".safetensors") for name in names)
+    assert not any(name.startswith(".") for name in names)
+    assert json.loads((smaller / "config.json").read_text())["intermediate_size"] == 36
+    assert [path.name for path in smaller.parent.iterdir() if path.name != "text.txt"] == [
+        "smaller"
+    ]
+
+
+def test_the_report_names_no_folder_that_is_gone(smaller: Path) -> None:
+    report = json.loads((smaller / "report.json").read_text())
+    assert report["passes"][-1]["details"]["path"] == "model.onnx"
+    assert report["calibration"]["samples"] == 10
+    assert report["seed"] == 0
+
+
+def test_apply_makes_the_same_checkpoint_again(
+    graphprune: Run, checkpoint: Path, smaller: Path, tmp_path: Path
+) -> None:
+    done = graphprune("apply", checkpoint, smaller / "plan.json", "-o", tmp_path / "again")
+    assert done.status == 0, done
+    first, second = (load_file(d / "model.safetensors") for d in (smaller, tmp_path / "again"))
+    assert first.keys() == second.keys()
+    assert all(first[name].equal(second[name]) for name in first)
+
+
+def test_verify_proves_it(graphprune: Run, checkpoint: Path, smaller: Path) -> None:
+    done = graphprune("verify", checkpoint, smaller)
+    assert done.status == 0, done
+    assert "max relative error" in done.out
+
+
+def test_verify_refuses_a_checkpoint_that_was_changed(
+    graphprune: Run, checkpoint: Path, smaller: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(smaller, tmp_path / "copy"))
+    weights = load_file(copy / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"] *= 1.1
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    done = graphprune("verify", checkpoint, copy)
+    assert_refused(done, "model.layers.0.mlp.down_proj.weight", "tolerance")
+
+
+def test_verify_refuses_a_folder_without_a_plan(graphprune: Run, checkpoint: Path) -> None:
+    assert_refused(graphprune("verify", checkpoint, checkpoint), "plan.json does not exist")
+
+
+def test_a_quiet_run_says_nothing(graphprune: Run, checkpoint: Path, tmp_path: Path) -> None:
+    done = graphprune("run", checkpoint, "--passes", PRUNE, "-o", tmp_path / "out", "--quiet")
+    assert done == Done(0, "", "")
+    assert (tmp_path / "out" / "plan.json").is_file()
+
+
+def test_passes_may_be_a_yaml_file(graphprune: Run, checkpoint: Path, tmp_path: Path) -> None:
+    from graphprune.pipeline import Pipeline
+
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(Pipeline.parse(PRUNE).to_yaml())
+    done = graphprune("run", checkpoint, "--passes", path, "-o", tmp_path / "out")
+    assert done.status == 0, done
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["pipeline"].startswith("prune{target=ffn")
+
+
+def test_stop_after_leaves_passes_out(graphprune: Run, checkpoint: Path, tmp_path: Path) -> None:
+    options = ["--passes", f"{PRUNE},verify", "--stop-after", 0]
+    done = graphprune("run", checkpoint, *options, "-o", tmp_path / "out")
+    assert done.status == 0, done
+    assert "skipped" in done.out
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["intermediate_size"] == 48
+
+
+def test_print_after_prints_the_graph(graphprune: Run, checkpoint: Path, tmp_path: Path) -> None:
+    options = ["--passes", PRUNE, "--verify-each", "--print-after", "prune"]
+    done = graphprune("run", checkpoint, *options, "-o", tmp_path / "out")
+    assert done.status == 0, done
+    assert "after pass 1 (prune)" in done.err
+
+
+def test_what_no_checkpoint_can_hold_is_archived_with_the_reason(
+    graphprune: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_checkpoints(monkeypatch, "layers of a shape nobody knows")
+    out = tmp_path / "out"
+    done = graphprune("run", checkpoint, "--passes", PRUNE, "-o", out)
+    assert done.status == 0, done
+    assert "layers of a shape nobody knows" in done.err
+    assert "archive" in done.out
+    assert graphprune("verify", checkpoint, out).status == 0
+
+
+def refuse_checkpoints(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    from graphprune.backends import huggingface
+
+    none = huggingface.Loadability("none", reason)
+    monkeypatch.setattr(huggingface, "loadability", lambda _: none)
+
+
+# -- refusing -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("passes", "words"),
+    [
+        ("prnue{ratio=0.5}", ["prnue", "did you mean 'prune'?"]),
+        ("prune{target=ffn rato=0.5}", ["rato", "did you mean 'ratio'?"]),
+        ("prune{target=ffn ratio=1.0}", ["ratio", "[0, 1)"]),
+        ("prune{target=ffn ratio=-0.1}", ["ratio", "-0.1"]),
+        ("prune{target=ffn ratio=half}", ["ratio", "half"]),
+        ("prune{target=nothing.* ratio=0.5}", ["nothing.*"]),
+        ("prune{target=ffn ratio=0.5 criterion=magnitude round_to=64}", ["48", "64"]),
+        ("prune{target=ffn", ["column 7"]),
+        ("prune{target=ffn ratio=0.25 criterion=taylor}", ["needs calibration"]),
+        ("absent.yaml", ["absent.yaml"]),
+        ("merge-kv-heads{groups=3}", ["3"]),
+    ],
+)
+def test_a_pipeline_that_cannot_be_run_is_refused(
+    graphprune: Run, checkpoint: Path, tmp_path: Path, passes: str, words: list[str]
+) -> None:
+    done = graphprune("run", checkpoint, "--passes", passes, "-o", tmp_path / "out")
+    assert_refused(done, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_directory_is_refused(graphprune: Run, tmp_path: Path) -> None:
+    for verb in (["inspect", tmp_path / "gone"], ["explain", tmp_path / "gone", "weight", 0]):
+        assert_refused(graphprune(*verb), "gone")
+    done = graphprune("run", tmp_path / "gone", "--passes", PRUNE, "-o", tmp_path / "out")
+    assert_refused(done, "gone")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_truncated_checkpoint_is_refused(graphprune: Run, broken: Path, tmp_path: Path) -> None:
+    path = broken / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    done = graphprune("run", broken, "--passes", PRUNE, "-o", tmp_path / "out")
+    assert_refused(done, "model.safetensors")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_holds_nan_is_refused(
+    graphprune: Run, broken: Path, tmp_path: Path
+) -> None:
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    done = graphprune("run", broken, "--passes", PRUNE, "-o", tmp_path / "out")
+    assert_refused(done, "model.layers.1.mlp.up_proj.weight")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, ["text.txt does not exist"]), ("short", ["5 tokens", "need 640"]), ("", ["is empty"])],
+)
+def test_calibration_that_cannot_be_used_is_refused(
+    graphprune: Run, checkpoint: Path, tmp_path: Path, content: str | None, words: list[str]
+) -> None:
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_text(content)
+    options = ["--passes", PRUNE, "--calibration", path, "-o", tmp_path / "out"]
+    assert_refused(graphprune("run", checkpoint, *options), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_that_is_not_empty_is_left_alone(
+    graphprune: Run, checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    done = graphprune("run", checkpoint, "--passes", PRUNE, "-o", tmp_path / "out")
+    assert_refused(done, "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_place_that_cannot_be_written_is_refused(
+    graphprune: Run, checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    for output in (tmp_path / "file", tmp_path / "file" / "out"):
+        done = graphprune("run", checkpoint, "--passes", PRUNE, "-o", output)
+        assert_refused(done, "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_plan_for_another_model_is_refused(
+    graphprune: Run, smaller: Path, tmp_path: Path
+) -> None:
+    done = graphprune("apply", smaller, smaller / "plan.json", "-o", tmp_path / "out")
+    assert_refused(done, "plan")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [None, "no plan", "{}"])
+def test_a_plan_that_cannot_be_read_is_refused(
+    graphprune: Run, checkpoint: Path, tmp_path: Path, content: str | None
+) -> None:
+    path = tmp_path / "plan.json"
+    if content is not None:
+        path.write_text(content)
+    done = graphprune("apply", checkpoint, path, "-o", tmp_path / "out")
+    assert_refused(done, "plan")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_input_is_never_changed(graphprune: Run, checkpoint: Path, tmp_path: Path) -> None:
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    assert graphprune("run", checkpoint, "--passes", PRUNE, "-o", tmp_path / "out").status == 0
+    graphprune("run", checkpoint, "--passes", PRUNE, "-o", checkpoint)
+    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+
+
+# -- going wrong --------------------------------------------------------------------------------
+
+
+def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def run(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("graphprune.pipeline.Pipeline.run", run)
+
+
+def test_an_interrupt_is_one_line_and_leaves_nothing(
+    graphprune: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_with(monkeypatch, KeyboardInterrupt())
+    done = graphprune("run", checkpoint, "--passes", PRUNE, "-o", tmp_path / "out")
+    assert done.status == 130
+    assert done.err == "graphprune: interrupted\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unforeseen_error_is_one_line_too(
+    graphprune: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_with(monkeypatch, ZeroDivisionError("two\nlines"))
+    done = graphprune("run", checkpoint, "--passes", PRUNE, "-o", tmp_path / "out")
+    assert_refused(done, "ZeroDivisionError: two lines", "--traceback")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", ["option", "environment"])
+def test_a_traceback_is_shown_on_request(
+    graphprune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    from graphprune.errors import GraphPruneError
+
+    if how == "environment":
+        monkeypatch.setenv(cli.TRACEBACK, "1")
+    with pytest.raises(GraphPruneError):
+        graphprune("inspect", tmp_path / "gone", *(["--traceback"] if how == "option" else []))
+
+
+def test_a_tokenizer_may_lie_elsewhere(
+    graphprune: Run, broken: Path, text: Path, tmp_path: Path
+) -> None:
+    for path in broken.glob("tokenizer*"):
+        path.unlink()
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    done = graphprune("evaluate", broken, "--text", text, "--length", 64)
+    assert_refused(done, "holds no tokenizer")
+    options = ["--text", text, "--length", 64, "--tokenizer", tmp_path / "tokenizer"]
+    assert graphprune("evaluate", broken, *options).status == 0
+
+
+# -- the packaged checkpoint --------------------------------------------------------------------
+
+
+def test_reference_is_the_packaged_checkpoint(graphprune: Run, tmp_path: Path) -> None:
+    passes = "prune{target=ffn ratio=0.125 criterion=taylor}"
+    done = graphprune("run", "reference", "--passes", passes, "-o", tmp_path / "out")
+    assert done.status == 0, done
+    options = ["--max-tokens", 2000]
+    whole = graphprune("evaluate", "reference", *options)
+    pruned = graphprune("evaluate", tmp_path / "out", *options)
+    assert float(whole.out.split()[1]) < float(pruned.out.split()[1])

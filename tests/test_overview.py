@@ -1,0 +1,53 @@
+"""Repeated layers are one row, and what they stand for can be read off it."""
+
+from __future__ import annotations
+
+import pytest
+from byte_llama import byte_llama
+from rich.console import Console
+
+import graphprune as gp
+from graphprune.overview import fold, overview
+
+
+@pytest.mark.parametrize(
+    ("names", "folded"),
+    [
+        (["a.0.b", "a.1.b", "a.2.b"], "a.{0-2}.b"),
+        (["a.0.b", "a.2.b", "a.3.b"], "a.{0,2-3}.b"),
+        (["a.0.1", "a.1.1"], "a.{0-1}.1"),
+        (["a.7.b"], "a.7.b"),
+        (["fc1", "fc1"], "fc1"),
+        (["11", "2"], "{2,11}"),
+    ],
+)
+def test_standing_numbers_become_ranges(names: list[str], folded: str) -> None:
+    assert fold(names) == folded
+
+
+def test_the_overview_of_a_llama() -> None:
+    program = gp.capture(byte_llama())
+    console = Console(width=100, color_system=None)
+    with console.capture() as captured:
+        console.print(overview("tiny", program, gp.analyze(program)))
+    text = captured.get()
+    rows = {" ".join(line.replace("│", " ").split()) for line in text.splitlines()}
+    assert "tiny: LlamaForCausalLM" in rows
+    assert "33,952 parameters in 23 weights, 512 bytes of KV cache per token" in rows
+    assert "2 model.layers.{0-1}.mlp:ffn 48 3 96 exact" in rows
+    assert "2 model.layers.{0-1}.self_attn:kv-head 4 4 1,024 exact" in rows
+    assert "model.layers.{0-1}.mlp.down_proj.weight 32 x 48 [hidden, ffn]" in rows
+    assert "residual is rescaled: mean over it" in text
+
+
+def test_a_model_of_no_family_has_an_overview_too() -> None:
+    import torch
+    from torch import nn
+
+    module = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    program = gp.capture(module, (torch.ones(2, 4),))
+    console = Console(width=100, color_system=None)
+    with console.capture() as captured:
+        console.print(overview("net", program, gp.analyze(program)))
+    assert "net: program" in captured.get()
+    assert "KV cache" not in captured.get()
