@@ -479,6 +479,9 @@ def _program(
         else:
             kinds[name] = "constant"
     _clean(graph)
+    for name in [n for n, kind in kinds.items() if kind == "constant" and not nodes[n].users]:
+        graph.erase_node(nodes[name])
+        del weights[name], kinds[name]
     (output,) = graph.find_nodes(op="output")
     count = len(output_names)
     output.args = (tuple(output.args[0][-count:]),)
@@ -572,7 +575,8 @@ def _spell_out(node: fx.Node) -> None:
 
 def _mutates(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
-    return bool(schema is not None and schema.is_mutable)
+    writes = schema is not None and schema.is_mutable
+    return bool(writes and node.target is not torch.ops.aten.detach_.default)
 
 
 _KINDS = {

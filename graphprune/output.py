@@ -49,45 +49,34 @@ def staged_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     report.json
     """
     target = Path(os.path.realpath(path))
-    made: list[Path] = []
     with _refusing(path):
         if target.exists() and not target.is_dir():
             raise OutputError(f"{path} is a file, not a directory")
         existed = target.is_dir()
         if existed and any(target.iterdir()):
             raise OutputError(f"{path} is not empty: give another place, or empty it first")
-    try:
+    # An empty directory may be a mount point or somebody's current directory: it stays.
+    with _staged(path, target if existed else target.parent, target.name) as staged:
+        with _disk_full(path):
+            yield staged
         with _refusing(path):
-            # An empty directory may be a mount point or somebody's current directory: it stays.
-            _make_parents(target if existed else target.parent, made)
-            staged = _hidden(target if existed else target.parent, target.name)
-        try:
-            with _disk_full(path):
-                yield staged
-            with _refusing(path):
-                if existed:
-                    _move_up(staged, target, sorted(staged.iterdir()), overwrite=False)
-                else:
-                    os.rename(staged, target)
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
-    except BaseException:
-        for folder in reversed(made):
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
+            if existed:
+                _move_up(staged, target, sorted(staged.iterdir()), overwrite=False)
+            else:
+                os.rename(staged, target)
 
 
 @contextmanager
 def staged_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """A file to write, which becomes `path` when the ``with`` ends well.
 
-    What is written beside it, such as external data that it refers to by name, goes along.
+    What is written beside it, such as external data that it refers to by name, goes along. Missing
+    parents are made, and are gone again after a failure.
 
     Parameters
     ----------
     path
-        The file to make, in a directory that exists.
+        The file to make.
     overwrite
         Whether it may replace a file.
 
@@ -116,10 +105,7 @@ def staged_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
             raise OutputError(f"{path} is a directory, not a file")
         if target.exists() and not overwrite:
             raise OutputError(f"{path} exists already")
-        if not target.parent.is_dir():
-            raise OutputError(f"{path} cannot be written: {target.parent} is no directory")
-        staged = _hidden(target.parent, target.name)
-    try:
+    with _staged(path, target.parent, target.name) as staged:
         with _disk_full(path):
             yield staged / target.name
         with _refusing(path):
@@ -128,15 +114,29 @@ def staged_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
             # The file itself comes last: whoever sees it finds what it refers to.
             entries = sorted(staged.iterdir(), key=lambda entry: (entry.name == target.name, entry))
             _move_up(staged, target.parent, entries, overwrite)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
 
 
-def _hidden(parent: Path, name: str) -> Path:
-    """A new hidden directory in `parent`, with the permissions of any other."""
-    staged = parent / f".{name}.{secrets.token_hex(4)}.partial"
-    staged.mkdir()
-    return staged
+@contextmanager
+def _staged(path: str | os.PathLike[str], parent: Path, name: str) -> Iterator[Path]:
+    """A hidden directory in `parent`, which is made where it is missing; gone afterwards.
+
+    After a failure so are the parents that were made for it.
+    """
+    made: list[Path] = []
+    try:
+        with _refusing(path):
+            _make_parents(parent, made)
+            staged = parent / f".{name}.{secrets.token_hex(4)}.partial"
+            staged.mkdir()
+        try:
+            yield staged
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+    except BaseException:
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def _make_parents(folder: Path, made: list[Path]) -> None:

@@ -228,8 +228,13 @@ class Program:
             if not value.name.startswith(PAST):
                 continue
             if value.name not in filled:
-                rows, heads, _, width = value.shape
-                shape = (batch if isinstance(rows, str) else rows, int(heads), 0, int(width))
+                rows, heads, held, width = value.shape
+                shape = (
+                    batch if isinstance(rows, str) else rows,
+                    int(heads),
+                    0 if isinstance(held, str) else held,
+                    int(width),
+                )
                 filled[value.name] = torch.zeros(shape, dtype=value.dtype)
             past = filled[value.name].shape[2]
         for name in names:

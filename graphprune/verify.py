@@ -10,7 +10,6 @@ zeroing does by itself.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -45,8 +44,6 @@ class VerifyReport:
         Error of each output.
     runs
         What was run, for people.
-    seconds
-        Time taken.
     """
 
     max_relative_error: float
@@ -54,7 +51,6 @@ class VerifyReport:
     tolerance: float
     outputs: Mapping[str, float]
     runs: tuple[str, ...]
-    seconds: float
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
@@ -98,7 +94,6 @@ def verify(
         Past tolerance, naming the output or weight and the error; also for other shapes, and for
         values that are not finite.
     """
-    start = time.perf_counter()
     plan.check(original)
     allowed = _TOLERANCE.get(_dtype(original), 1e-4) if tolerance is None else tolerance
     reference = _Reference(original, plan)
@@ -127,7 +122,6 @@ def verify(
         allowed,
         outputs,
         tuple(runs),
-        time.perf_counter() - start,
     )
 
 

@@ -338,8 +338,8 @@ def test_verify_each_verifies_after_passes_that_change_sizes(
     monkeypatch.setitem(sys.modules, "graphprune.verify", SimpleNamespace(verify=verify))
     Pipeline([Look(), Shrink(), Look(), Shrink()]).run(program, verify_each=True)
     assert calls == [
-        (True, ("up 4",), (12, 8), {}),
-        (True, ("up 4", "up 4"), (8, 8), {}),
+        (True, ("up 4",), (12, 8), {"tolerance": None}),
+        (True, ("up 4", "up 4"), (8, 8), {"tolerance": None}),
     ]
     run(program, Shrink(), instruments=(VerifyEach(tolerance=0.5),))
     assert calls[-1][-1] == {"tolerance": 0.5}

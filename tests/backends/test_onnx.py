@@ -272,7 +272,7 @@ def test_places_that_cannot_be_written_are_refused_before_any_work(
 ) -> None:
     monkeypatch.setattr(backend, "convert", lambda *_: pytest.fail("must not get here"))
     (tmp_path / "file").write_text("x")
-    for target in (tmp_path / "file", tmp_path / "file" / "m.onnx", tmp_path / "no" / "m.onnx"):
+    for target in (tmp_path / "file", tmp_path / "file" / "m.onnx"):
         with pytest.raises(OutputError):
             backend.export(block, target)
     assert (tmp_path / "file").read_text() == "x"

@@ -17,9 +17,9 @@ from graphprune.passes.verify import Verify
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     calls: list[Any] = []
 
-    def verify(*args: Any, tolerance: float = 1e-4) -> Any:
+    def verify(*args: Any, tolerance: float | None = None) -> Any:
         calls.append((*args, tolerance))
-        if tolerance < 1e-6:
+        if tolerance is not None and tolerance < 1e-6:
             raise VerificationError("logits differ by 1e-6")
         return SimpleNamespace(to_dict=lambda: {"max_relative_error": 1e-6})
 
