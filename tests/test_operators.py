@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import graphprune as gp
+from graphprune import operators
 from graphprune.coupling import Coupling
 from graphprune.operators import RULES, table
 from graphprune.program import Program
@@ -221,6 +223,11 @@ def test_an_operator_without_a_rule_freezes_with_itself_as_the_reason() -> None:
 def test_axes_that_follow_another_tensor_are_coupled_with_it() -> None:
     coupling = analyse(lambda h: h.mean(-1, keepdim=True).expand_as(h) + 1)
     assert {m.weight for m in coupling.groups[0].members} == {"a.weight", "a.bias", "b.weight"}
+
+
+def test_the_published_table_is_that_of_the_code() -> None:
+    published = Path(operators.__file__).with_name("README.md")
+    assert published.read_text(encoding="utf-8") == operators.markdown()
 
 
 def test_the_table_of_rules_has_a_line_for_each() -> None:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,8 +50,12 @@ STEPS = {
 }
 """What is done, in this order: a heading and a pass."""
 
-CRITERIA = ("taylor", "magnitude", "random")
-"""How units are chosen; the first one's result is kept, the others stand beside it."""
+CRITERIA = {"taylor": (0, 1, 2), "magnitude": (0,), "random": (0, 1, 2)}
+"""How units are chosen, and with which seeds (of the calibration windows, or of chance itself); the
+first one's result is kept, the others stand beside it."""
+
+KEPT = ("taylor", 0)
+"""The criterion and seed whose result is verified, written and raced."""
 
 WRITE = "verify,save-pretrained{path=checkpoint},export-onnx{path=model.onnx}"
 """What is done with the result that is kept."""
@@ -153,25 +157,26 @@ def demonstrate(output: Path, max_tokens: int | None, rounds: int) -> None:
         sizes = candidate.parameter_count(), candidate.kv_bytes_per_token()
         return Row(*sizes, found.perplexity)
 
-    calibration = gp.Calibration.from_text(reference.calibration_text(), source)
     first = measure(program)
-    rows: dict[str, list[Row]] = {}
-    results: dict[str, Result] = {}
-    for criterion in CRITERIA:
+    rows: dict[tuple[str, int], list[Row]] = {}
+    results: dict[tuple[str, int], Result] = {}
+    for run in ((criterion, seed) for criterion, seeds in CRITERIA.items() for seed in seeds):
+        criterion, seed = run
         watch = Watch(measure, [first])
         text = ",".join(STEPS.values()).format(criterion=criterion)
-        text += f",{WRITE}" if criterion == CRITERIA[0] else ""
-        console.print(Text(f"\n$ graphprune run reference --passes '{text}'"))
-        results[criterion] = gp.Pipeline.parse(text).run(
+        text += f",{WRITE}" if run == KEPT else ""
+        console.print(Text(f"\n$ graphprune run reference --seed {seed} --passes '{text}'"))
+        results[run] = gp.Pipeline.parse(text).run(
             program,
-            calibration=calibration,
+            calibration=gp.Calibration.from_text(reference.calibration_text(), source, seed=seed),
             output=output,
+            seed=seed,
             instruments=[watch],
             quiet=progress is None,
         )
-        rows[criterion] = watch.rows
+        rows[run] = watch.rows
 
-    result = results[CRITERIA[0]]
+    result = results[KEPT]
     result.plan.save(output / "plan.json")
     report = result.report.to_json()
     (output / "report.json").write_text(report, encoding="utf-8")
@@ -195,6 +200,7 @@ def demonstrate(output: Path, max_tokens: int | None, rounds: int) -> None:
     console.print()
     console.print(final_table(rows, files, speeds))
     console.print(
+        "perplexity on held-out text, mean and standard deviation over seeds\n"
         f"speeds: ONNX Runtime on the CPU, {PROMPT} tokens in the prompt or the cache\n"
         f"\nmax relative error of the result against ...\n"
         f"  the original, units zeroed and heads averaged    {proof['max_relative_error']:.1e}\n"
@@ -371,7 +377,7 @@ def seconds(session: Any, inputs: dict[str, np.ndarray[Any, Any]]) -> float:
 
 
 def final_table(
-    rows: Mapping[str, list[Row]],
+    rows: Mapping[tuple[str, int], list[Row]],
     files: Mapping[str, tuple[int, ...]],
     speeds: Mapping[str, Speed],
 ) -> Table:
@@ -379,14 +385,14 @@ def final_table(
     table = Table("", *("original", *STEPS), title="the reference checkpoint, pass by pass")
     for column in table.columns[1:]:
         column.justify = "right"
-    kept = rows[CRITERIA[0]]
+    kept = rows[KEPT]
     blank = [""] * (len(STEPS) - 1)
     table.add_row("parameters", *(cell(r.parameters, kept[0].parameters) for r in kept))
     table.add_row("KV bytes per token", *(cell(r.cache, kept[0].cache) for r in kept))
     table.add_section()
-    for criterion, found in rows.items():
-        label = f"perplexity, {criterion}"
-        table.add_row(label, *(f"{row.perplexity:.2f}" for row in found))
+    for criterion, seeds in CRITERIA.items():
+        found = zip(*(rows[criterion, seed] for seed in seeds), strict=True)
+        table.add_row(f"perplexity, {criterion}", *map(spread, found))
     table.add_section()
     for name, (before, after) in files.items():
         table.add_row(f"{name}, bytes", f"{before:,}", *blank, cell(after, before))
@@ -397,6 +403,13 @@ def final_table(
     ):
         table.add_row(name, f"{slow:,.0f}", *blank, f"{fast:,.0f} ({fast / slow:.2f} x)")
     return table
+
+
+def spread(rows: Sequence[Row]) -> str:
+    """The perplexities of one step: their mean, with the standard deviation where they differ."""
+    found = [row.perplexity for row in rows]
+    mean = f"{statistics.mean(found):.2f}"
+    return f"{mean} ± {statistics.stdev(found):.2f}" if len(set(found)) > 1 else mean
 
 
 def cell(value: int, before: int) -> str:
