@@ -124,10 +124,18 @@ class WeightCriterion(Criterion):
     measure: ClassVar[Measure]
 
     def scores(self, evidence: Evidence) -> Scores:
-        """Reduce the slice of each unit in each weight, then combine the weights of the group."""
+        """Reduce the slice of each unit in each weight, then combine the weights of the group.
+
+        Raises
+        ------
+        SelectionError
+            When the program was captured on the meta device.
+        """
         per_weight: dict[str, dict[str, Tensor]] = {group.name: {} for group in evidence.groups}
         places = _members_by_weight(evidence)
         names = evidence.parameters()
+        if any(evidence.program.weights[name].is_meta for name in names):
+            raise SelectionError(f"{self.name}: the program was captured without weights to score")
         for name, elements in evidence.track(self.elements(evidence, names), "scoring weights"):
             dims = {member.dim for _, member in places[name]}
             lines = {dim: _reduce(elements, dim, self.measure) for dim in dims}
@@ -157,18 +165,28 @@ def _members_by_weight(evidence: Evidence) -> dict[str, list[tuple[Group, Member
     return found
 
 
+_BLOCK = 1 << 20
+"""Elements that are reduced at once: few enough to stay in the processor's cache."""
+
+
 def _reduce(elements: Tensor, dim: int, measure: Measure) -> Tensor:
     """Reduce all dimensions but `dim` in one pass over the elements; float64."""
+    if elements.ndim == 1:
+        elements = elements[:, None]
     others = [other for other in range(elements.ndim) if other != dim]
     wide = torch.promote_types(elements.dtype, torch.float32)
-    if not others:
-        elements, others = elements[:, None], [1]
-    if measure == "sum":
-        line = elements.sum(others, dtype=wide).double()
-    else:
-        power = 1 if measure == "l1" else 2
-        line = torch.linalg.vector_norm(elements, power, others, dtype=wide).double() ** power
-    return line.contiguous()
+    rows = max(1, _BLOCK * len(elements) // elements.numel())
+    lines = [
+        _SINGLE[measure](block.to(wide)).sum(others).double() for block in elements.split(rows)
+    ]
+    return torch.cat(lines) if dim == 0 else torch.stack(lines).sum(0)
+
+
+_SINGLE: dict[Measure, Callable[[Tensor], Tensor]] = {
+    "sum": lambda elements: elements,
+    "l1": Tensor.abs,
+    "l2": Tensor.square,
+}
 
 
 def _sum_units(line: Tensor, group: Group, member: Member) -> Tensor:
@@ -256,13 +274,12 @@ def loss_gradients(evidence: Evidence, names: Sequence[str]) -> Iterator[tuple[s
     Raises
     ------
     CalibrationError
-        Without calibration batches, or when the loss is not finite.
+        Without calibration batches, or when they do not fit the program or the loss is not finite.
     """
     if evidence.calibration is None:
         raise CalibrationError("this criterion needs calibration data, and none was given")
     program = evidence.program
-    if names and program.weights[names[0]].is_meta:
-        raise CalibrationError("the program has no weights (it was captured on the meta device)")
+    evidence.calibration.check(program)
     weights = {name: weight.detach() for name, weight in program.weights.items()}
     leaves = {name: weights[name].requires_grad_() for name in names}
     total = evidence.calibration.samples

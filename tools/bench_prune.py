@@ -60,7 +60,7 @@ def main() -> None:
             f"{found['floor']:.1f} ({found['what']})",
             f"{found['seconds'] / found['floor']:.2f}",
         )
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 def measure(criterion: str, target: str, threads: int) -> dict[str, Any]:
