@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,8 +29,9 @@ from torch.export.graph_signature import (
 )
 from torch.utils import _pytree as pytree
 
+from graphprune.canonical import canonicalize
 from graphprune.errors import CaptureError, UsageError
-from graphprune.program import PAST, PRESENT, Kind, Program, Source, Value
+from graphprune.program import PAST, PRESENT, Kind, Program, Source, Value, module_path
 
 _BATCH, _NEW, _PAST_LENGTH = 2, 3, 5
 """Example sizes: distinct, and none of them 0 or 1, which `torch.export` would specialise."""
@@ -39,9 +39,6 @@ _BATCH, _NEW, _PAST_LENGTH = 2, 3, 5
 _FIXED_BATCH, _FIXED_NEW, _FIXED_PAST = 101, 103, 107
 """Sizes of a decoder captured on the meta device, where dynamic ones would cost four times the
 time for a graph that can only be analysed: primes, so that no other size is taken for them."""
-
-_ASSERTS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "_assert_async")
-"""Operators that only check; they tie a graph to one device and type and compute nothing."""
 
 
 def capture(
@@ -270,7 +267,7 @@ def _cache_layers(model: Any) -> tuple[list[tuple[int, Tensor, Tensor]], str]:
         return [], "its forward takes no past_key_values"
     ids = torch.zeros((_BATCH, _NEW), dtype=torch.int64, device=model.device)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), _without_pad_token(model.config):
             warnings.simplefilter("ignore")
             result = model(input_ids=ids, use_cache=True, return_dict=True)
     except Exception as error:  # noqa: BLE001 - any model code may fail in any way here
@@ -288,6 +285,19 @@ def _cache_layers(model: Any) -> tuple[list[tuple[int, Tensor, Tensor]], str]:
     if others:
         return [], f"its cache holds a {type(others[0]).__name__}"
     return found, "" if found else "a short run left nothing in it"
+
+
+@contextlib.contextmanager
+def _without_pad_token(config: Any) -> Iterator[None]:
+    """Let no model look for padding in its ids, which it cannot on the meta device."""
+    token = getattr(config, "pad_token_id", None)
+    if token is not None:
+        config.pad_token_id = None
+    try:
+        yield
+    finally:
+        if token is not None:
+            config.pad_token_id = token
 
 
 def _capture_decoder(
@@ -316,7 +326,8 @@ def _capture_decoder(
     exported = _export(wrapper, (ids, mask, past), shapes, type(model).__name__, fallback)
     inputs = ["input_ids", "attention_mask", *(PAST + name for name in names)]
     outputs = ["logits", *(PRESENT + name for name in names)]
-    return _program(exported, model, inputs, outputs, source, notes)
+    sizes = {rows, new, held, new + held} if fixed else set()
+    return _program(exported, model, inputs, outputs, source, notes, sizes)
 
 
 def _decoder_dims(caches: int) -> tuple[Any, ...]:
@@ -414,7 +425,7 @@ def _export(
 ) -> ExportedProgram:
     try:
         # Without no_grad, the grad-mode switches in transformers' rotary code become sub-graphs.
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), _without_partial_graph():
             warnings.simplefilter("ignore")
             return torch.export.export(module.eval(), args, dynamic_shapes=shapes, strict=False)
     except Exception as error:
@@ -423,6 +434,18 @@ def _export(
         raise CaptureError(
             f"torch.export could not capture {name}: {_first_line(error)}"
         ) from error
+
+
+@contextlib.contextmanager
+def _without_partial_graph() -> Iterator[None]:
+    """Keep `torch.export` from printing the whole graph so far before it raises."""
+    from torch.export import _trace
+
+    _trace.print = lambda *_, **__: None  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del _trace.print  # type: ignore[attr-defined]
 
 
 def _first_line(error: BaseException) -> str:
@@ -444,6 +467,7 @@ def _program(
     output_names: Sequence[str],
     source: Source | None = None,
     notes: tuple[str, ...] = (),
+    dynamic: Collection[int] = (),
 ) -> Program:
     graph_module = exported.graph_module
     graph = graph_module.graph
@@ -478,10 +502,14 @@ def _program(
             kinds[name] = "buffer" if name in stored else "derived"
         else:
             kinds[name] = "constant"
-    _clean(graph)
+    constants = {nodes[n]: weights[n] for n, kind in kinds.items() if kind == "constant"}
+    lifted = canonicalize(graph, constants, dynamic)
     for name in [n for n, kind in kinds.items() if kind == "constant" and not nodes[n].users]:
         graph.erase_node(nodes[name])
         del weights[name], kinds[name]
+    made = {".".join(filter(None, (module_path(n), n.name))): v for n, v in lifted.items()}
+    weights = {**made, **weights}
+    kinds = {**dict.fromkeys(made, "constant"), **kinds}
     (output,) = graph.find_nodes(op="output")
     count = len(output_names)
     output.args = (tuple(output.args[0][-count:]),)
@@ -527,56 +555,6 @@ def _ties(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
     for name, tensor in named:
         canonical[name] = first.setdefault(id(tensor), name)
     return canonical, {name: to for name, to in canonical.items() if name != to}
-
-
-def _clean(graph: fx.Graph) -> None:
-    """Erase checks, and let constants made while captured on meta be made on the CPU."""
-    meta, cpu = torch.device("meta"), torch.device("cpu")
-    for node in list(graph.nodes):
-        if node.op != "call_function":
-            continue
-        if any(name in str(node.target) for name in _ASSERTS):
-            graph.erase_node(node)
-            continue
-        if any(
-            arg == meta
-            for arg in (*node.args, *node.kwargs.values())
-            if isinstance(arg, torch.device)
-        ):
-            node.args = tuple(cpu if arg == meta else arg for arg in node.args)
-            node.kwargs = {k: cpu if v == meta else v for k, v in node.kwargs.items()}
-    for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and not node.users and not _mutates(node):
-            graph.erase_node(node)
-        elif node.op == "call_function":
-            _spell_out(node)
-
-
-def _spell_out(node: fx.Node) -> None:
-    """Write down what an operator would derive from a size, so that it can follow the size."""
-    aten = torch.ops.aten
-    fake = node.args[0].meta.get("val") if node.args and isinstance(node.args[0], fx.Node) else None
-    if node.target in (aten.split.Tensor, aten.chunk.default):
-        dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
-        sizes = [piece.shape[dim] for piece in node.meta["val"]]
-        if all(isinstance(size, int) for size in sizes):
-            node.target = aten.split_with_sizes.default
-            node.args, node.kwargs = (node.args[0], sizes, dim), {}
-    elif node.target is aten.scaled_dot_product_attention.default:
-        width = fake.shape[-1]  # type: ignore[union-attr]
-        if node.kwargs.get("scale") is None and isinstance(width, int):
-            node.kwargs = {**node.kwargs, "scale": 1.0 / math.sqrt(width)}
-    elif node.target is aten.rms_norm.default:
-        epsilon = node.args[3] if len(node.args) > 3 else node.kwargs.get("eps")
-        if epsilon is None:
-            node.args = node.args[:3]
-            node.kwargs = {**node.kwargs, "eps": torch.finfo(fake.dtype).eps}  # type: ignore[union-attr]
-
-
-def _mutates(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    writes = schema is not None and schema.is_mutable
-    return bool(writes and node.target is not torch.ops.aten.detach_.default)
 
 
 _KINDS = {

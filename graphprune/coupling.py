@@ -431,15 +431,16 @@ def _parents(
     """Atoms under each of whose units an atom may lose other units.
 
     That is right for a parent that stands around the atom in every weight (so that the weights can
-    be gathered parent by parent), and beside it in every other tensor (so that nothing mixes the
-    parent's units while the atom is there). What a normalisation's statistics run over keeps the
-    same units everywhere, so that they can be told.
+    be gathered parent by parent), and once beside it in every other tensor and in what an operator
+    sums (so that nothing mixes the parent's units while the atom is there). What a normalisation's
+    statistics run over keeps the same units everywhere, so that they can be told.
     """
     candidates: dict[Atom, list[Atom]] = {}
     facts = types.facts
     together = {atom for entry in facts.statistics for atom in types.axes.atoms(entry.axis)}
     for atom, found in places.items():
-        around = [[a for a, _ in place.outer if isinstance(a, Atom)] for *_, place in found]
+        loops = [[axis for axis, _ in place.outer] for *_, place in found]
+        around = [[a for a in each if isinstance(a, Atom) and a in places] for each in loops]
         candidates[atom] = [a for a in around[0] if all(a in other for other in around)]
         if atom in together:
             candidates[atom] = []
@@ -450,20 +451,25 @@ def _parents(
                 continue
             for one in type_ if isinstance(type_, list) else [type_]:
                 _narrow_parents(types, one or (), watched, candidates)
+        sums = [(entry.axis, entry.node) for entry in facts.contractions]
+        sums += [(entry.axis, entry.node) for entry in facts.statistics]
+        for axis, node in sums:
+            _narrow_parents(types, (axis, *types.of[node]), watched, candidates)
     return {atom: tuple(found) for atom, found in candidates.items()}
 
 
 def _narrow_parents(
     types: Types, type_: tuple[Axis, ...], watched: set[Atom], candidates: dict[Atom, list[Atom]]
 ) -> None:
-    """Keep only candidates that stand beside their atom everywhere in a tensor of `type_`."""
-    top: list[set[Axis]] = []
+    """Keep only candidates that stand once beside their atom everywhere in a tensor of `type_`."""
+    top: list[tuple[Axis, ...]] = []
     for axis in type_:
         axis = types.axes.head(axis)
-        top.append(set(axis.factors) if isinstance(axis, Product) else {axis})
+        top.append(axis.factors if isinstance(axis, Product) else (axis,))
     for dim, axis in enumerate(type_):
         for place in types.axes.occurrences(axis):
             if place.atom not in watched or not candidates[place.atom]:
                 continue
-            beside = {outer for outer, _ in place.outer}.union(*top[:dim], *top[dim + 1 :])
-            candidates[place.atom] = [a for a in candidates[place.atom] if a in beside]
+            beside = [outer for outer, _ in place.outer]
+            beside += itertools.chain(*top[:dim], *top[dim + 1 :])
+            candidates[place.atom] = [a for a in candidates[place.atom] if beside.count(a) == 1]

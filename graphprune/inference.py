@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -85,7 +85,30 @@ class Types:
 
     @cached_property
     def _zeros(self) -> dict[fx.Node, frozenset[Atom]]:
-        """Every node -> the atoms at whose units it vanishes when their weights are zeroed."""
+        """Every node -> the atoms at whose units it vanishes when their weights are zeroed.
+
+        A cache that comes in is one that went out before: it vanishes where that does. So all of it
+        is taken to vanish at first, and what goes out then says what does.
+        """
+        held = self.held
+        outputs = {value.name: node for value, node in self.program.output_nodes()}
+        caches = {
+            node: outputs[PRESENT + value.name.removeprefix(PAST)]
+            for value, node in self.program.input_nodes()
+            if value.name.startswith(PAST)
+        }
+        given = {node: held[node] for node in caches}
+        while True:
+            zeros = self._spread_zeros(given)
+            found = {node: given[node] & zeros[output] for node, output in caches.items()}
+            if found == given:
+                return zeros
+            given = found
+
+    def _spread_zeros(
+        self, given: Mapping[fx.Node, frozenset[Atom]]
+    ) -> dict[fx.Node, frozenset[Atom]]:
+        """`_zeros`, when inputs vanish as `given` says (and nowhere, where it says nothing)."""
         held = self.held
         weights = {node for _, node in self.program.weight_nodes()}
         zeros: dict[fx.Node, frozenset[Atom]] = {}
@@ -94,13 +117,14 @@ class Types:
             if self.of.get(node) is None:
                 continue
             if node.op == "placeholder":
-                zeros[node] = held[node] if node in weights else nothing
+                zeros[node] = held[node] if node in weights else given.get(node, nothing)
                 continue
             law = self.laws.get(node, Zero.NEVER)
             zeros[node] = _vanishing(law, node, self._cover(node, zeros), held)
             if node in self.written:
-                for view in self._views(node):
-                    zeros[view] = zeros[view] & zeros[node]
+                for other in zeros:
+                    if self._base(other) is self._base(node):
+                        zeros[other] = zeros[other] & zeros[node]
         return zeros
 
     def _cover(
@@ -109,17 +133,30 @@ class Types:
         """What `zeros` of its operands says about the places of `node`.
 
         Where ``x[:, None] * y[None]`` holds an atom in both dimensions, it does not vanish wherever
-        `x` does: at a unit of the second dimension it is `y` that counts.
+        `x` does: at a unit of the second dimension it is `y` that counts. Nor does ``x @ y`` where
+        `x` holds an atom that is summed over, if `y` brings it into the result.
         """
-        here = self._repeated[node]
-        if not here:
-            return zeros
         nothing: frozenset[Atom] = frozenset()
+        several = self._repeated
         return {
-            other: zeros[other] - (here - self._repeated.get(other, nothing))
+            other: zeros[other]
+            - (
+                (several[node] | self._summed.get((node, other), nothing))
+                - several.get(other, nothing)
+            )
             for other in node.all_input_nodes
             if other in zeros
         }
+
+    @cached_property
+    def _summed(self) -> dict[tuple[fx.Node, fx.Node], frozenset[Atom]]:
+        """(contraction of several, operand) -> the atoms of the operand that are summed over."""
+        found: dict[tuple[fx.Node, fx.Node], frozenset[Atom]] = {}
+        for entry in self.facts.contractions:
+            for other in entry.operands if len(entry.node.all_input_nodes) > 1 else ():
+                before = found.get((entry.node, other), frozenset())
+                found[entry.node, other] = before | self._inside(entry.axis)
+        return found
 
     @cached_property
     def _repeated(self) -> dict[fx.Node, frozenset[Atom]]:
@@ -155,11 +192,11 @@ class Types:
     def _atoms(self) -> dict[Axis, frozenset[Atom]]:
         return {}
 
-    def _views(self, node: fx.Node) -> Iterator[fx.Node]:
-        """What an in-place operator writes: its first operand, and what that is a view of."""
-        while node.args and isinstance(node.args[0], fx.Node) and node.args[0] in self.held:
-            node = node.args[0]
-            yield node
+    def _base(self, node: fx.Node) -> fx.Node:
+        """The tensor whose memory `node` may share: views are followed to what they look at."""
+        while _is_view(node) and node.args[0] in self.held:
+            node = node.args[0]  # type: ignore[assignment]
+        return node
 
     @cached_property
     def held(self) -> dict[fx.Node, frozenset[Atom]]:
@@ -176,6 +213,12 @@ class Types:
             )
             found[node] = nothing.union(*map(self._inside, flat))
         return found
+
+
+def _is_view(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    first = schema.arguments[:1] if schema is not None else ()
+    return node.target is operator.getitem or any(arg.alias_info is not None for arg in first)
 
 
 def _vanishing(

@@ -151,7 +151,7 @@ def merge_heads(program: Program, merges: tuple[Merge, ...]) -> Program:
     spread: list[tuple[Heads, int]] = []
     for merge in merges:
         heads = named.get(merge.group)
-        if heads is None or heads.members != merge.members:
+        if heads is None or (heads.size, heads.members) != (merge.size, merge.members):
             raise PlanError(f"{merge.group}: the plan's KV heads and the program's differ")
         merge_of(heads, merge.groups)
         copies = tuple(unit for unit in range(heads.size) if unit % merge.width)

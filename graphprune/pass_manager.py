@@ -62,8 +62,7 @@ class PassManager:
             Before any work, when a pass needs calibration data and there is none.
         """
         chosen, skipped = self._limited()
-        if context.calibration is None:
-            _refuse_uncalibrated(chosen)
+        _refuse_uncalibrated(chosen, calibrated=context.calibration is not None)
         program, records = context.original, []
         for place in chosen:
             program, context, record = self._step(place, program, context)
@@ -166,9 +165,10 @@ def audit_preserved(pass_: Pass, before: Program, after: Program, context: Conte
             raise PipelineError(f"it says that it preserves {analysis.name!r}, but does not")
 
 
-def _refuse_uncalibrated(places: list[Place]) -> None:
+def _refuse_uncalibrated(places: list[Place], calibrated: bool) -> None:
+    """Ask every pass, so that options that only then turn out to make no sense are refused too."""
     for place in places:
-        if place.pass_.requires_calibration:
+        if place.pass_.requires_calibration and not calibrated:
             raise CalibrationError(f"{place}: {place.pass_} needs calibration data; none was given")
 
 

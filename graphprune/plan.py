@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import operator
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphprune.coupling import Group, Member
 from graphprune.errors import PlanError
+from graphprune.output import staged_file
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -109,7 +112,10 @@ class Merge:
 
 @dataclass(frozen=True)
 class Step:
-    """Cuts and merges that one pass decided, in the coordinates of the program it was given."""
+    """Cuts and merges that one pass decided, in the coordinates of the program it was given.
+
+    Merges come after the cuts, and count what those leave.
+    """
 
     fingerprint: str
     cuts: tuple[Cut, ...] = ()
@@ -172,13 +178,22 @@ class Plan:
         Raises
         ------
         PlanError
-            Naming both fingerprints.
+            Naming both fingerprints, or a weight that is not as the plan says.
         """
         if self.steps and self.steps[0].fingerprint != program.fingerprint():
             raise PlanError(
                 f"the plan was made for program {self.steps[0].fingerprint}, "
                 f"this one is {program.fingerprint()}"
             )
+        sizes = {(n, d): s for n, w in program.weights.items() for d, s in enumerate(w.shape)}
+        for step in self.steps:
+            _match(step.cuts, sizes)
+            for place, lost in _gone(step).items():
+                sizes[place] -= len(lost)
+            _match(step.merges, sizes)
+            for merge in step.merges:
+                for weight, dim, runs in merge.runs():
+                    sizes[weight, dim] -= sum(len(run) - 1 for run in runs)
 
     # -- as text --------------------------------------------------------------------------------
 
@@ -210,13 +225,26 @@ class Plan:
             document = json.loads(text)
             if document["format"] != _FORMAT:
                 raise PlanError(f"plan format {document['format']} is not {_FORMAT}")
-            return cls(tuple(_step_from_data(step) for step in document["steps"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            _conform(document["steps"], _STEPS, "steps")
+            plan = cls(tuple(map(_step_from_data, document["steps"])))
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise PlanError(f"not a plan: {type(error).__name__}: {error}") from error
+        for step in plan.steps:
+            changes: tuple[Cut | Merge, ...] = (*step.cuts, *step.merges)
+            for change in changes:
+                check_change(change)
+        return plan
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the plan as JSON."""
-        Path(path).write_text(self.to_json() + "\n")
+        """Write the plan as JSON; a file that is there is replaced.
+
+        Raises
+        ------
+        OutputError
+            When it cannot be written.
+        """
+        with staged_file(path, overwrite=True) as file:
+            file.write_text(self.to_json() + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Plan:
@@ -228,7 +256,7 @@ class Plan:
             When the file is missing or holds no plan.
         """
         try:
-            text = Path(path).read_text()
+            text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"{path}: cannot be read: {error}") from error
         try:
@@ -262,15 +290,62 @@ def cut_of(group: Group, units: Mapping[tuple[int, ...], tuple[int, ...]]) -> Cu
         When a unit does not exist, parents lose unequally many, or nothing would be left.
     """
     ordered = {place: tuple(sorted(set(found))) for place, found in sorted(units.items())}
-    counts = {len(found) for found in ordered.values()}
-    if len(counts) != 1:
-        raise PlanError(f"{group.name}: parents lose unequally many units ({sorted(counts)})")
-    if any(not 0 <= unit < group.size for found in ordered.values() for unit in found):
-        raise PlanError(f"{group.name}: it has only {group.size} units")
-    if counts == {group.size}:
-        raise PlanError(f"{group.name}: all of its {group.size} units would go")
     parents = group.parents if set(ordered) != {()} else ()
-    return Cut(group.name, group.size, group.role, ordered, parents, group.members)
+    cut = Cut(group.name, group.size, group.role, ordered, parents, group.members)
+    check_change(cut)
+    return cut
+
+
+def check_change(change: Cut | Merge) -> None:
+    """Refuse what no program allows.
+
+    Raises
+    ------
+    PlanError
+        Naming the group.
+    """
+    name, size = change.group, change.size
+    for m in change.members:
+        if len(m.outer) != len(m.outer_groups):
+            raise PlanError(f"{name}: {m.weight} has {len(m.outer)} loops, not as many groups")
+        last = m.offset + sum((loop - 1) * stride for loop, stride in m.outer) + size * m.width
+        if last > m.extent:
+            raise PlanError(f"{name}: it reaches beyond dimension {m.dim} of {m.weight}")
+    if isinstance(change, Cut):
+        _check_units(change)
+    elif change.groups < 1 or size % change.groups:
+        raise PlanError(f"{name}: {change.groups} groups do not divide {size} KV heads")
+
+
+def _check_units(cut: Cut) -> None:
+    name, size = cut.group, cut.size
+    counts = {len(found) for found in cut.units.values()}
+    if len(counts) != 1:
+        raise PlanError(f"{name}: parents lose unequally many units ({sorted(counts)})")
+    for found in cut.units.values():
+        if any(not 0 <= unit < size for unit in found):
+            raise PlanError(f"{name}: it has only {size} units")
+        if list(found) != sorted(set(found)):
+            raise PlanError(f"{name}: its units are not in order, each once")
+    if counts == {size}:
+        raise PlanError(f"{name}: all of its {size} units would go")
+    loops: dict[str | None, int] = {}
+    for m in cut.members:
+        loops |= {group: n for group, (n, _) in zip(m.outer_groups, m.outer, strict=True)}
+    sizes = [loops.get(parent, 0) for parent in cut.parents]
+    if len(cut.units) != math.prod(sizes) or any(
+        len(place) != len(sizes) or not all(map(operator.lt, place, sizes)) for place in cut.units
+    ):
+        raise PlanError(f"{name}: units are not given for every unit of its parents")
+
+
+def _match(changes: Iterable[Cut | Merge], sizes: Mapping[Place, int]) -> None:
+    """Refuse index maps of dimensions that a program with these `sizes` does not have."""
+    for change in changes:
+        for m in change.members:
+            if (size := sizes.get((m.weight, m.dim))) != m.extent:
+                found = f"dimension {m.dim} of {m.weight} is {size}, not {m.extent}"
+                raise PlanError(f"{change.group}: {found}")
 
 
 # -- coordinates --------------------------------------------------------------------------------
@@ -287,7 +362,8 @@ def _gone(step: Step) -> dict[Place, set[int]]:
 
 def _extents(step: Step) -> dict[Place, int]:
     """The size of every dimension that `step` changes, before it."""
-    changes: tuple[Cut | Merge, ...] = (*step.cuts, *step.merges)
+    # A merge beside cuts counts what they leave, so that theirs come last.
+    changes: tuple[Cut | Merge, ...] = (*step.merges, *step.cuts)
     return {(m.weight, m.dim): m.extent for change in changes for m in change.members}
 
 
@@ -306,6 +382,42 @@ def _advance(step: Step, origin: dict[Place, list[list[int]]]) -> None:
 
 
 # -- JSON ---------------------------------------------------------------------------------------
+
+_MEMBERS = [
+    {
+        "weight": str,
+        "dim": int,
+        "offset": int,
+        "width": int,
+        "extent": int,
+        "outer": [[int]],
+        "outer_groups": [str | None],
+    }
+]
+_CUT = {
+    "group": str,
+    "size": int,
+    "role": str,
+    "parents": [str],
+    "units": [[[int]]],
+    "members": _MEMBERS,
+}
+_MERGE = {"group": str, "size": int, "groups": int, "members": _MEMBERS}
+_STEPS = [{"fingerprint": str, "cuts": [_CUT], "merges": [_MERGE]}]
+
+
+def _conform(data: Any, form: Any, where: str) -> None:
+    """Refuse JSON data that is not of a form: a dict of forms, a list of one, or a type."""
+    if isinstance(form, dict):
+        for key, inner in form.items():
+            _conform(data[key], inner, f"{where}.{key}")
+    elif isinstance(form, list):
+        if type(data) is not list:
+            raise TypeError(f"{where} is no list")
+        for index, item in enumerate(data):
+            _conform(item, form[0], f"{where}[{index}]")
+    elif not isinstance(data, form) or isinstance(data, bool) or (form is int and data < 0):
+        raise TypeError(f"{where} is {data!r}")
 
 
 def _cut_to_data(cut: Cut) -> dict[str, Any]:

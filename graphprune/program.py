@@ -298,7 +298,8 @@ class Program:
 def module_path(node: fx.Node) -> str:
     """The dotted path of the module whose forward made `node` ("" for the model itself)."""
     stack = node.meta.get("nn_module_stack") or {}
-    paths = [entry[0] for entry in stack.values()]
+    # Sizes that export itself reads off have a mark where a module would be.
+    paths = [entry[0] for entry in stack.values() if not entry[0].startswith("_empty_nn_module")]
     return _without_wrapper(paths[-1]) if paths else ""
 
 

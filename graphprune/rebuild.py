@@ -181,6 +181,7 @@ class _Proof(fx.Interpreter):
     def __init__(self, program: Program) -> None:
         super().__init__(program.graph_module)
         self.program = program
+        self.extra_traceback = False  # it would make many lines of our one
 
     def run_on_nothing(self) -> None:
         symbols = ShapeEnv(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True)

@@ -12,7 +12,7 @@ from graphprune import axes as ax
 from graphprune.coupling import Coupling, analyze
 from graphprune.errors import PlanError
 from graphprune.merge import merge_heads
-from graphprune.plan import Cut, Step
+from graphprune.plan import Cut, Step, check_change
 from graphprune.program import Program
 from graphprune.resize import Resize
 
@@ -51,10 +51,16 @@ def _remove(program: Program, cuts: tuple[Cut, ...], coupling: Coupling) -> Prog
 
 def _by_atom(cuts: tuple[Cut, ...], coupling: Coupling) -> dict[ax.Axis, ax.Cut]:
     found: dict[ax.Axis, ax.Cut] = {}
+    groups = {group.name: group for group in coupling.groups}
     for cut in cuts:
-        group = coupling.group(cut.group)
-        if group.size != cut.size or group.members != cut.members:
+        group = groups.get(cut.group)
+        if group is None or group.size != cut.size or group.members != cut.members:
             raise PlanError(f"{cut.group}: the plan's group and the program's differ")
+        if cut.parents not in ((), group.parents):
+            raise PlanError(f"{cut.group}: units cannot be chosen per {', '.join(cut.parents)}")
+        check_change(cut)
+        if coupling.atom(cut.group) in found:
+            raise PlanError(f"{cut.group}: it is cut twice in one step")
         if not cut.count:
             continue
         if cut.parents:

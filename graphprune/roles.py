@@ -40,6 +40,7 @@ LABELS: dict[Role, str] = {
 def find_roles(types: Types, atoms: Collection[Atom]) -> dict[Atom, Role]:
     """The role of each of `atoms`."""
     heads, keys, values = _attention_axes(types)
+    attended = _attended(types)
     rotary = _marked(types, "rotary")
     spread = set(_spread(types, atoms))
     residual = _residual(types, atoms)
@@ -48,7 +49,8 @@ def find_roles(types: Types, atoms: Collection[Atom]) -> dict[Atom, Role]:
     roles: dict[Atom, Role] = {}
     for atom in atoms:
         if atom in heads:
-            roles[atom] = "query-slot" if atom in spread else "kv-head"
+            own = atom in attended and atom not in spread
+            roles[atom] = "kv-head" if own else "query-slot"
         elif atom in keys or atom in values:
             roles[atom] = "rope-pair" if atom in rotary else "head-dim"
         elif atom in residual:
@@ -109,17 +111,26 @@ def _attention_axes(types: Types) -> tuple[set[Atom], set[Atom], set[Atom]]:
     return heads, keys, values
 
 
+def _attended(types: Types) -> set[Atom]:
+    """Atoms in keys or values: heads that are not among them share theirs with other heads."""
+    found: set[Atom] = set()
+    for site in (*types.facts.attentions, *attention_sites(types)):
+        for operand in site.operands[1:]:
+            found |= types.held[operand]
+    return found
+
+
 _PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
 
 
 def attention_sites(types: Types) -> Iterator[Attention]:
     """Attention spelled out: a product, a softmax over its last axis, and a product again."""
     for node in (mark.node for mark in types.facts.marks if mark.kind == "softmax"):
-        scores = _back_to_product(node)
+        scores = _back_to_product(types, node)
         context = _on_to_product(node)
         if scores is None or context is None:
             continue
-        query, key = scores.all_input_nodes[-2:]
+        query, key = (*scores.all_input_nodes, *scores.all_input_nodes)[-2:]
         value = context.all_input_nodes[-1]
         out = types.of[context]
         probabilities: tuple[Axis, ...] = types.of[node]
@@ -133,11 +144,21 @@ def _kind(node: fx.Node) -> str:
     return str(node.target).split(".")[1] if "." in str(node.target) else str(node.target)
 
 
-def _back_to_product(node: fx.Node) -> fx.Node | None:
-    while node.op == "call_function" and node.all_input_nodes:
-        node = node.all_input_nodes[0]
+def _back_to_product(types: Types, node: fx.Node) -> fx.Node | None:
+    """The product behind a softmax: the nearest one along the axis that it runs over."""
+    along = types.of[node][-1]
+    pending, seen = [node], {node}
+    while pending:
+        node = pending.pop(0)
         if _kind(node) in _PRODUCTS:
             return node
+        for other in node.all_input_nodes:
+            type_ = types.of.get(other)
+            if other in seen or not isinstance(type_, tuple) or not type_:
+                continue
+            if other.meta["val"].is_floating_point() and types.axes.same(type_[-1], along):
+                seen.add(other)
+                pending.append(other)
     return None
 
 
@@ -163,8 +184,8 @@ def _residual(types: Types, atoms: Collection[Atom]) -> set[Atom]:
     for node in types.program.graph.nodes:
         if node.op != "call_function" or not str(node.target).startswith("aten.add"):
             continue
-        operands = [n for n in node.all_input_nodes if n.op == "call_function"]
-        if len(operands) != 2:
+        operands = [_uncast(n) for n in node.all_input_nodes if n.op == "call_function"]
+        if len(operands) != 2 or any(operand.op != "call_function" for operand in operands):
             continue
         early, late = sorted(operands, key=order.__getitem__)
         for atom in (types.held.get(node, frozenset()) & groups) - found:
@@ -172,6 +193,16 @@ def _residual(types: Types, atoms: Collection[Atom]) -> set[Atom]:
             if around and not _reaches(late, early, order, types, atom):
                 found.add(atom)
     return found
+
+
+_CASTS = ("to", "_to_copy", "type_as", "clone", "alias", "detach", "dropout", "contiguous")
+
+
+def _uncast(node: fx.Node) -> fx.Node:
+    """The value that `node` is a copy of, in another type maybe."""
+    while _kind(node) in _CASTS:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _reaches(

@@ -164,7 +164,12 @@ class Selector:
             return [self._round(g, n) for g, n in zip(groups, taken, strict=True)]
 
         if self.budget == "units":
-            return first(math.floor(sum(group.size for group in groups) * self.ratio + 1e-9))
+            units = sum(group.size for group in groups)
+            count = math.floor(units * self.ratio + 1e-9)
+            if count > len(order):
+                most = f"these groups can lose {len(order)} of {units}"
+                raise SelectionError(f"{self.ratio:g} of the units cannot go: {most}")
+            return first(count)
         return self._meet(coupling, groups, first, len(order))
 
     def _round(self, group: Group, count: int) -> int:

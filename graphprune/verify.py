@@ -106,7 +106,11 @@ def verify(
     wide, narrow = _Session(reference), _Session(program)
     for run, inputs in _runs(original, seed):
         runs.append(run)
-        got = narrow(inputs)
+        try:
+            got = narrow(inputs)
+        except Exception as error:  # a wrong graph may fail in any way
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise VerificationError(f"the program does not run: {first}") from error
         for name, expected in wide(inputs).items():
             outputs[name] = max(outputs.get(name, 0.0), _error(expected, got.get(name), name))
     for errors, kind in ((weights, "weight"), (outputs, "output")):

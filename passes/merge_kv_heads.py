@@ -47,8 +47,8 @@ class MergeKvHeads(Pass):
 
     Refuses
     -------
-    Heads that `groups` does not divide, heads that share an axis with the queries, and a program in
-    which nothing would be merged (`MergeError`).
+    Heads that `groups` does not divide, heads that share an axis with the queries, a `skip` pattern
+    that matches nothing, and a program in which nothing would be merged (`MergeError`).
 
     Reference
     ---------
@@ -80,6 +80,9 @@ class MergeKvHeads(Pass):
             found = find_heads(program)
         if not found:
             raise MergeError("the program has no attention with more than one KV head")
+        for pattern in self.skip:
+            if not any(_matches(heads, pattern) for heads in found):
+                raise MergeError(f"skip pattern {pattern!r} matches no KV heads")
         chosen = [h for h in found if not self._skips(h) and h.size > self.groups]
         if not chosen:
             sizes = ", ".join(sorted({str(heads.size) for heads in found}))
@@ -94,5 +97,9 @@ class MergeKvHeads(Pass):
         return Outcome(merged, Plan((step,)), details=details)
 
     def _skips(self, heads: Heads) -> bool:
-        names = (heads.name, *(member.weight for member in heads.members))
-        return any(fnmatchcase(name, pattern) for name in names for pattern in self.skip)
+        return any(_matches(heads, pattern) for pattern in self.skip)
+
+
+def _matches(heads: Heads, pattern: str) -> bool:
+    names = (heads.name, *(member.weight for member in heads.members))
+    return any(fnmatchcase(name, pattern) for name in names)

@@ -103,6 +103,16 @@ UNREACHABLE = {
     "split.Tensor": "capture writes its pieces down, unless their number is dynamic",
     "chunk.default": "capture writes its pieces down, unless their number is dynamic",
     "pin_memory.default": "needs an accelerator",
+    **dict.fromkeys(
+        (
+            "eye.default",
+            "eye.m",
+            "linspace.default",
+            "tril_indices.default",
+            "triu_indices.default",
+        ),
+        "capture computes it, unless its size is dynamic",
+    ),
     "lift_fresh.default": "capture makes a copy of it",
 }
 """Rules of operators that graphs of this module do not end up with."""

@@ -19,14 +19,16 @@ def dimension_names(program: Program) -> dict[str, str]:
     """A name for every symbol among the sizes of a program's inputs.
 
     Examples are ``batch``, ``sequence``, ``past_sequence`` and ``total_sequence``. The inputs of a
-    transformers model agree in their batch, so its symbols may share that name.
+    transformers model agree in their batch, and its caches in their length, so their symbols may
+    share that name.
     """
     names: dict[str, str] = {}
     for value in program.inputs:
         for dim, size in enumerate(value.shape):
             if isinstance(size, str) and size.isidentifier() and size not in names:
                 name = _dimension(program, value, dim)
-                if name in names.values() and not (program.source and dim == 0):
+                shared = name in ("batch", "past_sequence") and program.source is not None
+                if name in names.values() and not shared:
                     name = f"{_word(value.name)}_{name if dim == 0 else f'dim_{dim}'}"
                 names[size] = name
     return names

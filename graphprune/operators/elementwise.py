@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from torch import fx
+
 from graphprune.operators.base import Op, Type, Zero, rule
 
 # fmt: off
 _ZERO_AT_ZERO = [
-    "abs", "asin", "asinh", "atan", "atanh", "ceil", "erf", "expm1", "fix", "floor", "gelu",
+    "abs", "asin", "asinh", "atan", "atanh", "ceil", "erf", "expm1", "floor", "gelu",
     "hardswish", "leaky_relu", "log1p", "mish", "neg", "relu", "relu6", "round", "sgn",
     "sign", "silu", "sin", "sinh", "sqrt", "square", "tan", "tanh", "trunc", "elu", "selu",
-    "celu", "hardshrink", "softshrink", "positive", "negative", "frac", "nan_to_num",
+    "celu", "hardshrink", "softshrink", "positive", "frac", "nan_to_num",
     "deg2rad", "rad2deg",
 ]
 _NOT_ZERO_AT_ZERO = [
     "acos", "acosh", "cosh", "digamma", "erfc", "exp", "exp2", "hardsigmoid", "isfinite",
     "isinf", "isnan", "lgamma", "log", "log10", "log2", "log_sigmoid", "logical_not", "logit",
-    "reciprocal", "rsqrt", "sigmoid", "softplus", "bitwise_not", "special_expit", "threshold",
+    "reciprocal", "rsqrt", "sigmoid", "softplus", "bitwise_not", "threshold",
 ]
 _SAME = [
     "alias", "clone", "contiguous", "detach", "dropout", "feature_dropout", "lift_fresh",
@@ -78,7 +80,6 @@ def power(op: Op) -> Type:
 @rule("fmod.Tensor", "fmod.Scalar", "remainder.Tensor", "remainder.Scalar", zero=Zero.NEVER)
 @rule("hypot.default", "logaddexp.default", "heaviside.default", "xlogy.Tensor", zero=Zero.NEVER)
 @rule("bitwise_left_shift.Tensor_Scalar", "floor_divide.Scalar", zero=Zero.NEVER)
-@rule("isin.Tensor_Tensor", zero=Zero.NEVER)
 def binary(op: Op) -> Type:
     """Operands of one shape after broadcasting; nothing is known of zeros."""
     return op.broadcast(*(op.types[node] for node in op.operands()))
@@ -99,7 +100,6 @@ def multiply(op: Op) -> Type:
 
 
 @rule("div.Tensor", "div.Scalar", "div.Tensor_mode", "div.Scalar_mode", zero=Zero.KEEP)
-@rule("true_divide.Tensor", zero=Zero.KEEP)
 def divide(op: Op) -> Type:
     """Quotient: zero where the numerator is."""
     return binary(op)
@@ -111,9 +111,18 @@ def divide(op: Op) -> Type:
 def add(op: Op) -> Type:
     """Sum, difference, larger or smaller: zero where all operands are."""
     other = op.node.args[1] if len(op.node.args) > 1 else None
-    if isinstance(other, int | float) and other != 0:
+    number = not isinstance(other, fx.Node) or op.types.get(other) is None  # a size may be one
+    if number and (isinstance(other, fx.Node) or other != 0):
         op.zero = Zero.NEVER
     return binary(op)
+
+
+@rule("isin.Tensor_Tensor", zero=Zero.NEVER)
+def isin(op: Op) -> Type:
+    """Same axes; those of the set that is looked through are frozen."""
+    for axis in op.type("test_elements"):
+        op.freeze(axis, "it is looked through for equal values")
+    return op.type("elements")
 
 
 @rule("addcmul.default", "addcdiv.default", zero=Zero.NEVER)
@@ -122,7 +131,7 @@ def add_product(op: Op) -> Type:
     return binary(op)
 
 
-@rule("clamp.default", "clamp_min.default", "clamp_max.default", "clip.default", zero=Zero.NEVER)
+@rule("clamp.default", "clamp_min.default", "clamp_max.default", zero=Zero.NEVER)
 @rule("hardtanh.default", zero=Zero.NEVER)
 def clamp(op: Op) -> Type:
     """Same axes; zero stays zero when the bounds enclose it."""

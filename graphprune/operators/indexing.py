@@ -10,12 +10,11 @@ from graphprune.axes import Axis
 from graphprune.operators.base import Op, Type, Zero, rule
 
 
-@rule("embedding.default", zero=Zero.NEVER)
+@rule("embedding.default", zero=Zero.KEEP)
 def embedding(op: Op) -> Type:
     """Rows are picked by index, so their axis is frozen; the rest of the table comes out."""
     table = op.type("weight")
     op.freeze(table[0], "its rows are picked by index")
-    op.zero = Zero.JOIN
     return (*op.type("indices"), *table[1:])
 
 
@@ -31,10 +30,10 @@ def index(op: Op) -> Type:
     kept = [axis for dim, axis in enumerate(type_) if dim not in at]
     count = len(shape) - len(kept)
     if masks or count < 0:
-        for axis in type_:
+        for axis in (*type_, *(axis for dim in at for axis in op.types[given[dim]])):
             op.freeze(axis, "its places are picked by a mask")
         return tuple(op.fixed(size, "picked by a mask") for size in shape)
-    op.zero = Zero.JOIN
+    op.zero = Zero.KEEP
     picked = op.broadcast(
         *(op.types[given[dim]] for dim in at), shape=_index_shape(shape, at, count)
     )
@@ -47,7 +46,7 @@ def _index_shape(shape: Sequence[int], at: list[int], count: int) -> Sequence[in
     return shape[lead : lead + count]
 
 
-@rule("index_select.default", zero=Zero.JOIN)
+@rule("index_select.default", zero=Zero.KEEP)
 def index_select(op: Op) -> Type:
     """Places of one axis are picked by index: it is frozen."""
     type_ = op.type("self")
@@ -100,7 +99,8 @@ def index_add(op: Op) -> Type:
     type_, source = op.type("self"), op.type("source")
     dim = op.dim("dim", len(type_))
     op.freeze(type_[dim], "places of it are written by index")
-    op.freeze(source[dim], "it writes places by index")
+    for axis in (source[dim], *op.type("index")):
+        op.freeze(axis, "it writes places by index")
     _same_but(op, type_, source, dim)
     op.zero = Zero.ALL
     return type_

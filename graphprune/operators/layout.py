@@ -169,7 +169,7 @@ def repeat_interleave(op: Op) -> Type:
     return tuple(type_)
 
 
-@rule("cat.default", "concat.default", zero=Zero.JOIN)
+@rule("cat.default", zero=Zero.JOIN)
 def concatenate(op: Op) -> Type:
     """The axes of the joined dimension become a sum; all others are one."""
     shape = op.shape()

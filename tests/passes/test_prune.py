@@ -1,0 +1,281 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from architectures import coupling_of, inputs_of, model_of, program_of
+from torch import Tensor
+
+import graphprune as gp
+from graphprune.calibration import Calibration
+from graphprune.errors import CalibrationError, PipelineError, SelectionError, UsageError
+from graphprune.pass_manager import Result
+from graphprune.passes.merge_kv_heads import MergeKvHeads
+from graphprune.passes.prune import Prune
+from graphprune.pipeline import Pipeline
+from graphprune.program import Program
+
+
+def run(program: Program, *passes: Any, **options: Any) -> Result:
+    return Pipeline(passes).run(program, **options)
+
+
+def calibration_of(name: str) -> Calibration:
+    return Calibration.from_batches([inputs_of(program_of(name))])
+
+
+def weights_of(name: str) -> dict[str, Tensor]:
+    return {n: p.detach() for n, p in model_of(name).named_parameters()}
+
+
+# -- what it is for -------------------------------------------------------------------------------
+
+
+def test_the_weakest_ffn_units_of_a_llama_go() -> None:
+    program, weights = program_of("llama-gqa"), weights_of("llama-gqa")
+    pruned = run(program, Prune("ffn", 0.25, "l2")).program
+    for layer in (0, 1):
+        names = [f"model.layers.{layer}.mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
+        gate, up, down = (weights[name] for name in names)
+        norms = gate.square().sum(1) + up.square().sum(1) + down.square().sum(0)
+        kept = norms.argsort()[12:].sort().values
+        expected = gate[kept], up[kept], down[:, kept]
+        for name, weight in zip(names, expected, strict=True):
+            assert torch.equal(pruned.weights[name], weight)
+    assert program.parameter_count() - pruned.parameter_count() == 2 * 12 * 3 * 32
+
+
+def test_the_weakest_heads_of_a_gpt2_go() -> None:
+    program, weights = program_of("gpt2"), weights_of("gpt2")
+    pruned = run(program, Prune("kv-heads", 0.25, "l1")).program
+    for layer in (0, 1):
+        prefix = f"transformer.h.{layer}.attn"
+        fused, bias = weights[f"{prefix}.c_attn.weight"], weights[f"{prefix}.c_attn.bias"]
+        out = weights[f"{prefix}.c_proj.weight"]
+        heads = fused.abs().sum(0) + bias.abs()
+        norms = heads.view(3, 4, 8).sum((0, 2)) + out.abs().sum(1).view(4, 8).sum(1)
+        kept = norms.argsort()[1:].sort().values
+        expected = fused.view(32, 3, 4, 8)[:, :, kept].reshape(32, 72)
+        assert torch.equal(pruned.weights[f"{prefix}.c_attn.weight"], expected)
+        rows = out.view(4, 8, 32)[kept].reshape(24, 32)
+        assert torch.equal(pruned.weights[f"{prefix}.c_proj.weight"], rows)
+    assert pruned.kv_bytes_per_token() * 4 == program.kv_bytes_per_token() * 3
+
+
+def test_the_weakest_channels_of_a_resnet_go() -> None:
+    program = program_of("resnet")
+    result = run(program, Prune("channels", 0.5, "l1"))
+    assert result.program.parameter_count() < program.parameter_count()
+    (step,) = result.plan.steps
+    assert {cut.role for cut in step.cuts} == {"channel"}
+    assert all(2 * cut.count == cut.size for cut in step.cuts)
+    kept = result.program.weights["resnet.encoder.stages.0.layers.0.layer.0.convolution.weight"]
+    assert kept.shape == (2, 16, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("llama-gqa", "ffn"),
+        ("llama-gqa", "kv-heads"),
+        ("llama-gqa", "query-heads"),
+        ("llama-gqa", "head-dim"),
+        ("llama-gqa", "rope-dim"),
+        ("llama-gqa", "hidden"),
+        ("llama-gqa", "all"),
+        ("llama-gqa", "*layers.1*:*"),
+        ("mixtral", "ffn"),
+        ("gpt2", "hidden"),
+        ("gpt2", "all"),
+        ("resnet", "all"),
+        ("t5", "ffn"),
+    ],
+)
+def test_every_target_is_pruned_and_verified(name: str, target: str) -> None:
+    program = program_of(name)
+    result = run(program, Prune(target, 0.5, "l2"))
+    assert result.program.parameter_count() < program.parameter_count()
+    (step,) = result.plan.steps
+    assert all(2 * cut.count == cut.size for cut in step.cuts)
+    assert gp.verify(program, result.plan, result.program).max_relative_error <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"criterion": "taylor"},
+        {"criterion": "taylor-vector", "aggregate": "max"},
+        {"criterion": "taylor", "scope": "global", "normalise": "sum"},
+        {"criterion": "l1", "aggregate": "product", "scope": "global"},
+        {"criterion": "l1", "aggregate": "mean", "budget": "parameters"},
+        {"criterion": "magnitude", "scope": "global", "budget": "parameters", "normalise": "max"},
+        {"criterion": "random", "round_to": 8},
+    ],
+)
+def test_every_option_gives_a_verified_program(options: dict[str, Any]) -> None:
+    program = program_of("llama-gqa")
+    prune = Prune("ffn", 0.2, **options)
+    result = run(program, prune, calibration=calibration_of("llama-gqa"))
+    assert 0 < len(result.plan.steps[0].cuts) <= 2
+    assert Pipeline.parse(str(prune)).passes == (prune,)
+
+
+def chosen(**options: Any) -> dict[str, Any]:
+    given = {"target": "ffn", "ratio": 0.25, "criterion": "l2", **options}
+    calibration = calibration_of("llama-gqa")
+    plan = run(program_of("llama-gqa"), Prune(**given), calibration=calibration).plan
+    return {cut.group: dict(cut.units) for cut in plan.steps[0].cuts}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"criterion": "l1"},
+        {"criterion": "taylor"},
+        {"criterion": "random"},
+        {"aggregate": "product"},
+        {"scope": "global"},
+        {"budget": "parameters"},
+        {"round_to": 5},
+        {"skip": ("*.0.*",)},
+        {"ratio": 0.5},
+        {"target": "*"},
+    ],
+)
+def test_every_option_matters(options: dict[str, Any]) -> None:
+    assert chosen(**options) != chosen()
+
+
+def test_how_scores_are_normalised_matters_in_scope_global() -> None:
+    options = {"target": "all", "scope": "global"}
+    found = [chosen(**options, normalise=how) for how in ("none", "mean", "max", "sum", "l2")]
+    assert len({repr(each) for each in found}) > 2
+
+
+def test_the_default_criterion_is_taylor() -> None:
+    assert chosen(criterion="taylor") == chosen(criterion=Prune("ffn", 0.5).criterion)
+
+
+def test_the_seed_of_the_run_decides_random_units() -> None:
+    program, prune = program_of("llama-gqa"), Prune("ffn", 0.25, "random")
+    plans = [run(program, prune, seed=seed).plan for seed in (0, 0, 1)]
+    assert plans[0] == plans[1] != plans[2]
+    assert plans[0].to_json() == plans[1].to_json()
+
+
+# -- what it says ---------------------------------------------------------------------------------
+
+
+def test_the_report_says_what_went_and_what_stayed() -> None:
+    prune = Prune("*layers.0*", 0.25, "l1", skip=("*:query-slot", "*:head-dim"))
+    result = run(program_of("llama-gqa"), prune)
+    (record,) = result.report.passes
+    assert record.details == {
+        "removed": {"model.layers.0.mlp:ffn": "12 of 48"},
+        "unchanged": ["model.layers.0.self_attn:kv-head"],
+    }
+    assert record.before.parameters - record.after.parameters == 12 * 3 * 32
+
+
+def test_a_ratio_of_zero_changes_nothing_and_says_so() -> None:
+    program = program_of("llama-gqa")
+    result = run(program, Prune("ffn", 0, "l1"))
+    assert result.program is program
+    assert not result.plan
+    assert result.report.passes[0].details == {"note": "ratio 0: nothing goes"}
+
+
+# -- where it stands in a pipeline -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama-mha", "gpt2"])
+def test_it_prunes_what_was_merged(name: str) -> None:
+    program = program_of(name)
+    passes = [MergeKvHeads(groups=2), Prune("all", 0.5, "taylor")]
+    result = run(program, *passes, calibration=calibration_of(name))
+    roles = [cut.role for cut in result.plan.steps[1].cuts]
+    assert {"kv-head", "query-slot", "ffn", "head-dim"} <= set(roles)
+    assert "residual" not in roles
+    assert result.program.kv_bytes_per_token() * 8 <= program.kv_bytes_per_token()
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "resnet"])
+def test_it_prunes_what_was_pruned(name: str) -> None:
+    program = program_of(name)
+    result = run(program, Prune("all", 0.5, "l1"), Prune("all", 0.5, "l2"))
+    first, second = ({c.group: c for c in step.cuts} for step in result.plan.steps)
+    assert second
+    for group, cut in second.items():
+        assert cut.size == first[group].size - first[group].count
+    assert gp.verify(program, result.plan, result.program).max_relative_error <= 1e-4
+
+
+def test_pruning_the_residual_stream_again_keeps_the_divisor() -> None:
+    program = program_of("llama-gqa")
+    result = run(program, Prune("hidden", 0.25, "l1"), Prune("hidden", 0.5, "l1"))
+    assert result.program.weight("model.norm.weight").shape == (12,)
+    assert gp.verify(program, result.plan, result.program).max_relative_error <= 1e-4
+
+
+# -- refusing -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ("target=ffn", PipelineError, "needs the option 'ratio'"),
+        ("ratio=0.5", PipelineError, "needs the option 'target'"),
+        ("target=ffn ratio=1", SelectionError, r"ratio 1 is not in \[0, 1\)"),
+        ("target=ffn ratio=-0.25", SelectionError, r"ratio -0.25 is not in \[0, 1\)"),
+        ("target=ffn ratio=nan", PipelineError, "option 'ratio' wants a finite number"),
+        ("target=ffn ratio=a", PipelineError, "option 'ratio' wants a number, not 'a'"),
+        ("target=ffn ratio=0.5 round_to=0", SelectionError, "round_to 0 is not positive"),
+        ("target=ffn ratio=0.5 round_to=2.5", PipelineError, "wants a whole number"),
+        ("target=ffn ratio=0.5 scope=globl", PipelineError, "did you mean 'global'"),
+        ("target=ffn ratio=0.5 budget=params", PipelineError, "did you mean 'parameters'"),
+        ("target=ffn ratio=0.5 aggregate=min", PipelineError, "wants one of sum, mean"),
+        ("target=ffn ratio=0.5 normalise=l3", PipelineError, "did you mean 'l2'"),
+        ("target=ffn ratio=0.5 normalize=l2", PipelineError, "did you mean 'normalise'"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_at_once(
+    options: str, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        Pipeline.parse(f"prune{{{options}}}")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"target": "fnn"}, SelectionError, "target 'fnn' matches no group"),
+        ({"target": "channels"}, SelectionError, "target 'channels' matches no group"),
+        ({"target": "fnn", "ratio": 0}, SelectionError, "target 'fnn' matches no group"),
+        ({"skip": ("layers.9",)}, SelectionError, "skip pattern 'layers.9' matches no group"),
+        ({"skip": ("*",)}, SelectionError, "every group of target 'ffn' is skipped"),
+        ({"ratio": 0.001}, SelectionError, "nothing to prune: 0.001 of groups of 48 units"),
+        ({"round_to": 64}, SelectionError, "kept in multiples of 64"),
+        ({"budget": "parameters", "ratio": 0.9}, SelectionError, "these groups hold at most"),
+        ({"criterion": "taylor"}, CalibrationError, "needs calibration data; none was given"),
+        ({"criterion": "tailor"}, UsageError, "did you mean 'taylor'"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_a_line(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    given = {"target": "ffn", "ratio": 0.25, "criterion": "l1", **options}
+    with pytest.raises(error) as caught:
+        run(program_of("llama-gqa"), Prune(**given))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_scored_is_refused() -> None:
+    program = program_of("llama-gqa")
+    name = "model.layers.1.mlp.up_proj.weight"
+    weight = program.weight(name).clone()
+    weight[3, 4] = float("inf")
+    group = coupling_of("llama-gqa").group("model.layers.1.mlp:ffn").name
+    with pytest.raises(SelectionError, match=f"{group}: .* scores that are not finite"):
+        run(program.with_weights({name: weight}), Prune("ffn", 0.25, "l2"))

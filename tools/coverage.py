@@ -1,0 +1,286 @@
+"""Prune a tiny model of every type that transformers registers, and write down what came of it.
+
+    python tools/coverage.py                        # every task, resumed where it was left
+    python tools/coverage.py --task causal-lm --only llama,gpt2 --again
+    python tools/coverage.py --shard 1/4            # a quarter of the types
+    python tools/coverage.py --report               # make the table from what was measured
+
+A type is built, run in eager mode, captured, analysed, cut by a quarter in every group at once and
+verified, its KV heads merged, a uniform cut written and loaded by plain transformers, and exported
+to ONNX and compared in ONNX Runtime. Each type runs in a process of its own, under a time limit;
+what it could not do stands in its row with the reason.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from tiny_models import TASKS, tiny_model, types_of
+
+import graphprune as gp
+from graphprune.backends.huggingface import loadability
+from graphprune.capture import capture
+from graphprune.coupling import Coupling, Group
+from graphprune.merge import find_heads, merge_of
+from graphprune.plan import Cut, Plan, Step, cut_of
+from graphprune.program import Program, module_path, source_line
+
+RESULTS = Path("out/coverage")
+TABLE = Path(__file__).with_name("COVERAGE.md")
+
+Row = dict[str, Any]
+
+
+# -- one model ------------------------------------------------------------------------------------
+
+
+def measure(task: str, model_type: str) -> Row:
+    """Everything that is known of one type; stages after one that failed are left out."""
+    row: Row = {"task": task, "type": model_type}
+    model = _stage(row, "eager", lambda: tiny_model(task, model_type))
+    if model is None:
+        return row
+    program = _stage(row, "captured", lambda: capture(model))
+    if program is None:
+        return row
+    row["cache"] = program.is_decoder
+    row["notes"] = list(program.notes)
+    _stage(row, "equal", lambda: _compare_with_eager(program, model))
+    coupling = _stage(row, "analysed", lambda: _analysed(program, row))
+    if coupling is None:
+        return row
+    plan = Plan((Step(program.fingerprint(), _cuts(coupling)),))
+    pruned = _stage(row, "rewritten", lambda: plan.apply(program))
+    if pruned is not None:
+        _stage(row, "verified", lambda: gp.verify(program, plan, pruned).max_relative_error)
+    _stage(row, "merged", lambda: _merge(program))
+    _stage(row, "reloaded", lambda: _reload(program, coupling))
+    if pruned is not None:
+        _stage(row, "onnx", lambda: _export(pruned))
+    return row
+
+
+def _stage(row: Row, name: str, call: Callable[[], Any]) -> Any:
+    """Run a stage; its row says how long it took, or why it failed."""
+    began = time.perf_counter()
+    try:
+        result = call()
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is the row's reason
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        text = str(error).strip().splitlines() or [""]
+        where = f"{Path(last.filename).name}:{last.lineno}"
+        row[name] = {"error": f"{type(error).__name__}: {text[0][:300]} ({where})"}
+        return None
+    row[name] = {"seconds": round(time.perf_counter() - began, 2)}
+    if isinstance(result, int | float | str | bool):
+        row[name]["value"] = result
+    return result
+
+
+def _compare_with_eager(program: Program, model: Any) -> float:
+    from graphprune.backends.hf_model import difference
+
+    if why := difference(program, model):
+        raise ValueError(why)
+    return 0.0
+
+
+def _analysed(program: Program, row: Row) -> Coupling:
+    coupling = gp.analyze(program)
+    row["groups"] = dict(Counter(group.role for group in coupling.groups))
+    row["exactness"] = dict(Counter(group.exactness for group in coupling.groups))
+    row["attention"] = bool(_attentions(coupling))
+    inner = {
+        name for group in coupling.groups if group.role != "residual" for name in group.weights()
+    }
+    total = prunable = 0
+    reasons: Counter[str] = Counter()
+    for name in _layers(coupling):
+        size = program.weights[name].numel()
+        total += size
+        prunable += size if name in inner else 0
+        if name not in inner:
+            for reason in {
+                _reason(found) for weight, _, found in coupling.frozen() if weight == name
+            }:
+                reasons[reason] += size
+    row["share"] = prunable / total if total else None
+    row["elements"] = total
+    row["parameters"] = program.parameter_count()
+    row["frozen"] = reasons.most_common(4)
+    row["unruled"] = sorted({str(node.target) for node in coupling.types.facts.unruled})
+    return coupling
+
+
+def _attentions(coupling: Coupling) -> list[Any]:
+    from graphprune.roles import attention_sites
+
+    return [*coupling.types.facts.attentions, *attention_sites(coupling.types)]
+
+
+def _layers(coupling: Coupling) -> Iterator[str]:
+    """Matrices of attention, MLPs and the like: those of repeated layers, which have a number."""
+    program = coupling.program
+    for name, node in program.weight_nodes():
+        inside = any(part.isdigit() for part in name.split("."))
+        matrix = program.kinds[name] == "parameter" and program.weights[name].ndim > 1
+        if inside and matrix and node.users:
+            yield name
+
+
+def _reason(frozen: Any) -> str:
+    node = frozen.node
+    where = ", ".join(filter(None, (module_path(node), source_line(node))))
+    return f"{frozen.why}: {node.target if node.op != 'placeholder' else node.name} ({where})"
+
+
+def _cuts(coupling: Coupling) -> tuple[Cut, ...]:
+    """A random quarter of every group (one unit at least), other ones under every parent."""
+    chosen = random.Random(0)
+    sizes = {group.name: group.size for group in coupling.groups}
+    return tuple(_cut(group, sizes, chosen) for group in coupling.groups)
+
+
+def _cut(group: Group, sizes: dict[str, int], chosen: random.Random) -> Cut:
+    count = max(1, group.size // 4)
+    places = itertools.product(*(range(sizes[parent]) for parent in group.parents))
+    return cut_of(
+        group, {place: tuple(chosen.sample(range(group.size), count)) for place in places}
+    )
+
+
+def _merge(program: Program) -> str:
+    heads = [each for each in find_heads(program) if each.size > 1]
+    if not heads:
+        return "no KV heads"
+    merges = []
+    refused = ""
+    for each in heads:
+        groups = each.size // 2 if each.size % 2 == 0 else 1
+        try:
+            merges.append(merge_of(each, groups))
+        except gp.GraphPruneError as error:
+            refused = refused or str(error)
+    if refused:
+        raise ValueError(refused)
+    plan = Plan((Step(program.fingerprint(), (), tuple(merges)),))
+    gp.verify(program, plan, plan.apply(program))
+    return f"{len(merges)} attentions"
+
+
+def _reload(program: Program, coupling: Coupling) -> str:
+    """Write and load a checkpoint from which each group that stands for a width lost a quarter."""
+    wanted = [group for group in coupling.groups if group.role in ("ffn", "expert-unit")]
+    wanted = wanted or [group for group in coupling.groups if group.role == "kv-head"]
+    if not wanted:
+        raise ValueError("nothing to cut evenly")
+    chosen = random.Random(0)
+    sizes = {group.name: group.size for group in coupling.groups}
+    plan = Plan((Step(program.fingerprint(), tuple(_cut(g, sizes, chosen) for g in wanted)),))
+    pruned = plan.apply(program)
+    kind = loadability(pruned)
+    if kind.kind == "none":
+        raise ValueError(kind.reason)
+    with tempfile.TemporaryDirectory() as folder:
+        pruned.save_pretrained(f"{folder}/small")
+        _compare_reloaded(pruned, f"{folder}/small", kind.kind)
+    return kind.kind
+
+
+def _compare_reloaded(program: Program, folder: str, kind: str) -> None:
+    from graphprune.backends.hf_model import difference
+
+    assert program.source is not None
+    if kind == "plain":
+        model_class: Any = program.source.model_class
+        model = model_class.from_pretrained(folder, dtype=torch.float32)
+    else:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        config = json.loads(Path(folder, "config.json").read_text())
+        name = next(iter(config["auto_map"].values()))
+        model = get_class_from_dynamic_module(name, folder).from_pretrained(folder)
+    if why := difference(program, model.eval()):
+        raise ValueError(why)
+
+
+def _export(program: Program) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        report = program.export_onnx(f"{folder}/model.onnx")
+    if report.max_relative_error is None:
+        raise ValueError("; ".join(report.notes))
+    return report.max_relative_error
+
+
+# -- all models -----------------------------------------------------------------------------------
+
+
+def isolated(task: str, model_type: str, limit: int) -> Row:
+    """`measure` in a process of its own, which ends after `limit` seconds."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        signal.alarm(limit)
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+        with open(writing, "w") as stream:
+            json.dump(measure(task, model_type), stream)
+        os._exit(0)
+    os.close(writing)
+    with open(reading) as stream:
+        text = stream.read()
+    _, status = os.waitpid(child, 0)
+    try:
+        row: Row = json.loads(text)
+    except ValueError:
+        why = f"not done in {limit} s" if os.WTERMSIG(status) == signal.SIGALRM else "it crashed"
+        row = {"task": task, "type": model_type, "eager": {"error": why}}
+    return row
+
+
+def main(
+    task: Annotated[list[str] | None, typer.Option(help="Only these tasks.")] = None,
+    only: Annotated[str, typer.Option(help="Only these types, joined by commas.")] = "",
+    shard: Annotated[str, typer.Option(help="Which part of the types, such as 1/4.")] = "1/1",
+    limit: Annotated[int, typer.Option(help="Seconds for each type.")] = 180,
+    again: Annotated[bool, typer.Option("--again", help="Measure what is measured.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Only make the table.")] = False,
+) -> None:
+    """Measure every type that was not measured yet, and write the table."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    part, parts = map(int, shard.split("/"))
+    jobs = [(name, kind) for name in task or TASKS for kind in types_of(name)]
+    jobs = [job for job in jobs if not only or job[1] in only.split(",")][part - 1 :: parts]
+    for name, kind in track([] if report else jobs, console=Console(stderr=True)):
+        path = RESULTS / f"{name}.{kind}.json"
+        if again or not path.is_file():
+            path.write_text(json.dumps(isolated(name, kind, limit), indent=1) + "\n")
+    rows = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    print(len(rows), "rows")
+
+
+if __name__ == "__main__":
+    typer.run(main)
