@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._export.verifier import load_verifier
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import (
@@ -27,6 +28,7 @@ from torch.export.graph_signature import (
     OutputSpec,
     TensorArgument,
 )
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from graphprune.canonical import canonicalize
@@ -246,16 +248,57 @@ def _capture_transformers(model: Any, cache: bool | None) -> Program:
             notes = (f"captured without a cache: {why}",) if why and model.can_generate() else ()
         else:
             notes = ("captured without a cache, as asked",)
-        inputs, dims = _example_inputs(model)
-        hidden = {"encoder_last_hidden_state", "past_key_values", "hidden_states", "loss"}
-        return _capture_call(
+        return _capture_whole(model, source, notes)
+
+
+_INNER = ("encoder_last_hidden_state", "past_key_values", "hidden_states", "loss")
+"""Outputs of transformers models that are not what they are run for."""
+
+
+def _capture_whole(model: Any, source: Source, notes: tuple[str, ...]) -> Program:
+    """Capture a model as one call, with as many dynamic sizes as its graph holds for."""
+    inputs, dims = _example_inputs(model)
+    first = {name: {0: of[0]} for name, of in dims.items()}
+    fixed = dict.fromkeys(dims)
+    for shapes, what in ((dims, ""), (first, "a length"), (fixed, "a batch size and a length")):
+        why = f"captured for {what} of its own: its graph holds for no other" if what else ""
+        program = _capture_call(
             model,
             inputs,
-            dims,
-            keep=lambda name: name.split(".")[0] not in hidden,
+            shapes,
+            keep=lambda name: name.split(".")[0] not in _INNER,
             source=source,
-            notes=notes,
+            notes=(*notes, why) if why else notes,
         )
+        if all(_holds_for(program, *sizes) for sizes in ((3, 7), (2, 11))):
+            break
+    return program
+
+
+def _holds_for(program: Program, batch: int, length: int) -> bool:
+    """Whether the graph takes these sizes for its dynamic ones: tried on tensors without data.
+
+    Some code takes other ways for other sizes, of which `torch.export` keeps one.
+    """
+    sizes = {
+        symbol: batch if dim == 0 else length
+        for value in program.inputs
+        for dim, symbol in enumerate(value.shape)
+        if isinstance(symbol, str)
+    }
+    symbols = ShapeEnv(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True)
+    mode = FakeTensorMode(shape_env=symbols, allow_non_fake_inputs=True)
+    try:
+        with mode, torch.no_grad():
+            weights = [torch.empty(w.shape, dtype=w.dtype) for w in program.weights.values()]
+            inputs = [
+                torch.empty([sizes.get(s, s) for s in v.shape], dtype=v.dtype)  # type: ignore[arg-type]
+                for v in program.inputs
+            ]
+            fx.Interpreter(program.graph_module).run(*weights, *inputs)
+    except Exception:  # noqa: BLE001 - operators refuse sizes in any way
+        return False
+    return True
 
 
 def _cache_layers(model: Any) -> tuple[list[tuple[int, Tensor, Tensor]], str]:

@@ -262,7 +262,10 @@ def infer(program: Program, apart: Iterable[Attention] = ()) -> Types:
     types = inference.run()
     for site in apart:
         _, key, value = (types.of[node] for node in site.operands)
-        for left, right in zip(key[:-2], value[:-2], strict=True):
+        sides = [key[:-2], value[:-2]]
+        if len(key) != len(value):  # one of them has its batch axes flattened into one
+            sides = [(types.axes.product(*side),) for side in sides]
+        for left, right in zip(*sides, strict=True):
             inference.unify(left, right, site.node)
     return types
 

@@ -125,6 +125,18 @@ class Program:
         """Whether a KV cache goes in and out."""
         return any(value.name.startswith(PAST) for value in self.inputs)
 
+    def within(self, symbol: int | str, wanted: int) -> int:
+        """A size for `symbol`, as near to `wanted` as its range allows; a number is itself."""
+        if isinstance(symbol, int):
+            return symbol
+        limits = {str(key): limits for key, limits in self.ranges.items()}.get(symbol)
+        if limits is None:
+            return wanted
+        # A lower limit of 2 only says that torch.export treats 0 and 1 as special.
+        low = int(limits.lower) if limits.lower.is_Integer and limits.lower > 2 else wanted
+        high = int(limits.upper) if limits.upper.is_Integer else wanted
+        return min(max(wanted, low), high)
+
     def weight_nodes(self) -> Iterator[tuple[str, fx.Node]]:
         """Every weight's name with its placeholder."""
         yield from zip(self.weights, self.graph.find_nodes(op="placeholder"), strict=False)

@@ -32,7 +32,7 @@ def random_inputs(
         if value.name.startswith(PAST) or value.name.endswith("attention_mask"):
             continue
         sizes = [
-            size if isinstance(size, int) else (batch if dim == 0 else length)
+            program.within(size, batch if dim == 0 else length)
             for dim, size in enumerate(value.shape)
         ]
         inputs[value.name] = _random(value, node, sizes, generator)

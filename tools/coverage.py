@@ -25,6 +25,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,6 +47,9 @@ from graphprune.merge import find_heads, merge_of
 from graphprune.plan import Cut, Plan, Step, cut_of
 from graphprune.program import Program, module_path, source_line
 
+for _name in ("loading", "rewrite", "verify", "backends.archive", "backends.onnx"):
+    import_module(f"graphprune.{_name}")  # before any process is forked: all measure one state
+
 RESULTS = Path("out/coverage")
 TABLE = Path(__file__).with_name("COVERAGE.md")
 
@@ -58,8 +62,8 @@ Row = dict[str, Any]
 def measure(task: str, model_type: str) -> Row:
     """Everything that is known of one type; stages after one that failed are left out."""
     row: Row = {"task": task, "type": model_type}
-    model = _stage(row, "eager", lambda: tiny_model(task, model_type))
-    if model is None:
+    model = _stage(row, "built", lambda: tiny_model(task, model_type))
+    if model is None or _stage(row, "eager", lambda: _run_eager(model)) is None:
         return row
     program = _stage(row, "captured", lambda: capture(model))
     if program is None:
@@ -96,6 +100,14 @@ def _stage(row: Row, name: str, call: Callable[[], Any]) -> Any:
     if isinstance(result, int | float | str | bool):
         row[name]["value"] = result
     return result
+
+
+def _run_eager(model: Any) -> str:
+    from graphprune.capture import _example_inputs
+
+    inputs, _ = _example_inputs(model)
+    with torch.no_grad():
+        return type(model(**inputs)).__name__
 
 
 def _compare_with_eager(program: Program, model: Any) -> float:

@@ -233,7 +233,7 @@ def tiny_model(task: str, model_type: str) -> nn.Module:
     model_class = getattr(transformers, name)
     config = tiny_config(model_type)
     if not isinstance(config, model_class.config_class):  # of a model with other inputs beside text
-        config = config.get_text_config()
+        config = config.get_text_config(decoder=True)
     model: nn.Module = model_class(config)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -145,7 +145,7 @@ def _random_inputs(program: Program, model: Any) -> dict[str, Tensor]:
         if value.name.startswith(PAST):
             continue
         shape = [
-            size if isinstance(size, int) else _ROWS if dim == 0 else _LENGTH
+            program.within(size, _ROWS if dim == 0 else _LENGTH)
             for dim, size in enumerate(value.shape)
         ]
         if value.dtype.is_floating_point:

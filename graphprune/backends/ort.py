@@ -204,13 +204,8 @@ def sizes_for(program: Program, names: Mapping[str, str], batch: int) -> dict[st
     chosen: dict[str, int] = {}
     for name in dict.fromkeys(names.values()):
         chosen[name] = batch if name == "batch" or name.endswith("_batch") else next(lengths)
-    for symbol, limits in program.ranges.items():
-        name = names.get(str(symbol), "")
-        if name and limits.upper.is_Integer:
-            chosen[name] = min(chosen[name], int(limits.upper))
-        # A lower limit of 2 only says that torch.export treats 0 and 1 as special.
-        if name and limits.lower.is_Integer and int(limits.lower) > 2:
-            chosen[name] = max(chosen[name], int(limits.lower))
+    for symbol, name in names.items():
+        chosen[name] = program.within(symbol, chosen[name])
     return {symbol: chosen[name] for symbol, name in names.items()}
 
 
