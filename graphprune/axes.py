@@ -81,6 +81,10 @@ UNIT = Product(())
 """The axis of size 1: a product of nothing, with no unit that could be removed."""
 
 
+_MOST_CUTS = 100
+"""Cuts to make two sums one; an axis against itself shifted by one takes one for each index."""
+
+
 class Conflict(Exception):
     """Two axes that no assignment of atoms makes the same; the caller freezes both."""
 
@@ -183,10 +187,12 @@ class Axes:
     def sum(self, *axes: Axis) -> Axis:
         """`axes` one after the other."""
         terms: list[Axis] = []
-        for axis in axes:
-            axis = self.head(axis)
+        pending = list(reversed(axes))
+        while pending:  # without recursion: an axis cut at each index is a sum in a sum in a sum
+            axis = self._followed(pending.pop())
+            axis = self.head(axis) if isinstance(axis, Product) else axis
             if isinstance(axis, Sum):
-                terms.extend(axis.terms)
+                pending.extend(reversed(axis.terms))
             elif axis.size > 0:
                 terms.append(axis)
         return terms[0] if len(terms) == 1 else Sum(tuple(terms))
@@ -195,20 +201,22 @@ class Axes:
 
     def head(self, axis: Axis) -> Axis:
         """`axis` with the bindings of its outermost layer followed."""
-        if isinstance(axis, Atom):
-            seen = []
-            while isinstance(axis, Atom) and axis.bound is not None:
-                seen.append(axis)
-                axis = axis.bound
-            for atom in seen[:-1]:
-                atom.bound = axis
-            if isinstance(axis, Atom):
-                return axis
+        axis = self._followed(axis)
         if isinstance(axis, Product):
             if any(_loose(factor, Product) for factor in axis.factors):
                 return self.product(*axis.factors)
         elif isinstance(axis, Sum) and any(_loose(term, Sum) for term in axis.terms):
             return self.sum(*axis.terms)
+        return axis
+
+    def _followed(self, axis: Axis) -> Axis:
+        """What an atom is bound to, in the end."""
+        seen = []
+        while isinstance(axis, Atom) and axis.bound is not None:
+            seen.append(axis)
+            axis = axis.bound
+        for atom in seen:
+            atom.bound = axis
         return axis
 
     def resolve(self, axis: Axis) -> Axis:
@@ -402,8 +410,12 @@ class Axes:
     def _unify_sums(self, left: Sum, right: Sum) -> None:
         """Cut the longer leading term at the boundary of the other."""
         ours, theirs = list(left.terms), list(right.terms)
+        cuts = 0
         while self._open(ours, Sum) and self._open(theirs, Sum):
             if ours[0].size != theirs[0].size:
+                cuts += 1
+                if cuts > _MOST_CUTS:
+                    raise Conflict("it would fall into too many pieces")
                 long, short = (ours, theirs) if ours[0].size > theirs[0].size else (theirs, ours)
                 size = short[0].size
                 long[:1] = self.split(long[0], (size, long[0].size - size))

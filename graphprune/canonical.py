@@ -80,6 +80,7 @@ def canonicalize(
     _erase_checks(graph)
     _erase_unused(graph)
     _rename(graph)
+    _write_down_sizes(graph)
     values = _evaluate(graph, constants, dynamic)
     for node in list(graph.nodes):
         if node.op == "call_function":
@@ -105,6 +106,20 @@ def _erase_checks(graph: fx.Graph) -> None:
         ):
             node.args = tuple(cpu if arg == meta else arg for arg in node.args)
             node.kwargs = {k: cpu if v == meta else v for k, v in node.kwargs.items()}
+
+
+def _write_down_sizes(graph: fx.Graph) -> None:
+    """Let a size that turned out to be fixed be a number, which does not change with a tensor."""
+    numbers: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        if not numbers.keys().isdisjoint(node.all_input_nodes):
+            node.args, node.kwargs = fx.map_arg(
+                (node.args, node.kwargs), lambda other: numbers.get(other, other)
+            )
+        size = node.meta.get("val")
+        fixed = isinstance(size, torch.SymInt) and size.node.expr.is_number
+        if node.op == "call_function" and (fixed or type(size) is int):
+            numbers[node] = int(size)
 
 
 def _rename(graph: fx.Graph) -> None:
@@ -146,7 +161,7 @@ def _evaluate(
         if any(map(_mutates, (node, *node.users))) or _is_random(node):
             continue
         value = node.meta["val"]
-        if value.numel() <= _LARGEST and not set(value.shape) & set(dynamic):
+        if value.numel() <= _LARGEST and not set(map(int, value.shape)) & set(dynamic):
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             with torch.no_grad():
                 values[node] = node.target(*args, **kwargs)

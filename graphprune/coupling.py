@@ -86,6 +86,8 @@ class Group:
         Every place of the group in a weight.
     parents
         Groups under each of whose units this one may lose other units (equally many).
+    least
+        How many units must stay: 1, or as many experts as are chosen at once.
     """
 
     name: str
@@ -95,6 +97,7 @@ class Group:
     why: str
     members: tuple[Member, ...]
     parents: tuple[str, ...] = ()
+    least: int = 1
 
     def weights(self) -> list[str]:
         """The names of the weights it reaches into, each once."""
@@ -210,6 +213,7 @@ class Coupling:
                     for weight, dim, extent, place in found
                 ),
                 parents=tuple(names[parent] for parent in parents[atom]),
+                least=self.types.least.get(atom, 1),
             )
             for atom, found in places.items()
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,10 +16,19 @@ from torch import fx
 
 from graphprune.axes import UNIT, Atom, Axes, Axis, Product, Sum
 from graphprune.operators import RULES
-from graphprune.operators.base import Attention, Facts, Frozen, Op, Type, Zero
+from graphprune.operators.base import Attention, Content, Facts, Frozen, Op, Type, Zero
 from graphprune.program import PAST, PRESENT, Program
 
 _FIRST_PRIME = 1_000_003
+
+# fmt: off
+_CARRYING = {
+    "view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze", "permute",
+    "transpose", "t", "expand", "repeat", "repeat_interleave", "slice", "select", "narrow", "clone",
+    "to", "_to_copy", "alias", "detach", "contiguous", "lift_fresh_copy",
+}
+# fmt: on
+"""Operators that leave values as they are: places of an axis stay places of it."""
 
 Law = Zero | tuple[tuple[fx.Node, ...], ...]
 
@@ -68,11 +78,40 @@ class Types:
         for entry in self.facts.frozen:
             for atom in self.axes.atoms(entry.axis):
                 found.setdefault(atom, entry)
+        for choice in self.facts.choices:
+            for atom in self.axes.atoms(choice.axis):
+                if atom not in self.chosen:
+                    found.setdefault(atom, Frozen(choice.axis, choice.why, choice.node))
+        for atom, least in self.least.items():
+            if least >= atom.size:
+                why = "all of its units are chosen at once"
+                found.setdefault(atom, Frozen(atom, why, self._choosers[atom]))
         for atom, contraction in self._leaks():
             if atom not in found:
                 why = "it is summed over values that do not vanish when its weights are zeroed"
                 found[atom] = Frozen(atom, why, contraction)
         return found
+
+    @cached_property
+    def chosen(self) -> frozenset[Atom]:
+        """Atoms whose units are chosen at run time, and picked in weights by what was chosen."""
+        axes = (mark.axis for mark in self.facts.marks if mark.kind == "chosen")
+        return frozenset(atom for axis in axes for atom in self.axes.atoms(axis))
+
+    @cached_property
+    def least(self) -> dict[Atom, int]:
+        """How many units of an atom must stay, where some of them are chosen at run time."""
+        found: dict[Atom, int] = {}
+        for choice in self.facts.choices:
+            for atom in self.axes.atoms(choice.axis):
+                share = math.ceil(choice.least * atom.size / choice.axis.size)
+                found[atom] = max(found.get(atom, 1), share)
+        return found
+
+    @cached_property
+    def _choosers(self) -> dict[Atom, fx.Node]:
+        choices = self.facts.choices
+        return {atom: choice.node for choice in choices for atom in self.axes.atoms(choice.axis)}
 
     def _leaks(self) -> Iterator[tuple[Atom, fx.Node]]:
         """Atoms that are summed over where no operand vanishes when their weights are zeroed."""
@@ -121,11 +160,22 @@ class Types:
                 continue
             law = self.laws.get(node, Zero.NEVER)
             zeros[node] = _vanishing(law, node, self._cover(node, zeros), held)
+            if node in self._weighed:
+                zeros[node] |= held[node] & self._weighed[node]
             if node in self.written:
                 for other in zeros:
                     if self._base(other) is self._base(node):
                         zeros[other] = zeros[other] & zeros[node]
         return zeros
+
+    @cached_property
+    def _weighed(self) -> dict[fx.Node, frozenset[Atom]]:
+        """Weights of what is chosen -> the atoms at whose units they are zero, never chosen."""
+        return {
+            choice.node: self.chosen.intersection(self.axes.atoms(choice.axis))
+            for choice in self.facts.choices
+            if choice.weighs
+        }
 
     def _cover(
         self, node: fx.Node, zeros: dict[fx.Node, frozenset[Atom]]
@@ -277,6 +327,7 @@ class _Inference:
         self.axes = Axes()
         self.facts = Facts()
         self.types: dict[fx.Node, Any] = {}
+        self.contents: dict[Content, Axis] = {}
         self.laws: dict[fx.Node, Law] = {}
         self.written: set[fx.Node] = set()
         self._primes = _Primes()
@@ -314,7 +365,8 @@ class _Inference:
                     op.freeze(axis, f"it is dimension {dim} of the {kind} {value.name!r}")
 
     def _op(self, node: fx.Node, zero: Zero) -> Op:
-        return Op(node, self.axes, self.facts, self.types, self.shapes, zero, self.apart)
+        shapes, contents = self.shapes, self.contents
+        return Op(node, self.axes, self.facts, self.types, shapes, zero, contents, self.apart)
 
     def unify(self, left: Axis, right: Axis, node: fx.Node) -> None:
         """Make two axes one, for a reason that lies at `node`."""
@@ -339,6 +391,7 @@ class _Inference:
             if types is None:
                 return None
             self.laws[node] = Zero.KEEP
+            self._carry((node.args[0], node.args[1]), node)  # type: ignore[arg-type]
             return types[node.args[1]]
         shape = self.shapes(node)
         if shape is None:
@@ -350,11 +403,18 @@ class _Inference:
         op = self._op(node, rule.zero)
         type_ = rule.apply(op)
         self.laws[node] = op.zero if op.terms is None else op.terms
+        if name.partition(".")[0] in _CARRYING:
+            self._carry((node.all_input_nodes[0], 0), node)
         if node in self.written and type_ is not None and not isinstance(type_, list):
             target = self.types[node.args[0]]  # type: ignore[index]
             for ours, theirs in zip(type_, target, strict=True):
                 op.unify(ours, theirs)
         return type_
+
+    def _carry(self, source: Content, node: fx.Node) -> None:
+        """Places stay places where an operator only moves them."""
+        if source in self.contents:
+            self.contents[node, 0] = self.contents[source]
 
     def _name(self, node: fx.Node) -> str:
         """The operator's name without namespace and without the mark of in-place operators."""

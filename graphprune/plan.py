@@ -293,6 +293,10 @@ def cut_of(group: Group, units: Mapping[tuple[int, ...], tuple[int, ...]]) -> Cu
     parents = group.parents if set(ordered) != {()} else ()
     cut = Cut(group.name, group.size, group.role, ordered, parents, group.members)
     check_change(cut)
+    if group.size - cut.count < group.least:
+        raise PlanError(
+            f"{group.name}: {group.least} of its units are chosen at once and must stay"
+        )
     return cut
 
 

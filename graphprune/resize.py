@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.axes import Axis, Cuts
+from graphprune.errors import RewriteError
 from graphprune.inference import Types
 from graphprune.operators.base import MeanLiteral, Type
-from graphprune.program import Program
+from graphprune.program import Program, module_path
 from graphprune.rebuild import follow_size, get_argument, rebuild, set_argument
 
 RESCALE = "rescale"
@@ -30,6 +31,11 @@ class Resize:
         The axis types of the program.
     cuts
         Resolved atoms -> what they lose (or gain).
+
+    Raises
+    ------
+    RewriteError
+        When fewer units would be left than are chosen at once.
     """
 
     def __init__(self, types: Types, cuts: Cuts) -> None:
@@ -44,6 +50,13 @@ class Resize:
             if self.touched((literal.axis,)):
                 node = self.new[literal.node]
                 follow_size(node, literal.argument, literal.index, self._ratio(literal.axis))
+
+        for choice in types.facts.choices:
+            if self.touched((choice.axis,)):
+                left = self.axes.kept_size(choice.axis, cuts)
+                if left < choice.least:
+                    where = module_path(choice.node) or "the model"
+                    raise RewriteError(f"{where} chooses {choice.least} units, and {left} are left")
 
     def touched(self, type_: Type) -> bool:
         """Whether any axis of `type_` changes its size."""

@@ -17,6 +17,7 @@ Role = Literal[
     "head-dim",
     "rope-pair",
     "ffn",
+    "expert",
     "expert-unit",
     "residual",
     "channel",
@@ -29,6 +30,7 @@ LABELS: dict[Role, str] = {
     "head-dim": "d",
     "rope-pair": "r",
     "ffn": "ffn",
+    "expert": "e",
     "expert-unit": "unit",
     "residual": "hidden",
     "channel": "c",
@@ -55,6 +57,8 @@ def find_roles(types: Types, atoms: Collection[Atom]) -> dict[Atom, Role]:
             roles[atom] = "rope-pair" if atom in rotary else "head-dim"
         elif atom in residual:
             roles[atom] = "residual"
+        elif atom in types.chosen:
+            roles[atom] = "expert"
         elif atom in picked and atom in linear:
             roles[atom] = "expert-unit"
         elif atom in convolved:

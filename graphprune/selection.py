@@ -26,6 +26,7 @@ Normalise = Literal["none", "mean", "max", "sum", "l2"]
 
 TARGETS: dict[str, tuple[Role, ...]] = {
     "ffn": ("ffn", "expert-unit"),
+    "experts": ("expert",),
     "kv-heads": ("kv-head",),
     "query-heads": ("query-slot",),
     "head-dim": ("head-dim",),
@@ -63,7 +64,7 @@ def target_groups(coupling: Coupling, target: str, skip: Iterable[str] = ()) -> 
         found = [
             group
             for group in coupling.groups
-            if group.role != "residual" and group.exactness != "approximate"
+            if group.role not in ("residual", "expert") and group.exactness != "approximate"
         ]
     else:
         found = [group for group in coupling.groups if fnmatchcase(group.name, target)]
@@ -175,7 +176,7 @@ class Selector:
     def _round(self, group: Group, count: int) -> int:
         """At most `count`, so that a positive multiple of `round_to` stays."""
         step = min(self.round_to, group.size)
-        kept = max(step, math.ceil((group.size - count) / step) * step)
+        kept = max(step, group.least, math.ceil((group.size - count) / step) * step)
         return max(0, group.size - kept)
 
     def _meet(
@@ -208,7 +209,7 @@ class Selector:
         for index, group in enumerate(groups):
             ranked = scores[group.name].reshape(-1, group.size).sort(dim=1).values.mean(0)
             ranked = ranked / _scale(ranked, self.normalise)
-            last = group.size - min(self.round_to, group.size)
+            last = group.size - max(min(self.round_to, group.size), group.least)
             entries.extend((score, index) for score in ranked[:last].tolist())
         return [index for _, index in sorted(entries)]
 

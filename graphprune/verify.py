@@ -1,11 +1,12 @@
 """Verification: a rewritten program must equal the original with its removed slices zeroed.
 
 The reference is made from the plan's index maps and the original graph alone; nothing of the
-rewriter's slicing is shared. Removing zeroes; merging replaces every head of a run by the run's
-mean. The change of shape that follows must then be exact, whatever the edit did to quality. Where
-a normalisation's statistics run over an axis that lost units (LayerNorm over the residual stream),
-the reference takes them over what stays; a plain mean (RMSNorm) keeps its old divisor, which
-zeroing does by itself.
+rewriter's slicing is shared. Removing zeroes; where units are chosen at run time, as experts are,
+those that went are never chosen, since their logits are minus infinity. Merging replaces every head
+of a run by the run's mean. The change of shape that follows must then be exact, whatever the edit
+did to quality. Where a normalisation's statistics run over an axis that lost units (LayerNorm over
+the residual stream), the reference takes them over what stays; a plain mean (RMSNorm) keeps its old
+divisor, which zeroing does by itself.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.nn import functional
 
 from graphprune.axes import Axis, Occurrence
 from graphprune.errors import VerificationError
-from graphprune.inference import infer
+from graphprune.inference import Types, infer
 from graphprune.plan import Place, Plan, Step
 from graphprune.program import PAST, PRESENT, Program
 from graphprune.sampling import continuation, random_inputs
@@ -189,7 +190,10 @@ class _Reference:
             self._edit(step)
         wide = {name: self._widen(name) for name in original.weights}
         self.weights = wide
-        self.statistics = self._statistics()
+        self.statistics: dict[fx.Node, list[Tensor]] = {}
+        self.choices: dict[fx.Node, list[tuple[int, Tensor]]] = {}
+        if self.origin:
+            self._find_statistics_and_choices()
 
     # -- weights --------------------------------------------------------------------------------
 
@@ -244,28 +248,37 @@ class _Reference:
 
     # -- running --------------------------------------------------------------------------------
 
-    def _statistics(self) -> dict[fx.Node, list[Tensor]]:
-        """Normalisations over axes that lost units -> the indices of each axis that stay."""
-        if not self.origin:
-            return {}
+    def _find_statistics_and_choices(self) -> None:
+        """Normalisations over, and choices from, axes that lost units, and which of them stay."""
         types = infer(self.original)
+        kept = self._kept(types)
+
+        def stays(axis: Axis) -> Tensor:
+            found = torch.ones(axis.size).bool()
+            for place in types.axes.occurrences(axis):
+                if place.atom in kept:
+                    found[_indices(place)[~kept[place.atom]].flatten()] = False
+            return found
+
+        for entry in types.facts.statistics:
+            self.statistics.setdefault(entry.node, []).append(stays(entry.axis))
+        self.statistics = {
+            node: [each.nonzero().flatten() for each in axes]
+            for node, axes in self.statistics.items()
+            if not all(bool(each.all()) for each in axes)
+        }
+        for choice in types.facts.choices:
+            if not bool((left := stays(choice.axis)).all()):
+                self.choices.setdefault(choice.node, []).append((choice.dim, left))
+
+    def _kept(self, types: Types) -> dict[Axis, Tensor]:
+        """Every atom that lost units -> which of them are left."""
         kept: dict[Axis, Tensor] = {}
         for (name, dim), origin in self.origin.items():
             for place in types.axes.occurrences(types.weight(name)[dim]):
                 stays = (origin[_indices(place)] >= 0).flatten(1).any(1)
                 kept[place.atom] = kept.get(place.atom, torch.zeros(place.atom.size).bool()) | stays
-        found: dict[fx.Node, list[Tensor]] = {}
-        for entry in types.facts.statistics:
-            stays = torch.ones(entry.axis.size).bool()
-            for place in types.axes.occurrences(entry.axis):
-                if place.atom in kept:
-                    stays[_indices(place)[~kept[place.atom]].flatten()] = False
-            found.setdefault(entry.node, []).append(stays)
-        return {
-            node: [stays.nonzero().flatten() for stays in axes]
-            for node, axes in found.items()
-            if not all(bool(stays.all()) for stays in axes)
-        }
+        return kept
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         filled = self.original.fill(inputs)
@@ -273,7 +286,8 @@ class _Reference:
             *(self.weights[name] for name in self.original.weights),
             *(filled[value.name] for value in self.original.inputs),
         )
-        outputs = _Masked(self.original.graph_module, self.statistics).run(*arguments)
+        masked = _Masked(self.original.graph_module, self.statistics, self.choices)
+        outputs = masked.run(*arguments)
         return {v.name: out for v, out in zip(self.original.outputs, outputs, strict=True)}
 
 
@@ -287,13 +301,25 @@ def _indices(place: Occurrence) -> Tensor:
 
 
 class _Masked(fx.Interpreter):
-    """Runs a graph with the statistics of some normalisations taken over what stays."""
+    """Runs a graph with some statistics taken over what stays, and choices made from what stays."""
 
     def __init__(
-        self, graph_module: fx.GraphModule, statistics: Mapping[fx.Node, list[Tensor]]
+        self,
+        graph_module: fx.GraphModule,
+        statistics: Mapping[fx.Node, list[Tensor]],
+        choices: Mapping[fx.Node, list[tuple[int, Tensor]]],
     ) -> None:
         super().__init__(graph_module)
         self.statistics = statistics
+        self.choices = choices
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        for dim, stays in self.choices.get(n, ()):
+            shape = [1] * args[0].ndim
+            shape[dim] = -1
+            args = (args[0].masked_fill(~stays.view(shape), -torch.inf), *args[1:])
+        return args, kwargs
 
     def run_node(self, n: fx.Node) -> Any:
         if n not in self.statistics:
@@ -313,6 +339,8 @@ def _masked_layer_norm(
     eps: float = 1e-5,
     **_: Any,
 ) -> Tensor:
+    sizes = input.shape[-len(kept) :]  # a dynamic axis keeps all its places, however many it has
+    kept = [torch.arange(n) if len(axis) > n else axis for axis, n in zip(kept, sizes, strict=True)]
     places: tuple[Any, ...] = (..., *torch.meshgrid(*kept, indexing="ij"))
     result = torch.zeros_like(input)
     gain = weight[places] if weight is not None else None

@@ -31,9 +31,9 @@ class Prune(Pass):
     Options
     -------
     target
-        What to prune: ffn, kv-heads, query-heads, head-dim, rope-dim, hidden, channels, all (every
-        group whose removal equals zeroing its weight slices, but the residual stream), or a glob
-        over group names.
+        What to prune: ffn, experts, kv-heads, query-heads, head-dim, rope-dim, hidden, channels,
+        all (every group whose removal equals zeroing its weight slices, but the residual stream),
+        or a glob over group names.
     ratio
         The part that goes, in [0, 1).
     criterion
@@ -62,8 +62,7 @@ class Prune(Pass):
     Refuses
     -------
     A target or pattern that matches nothing, a ratio outside of [0, 1), a budget that removes
-    nothing
-    or that the groups cannot meet (`SelectionError`).
+    nothing or that the groups cannot meet (`SelectionError`).
 
     Reference
     ---------

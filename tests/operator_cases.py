@@ -398,8 +398,9 @@ INDEXING: dict[str, Case] = {
         lambda h: A.index_copy.default(h, 1, torch.tensor([1, 0, 2, 3]), h.sin()), 8
     ),
     "one_hot.default": frozen(
-        lambda h: A.one_hot.default(h.argmax(-1), 8).float() * h, "argmax runs over it"
+        lambda h: A.one_hot.default(h[..., 0].gt(0).long(), 8).float() * h, "picked by index"
     ),
+    "one_hot.default (chosen)": keeps(lambda h: A.one_hot.default(h.argmax(-1), 8).float() * h, 8),
     "tril.default": frozen(lambda h: A.tril.default(h), "compared with those of another"),
     "triu.default": frozen(lambda h: A.triu.default(h), "compared with those of another"),
     "randperm.default": frozen(lambda h: h + 0 * A.randperm.default(8), "count its places"),

@@ -76,6 +76,33 @@ class Frozen:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """`node` chooses among the units of `axis`, which is dimension `dim` of its first operand.
+
+    That freezes the axis because of `why`, unless what is chosen picks units of weights: a unit is
+    then removed by never being chosen, as with a logit of minus infinity.
+
+    Parameters
+    ----------
+    node, axis, dim
+        The operator and what it chooses from.
+    why
+        The reason to freeze.
+    least
+        How many units must be left to choose from.
+    weighs
+        Whether the result is a weight for each unit, which is zero where a unit is never chosen.
+    """
+
+    node: fx.Node
+    axis: Axis
+    dim: int
+    why: str
+    least: int = 1
+    weighs: bool = False
+
+
+@dataclass(frozen=True)
 class Contraction:
     """`node` sums over `axis`: that is exact only where one of `operands` vanishes."""
 
@@ -84,7 +111,7 @@ class Contraction:
     operands: tuple[fx.Node, ...]
 
 
-Use = Literal["rotary", "convolved", "picked", "spread", "linear", "softmax"]
+Use = Literal["rotary", "convolved", "picked", "chosen", "spread", "linear", "softmax"]
 
 
 @dataclass(frozen=True)
@@ -133,6 +160,7 @@ class Facts:
     means: list[MeanLiteral] = field(default_factory=list)
     statistics: list[Statistic] = field(default_factory=list)
     frozen: list[Frozen] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
     attentions: list[Attention] = field(default_factory=list)
@@ -140,6 +168,9 @@ class Facts:
 
 
 Result = Type | list[Type | None] | None
+
+Content = tuple[fx.Node, int]
+"""A node that holds places of an axis, and which of its results they are (0 for the only one)."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +186,7 @@ class Rule:
 class Op:
     """A node being typed: its arguments by name, and what can be said about them."""
 
-    __slots__ = ("apart", "axes", "facts", "node", "shapes", "terms", "types", "zero")
+    __slots__ = ("apart", "axes", "contents", "facts", "node", "shapes", "terms", "types", "zero")
 
     def __init__(
         self,
@@ -165,9 +196,11 @@ class Op:
         types: dict[fx.Node, Any],
         shapes: Callable[[fx.Node], Any],
         zero: Zero,
+        contents: dict[Content, Axis],
         apart: frozenset[fx.Node] = frozenset(),
     ) -> None:
         self.node = node
+        self.contents = contents
         self.apart = node in apart
         self.axes = axes
         self.facts = facts
@@ -276,6 +309,30 @@ class Op:
                     self.unify(found, axis)
             result.append(found if found is not None else self.fresh(size))
         return tuple(result)
+
+    # -- choices --------------------------------------------------------------------------------
+
+    def choose(self, dim: int, why: str, *, least: int = 1, weighs: bool = False) -> None:
+        """Say that the node chooses among the units of dimension `dim` of its first operand."""
+        axis = self.types[self.operands()[0]][dim]
+        self.facts.choices.append(Choice(self.node, axis, dim, why, least, weighs))
+
+    def holds_places(self, axis: Axis, result: int = 0) -> None:
+        """Say that the values of a result are places of `axis`."""
+        self.contents[self.node, result] = axis
+
+    def pick(self, axis: Axis, index: fx.Node, what: str = "places") -> None:
+        """Say that places of `axis` are picked by the values of `index`.
+
+        Where those are places of another axis, the two are one; otherwise `axis` is frozen.
+        """
+        self.mark("picked", axis)
+        content = self.contents.get((index, 0))
+        if content is None:
+            self.freeze(axis, f"its {what} are picked by index")
+        else:
+            self.unify(content, axis)
+            self.mark("chosen", axis)
 
     # -- literals and marks ---------------------------------------------------------------------
 

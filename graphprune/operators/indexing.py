@@ -12,21 +12,20 @@ from graphprune.operators.base import Op, Type, Zero, rule
 
 @rule("embedding.default", zero=Zero.KEEP)
 def embedding(op: Op) -> Type:
-    """Rows are picked by index, so their axis is frozen; the rest of the table comes out."""
+    """Rows are picked by index; the rest of the table comes out."""
     table = op.type("weight")
-    op.freeze(table[0], "its rows are picked by index")
+    op.pick(table[0], op.arg("indices"), "rows")
     return (*op.type("indices"), *table[1:])
 
 
 @rule("index.Tensor", zero=Zero.NEVER)
 def index(op: Op) -> Type:
-    """Elements are picked by index: indexed axes are frozen, the others come through."""
+    """Elements are picked by index along some axes, the others come through."""
     type_, given, shape = op.type("self"), op.arg("indices"), op.shape()
     at = [dim for dim, node in enumerate(given) if node is not None]
     masks = any(node is not None and "bool" in str(node.meta["val"].dtype) for node in given)
     for dim in at:
-        op.freeze(type_[dim], "its places are picked by index")
-        op.mark("picked", type_[dim])
+        op.pick(type_[dim], given[dim])
     kept = [axis for dim, axis in enumerate(type_) if dim not in at]
     count = len(shape) - len(kept)
     if masks or count < 0:
@@ -48,20 +47,21 @@ def _index_shape(shape: Sequence[int], at: list[int], count: int) -> Sequence[in
 
 @rule("index_select.default", zero=Zero.KEEP)
 def index_select(op: Op) -> Type:
-    """Places of one axis are picked by index: it is frozen."""
+    """Places of one axis are picked by index."""
     type_ = op.type("self")
     dim = op.dim("dim", len(type_))
-    op.freeze(type_[dim], "its places are picked by index")
-    op.mark("picked", type_[dim])
+    op.pick(type_[dim], op.arg("index"))
     return (*type_[:dim], *op.type("index"), *type_[dim + 1 :])
 
 
 @rule("gather.default", "take_along_dim.default", zero=Zero.NEVER)
 def gather(op: Op) -> Type:
     """Places of one axis are picked by an index tensor, whose axes come out."""
-    type_, picked = op.type("self"), op.type("index" if op.arg("index") is not None else "indices")
+    type_ = op.type("self")
+    index = op.arg("index") if op.arg("index") is not None else op.arg("indices")
+    picked = op.types[index]
     dim = op.dim("dim", len(type_))
-    op.freeze(type_[dim], "its places are picked by index")
+    op.pick(type_[dim], index)
     _same_but(op, type_, picked, dim)
     return picked
 
@@ -79,10 +79,10 @@ def _same_but(op: Op, left: Type, right: Type, dim: int) -> None:
 
 @rule("scatter.src", "scatter.value", "scatter_add.default", "scatter_reduce.two", zero=Zero.NEVER)
 def scatter(op: Op) -> Type:
-    """Values are put at places of one axis, which is frozen."""
+    """Values are put at places of one axis."""
     type_, picked = op.type("self"), op.type("index")
     dim = op.dim("dim", len(type_))
-    op.freeze(type_[dim], "places of it are written by index")
+    op.pick(type_[dim], op.arg("index"))
     op.freeze(picked[dim], "it writes places by index")
     _same_but(op, type_, picked, dim)
     if isinstance(op.arg("src"), fx.Node):
@@ -108,8 +108,11 @@ def index_add(op: Op) -> Type:
 
 @rule("one_hot.default", zero=Zero.NEVER)
 def one_hot(op: Op) -> Type:
-    """Indices become places of a new axis, which is frozen."""
-    return (*op.type("self"), op.fixed(op.shape()[-1], "its places are written by index"))
+    """Indices become places of a new axis."""
+    axis = op.fresh(op.shape()[-1])
+    op.pick(axis, op.arg("self"))
+    op.size_literal("num_classes", None, axis)
+    return (*op.type("self"), axis)
 
 
 @rule("tril.default", "triu.default", zero=Zero.KEEP)

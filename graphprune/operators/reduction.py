@@ -53,7 +53,7 @@ def variance(op: Op) -> Type:
 
 
 @rule("amax.default", "amin.default", "any.dim", "any.default", "all.dim", zero=Zero.NEVER)
-@rule("all.default", "max.default", "min.default", "argmax.default", zero=Zero.NEVER)
+@rule("all.default", "max.default", "min.default", zero=Zero.NEVER)
 @rule("argmin.default", "prod.dim_int", "prod.default", "logsumexp.default", zero=Zero.NEVER)
 @rule("any.dims", "all.dims", zero=Zero.NEVER)
 def extreme(op: Op) -> Type:
@@ -72,11 +72,25 @@ def extreme_with_index(op: Op) -> list[Type | None]:
     return [type_, type_]
 
 
+@rule("argmax.default", zero=Zero.NEVER)
+def place_of_largest(op: Op) -> Type:
+    """The place of the largest of an axis, which is chosen from."""
+    type_ = op.type("self")
+    if op.arg("dim") is None:
+        return extreme(op)
+    dim = op.dim("dim", len(type_))
+    op.choose(dim, "argmax runs over it")
+    op.holds_places(type_[dim])
+    return _reduced(op, type_, (dim,))
+
+
 @rule("softmax.int", "_softmax.default", zero=Zero.NEVER)
 def softmax(op: Op) -> Type:
-    """Softmax: the axis is frozen, the others stay."""
-    type_ = normalised(op)
-    op.mark("softmax", type_[op.dim("dim", len(type_))])
+    """Softmax: the axis is chosen from, the others stay."""
+    type_ = op.type("self")
+    dim = op.dim("dim", len(type_))
+    op.choose(dim, "softmax runs over it", weighs=True)
+    op.mark("softmax", type_[dim])
     return type_
 
 
@@ -105,11 +119,16 @@ def order_with_index(op: Op) -> list[Type | None]:
 
 @rule("topk.default", zero=Zero.NEVER)
 def top(op: Op) -> list[Type | None]:
-    """The largest few of an axis, which is frozen, as is their number."""
+    """The largest few of an axis, which is chosen from; their number is fixed."""
     type_ = op.type("self")
     dim = op.dim("dim", len(type_)) if op.arg("dim") is not None else len(type_) - 1
-    op.freeze(type_[dim], "the largest of it are picked")
-    kept = op.fixed(op.shapes(op.node)[0][dim], "the number that is picked")
+    count = op.shapes(op.node)[0][dim]
+    why = "the largest of it are picked"
+    if op.arg("largest") is False:
+        op.freeze(type_[dim], why)
+    op.choose(dim, why, least=count)
+    op.holds_places(type_[dim], 1)
+    kept = op.fixed(count, "the number that is picked")
     result = (*type_[:dim], kept, *type_[dim + 1 :])
     return [result, result]
 
