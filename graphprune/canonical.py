@@ -13,6 +13,8 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, fx
 
+from graphprune.complex_numbers import write_in_reals
+
 _ATEN = torch.ops.aten
 
 _CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "_assert_async")
@@ -80,6 +82,7 @@ def canonicalize(
     _erase_checks(graph)
     _erase_unused(graph)
     _rename(graph)
+    write_in_reals(graph)
     _write_down_sizes(graph)
     values = _evaluate(graph, constants, dynamic)
     for node in list(graph.nodes):

@@ -198,7 +198,6 @@ SHIFTED: dict[str, Case] = {
     "logical_not.default": Case(lambda h: A.logical_not.default(h > 0)),
     "bitwise_not.default": Case(lambda h: A.bitwise_not.default(_whole(h))),
     "threshold.default": Case(lambda h: A.threshold.default(h, 0.1, 0.7)),
-    "polar.default": Case(lambda h: torch.view_as_real(A.polar.default(_inside(h), h)).sum(-1)),
     "pow.Tensor_Tensor": Case(lambda h: A.pow.Tensor_Tensor(_inside(h), h)),
     "pow.Scalar": Case(lambda h: A.pow.Scalar(2, h)),
     "atan2.default": Case(lambda h: A.atan2.default(h, _inside(h))),
@@ -295,15 +294,6 @@ LAYOUT: dict[str, Case] = {
     "view.dtype": keeps(lambda h: A.view.dtype(h, torch.int32).view(torch.float32), 8),
     "view.dtype (other width)": frozen(
         lambda h: A.view.dtype(h, torch.int16).float(), "reinterpreted as another type"
-    ),
-    "view_as_complex.default": keeps(
-        lambda h: A.view_as_complex.default(h.unflatten(2, (4, 2))).abs(), 4
-    ),
-    "view_as_real.default": keeps(
-        lambda h: A.view_as_real.default(A.view_as_complex.default(h.unflatten(2, (4, 2)))).flatten(
-            2
-        ),
-        4,
     ),
     "permute.default": keeps(lambda h: A.permute.default(h, [1, 0, -1]).transpose(0, 1), 8),
     "transpose.int": keeps(lambda h: A.transpose.int(A.transpose.int(h, 1, 2), -1, -2), 8),

@@ -114,6 +114,47 @@ def test_neighbours_picked_by_a_constant_are_a_slice(
     gp.verify(program, plan, plan.apply(program))
 
 
+def complex_of(h: Tensor) -> Tensor:
+    return torch.view_as_complex(h.unflatten(-1, (4, 2)).contiguous())
+
+
+def turned(h: Tensor) -> Tensor:
+    angles = torch.outer(torch.arange(4.0), 0.5 ** torch.arange(4.0))
+    rotation = torch.polar(torch.ones_like(angles), angles)
+    return torch.view_as_real(complex_of(h) * rotation[None]).flatten(-2)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(turned, id="a rotary embedding"),
+        pytest.param(lambda h: complex_of(h).abs().repeat(1, 1, 2), id="absolute values"),
+        pytest.param(
+            lambda h: torch.view_as_real(torch.conj(complex_of(h)) * 2.5).flatten(-2),
+            id="conjugates",
+        ),
+        pytest.param(
+            lambda h: torch.cat([(complex_of(h) + complex_of(h.sin())).real, h[..., :4]], -1),
+            id="a sum",
+        ),
+    ],
+)
+def test_complex_arithmetic_is_written_in_reals(function: Callable[[Tensor], Tensor]) -> None:
+    program = captured(function)
+    values = [node.meta.get("val") for node in program.graph.nodes]
+    assert not [v for v in values if isinstance(v, Tensor) and v.is_complex()]
+    coupling = gp.analyze(program)
+    assert [group.size for group in coupling.groups if "a.weight" in group.weights()]
+    plan = random_plan(coupling)
+    gp.verify(program, plan, plan.apply(program))
+
+
+def test_complex_arithmetic_that_is_not_known_stays_and_freezes() -> None:
+    program = captured(lambda h: torch.view_as_real(complex_of(h).tanh()).flatten(-2))
+    assert {"aten.view_as_complex.default", "aten.tanh.default"} <= targets(program)
+    assert "has no rule" in gp.analyze(program).explain("a.weight", 0)
+
+
 def test_operators_of_several_names_go_by_one() -> None:
     program = captured(
         lambda h: torch.concat([h[..., :3].multiply(2), h[..., 3:].subtract_(1)], -1).negative()

@@ -63,7 +63,7 @@ def einsum(op: Op) -> Type:
     inputs, _, output = equation.partition("->")
     terms = inputs.split(",")
     if "..." in equation or "->" not in equation or any(len(set(t)) < len(t) for t in terms):
-        return _unreadable_einsum(op, nodes)
+        return _all_frozen(op, f"einsum equation {op.arg('equation')!r} is not ruled")
     letters: dict[str, Axis] = {}
     holders: dict[str, list[fx.Node]] = {}
     for term, node in zip(terms, nodes, strict=True):
@@ -81,12 +81,12 @@ def einsum(op: Op) -> Type:
     return tuple(letters[letter] for letter in output)
 
 
-def _unreadable_einsum(op: Op, nodes: list[fx.Node]) -> Type:
-    for node in nodes:
+def _all_frozen(op: Op, why: str) -> Type:
+    for node in op.operands():
         for axis in op.types[node]:
-            op.freeze(axis, f"einsum equation {op.arg('equation')!r} is not ruled")
+            op.freeze(axis, why)
     op.zero = Zero.NEVER
-    return tuple(op.fixed(size, "result of an einsum that is not ruled") for size in op.shape())
+    return tuple(op.fixed(size, why) for size in op.shape())
 
 
 @rule("scaled_dot_product_attention.default", zero=Zero.ANY)
@@ -124,6 +124,8 @@ def convolution(op: Op) -> Type:
     spatial = len(weight) - 2
     at = len(type_) - spatial - 1
     groups = op.arg("groups") or 1
+    if isinstance(groups, fx.Node):
+        return _all_frozen(op, "it is convolved in a dynamic number of groups")
     kernel = weight[2:]
     for axis in kernel:
         op.freeze(axis, "places of a kernel")
@@ -156,6 +158,8 @@ def transposed_convolution(op: Op) -> Type:
     type_, weight, shape = op.type("input"), op.type("weight"), op.shape()
     at = len(type_) - (len(weight) - 2) - 1
     groups = op.arg("groups") or 1
+    if isinstance(groups, fx.Node):
+        return _all_frozen(op, "it is convolved in a dynamic number of groups")
     for axis in (*weight[2:], *type_[at + 1 :]):
         op.freeze(axis, "places of a kernel or an image")
     op.unify(type_[at], weight[0])

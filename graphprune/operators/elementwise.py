@@ -58,15 +58,6 @@ def cosine(op: Op) -> Type:
     return type_
 
 
-@rule("polar.default", zero=Zero.NEVER)
-def polar(op: Op) -> Type:
-    """Magnitude and angle to complex: same axes; the mark of a rotary embedding."""
-    type_ = op.broadcast(op.type("abs"), op.type("angle"))
-    for axis in type_:
-        op.mark("rotary", axis)
-    return type_
-
-
 @rule("pow.Tensor_Scalar", zero=Zero.NEVER)
 def power(op: Op) -> Type:
     """Same axes; zero stays zero for positive exponents."""

@@ -61,15 +61,10 @@ def unflatten(op: Op) -> Type:
     return type_
 
 
-@rule("view.dtype", "view_as_real.default", "view_as_complex.default", zero=Zero.KEEP)
+@rule("view.dtype", zero=Zero.KEEP)
 def reinterpret(op: Op) -> Type:
-    """Real and imaginary parts as a last axis of 2, which must keep both."""
+    """Elements as another type, along the last axis, which is frozen if its size changes."""
     type_, shape = op.type("self"), op.shape()
-    if len(shape) > len(type_):
-        return (*type_, op.fixed(2, "real and imaginary part"))
-    if len(shape) < len(type_):
-        op.freeze(type_[-1], "real and imaginary part")
-        return type_[:-1]
     if type_[-1].size != shape[-1]:
         op.freeze(type_[-1], "its elements are reinterpreted as another type")
         return (*type_[:-1], op.fixed(shape[-1], "elements reinterpreted from another type"))
