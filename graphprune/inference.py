@@ -75,13 +75,13 @@ class Types:
     def frozen(self) -> dict[Atom, Frozen]:
         """Every atom that must keep all its units -> the first reason found."""
         found: dict[Atom, Frozen] = {}
-        for entry in self.facts.frozen:
-            for atom in self.axes.atoms(entry.axis):
-                found.setdefault(atom, entry)
         for choice in self.facts.choices:
             for atom in self.axes.atoms(choice.axis):
                 if atom not in self.chosen:
                     found.setdefault(atom, Frozen(choice.axis, choice.why, choice.node))
+        for entry in self.facts.frozen:
+            for atom in self.axes.atoms(entry.axis):
+                found.setdefault(atom, entry)
         for atom, least in self.least.items():
             if least >= atom.size:
                 why = "all of its units are chosen at once"
@@ -161,7 +161,7 @@ class Types:
             law = self.laws.get(node, Zero.NEVER)
             zeros[node] = _vanishing(law, node, self._cover(node, zeros), held)
             if node in self._weighed:
-                zeros[node] |= held[node] & self._weighed[node]
+                zeros[node] |= (held[node] & self._weighed[node]) - self._repeated[node]
             if node in self.written:
                 for other in zeros:
                     if self._base(other) is self._base(node):
@@ -363,6 +363,7 @@ class _Inference:
                         continue
                     op = self._op(node, Zero.NEVER)
                     op.freeze(axis, f"it is dimension {dim} of the {kind} {value.name!r}")
+                self._read((node,), node)
 
     def _op(self, node: fx.Node, zero: Zero) -> Op:
         shapes, contents = self.shapes, self.contents
@@ -395,6 +396,8 @@ class _Inference:
             return types[node.args[1]]
         shape = self.shapes(node)
         if shape is None:
+            if not str(node.target).startswith("aten.sym_"):
+                self._read(node.all_input_nodes, node)
             return None
         name = self._name(node)
         rule = RULES.get(name)
@@ -403,8 +406,11 @@ class _Inference:
         op = self._op(node, rule.zero)
         type_ = rule.apply(op)
         self.laws[node] = op.zero if op.terms is None else op.terms
-        if name.partition(".")[0] in _CARRYING:
-            self._carry((node.all_input_nodes[0], 0), node)
+        inputs = node.all_input_nodes
+        if name.partition(".")[0] in _CARRYING and node.meta["val"].dtype is not torch.bool:
+            self._carry((inputs[0], 0), node)
+            inputs = inputs[1:]
+        self._read((other for other in inputs if other not in op.picked), node)
         if node in self.written and type_ is not None and not isinstance(type_, list):
             target = self.types[node.args[0]]  # type: ignore[index]
             for ours, theirs in zip(type_, target, strict=True):
@@ -415,6 +421,13 @@ class _Inference:
         """Places stay places where an operator only moves them."""
         if source in self.contents:
             self.contents[node, 0] = self.contents[source]
+
+    def _read(self, operands: Iterable[fx.Node], node: fx.Node) -> None:
+        """Places of an axis are numbers to whatever does not pick by them."""
+        for other in operands:
+            if (other, 0) in self.contents:
+                why = "its places are used as numbers"
+                self._op(node, Zero.NEVER).freeze(self.contents[other, 0], why)
 
     def _name(self, node: fx.Node) -> str:
         """The operator's name without namespace and without the mark of in-place operators."""
@@ -433,6 +446,7 @@ class _Inference:
     def _unruled(self, node: fx.Node, shape: Any) -> Any:
         why = f"operator {node.target} has no rule"
         self.facts.unruled.append(node)
+        self._read(node.all_input_nodes, node)
         for operand in node.all_input_nodes:
             types = self.types.get(operand)
             for type_ in types if isinstance(types, list) else [types]:

@@ -50,6 +50,9 @@ from graphprune.program import Program, module_path, source_line
 for _name in ("loading", "rewrite", "verify", "backends.archive", "backends.onnx"):
     import_module(f"graphprune.{_name}")  # before any process is forked: all measure one state
 
+WIDTHS = (("ffn", "expert-unit"), ("kv-head",), ("expert",), ("channel",))
+"""Kinds of groups that are cut for a checkpoint, in this order."""
+
 RESULTS = Path("out/coverage")
 TABLE = Path(__file__).with_name("COVERAGE.md")
 
@@ -202,22 +205,25 @@ def _merge(program: Program) -> str:
 
 
 def _reload(program: Program, coupling: Coupling) -> str:
-    """Write and load a checkpoint from which each group that stands for a width lost a quarter."""
-    wanted = [group for group in coupling.groups if group.role in ("ffn", "expert-unit")]
-    wanted = wanted or [group for group in coupling.groups if group.role == "kv-head"]
-    if not wanted:
-        raise ValueError("nothing to cut evenly")
-    chosen = random.Random(0)
-    sizes = {group.name: group.size for group in coupling.groups}
-    plan = Plan((Step(program.fingerprint(), tuple(_cut(g, sizes, chosen) for g in wanted)),))
-    pruned = plan.apply(program)
-    kind = loadability(pruned)
-    if kind.kind == "none":
-        raise ValueError(kind.reason)
-    with tempfile.TemporaryDirectory() as folder:
-        pruned.save_pretrained(f"{folder}/small")
-        _compare_reloaded(pruned, f"{folder}/small", kind.kind)
-    return kind.kind
+    """Cut the first kind of group that a checkpoint can hold by a quarter, write it and load it."""
+    why = "nothing to cut evenly"
+    for roles in WIDTHS:
+        wanted = [group for group in coupling.groups if group.role in roles]
+        if not wanted:
+            continue
+        chosen = random.Random(0)
+        sizes = {group.name: group.size for group in coupling.groups}
+        plan = Plan((Step(program.fingerprint(), tuple(_cut(g, sizes, chosen) for g in wanted)),))
+        pruned = plan.apply(program)
+        found = loadability(pruned)
+        if found.kind == "none":
+            why = found.reason
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            pruned.save_pretrained(f"{folder}/small")
+            _compare_reloaded(pruned, f"{folder}/small", found.kind)
+        return f"{roles[0]}, {found.kind}"
+    raise ValueError(why)
 
 
 def _compare_reloaded(program: Program, folder: str, kind: str) -> None:

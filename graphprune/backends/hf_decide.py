@@ -50,6 +50,8 @@ class Loadability:
         Dotted config field -> new value.
     layers
         Path of a layer -> its own config fields, where layers differ.
+    shapes
+        Path of a parameter -> its sizes, where no config field sets them.
     attributes
         Path of a module -> numbers of it that no config field gives, such as an epsilon.
     buffers
@@ -62,6 +64,7 @@ class Loadability:
     reason: str = ""
     changes: Mapping[str, Any] = field(default_factory=dict)
     layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    shapes: Mapping[str, list[int]] = field(default_factory=dict)
     attributes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     buffers: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -114,6 +117,7 @@ class _Decision:
         if decided is not None:
             return decided
         decided, other = self._layered(reason)
+        decided = decided or self._resized(reason)
         if decided is not None:
             return decided
         return Decided(Loadability("none", other or reason), self.program)
@@ -149,12 +153,27 @@ class _Decision:
                 attributes = {} if epsilon is not None else self._attributes(changes)
             except BackendError as error:
                 return None, str(error)
-            found = Loadability("remote-code", reason, changes, layers, attributes, {}, self.notes)
+            found = Loadability(
+                "remote-code", reason, changes, layers, attributes=attributes, notes=self.notes
+            )
             decided, why = self._prove_layers(found)
             if decided is not None:
                 return decided, ""
             first = first or why
         return None, first or search.reason
+
+    def _resized(self, reason: str) -> Decided | None:
+        """The model of the config as it was, with some parameters of other sizes."""
+        if self.norms or not self.base_class.__module__.startswith("transformers."):
+            return None
+        before = self.builder.sizes({}) or {}
+        after = needed_sizes(self.program, derived=False)
+        kinds = self.program.kinds
+        shapes = {n: list(s) for n, s in after.items() if before.get(n) != s}
+        if not shapes or any(n not in before or kinds[n] != "parameter" for n in shapes):
+            return None
+        found = Loadability("remote-code", reason, shapes=shapes, notes=self.notes)
+        return self._prove_layers(found)[0]
 
     def _prove_layers(self, found: Loadability) -> tuple[Decided | None, str]:
         """`found`, completed by buffers and numbers that the model would compute otherwise."""
@@ -184,6 +203,7 @@ class _Decision:
         config = self.builder.config(found.changes)
         config.graphprune = {
             "layers": found.layers,
+            "shapes": found.shapes,
             "attributes": found.attributes,
             "buffers": found.buffers,
         }

@@ -26,8 +26,9 @@ _TEXT = '''\
 """A pruned {base}: some of its sizes are its own. Needs torch and transformers only.
 
 Written by graphprune. The field "graphprune" of the config says what differs: "layers" gives, for
-the path of a layer, the config fields that it is built from; "attributes" gives numbers of modules,
-and "buffers" the values of buffers that the model would otherwise compute from its sizes.
+the path of a layer, the config fields that it is built from; "shapes" gives parameters whose sizes
+no field sets, "attributes" numbers of modules, and "buffers" the values of buffers that the model
+would otherwise compute from its sizes.
 """
 
 import copy
@@ -78,6 +79,10 @@ class Pruned{base}({base}):
             if key not in donors:
                 donors[key] = {base}(_sized(config, sizes), *args, **kwargs)
             self._replace(path, donors[key].get_submodule(path), sizes)
+        for path, shape in changes.get("shapes", {{}}).items():
+            parent, _, name = path.rpartition(".")
+            held = self.get_submodule(parent)._parameters
+            held[name] = torch.nn.Parameter(held[name].new_empty(shape))
         for path, attributes in changes.get("attributes", {{}}).items():
             for name, value in attributes.items():
                 setattr(self.get_submodule(path), name, value)

@@ -186,7 +186,18 @@ class Rule:
 class Op:
     """A node being typed: its arguments by name, and what can be said about them."""
 
-    __slots__ = ("apart", "axes", "contents", "facts", "node", "shapes", "terms", "types", "zero")
+    __slots__ = (
+        "apart",
+        "axes",
+        "contents",
+        "facts",
+        "node",
+        "picked",
+        "shapes",
+        "terms",
+        "types",
+        "zero",
+    )
 
     def __init__(
         self,
@@ -201,6 +212,7 @@ class Op:
     ) -> None:
         self.node = node
         self.contents = contents
+        self.picked: set[fx.Node] = set()
         self.apart = node in apart
         self.axes = axes
         self.facts = facts
@@ -327,6 +339,7 @@ class Op:
         Where those are places of another axis, the two are one; otherwise `axis` is frozen.
         """
         self.mark("picked", axis)
+        self.picked.add(index)
         content = self.contents.get((index, 0))
         if content is None:
             self.freeze(axis, f"its {what} are picked by index")

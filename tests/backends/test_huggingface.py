@@ -62,6 +62,11 @@ MODELS = {
     "gpt2": ("GPT2", "LMHeadModel", {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": WORDS}),
     "mixtral": ("Mixtral", "ForCausalLM", {**_GROUPED, "num_local_experts": 4}),
     "bert": ("Bert", "ForMaskedLM", _COMMON),
+    "bloom": (
+        "Bloom",
+        "ForCausalLM",
+        {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": WORDS},
+    ),
     "t5": (
         "T5",
         "ForConditionalGeneration",
@@ -333,12 +338,30 @@ def test_pruned_rotary_pairs_need_their_own_frequencies(tmp_path: Path) -> None:
     assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
+def test_sizes_that_no_field_sets_are_set_by_the_modelling_file(tmp_path: Path) -> None:
+    program = pruned("bloom", "prune{target=ffn ratio=0.25 criterion=l2}")
+    found = loadability(program)
+    assert found.kind == "remote-code"
+    assert "dense_h_to_4h" in found.reason
+    assert found.shapes["transformer.h.1.mlp.dense_4h_to_h.weight"] == [64, 192]
+    save_pretrained(program, tmp_path / "out")
+    name, logits = _reloaded(tmp_path / "out", tmp_path, trust=True)
+    expected = program(input_ids=torch.arange(10).reshape(2, 5))["logits"]
+    assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_heads_that_the_code_counts_by_itself_need_shapes_only(tmp_path: Path) -> None:
+    program = pruned("bert", "prune{target=kv-heads ratio=0.5 criterion=l2}")
+    assert loadability(program).kind == "remote-code"
+    save_pretrained(program, tmp_path / "out")
+    assert_reloads(program, tmp_path / "out", pruned_class(type(model("bert"))))
+
+
 @pytest.mark.parametrize(
     ("name", "pipeline", "words"),
     [
         ("gpt2", "prune{target=kv-heads ratio=0.5 criterion=l2}", "n_embd cannot give"),
         ("llama", "prune{target=head-dim ratio=0.25 criterion=l2}", "o_proj.weight the size 48"),
-        ("bert", "prune{target=kv-heads ratio=0.5 criterion=l2}", "query.weight"),
     ],
 )
 def test_refuses_what_no_config_can_say(
