@@ -21,7 +21,6 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -35,6 +34,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import typer
+from coverage_table import headline, table
 from rich.console import Console
 from rich.progress import track
 from tiny_models import TASKS, tiny_model, types_of
@@ -94,10 +94,8 @@ def _stage(row: Row, name: str, call: Callable[[], Any]) -> Any:
     try:
         result = call()
     except Exception as error:  # noqa: BLE001 - whatever it is, it is the row's reason
-        last = traceback.extract_tb(error.__traceback__)[-1]
         text = str(error).strip().splitlines() or [""]
-        where = f"{Path(last.filename).name}:{last.lineno}"
-        row[name] = {"error": f"{type(error).__name__}: {text[0][:300]} ({where})"}
+        row[name] = {"error": f"{type(error).__name__}: {text[0][:300]}"}
         return None
     row[name] = {"seconds": round(time.perf_counter() - began, 2)}
     if isinstance(result, int | float | str | bool):
@@ -297,7 +295,8 @@ def main(
         if again or not path.is_file():
             path.write_text(json.dumps(isolated(name, kind, limit), indent=1) + "\n")
     rows = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    print(len(rows), "rows")
+    TABLE.write_text(table(rows), encoding="utf-8")
+    print("\n".join(headline(rows)))
 
 
 if __name__ == "__main__":
