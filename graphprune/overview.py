@@ -37,6 +37,7 @@ def overview(title: str, program: Program, coupling: Coupling) -> RenderableType
         "",
         group_table(program, coupling),
         *_reasons(coupling),
+        *_unruled(program, coupling),
         "",
         _types(program, coupling),
     )
@@ -101,6 +102,20 @@ def _reasons(coupling: Coupling) -> Iterator[Text]:
     inexact = {(_shape(g.name), _shape(g.why)): g for g in coupling.groups if g.why}
     for group in reversed(inexact.values()):
         yield Text(f"{group.name} is {group.exactness}: {group.why}")
+
+
+def _unruled(program: Program, coupling: Coupling) -> Iterator[Text]:
+    """Operators without a rule, and how many parameters lie along the axes that they freeze."""
+    frozen: dict[str, set[str]] = {}
+    nodes = coupling.types.facts.unruled
+    for node in nodes:
+        frozen.setdefault(str(node.target), set())
+    for weight, _, reason in coupling.frozen():
+        if reason.node in nodes:
+            frozen[str(reason.node.target)].add(weight)
+    for operator, weights in sorted(frozen.items()):
+        cost = sum(program.weights[weight].numel() for weight in weights)
+        yield Text(f"{operator} has no rule: it freezes axes of {cost:,} parameters")
 
 
 def _parameters_per_unit(program: Program, group: Group) -> int:

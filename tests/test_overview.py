@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from byte_llama import byte_llama
 from rich.console import Console
+from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune.overview import fold, overview
@@ -51,3 +53,22 @@ def test_a_model_of_no_family_has_an_overview_too() -> None:
         console.print(overview("net", program, gp.analyze(program)))
     assert "net: program" in captured.get()
     assert "KV cache" not in captured.get()
+
+
+class Exponential(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 4), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.linalg.matrix_exp(self.a(x)))
+
+
+def test_operators_without_a_rule_are_shown_with_what_they_cost() -> None:
+    program = gp.capture(Exponential(), (torch.randn(3, 4, 6),))
+    console = Console(width=100, color_system=None)
+    with console.capture() as captured:
+        console.print(overview("net", program, gp.analyze(program)))
+    cost = 4 * 6 + 4 + 5 * 4  # all but the last bias lies along what it freezes
+    found = f"aten.linalg_matrix_exp.default has no rule: it freezes axes of {cost} parameters"
+    assert found in captured.get()

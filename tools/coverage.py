@@ -176,7 +176,7 @@ def _cuts(coupling: Coupling) -> tuple[Cut, ...]:
 
 
 def _cut(group: Group, sizes: dict[str, int], chosen: random.Random) -> Cut:
-    count = max(1, group.size // 4)
+    count = min(max(1, group.size // 4), group.size - group.least)
     places = itertools.product(*(range(sizes[parent]) for parent in group.parents))
     return cut_of(
         group, {place: tuple(chosen.sample(range(group.size), count)) for place in places}

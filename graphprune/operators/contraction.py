@@ -58,11 +58,9 @@ def add_matmul(op: Op) -> Type:
 @rule("einsum.default", zero=Zero.ANY)
 def einsum(op: Op) -> Type:
     """One axis for each letter; letters that do not come out are summed over."""
-    equation = op.arg("equation").replace(" ", "")
     nodes = op.arg("tensors")
-    inputs, _, output = equation.partition("->")
-    terms = inputs.split(",")
-    if "..." in equation or "->" not in equation or any(len(set(t)) < len(t) for t in terms):
+    terms, output = _letters(op.arg("equation"), [len(op.types[node]) for node in nodes])
+    if any(len(set(term)) < len(term) for term in terms):
         return _all_frozen(op, f"einsum equation {op.arg('equation')!r} is not ruled")
     letters: dict[str, Axis] = {}
     holders: dict[str, list[fx.Node]] = {}
@@ -79,6 +77,25 @@ def einsum(op: Op) -> Type:
             op.contract(axis, *holders.get(letter, []))
             op.mark("linear", axis)
     return tuple(letters[letter] for letter in output)
+
+
+def _letters(equation: str, ranks: list[int]) -> tuple[list[str], str]:
+    """The letters of every operand and of the result; dots are numbers, counted from the last."""
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if not arrow:  # what occurs once comes out, in alphabetical order
+        once = sorted(c for c in set(inputs) - {".", ","} if inputs.count(c) == 1)
+        output = "..." * ("..." in inputs) + "".join(once)
+    hidden = [
+        rank - len(term) + 3 if "..." in term else 0
+        for term, rank in zip(terms, ranks, strict=True)
+    ]
+    dots = "".join(map(str, reversed(range(max(hidden)))))
+    spelled = [
+        term.replace("...", dots[len(dots) - count :])
+        for term, count in zip(terms, hidden, strict=True)
+    ]
+    return spelled, output.replace("...", dots)
 
 
 def _all_frozen(op: Op, why: str) -> Type:
@@ -176,3 +193,41 @@ def transposed_convolution(op: Op) -> Type:
     op.vanishes_as((op.arg("input"), op.arg("weight")), (op.arg("bias"),))
     places = [op.fixed(size, "places of an image") for size in shape[at + 1 :]]
     return (*type_[:at], out, *places)
+
+
+@rule("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input", zero=Zero.NEVER)
+def recurrent(op: Op) -> list[Type | None]:
+    """Gates of (gate hidden) from the input and the hidden state; hidden units start from zero."""
+    type_, result = op.type("input"), op.shapes(op.node)
+    states, weights = op.arg("hx"), op.arg("params")
+    states = states if isinstance(states, list | tuple) else [states]
+    each = 4 if op.arg("has_biases") else 2
+    sides = 2 if op.arg("bidirectional") else 1
+    if len(weights) != each * sides * op.arg("num_layers"):
+        why = f"{op.node.target} projects its hidden state"
+        _all_frozen(op, why)
+        return [tuple(op.fixed(size, why) for size in shape) for shape in result]
+    time, batch = (1, 0) if op.arg("batch_first") else (0, 1)
+    op.freeze(type_[time], "it is run over in time")
+    hidden = op.types[states[0]][2]
+    layers = op.fixed(result[1][0], "layers of a recurrent network")
+    for state in states:
+        for axis, other in zip(op.types[state], (layers, type_[batch], hidden), strict=True):
+            op.unify(axis, other)
+    out = op.axes.sum(*[hidden] * sides)
+    for at in range(0, len(weights), each):
+        source, node = (type_[2], op.arg("input")) if at < each * sides else (out, None)
+        first, second, *biases = weights[at : at + each]
+        (rows, columns), (again, back) = op.types[first], op.types[second]
+        gates = op.fixed(rows.size // hidden.size, "gates")
+        for axis in (rows, again, *(op.types[bias][0] for bias in biases)):
+            op.unify(axis, op.axes.product(gates, hidden))
+        op.unify(columns, source)
+        op.unify(back, hidden)
+        op.contract(columns, *(n for n in (node, first) if n is not None))
+        op.contract(back, second)
+        op.mark("linear", columns)
+        op.mark("linear", back)
+    # A unit whose weights are zero stays at what a part of its state is: zero, where it starts so.
+    op.vanishes_as(*((node,) for node in (*states, *weights)))
+    return [(*type_[:2], out), *((layers, type_[batch], hidden) for _ in states)]

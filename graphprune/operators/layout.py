@@ -333,6 +333,8 @@ def pad(op: Op) -> Type:
     type_ = list(op.type("self"))
     amounts = op.arg("pad")
     mode, value = op.arg("mode") or "constant", op.arg("value") or 0
+    if value != 0:
+        op.zero = Zero.NEVER
     for back in range(len(amounts) // 2):
         before, after = amounts[2 * back], amounts[2 * back + 1]
         dim = len(type_) - 1 - back
@@ -350,12 +352,55 @@ def pad(op: Op) -> Type:
     return tuple(type_)
 
 
-@rule("roll.default", "flip.default", "unfold.default", "fft_fft.default", zero=Zero.NEVER)
-def reorder(op: Op) -> Type:
-    """Elements change places along an axis, which is frozen."""
-    for axis in op.type("self"):
-        op.freeze(axis, "its elements change places")
-    return tuple(op.fixed(size, "elements that changed places") for size in op.shape())
+@rule("roll.default", "flip.default", "fft_fft.default", "fft_ifft.default", zero=Zero.KEEP)
+@rule(
+    "fft_rfft.default", "fft_irfft.default", "fft_fft2.default", "fft_ifft2.default", zero=Zero.KEEP
+)
+@rule(
+    "fft_rfft2.default",
+    "fft_irfft2.default",
+    "fft_fftn.default",
+    "fft_ifftn.default",
+    zero=Zero.KEEP,
+)
+def mix(op: Op) -> Type:
+    """Elements change places or are mixed along some axes, which are frozen; the others stay."""
+    type_, shape = list(op.type("self")), op.shape()
+    for dim in op.dims("dims" if op.arg("dims") is not None else "dim", len(type_)):
+        op.freeze(type_[dim], "its elements change places or are mixed")
+        type_[dim] = op.fixed(shape[dim], "elements that changed places or were mixed")
+    return tuple(type_)
+
+
+@rule("unfold.default", zero=Zero.KEEP)
+def unfold(op: Op) -> Type:
+    """Windows along an axis, which is frozen; the places within them are a new last axis."""
+    type_, shape = list(op.type("self")), op.shape()
+    dim = op.dim("dimension", len(type_))
+    op.freeze(type_[dim], "windows are cut out of it")
+    type_[dim] = op.fixed(shape[dim], "windows of an axis")
+    return (*type_, op.fixed(shape[-1], "places of a window"))
+
+
+@rule("im2col.default", zero=Zero.KEEP)
+def image_to_columns(op: Op) -> Type:
+    """Windows of an image: (channel place), and a column for each window."""
+    type_ = op.type("self")
+    for axis in type_[-2:]:
+        op.freeze(axis, "places of an image")
+    places = op.fixed(math.prod(op.arg("kernel_size")), "places of a window")
+    columns = op.fixed(op.shape()[-1], "windows of an image")
+    return (*type_[:-3], op.axes.product(type_[-3], places), columns)
+
+
+@rule("col2im.default", zero=Zero.KEEP)
+def columns_to_image(op: Op) -> Type:
+    """Windows (channel place) are added up to an image."""
+    type_, shape = op.type("self"), op.shape()
+    channel, places = op.factor(type_[-2], (shape[-3], math.prod(op.arg("kernel_size"))))
+    op.freeze(places, "places of a window")
+    op.freeze(type_[-1], "windows of an image")
+    return (*type_[:-2], channel, *(op.fixed(size, "places of an image") for size in shape[-2:]))
 
 
 @rule("pixel_shuffle.default", zero=Zero.KEEP)

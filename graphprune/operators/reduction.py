@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from graphprune.axes import UNIT, Axis
@@ -220,19 +221,32 @@ def batch_norm(op: Op) -> Type:
 @rule("max_pool1d.default", "max_pool2d.default", "max_pool3d.default", zero=Zero.KEEP)
 @rule("avg_pool1d.default", "avg_pool2d.default", "avg_pool3d.default", zero=Zero.KEEP)
 @rule("adaptive_avg_pool1d.default", "adaptive_avg_pool2d.default", zero=Zero.KEEP)
-@rule("adaptive_avg_pool3d.default", "upsample_nearest2d.vec", zero=Zero.KEEP)
-@rule("upsample_bilinear2d.vec", "upsample_bicubic2d.vec", "upsample_linear1d.vec", zero=Zero.KEEP)
-@rule("upsample_nearest2d.default", "upsample_nearest1d.vec", "im2col.default", zero=Zero.KEEP)
+@rule("adaptive_avg_pool3d.default", "upsample_nearest2d.default", zero=Zero.KEEP)
+@rule("upsample_nearest1d.vec", "upsample_nearest2d.vec", "upsample_nearest3d.vec", zero=Zero.KEEP)
+@rule("_upsample_nearest_exact2d.vec", "_upsample_bilinear2d_aa.vec", zero=Zero.KEEP)
+@rule(
+    "upsample_linear1d.vec", "upsample_bilinear2d.vec", "upsample_trilinear3d.vec", zero=Zero.KEEP
+)
+@rule("upsample_bicubic2d.vec", zero=Zero.KEEP)
 def pool(op: Op) -> Type:
     """Places of an image are combined, each channel alone."""
-    type_ = op.types[op.operands()[0]]
-    name = op.node.target.__name__.split(".")[0]  # type: ignore[union-attr]
-    places = int(name.replace("im2col", "x2d")[name.replace("im2col", "x2d").rindex("d") - 1])
-    if name == "im2col" or len(op.shape()) != len(type_):
-        for axis in type_:
-            op.freeze(axis, f"{name} rearranges it")
-        return tuple(op.fixed(size, f"result of {name}") for size in op.shape())
+    return _pooled(op, op.types[op.operands()[0]], op.shape())
+
+
+@rule("adaptive_max_pool1d.default", "adaptive_max_pool2d.default", zero=Zero.KEEP)
+@rule("adaptive_max_pool3d.default", "max_pool1d_with_indices.default", zero=Zero.KEEP)
+@rule("max_pool2d_with_indices.default", "max_pool3d_with_indices.default", zero=Zero.KEEP)
+def pool_with_index(op: Op) -> list[Type | None]:
+    """The largest of the places of an image and where they were, each channel alone."""
+    type_ = _pooled(op, op.type("self"), op.shapes(op.node)[0])
+    return [type_, type_]
+
+
+def _pooled(op: Op, type_: Type, shape: tuple[int, ...]) -> Type:
+    found = re.search(r"(\d)d", op.node.target.__name__)  # type: ignore[union-attr]
+    assert found is not None
+    places = int(found[1])
     for axis in type_[-places:]:
         op.freeze(axis, "places of an image")
-    fixed = [op.fixed(size, "places of an image") for size in op.shape()[-places:]]
+    fixed = [op.fixed(size, "places of an image") for size in shape[-places:]]
     return (*type_[:-places], *fixed)
