@@ -179,7 +179,7 @@ def random_cuts(
     roles: Collection[str] | None = None,
     without: Collection[str] = (),
 ) -> tuple[Cut, ...]:
-    """Cut random units of every group, other ones under every parent; at least one stays.
+    """Cut random units of every group, other ones under every parent; as many stay as must.
 
     Without a ratio every group loses another number of units.
     """
@@ -189,7 +189,7 @@ def random_cuts(
     for group in coupling.groups:
         if group.role in without or (roles is not None and group.role not in roles):
             continue
-        count = min(max(1, int(group.size * (ratio or chosen.random()))), group.size - 1)
+        count = min(max(1, int(group.size * (ratio or chosen.random()))), group.size - group.least)
         places = itertools.product(*(range(sizes[parent]) for parent in group.parents))
         units = {place: tuple(chosen.sample(range(group.size), count)) for place in places}
         cuts.append(cut_of(group, units))

@@ -342,10 +342,52 @@ LAYOUT: dict[str, Case] = {
     "pad.default (ones)": frozen(
         lambda h: A.pad.default(h, [0, 2], "constant", 1.0), "padded with something other"
     ),
+    "pad.default (reflecting)": frozen(
+        lambda h: A.pad.default(h, [1, 2], "reflect"), "padded with something other"
+    ),
+    "pad.default (others, reflecting)": keeps(
+        lambda h: A.pad.default(h.mT, [1, 2], "reflect").mT, 8
+    ),
+    "pad.default (others, circular)": keeps(
+        lambda h: A.pad.default(h.mT, [1, 2], "circular").mT, 8
+    ),
     "roll.default": frozen(lambda h: A.roll.default(h, [1], [2]), "change places"),
+    "roll.default (all)": frozen(lambda h: A.roll.default(h, [1]), "change places"),
+    "roll.default (others)": keeps(lambda h: A.roll.default(h, [1, 1], [1, -3]), 8),
     "flip.default": frozen(lambda h: A.flip.default(h, [2]), "change places"),
-    "unfold.default": frozen(lambda h: A.unfold.default(h, 2, 4, 2), "change places"),
-    "fft_fft.default": frozen(lambda h: A.fft_fft.default(h).abs(), "change places"),
+    "flip.default (others)": keeps(lambda h: A.flip.default(h, [-2]), 8),
+    "unfold.default": frozen(lambda h: A.unfold.default(h, 2, 4, 2), "windows are cut out of it"),
+    "unfold.default (others)": keeps(lambda h: A.unfold.default(h, 1, 2, 1).mT, 8),
+    "fft_fft.default": frozen(lambda h: A.fft_fft.default(h).abs(), "are mixed"),
+    **{
+        f"fft_{n}.default (others)": keeps(
+            lambda h, n=n: getattr(A, f"fft_{n}").default(h, None, 1).abs(), 8
+        )
+        for n in ("fft", "ifft", "rfft", "irfft")
+    },
+    **{
+        f"fft_{n}.default (others)": keeps(
+            lambda h, n=n: (
+                getattr(A, f"fft_{n}")
+                .default(h.unflatten(1, (2, 2)), None, [1, 2])
+                .abs()
+                .flatten(1, 2)
+            ),
+            8,
+        )
+        for n in ("fft2", "ifft2", "rfft2", "irfft2", "fftn", "ifftn")
+    },
+    "real.default": keeps(lambda h: A.real.default(A.fft_fft.default(h, None, 1)), 8),
+    "imag.default": keeps(lambda h: A.imag.default(A.fft_fft.default(h, None, 1)), 8),
+    "channel_shuffle.default": keeps(
+        lambda h: A.channel_shuffle.default(h.transpose(1, 2), 2).transpose(1, 2), 2, 4
+    ),
+    "im2col.default": keeps(
+        lambda h: A.im2col.default(_image(h), [2, 1], [1, 1], [0, 0], [1, 1]).mT, 8
+    ),
+    "col2im.default": keeps(
+        lambda h: _rows(A.col2im.default(h.mT, [3, 2], [2, 1], [1, 1], [0, 0], [1, 1])), 4
+    ),
     "pixel_shuffle.default": keeps(lambda h: _rows(A.pixel_shuffle.default(_image(h), 2)), 2),
     "pixel_unshuffle.default": keeps(lambda h: _rows(A.pixel_unshuffle.default(_image(h), 2)), 8),
 }
@@ -559,6 +601,16 @@ def _attended_in_groups(h: Tensor, key: Tensor, value: Tensor) -> Tensor:
     )
 
 
+def _gates(count: int, inside: int) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the weights of a recurrent layer of 6 units."""
+    rows = count * 6
+    return (rows, inside), (rows, 6), (rows,), (rows,)
+
+
+def _states(h: Tensor, layers: int, count: int) -> list[Tensor]:
+    return [torch.zeros(layers, h.shape[0], 6) for _ in range(count)]
+
+
 CONTRACTIONS: dict[str, Case] = {
     "linear.default": keeps(lambda h, w: A.linear.default(h, w), 8, weights=((5, 8),)),
     "matmul.default": keeps(lambda h, w: A.matmul.default(h, w), 8, weights=((8, 5),)),
@@ -577,9 +629,67 @@ CONTRACTIONS: dict[str, Case] = {
     "einsum.default": keeps(
         lambda h, w: A.einsum.default("bsi,io->bso", [h, w]), 8, weights=((8, 5),)
     ),
-    "einsum.default (dots)": frozen(
-        lambda h, w: A.einsum.default("...i,io->...o", [h, w]), "is not ruled", weights=((8, 5),)
+    "einsum.default (dots)": keeps(
+        lambda h, w: A.einsum.default("...i,io->...o", [h, w]), 8, weights=((8, 5),)
     ),
+    "einsum.default (dots that broadcast)": keeps(
+        lambda h, w: A.einsum.default("s...,...->s...", [h.transpose(0, 1), w]).transpose(0, 1),
+        8,
+        weights=((8,),),
+    ),
+    "einsum.default (no arrow)": keeps(
+        lambda h, w: A.einsum.default("bsi,io", [h, w]), 8, weights=((8, 5),)
+    ),
+    "einsum.default (diagonal)": frozen(
+        lambda h: A.einsum.default("bsii->bsi", [h[..., None] * h[..., None, :]]), "is not ruled"
+    ),
+    "lstm.input": keeps(
+        lambda h, *w: A.lstm.input(h, _states(h, 2, 2), w, True, 1, 0.0, False, True, True)[0],
+        8,
+        weights=_gates(4, 8) * 2,
+    ),
+    "lstm.input (of hidden units)": keeps(
+        lambda h, *w: A.lstm.input(
+            h[..., :6], _states(h, 1, 2), w, True, 1, 0.0, False, False, True
+        )[0],
+        6,
+        2,
+        weights=_gates(4, 6),
+    ),
+    "lstm.input (projected)": frozen(
+        lambda h, *w: A.lstm.input(
+            h,
+            [h.new_zeros(1, len(h), 3), h.new_zeros(1, len(h), 6)],
+            w,
+            False,
+            1,
+            0.0,
+            False,
+            False,
+            True,
+        )[0],
+        "projects its hidden state",
+        weights=((24, 8), (24, 3), (3, 6)),
+    ),
+    "gru.input": keeps(
+        lambda h, *w: A.gru.input(h, _states(h, 2, 1)[0], w, True, 2, 0.0, False, False, True)[0],
+        8,
+        weights=(*_gates(3, 8), *_gates(3, 6)),
+    ),
+    **{
+        f"rnn_{n}.input": keeps(
+            lambda h, *w, n=n: (
+                getattr(A, f"rnn_{n}")
+                .input(
+                    h.transpose(0, 1), _states(h, 1, 1)[0], w, False, 1, 0.0, False, False, False
+                )[0]
+                .transpose(0, 1)
+            ),
+            8,
+            weights=((6, 8), (6, 6)),
+        )
+        for n in ("tanh", "relu")
+    },
     "scaled_dot_product_attention.default": keeps(_attended, 2, 4, weights=((8, 8), (8, 8))),
     "scaled_dot_product_attention.default (groups)": keeps(
         _attended_in_groups, 2, 2, 2, weights=((8, 4), (8, 4))
@@ -654,9 +764,42 @@ POOLING: dict[str, Case] = {
     "upsample_bicubic2d.vec": keeps(
         lambda h: _rows(A.upsample_bicubic2d.vec(_image(h), [3, 4], False, None)), 8
     ),
-    "im2col.default": frozen(
-        lambda h: A.im2col.default(_image(h), [2, 1], [1, 1], [0, 0], [1, 1]).mT,
-        "im2col rearranges",
+    "upsample_nearest3d.vec": keeps(
+        lambda h: _rows(A.upsample_nearest3d.vec(_image(h)[..., None], [3, 4, 1], None)), 8
+    ),
+    "upsample_trilinear3d.vec": keeps(
+        lambda h: _rows(A.upsample_trilinear3d.vec(_image(h)[..., None], [3, 4, 1], False, None)), 8
+    ),
+    "_upsample_nearest_exact2d.vec": keeps(
+        lambda h: _rows(A._upsample_nearest_exact2d.vec(_image(h), [3, 4], None)), 8
+    ),
+    "_upsample_bilinear2d_aa.vec": keeps(
+        lambda h: _rows(A._upsample_bilinear2d_aa.vec(_image(h), [3, 4], False, None)), 8
+    ),
+    "grid_sampler.default": keeps(
+        lambda h, grid: _rows(
+            A.grid_sampler.default(_image(h), grid.expand(len(h), -1, -1, -1), 0, 0, False)
+        ),
+        8,
+        weights=((1, 3, 2, 2),),
+    ),
+    "adaptive_max_pool1d.default": keeps(
+        lambda h: A.adaptive_max_pool1d.default(h.mT, [2])[0].mT, 8
+    ),
+    "adaptive_max_pool2d.default": keeps(
+        lambda h: _rows(A.adaptive_max_pool2d.default(_image(h), [1, 2])[0]), 8
+    ),
+    "adaptive_max_pool3d.default": keeps(
+        lambda h: _rows(A.adaptive_max_pool3d.default(_image(h)[..., None], [1, 2, 1])[0]), 8
+    ),
+    "max_pool1d_with_indices.default": keeps(
+        lambda h: A.max_pool1d_with_indices.default(h.mT, [2])[0].mT, 8
+    ),
+    "max_pool2d_with_indices.default": keeps(
+        lambda h: _rows(A.max_pool2d_with_indices.default(_image(h), [2, 1])[0]), 8
+    ),
+    "max_pool3d_with_indices.default": keeps(
+        lambda h: _rows(A.max_pool3d_with_indices.default(_image(h)[..., None], [2, 1, 1])[0]), 8
     ),
     "max_pool3d.default": keeps(
         lambda h: _rows(A.max_pool3d.default(_image(h)[..., None], [2, 1, 1])), 8

@@ -180,6 +180,10 @@ def analyse(function: Callable[[Tensor], Tensor], width: int = 8) -> Coupling:
             lambda h: (h.mT @ h.sigmoid()).sum(-1)[:, None].expand(-1, 4, -1), id="covariance"
         ),
         pytest.param(
+            lambda h: F.pad(h, (0, 0, 1, 1), value=1.0).sum(-1, keepdim=True).expand(-1, -1, 8),
+            id="ones beside it",
+        ),
+        pytest.param(
             lambda h: torch.einsum("bsi,bsj->bij", h, h.cos()).sum(-1)[:, None], id="einsum"
         ),
     ],

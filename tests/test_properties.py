@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import graphprune as gp
+from graphprune.axes import Axes
 from graphprune.coupling import Coupling
 from graphprune.errors import VerificationError
 from graphprune.plan import Plan, Step, cut_of
+from graphprune.program import Program
 
 Move = tuple[str, int, int, int]
 """A step's name, how far back its operand was made, and two choices that the step reads freely."""
@@ -222,6 +225,30 @@ def einsum(net: Network, x: Tensor, a: int, b: int) -> Tensor:
     return torch.einsum(["bij,bkj->bik", "bij,bik->bjk"][a % 2], x, net.other(x, b))
 
 
+def route(net: Network, x: Tensor, a: int, b: int) -> Tensor:
+    """Experts of which the best are chosen, and other uses of what was chosen."""
+    logits = net.linear(x, 4, b % 2 == 1)
+    experts = net.weight(4, 5, x.shape[-1])
+    scores, places = (logits.softmax(-1) if b % 3 else logits.sigmoid()).topk(1 + b % 2, -1)
+    made = (experts[places] @ x[..., None, :, None]).squeeze(-1)
+    made = (made * scores[..., None]).sum(-2)
+    uses: list[Callable[[], Tensor]] = [
+        lambda: made,
+        lambda: made + F.one_hot(places, 4).to(x.dtype).sum(-2) @ net.weight(4, 5),
+        lambda: made * logits.gather(-1, places).sum(-1, keepdim=True),
+        lambda: made + torch.zeros_like(logits).scatter(-1, places, scores) @ net.weight(4, 5),
+        lambda: made + logits.softmax(-1) @ net.weight(4, 5),
+        lambda: made * (places == 1).any(-1, keepdim=True),
+        lambda: made + places.to(x.dtype).sum(-1, keepdim=True),
+        lambda: made + experts[places // 2, :, 0].sum(-2),
+        lambda: made + (logits.mT @ logits).softmax(b % 2 + 1).sum((1, 2), keepdim=True),
+        lambda: made + logits.relu().sum(-1, keepdim=True),
+        lambda: made + logits.exp().sum(-1, keepdim=True),
+        lambda: made + experts[torch.cat([places, places], -1), :, 0].sum(-2),
+    ]
+    return uses[a % len(uses)]()
+
+
 def constant(net: Network, x: Tensor, a: int, b: int) -> Tensor:
     d = dim(x, a)
     counts = torch.arange(x.shape[d], dtype=x.dtype).view(-1, *[1] * (x.ndim - 1 - d))
@@ -275,6 +302,7 @@ STEPS: dict[str, Callable[[Network, Tensor, int, int], Tensor]] = {
     "attention": attention,
     "constant": constant,
     "convolution": convolution,
+    "route": route,
     "softmax": lambda net, x, a, b: x.softmax(dim(x, a)),
     "cumsum": lambda net, x, a, b: x.cumsum(dim(x, a)),
     "reduce": lambda net, x, a, b: REDUCTIONS[b % 4](x, dim=dim(x, a), keepdim=b % 3 > 0),
@@ -313,9 +341,14 @@ def plan_of(coupling: Coupling, seed: int) -> Plan:
     return Plan((Step(coupling.program.fingerprint(), cuts),))
 
 
-def check(module: nn.Module, plans: int = 2) -> Coupling:
+def captured(module: nn.Module, dynamic_shapes: Any = None) -> Program:
+    example = torch.zeros(2, 4, 6, dtype=torch.float64)
+    return gp.capture(module, example_inputs=(example,), dynamic_shapes=dynamic_shapes)
+
+
+def check(module: nn.Module, plans: int = 2, dynamic_shapes: Any = None) -> Coupling:
     """Prune `module` by several plans, and what the last of them leaves once more."""
-    program = gp.capture(module, example_inputs=(torch.zeros(2, 4, 6, dtype=torch.float64),))
+    program = captured(module, dynamic_shapes)
     coupling = gp.analyze(program)
     for seed in range(plans):
         first = plan_of(coupling, seed)
@@ -408,6 +441,9 @@ def scores(h: Tensor) -> Tensor:
         pytest.param([("gather", 0, 0, 0), ("rms_norm", 0, 0, 0)], id="mean of picks"),
         pytest.param([("attention", 0, 0, 0), ("square", 0, 0, 0)], id="covariance of heads"),
         pytest.param([("outer", 0, 3, 0), ("reshape", 0, 10, 0)], id="pairs"),
+        pytest.param([("route", 0, 5, 1)], id="experts compared with a number"),
+        pytest.param([("route", 0, 6, 1)], id="experts as numbers"),
+        pytest.param([("route", 0, 8, 1)], id="a softmax of experts by experts"),
         pytest.param(
             [("einsum", 0, 11, 5), ("gather", 0, 0, 0), ("repeat", 1, 7, 9), ("written", 0, 0, 0)],
             id="copies of pairs",
@@ -458,6 +494,73 @@ def test_a_sum_over_what_does_not_vanish_is_frozen() -> None:
     assert "do not vanish" in coupling.explain("a.weight", 0)
 
 
+BOTH_DYNAMIC = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
+
+
+class PerToken(Between):
+    """As before, with the length of the sequence dynamic."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.function(self.a(x)))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(lambda h: F.layer_norm(h, h.shape[1:]), id="a norm over it"),
+        pytest.param(
+            lambda h: torch.cat(h.split([1, h.shape[1] - 1], 1)[::-1], 1) * h, id="rotated"
+        ),
+        pytest.param(lambda h: torch.cat([h[:, 1:], h[:, :1]], 1) * h, id="rotated by slices"),
+    ],
+)
+def test_functions_of_a_dynamic_axis_that_once_failed(
+    function: Callable[[Tensor], Tensor],
+) -> None:
+    module = PerToken(function)
+    module.b = nn.Linear(8, 5, dtype=torch.float64)
+    assert check(module, plans=4, dynamic_shapes=BOTH_DYNAMIC).groups
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(lambda h: h.flatten(1) / h.flatten(1).shape[1], id="a divisor"),
+        pytest.param(
+            lambda h: h.flatten(1) * torch.arange(h.flatten(1).shape[1]).sum(), id="counted"
+        ),
+    ],
+)
+def test_a_size_that_turned_out_to_be_fixed_is_a_number(
+    function: Callable[[Tensor], Tensor],
+) -> None:
+    assert check(Between(function), plans=4, dynamic_shapes=BOTH_DYNAMIC).groups
+
+
+@pytest.mark.parametrize("width", [64, 512, 2048])
+def test_a_wide_axis_added_to_itself_shifted_by_one_is_fixed(width: int) -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, width), nn.Linear(width, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            return self.b(h + torch.cat([h[..., 1:], h[..., :1]], -1))
+
+    coupling = gp.analyze(gp.capture(Shifted(), example_inputs=(torch.zeros(2, 6),)))
+    assert not coupling.groups
+
+
+def test_an_axis_may_be_cut_at_every_place() -> None:
+    axes, size = Axes(), 1200
+    one, other = axes.atom(size), axes.atom(size)
+    axes.unify(one, other)
+    for at in range(size - 1):
+        axes.split(one, [piece for piece in (at, 1, size - 1 - at) if piece])
+    assert axes.show(other, {}) == f"[{' + '.join(['1'] * size)}]"
+
+
 def all_but_one(coupling: Coupling) -> Plan:
     (group,) = coupling.groups
     cut = cut_of(group, {(): tuple(range(1, group.size))})
@@ -474,9 +577,7 @@ def all_but_one(coupling: Coupling) -> Plan:
     ],
 )
 def test_what_is_squeezed_stays_so(squeeze: Callable[[Tensor], Tensor]) -> None:
-    program = gp.capture(
-        Between(squeeze), example_inputs=(torch.zeros(2, 4, 6, dtype=torch.float64),)
-    )
+    program = captured(Between(squeeze))
     plan = all_but_one(gp.analyze(program))
     gp.verify(program, plan, plan.apply(program))
 

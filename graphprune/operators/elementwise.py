@@ -21,7 +21,7 @@ _NOT_ZERO_AT_ZERO = [
 ]
 _SAME = [
     "alias", "clone", "contiguous", "detach", "dropout", "feature_dropout", "lift_fresh",
-    "lift_fresh_copy", "alpha_dropout", "resolve_conj", "resolve_neg", "pin_memory",
+    "lift_fresh_copy", "alpha_dropout", "resolve_conj", "resolve_neg", "pin_memory", "real", "imag",
 ]
 _COMPARISONS = [
     "eq", "ne", "lt", "le", "gt", "ge",

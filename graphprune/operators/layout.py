@@ -403,6 +403,16 @@ def columns_to_image(op: Op) -> Type:
     return (*type_[:-2], channel, *(op.fixed(size, "places of an image") for size in shape[-2:]))
 
 
+@rule("channel_shuffle.default", zero=Zero.KEEP)
+def channel_shuffle(op: Op) -> Type:
+    """(group channel) becomes (channel group)."""
+    type_ = op.type("self")
+    groups = op.arg("groups")
+    group, channel = op.factor(type_[1], (groups, type_[1].size // groups))
+    op.size_literal("groups", None, group)
+    return (type_[0], op.axes.product(channel, group), *type_[2:])
+
+
 @rule("pixel_shuffle.default", zero=Zero.KEEP)
 def pixel_shuffle(op: Op) -> Type:
     """(c r r) channels become c channels and r by r pixels."""

@@ -250,3 +250,13 @@ def _pooled(op: Op, type_: Type, shape: tuple[int, ...]) -> Type:
         op.freeze(axis, "places of an image")
     fixed = [op.fixed(size, "places of an image") for size in shape[-places:]]
     return (*type_[:-places], *fixed)
+
+
+@rule("grid_sampler.default", zero=Zero.KEEP)
+def sample(op: Op) -> Type:
+    """Places of an image are picked and combined by a grid, each channel alone."""
+    type_, grid, shape = op.type("input"), op.type("grid"), op.shape()
+    for axis in (*type_[2:], *grid[1:]):
+        op.freeze(axis, "places of an image")
+    op.unify(type_[0], grid[0])
+    return (*type_[:2], *(op.fixed(size, "places of an image") for size in shape[2:]))
