@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from graphprune.backends.archive_graph import deserialize_graph, error_line, serialize_graph
+from graphprune.backends.hf_files import copy_along
 from graphprune.capture import value_of
 from graphprune.errors import BackendError, CheckpointError
 from graphprune.output import staged_directory
@@ -33,20 +33,6 @@ from graphprune.program import Program, Source
 
 _FORMAT, _VERSION = "graphprune-archive", 1
 _PROGRAM, _GRAPH, _WEIGHTS = "program.json", "graph.json", "weights.safetensors"
-
-_TOKENIZER = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "*.model",
-    "*.tiktoken",
-    "*preprocessor_config.json",
-    "processor_config.json",
-)
-"""Files of a checkpoint that are copied along."""
 
 
 def is_archive(directory: str | PathLike[str]) -> bool:
@@ -100,11 +86,7 @@ def save(program: Program, directory: str | PathLike[str]) -> None:
         save_file(_own_storage(program.weights), staged / _WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(described, indent=1, ensure_ascii=False, default=str)
         (staged / _PROGRAM).write_text(text + "\n", encoding="utf-8")
-        if program.source is not None and program.source.directory is not None:
-            for pattern in _TOKENIZER:
-                for file in sorted(program.source.directory.glob(pattern)):
-                    if file.is_file():
-                        shutil.copyfile(file, staged / file.name)
+        copy_along(program.source, staged)
 
 
 def load(directory: str | PathLike[str]) -> Program:

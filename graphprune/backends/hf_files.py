@@ -46,12 +46,18 @@ def write(program: Program, model: Any, directory: Path, cast: torch.dtype | Non
         model.save_pretrained(directory, state_dict=weights, max_shard_size="5GB")
     if cast is not None:
         _name_dtype(directory / "config.json", cast)
-    if source.directory is not None:
-        for pattern in _COPIED:
-            for file in sorted(source.directory.glob(pattern)):
-                if file.is_file():
-                    shutil.copyfile(file, directory / file.name)
+    copy_along(source, directory)
     _write_generation_config(source, directory / "generation_config.json")
+
+
+def copy_along(source: Source | None, directory: Path) -> None:
+    """Copy what came with the checkpoint behind a program and does not depend on sizes."""
+    if source is None or source.directory is None:
+        return
+    for pattern in _COPIED:
+        for file in sorted(source.directory.glob(pattern)):
+            if file.is_file():
+                shutil.copyfile(file, directory / file.name)
 
 
 def _stored(
