@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from graphprune.backends.archive_graph import deserialize_graph, error_line, serialize_graph
-from graphprune.backends.hf_files import copy_along
+from graphprune.backends.hf_files import copy_along, share
 from graphprune.capture import value_of
 from graphprune.errors import BackendError, CheckpointError
 from graphprune.output import staged_directory
@@ -86,6 +86,7 @@ def save(program: Program, directory: str | PathLike[str]) -> None:
         save_file(_own_storage(program.weights), staged / _WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(described, indent=1, ensure_ascii=False, default=str)
         (staged / _PROGRAM).write_text(text + "\n", encoding="utf-8")
+        share([staged / _WEIGHTS], like=staged / _PROGRAM)
         copy_along(program.source, staged)
 
 

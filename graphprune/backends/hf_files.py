@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,17 @@ def write(program: Program, model: Any, directory: Path, cast: torch.dtype | Non
     with quiet():
         weights = _stored(program, model, source.stored_dtype, cast)
         model.save_pretrained(directory, state_dict=weights, max_shard_size="5GB")
+    share(directory.glob("*.safetensors"), like=directory / "config.json")
     if cast is not None:
         _name_dtype(directory / "config.json", cast)
     copy_along(source, directory)
     _write_generation_config(source, directory / "generation_config.json")
+
+
+def share(files: Iterable[Path], like: Path) -> None:
+    """Let whoever may read `like` read `files`, which safetensors keeps to their owner."""
+    for file in files:
+        file.chmod(like.stat().st_mode)
 
 
 def copy_along(source: Source | None, directory: Path) -> None:

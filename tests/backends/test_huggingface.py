@@ -440,6 +440,12 @@ def test_dtype_casts_everything(tmp_path: Path) -> None:
     assert not (tmp_path / "never").exists()
 
 
+def test_weights_can_be_read_by_whoever_reads_the_config(tmp_path: Path) -> None:
+    save_pretrained(pruned("llama", "prune{target=ffn ratio=0.25 criterion=l2}"), tmp_path / "out")
+    modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1
+
+
 def test_a_tied_weight_is_stored_once(tmp_path: Path) -> None:
     program = capture(llama(tie_word_embeddings=True))
     save_pretrained(program, tmp_path / "out")
