@@ -133,9 +133,9 @@ class Program:
         if limits is None:
             return wanted
         # A lower limit of 2 only says that torch.export treats 0 and 1 as special.
-        low = int(limits.lower) if limits.lower.is_Integer and limits.lower > 2 else wanted
-        high = int(limits.upper) if limits.upper.is_Integer else wanted
-        return min(max(wanted, low), high)
+        if limits.lower.is_Integer and limits.lower > 2:
+            wanted = max(wanted, int(limits.lower))
+        return min(wanted, int(limits.upper)) if limits.upper.is_Integer else wanted
 
     def weight_nodes(self) -> Iterator[tuple[str, fx.Node]]:
         """Every weight's name with its placeholder."""

@@ -124,6 +124,7 @@ def _attended(types: Types) -> set[Atom]:
     return found
 
 
+_JOINTS = ("cat", "constant_pad_nd", "pad")
 _PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
 
 
@@ -150,17 +151,19 @@ def _kind(node: fx.Node) -> str:
 
 def _back_to_product(types: Types, node: fx.Node) -> fx.Node | None:
     """The product behind a softmax: the nearest one along the axis that it runs over."""
-    along = types.of[node][-1]
     pending, seen = [node], {node}
     while pending:
         node = pending.pop(0)
         if _kind(node) in _PRODUCTS:
             return node
+        along = types.of[node][-1]
         for other in node.all_input_nodes:
             type_ = types.of.get(other)
             if other in seen or not isinstance(type_, tuple) or not type_:
                 continue
-            if other.meta["val"].is_floating_point() and types.axes.same(type_[-1], along):
+            # What is joined may hold more than scores, such as a sink.
+            part = _kind(node) in _JOINTS or types.axes.same(type_[-1], along)
+            if part and other.meta["val"].is_floating_point():
                 seen.add(other)
                 pending.append(other)
     return None

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ from architectures import cache_after, inputs_of, program_of
 from torch import nn
 
 import graphprune as gp
+from graphprune.capture import capture
 from graphprune.errors import UsageError
 from graphprune.program import module_path, source_line
 
@@ -127,3 +129,14 @@ def test_nodes_know_their_module_and_line() -> None:
     assert module_path(found["aten.mul.Tensor"]) == ""
     assert source_line(found["aten.mul.Tensor"]).startswith("test_program.py:")
     assert source_line(found["aten.linear.default"]).startswith("torch/nn/modules/linear.py:")
+
+
+def test_sizes_stay_within_the_range_of_a_dynamic_one() -> None:
+    import sympy
+    from torch.utils._sympy.value_ranges import ValueRanges
+
+    ranges = {sympy.Symbol("s0"): ValueRanges(7, sympy.oo), sympy.Symbol("s1"): ValueRanges(2, 9)}
+    program = dataclasses.replace(capture(nn.Linear(3, 3), (torch.ones(2, 3),)), ranges=ranges)
+    assert [program.within("s0", size) for size in (3, 7, 11)] == [7, 7, 11]
+    assert [program.within("s1", size) for size in (1, 5, 11)] == [1, 5, 9]
+    assert [program.within(4, 11), program.within("s2", 11)] == [4, 11]
