@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 
 from graphprune.calibration import Calibration, next_token_loss
+from graphprune.contractions import contractions
 from graphprune.coupling import Coupling, Group, Member
 from graphprune.errors import CalibrationError, SelectionError, UsageError
 from graphprune.program import Program
+from graphprune.sparsity import wanda_scores
+from graphprune.statistics import observe
 
 Aggregate = Literal["sum", "mean", "max", "product"]
 """How the scores of a unit in the weights of its group become one."""
@@ -264,6 +267,33 @@ class TaylorVector(Taylor):
     def finish(self, total: Tensor) -> Tensor:
         """The absolute value after the sum."""
         return total.abs()
+
+
+class Wanda(WeightCriterion):
+    """Weights times the norms of their inputs: sum of |w| ||x|| over the slice.
+
+    The score of Wanda (Sun et al. 2306.11695, equation 1) for single weights, summed over what a
+    unit takes with it. A weight that no activation is multiplied with (a bias) counts by itself.
+    """
+
+    name = "wanda"
+    measure: ClassVar[Measure] = "l1"
+    requires_calibration = True
+
+    def elements(self, evidence: Evidence, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """The product |w| ||x||."""
+        if evidence.calibration is None:
+            raise CalibrationError("this criterion needs calibration data, and none was given")
+        held = [m for m in contractions(evidence.program).matrices if m.weight in names]
+        found = observe(evidence.program, held, evidence.calibration, track=evidence.track)
+        for name in names:
+            weight = evidence.program.weights[name].detach()
+            scores = weight.float().abs()
+            for matrix in held:
+                if matrix.weight == name:
+                    values = wanda_scores(matrix.read(weight), found[matrix.name])
+                    scores = matrix.write(scores, values)
+            yield name, scores
 
 
 def loss_gradients(evidence: Evidence, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:

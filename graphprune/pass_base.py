@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager
@@ -88,6 +89,9 @@ class Context:
         The program that the pipeline started from.
     plan_so_far
         What the passes before this one removed and merged.
+    base
+        The program that the last pass made which edited values, if any did, and `base_steps`: how
+        many steps of the plan led to it. What came after is verified against it.
     calibration
         Batches to run the program on, or None.
     output
@@ -107,6 +111,13 @@ class Context:
     seed: int = 0
     progress: Maker | None = None
     analyses: AnalysisCache = field(default_factory=AnalysisCache, repr=False)
+    base: Program | None = None
+    base_steps: int = 0
+
+    def since_base(self) -> tuple[Program, Plan]:
+        """What to verify a program against: the base (the original, without edits) and the plan."""
+        steps = self.plan_so_far.steps[self.base_steps :]
+        return self.base or self.original, dataclasses.replace(self.plan_so_far, steps=steps)
 
     def analysis(self, analysis: Analysis[T], program: Program) -> T:
         """The result of `analysis` on `program`, from the cache where it is not stale."""

@@ -109,6 +109,9 @@ class PassManager:
             if outcome.plan is not None:
                 plan = context.plan_so_far + outcome.plan
                 context = dataclasses.replace(context, plan_so_far=plan)
+            if outcome.edited:
+                steps = len(context.plan_so_far.steps)
+                context = dataclasses.replace(context, base=outcome.program, base_steps=steps)
             for instrument in self.instruments:
                 instrument.after_pass(place, outcome, context)
         except Exception as error:

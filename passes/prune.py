@@ -37,7 +37,7 @@ class Prune(Pass):
     ratio
         The part that goes, in [0, 1).
     criterion
-        How units are scored: l1, l2, magnitude (as l2), random, taylor, taylor-vector.
+        How units are scored: l1, l2, magnitude (as l2), random, taylor, taylor-vector, wanda.
     aggregate
         How the scores of a unit in the weights of its group become one.
     scope
@@ -53,7 +53,7 @@ class Prune(Pass):
 
     Requires
     --------
-    The coupling of the program; calibration data for the criteria taylor and taylor-vector.
+    The coupling of the program; calibration data for the criteria taylor, taylor-vector and wanda.
 
     Preserves
     ---------

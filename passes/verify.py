@@ -32,7 +32,7 @@ class Verify(Pass):
 
     Requires
     --------
-    The original program and the plan so far.
+    The original program, or the last one whose values a pass edited (sparsify), and the plan since.
 
     Preserves
     ---------
@@ -69,7 +69,6 @@ class Verify(Pass):
         """Verify, and return `program` as it is."""
         from graphprune.verify import verify
 
-        given = context.original, context.plan_so_far, program
         with context.bar("verifying"):
-            report = verify(*given, tolerance=self.tolerance)
+            report = verify(*context.since_base(), program, tolerance=self.tolerance)
         return Outcome(program, details=report.to_dict())

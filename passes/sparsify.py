@@ -1,0 +1,231 @@
+"""Set single weights to zero: unstructured and n-of-m sparsity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from graphprune.errors import SelectionError
+from graphprune.pass_base import COUPLING, Analysis, Context, Outcome, Pass
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from graphprune.contractions import Matrix
+    from graphprune.coupling import Coupling
+    from graphprune.program import Program
+    from graphprune.sparsity import Pattern
+    from graphprune.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Sparsify(Pass):
+    """Set the least important elements of matrices to zero; no size changes.
+
+    Before
+    ------
+    ::
+
+        up[112, 64]  7168 elements
+
+    After
+    -----
+    With ``pattern=2:4``, in every four neighbours along the 64 inputs::
+
+        up[112, 64]  3584 elements that are not zero
+
+    Options
+    -------
+    pattern
+        A ratio of zeros such as 0.5, or n:m, which keeps n of every m neighbours along the axis
+        that is summed over.
+    criterion
+        How elements are scored: wanda, wanda-variant (rows lose the same share of their score),
+        magnitude, random (the baseline), or sparsegpt, which also updates what stays.
+    scope
+        What elements are compared within: row (an output's inputs), layer (a matrix) or global;
+        none takes row for wanda and layer without data, as their papers do.
+    sequential
+        Whether a layer is scored on what the sparse layers before it give.
+    target
+        Which weights: layers (those of numbered layers, but routers), all, or a glob over names.
+    skip
+        Globs over weights that stay as they are.
+
+    Requires
+    --------
+    Calibration data, but for the criteria magnitude and random; the coupling of the program.
+
+    Preserves
+    ---------
+    The coupling.
+
+    Refuses
+    -------
+    A pattern whose m does not divide the inputs of a matrix, a target or pattern that matches
+    nothing, a scope that the criterion does not have (`SelectionError`).
+
+    Reference
+    ---------
+    Sun et al., Wanda, 2306.11695, equation 1 and section 3; Frantar and Alistarh, SparseGPT,
+    2301.00774, algorithm 1.
+
+    Example
+    -------
+    >>> str(Sparsify(pattern="2:4"))
+    'sparsify{pattern=2:4}'
+    """
+
+    name: ClassVar[str] = "sparsify"
+    preserves: ClassVar[frozenset[Analysis[Any]]] = frozenset({COUPLING})
+
+    pattern: str
+    criterion: Literal["wanda", "wanda-variant", "magnitude", "sparsegpt", "random"] = "wanda"
+    scope: Literal["row", "layer", "global"] | None = None
+    sequential: bool = True
+    target: str = "layers"
+    skip: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from graphprune.sparsity import Pattern
+
+        pattern = Pattern.parse(self.pattern)
+        if self.scope is not None and self.criterion in ("wanda-variant", "sparsegpt"):
+            raise SelectionError(f"sparsify: {self.criterion} has no scope to choose")
+        if pattern.of and (self.criterion == "wanda-variant" or self.scope is not None):
+            raise SelectionError(
+                f"sparsify: {self.pattern} is chosen block by block: give no scope"
+            )
+        if self.scope == "global" and self.sequential and self.requires_calibration:
+            raise SelectionError(
+                "sparsify: scope=global compares all matrices at once: give sequential=false"
+            )
+
+    @property
+    def requires_calibration(self) -> bool:
+        """Whether the criterion looks at data."""
+        return self.criterion not in ("magnitude", "random")
+
+    def run(self, program: Program, context: Context) -> Outcome:
+        """Find the matrices, score them, and set zeros."""
+        from graphprune.contractions import contractions
+        from graphprune.sparsity import Pattern
+        from graphprune.statistics import observe, walk
+
+        pattern = Pattern.parse(self.pattern)
+        found = contractions(program)
+        matrices = self._targets(found.matrices, context.coupling(program))
+        for matrix in matrices:
+            pattern.check(matrix.name, matrix.channels)
+        if pattern.ratio == 0:
+            return Outcome(program, details={"note": "ratio 0: nothing becomes zero"})
+        work = _Work(self, program, pattern, context.seed)
+        peak = 0
+        if not self.requires_calibration:
+            new = dict(work(matrices, {}))
+        else:
+            assert context.calibration is not None, "the pass manager has asked for it"
+            given = program, matrices, context.calibration, work.kind
+            if self.sequential:
+                walked = walk(*given, edit=work, track=context.track)
+                new, peak = dict(walked.weights), walked.peak_bytes
+            else:
+                new = dict(work(matrices, observe(*given, track=context.track)))
+        sparse = program.with_weights(new)
+        elements = sum(program.weights[name].numel() for name in new)
+        zeros = sum(int((weight == 0).sum()) for weight in new.values())
+        details = {
+            "weights": len(new),
+            "elements": elements,
+            "zeros": zeros,
+            "sparsity": round(zeros / elements, 4),
+            "scored by magnitude": work.unseen,
+            "untouched": dict(found.others),
+        }
+        if peak:
+            details["calibration bytes"] = peak
+        if pattern.of and 2 * pattern.kept == pattern.of:
+            details["note"] = (
+                "stored as dense zeros; in 16 bits, sparse tensor cores (2:4) hold 9/16 of the "
+                "bytes and multiply up to twice as fast"
+            )
+        return Outcome(sparse, details=details, edited=True)
+
+    def _targets(self, matrices: Sequence[Matrix], coupling: Coupling) -> list[Matrix]:
+        """The matrices that the options name."""
+        names = {matrix.weight for matrix in matrices}
+        for pattern in self.skip:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise SelectionError(f"skip pattern {pattern!r} matches no matrix")
+        if self.target == "layers":
+            routers = _routers(coupling)
+            names = {n for n in names if any(map(str.isdigit, n.split("."))) and n not in routers}
+        elif self.target != "all":
+            names = {name for name in names if fnmatchcase(name, self.target)}
+        names = {n for n in names if not any(fnmatchcase(n, pattern) for pattern in self.skip)}
+        if not names:
+            raise SelectionError(f"target {self.target!r} matches no matrix")
+        return [matrix for matrix in matrices if matrix.weight in names]
+
+
+def _routers(coupling: Coupling) -> set[str]:
+    """Weights whose outputs are scores of experts."""
+    weights = coupling.program.weights
+    return {
+        member.weight
+        for group in coupling.groups
+        if group.role == "expert"
+        for member in group.members
+        if weights[member.weight].ndim == 2 and member.dim == 0
+    }
+
+
+class _Work:
+    """Makes new weights of matrices and their statistics; notes what no data was seen for."""
+
+    def __init__(self, options: Sparsify, program: Program, pattern: Pattern, seed: int) -> None:
+        self.options, self.program, self.pattern, self.seed = options, program, pattern, seed
+        self.kind: Literal["moments", "gram"] = (
+            "gram" if options.criterion == "sparsegpt" else "moments"
+        )
+        self.unseen: list[str] = []
+
+    def __call__(self, matrices: Sequence[Matrix], statistics: Statistics) -> Mapping[str, Tensor]:
+        values = [matrix.read(self.program.weights[matrix.weight]) for matrix in matrices]
+        changed = self._sparse(matrices, values, statistics)
+        new: dict[str, Tensor] = {}
+        for matrix, value in zip(matrices, changed, strict=True):
+            weight = new.get(matrix.weight, self.program.weights[matrix.weight])
+            new[matrix.weight] = matrix.write(weight, value)
+        return new
+
+    def _sparse(
+        self, matrices: Sequence[Matrix], values: Sequence[Tensor], statistics: Statistics
+    ) -> list[Tensor]:
+        import torch
+
+        from graphprune.sparsity import SparseGpt, wanda_scores, zeros_by_score, zeros_by_share
+
+        seen = [statistics[matrix.name] for matrix in matrices] if statistics else []
+        for matrix, each in zip(matrices, seen, strict=bool(seen)):
+            parts = (each.count == 0).nonzero().flatten().tolist()
+            self.unseen += [f"{matrix.name}, part {part}" for part in parts]
+        if self.options.criterion == "sparsegpt":
+            pairs = zip(values, seen, strict=True)
+            return [SparseGpt()(value, each, self.pattern)[0] for value, each in pairs]
+        if seen:
+            scores = [wanda_scores(value, each) for value, each in zip(values, seen, strict=True)]
+        elif self.options.criterion == "random":
+            generator = torch.Generator().manual_seed(self.seed)
+            scores = [torch.rand(value.shape, generator=generator) for value in values]
+        else:
+            scores = [value.float().abs() for value in values]
+        if self.options.criterion == "wanda-variant":
+            gone = [zeros_by_share(score, self.pattern.ratio) for score in scores]
+        else:
+            scope = self.options.scope or ("row" if seen else "layer")
+            gone = zeros_by_score(scores, self.pattern, scope)
+        return [value.masked_fill(zero, 0) for value, zero in zip(values, gone, strict=True)]
