@@ -31,6 +31,10 @@ class SelectionError(GraphPruneError):
     """A target, pattern or budget that no set of units satisfies."""
 
 
+class NothingToPrune(SelectionError):
+    """A budget of less than one unit."""
+
+
 class PlanError(GraphPruneError):
     """A plan that cannot be read or was made for another program."""
 

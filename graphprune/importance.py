@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -24,8 +24,9 @@ from graphprune.program import Program
 from graphprune.sparsity import wanda_scores
 from graphprune.statistics import observe
 
-Aggregate = Literal["sum", "mean", "max", "product"]
-"""How the scores of a unit in the weights of its group become one."""
+Aggregate = Literal["sum", "mean", "max", "product", "last"]
+"""How the scores of a unit in the weights of its group become one; "last" is the score in the
+weight that the graph uses last, such as an output or down projection."""
 
 Scores = dict[str, Tensor]
 """Group name -> float64 scores, shape ``[*parents' sizes, size]``."""
@@ -146,10 +147,12 @@ class WeightCriterion(Criterion):
                 found = per_weight[group.name]
                 score = _sum_units(lines[member.dim], group, member)
                 found[name] = found[name] + score if name in found else score
-        return {
-            group: _combine([self.finish(score) for score in found.values()], evidence.aggregate)
+        order = _use_order(evidence.program)
+        finished = {
+            group: [self.finish(found[name]) for name in sorted(found, key=order.__getitem__)]
             for group, found in per_weight.items()
         }
+        return {group: _combine(found, evidence.aggregate) for group, found in finished.items()}
 
     @abstractmethod
     def elements(self, evidence: Evidence, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
@@ -203,7 +206,19 @@ def _sum_units(line: Tensor, group: Group, member: Member) -> Tensor:
     return units.sum(gone).permute(*(order.index(dim) for dim in keep), len(keep))
 
 
+def _use_order(program: Program) -> dict[str, int]:
+    """Name of a weight -> when the graph first uses it."""
+    places = {node: at for at, node in enumerate(program.graph.nodes)}
+    return {
+        name: min((places[user] for user in node.users), default=0)
+        for name, node in program.weight_nodes()
+    }
+
+
 def _combine(scores: Sequence[Tensor], aggregate: Aggregate) -> Tensor:
+    """Scores in the weights of a group, in the order in which the graph uses them, as one."""
+    if aggregate == "last":
+        return scores[-1]
     stacked = torch.stack(list(scores))
     if aggregate == "sum":
         return stacked.sum(0)
@@ -269,6 +284,38 @@ class TaylorVector(Taylor):
         return total.abs()
 
 
+class TaylorSecond(Taylor):
+    """Second-order term of the loss's Taylor expansion, element-wise: sum of w F w over the slice.
+
+    F is the diagonal of the empirical Fisher matrix, the mean over the calibration samples of the
+    squared gradient of each sample's loss, in place of the Hessian's (LLM-Pruner, Ma et al.
+    2305.11627, section 3.2, "Element^2"; its code leaves the factor 1/2 out as well, which moves no
+    rank).
+    """
+
+    name = "taylor-second"
+
+    def elements(self, evidence: Evidence, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """The product w F w."""
+        for name, _, fisher in sample_gradients(evidence, names):
+            yield name, fisher.mul_(evidence.program.weights[name].detach().square())
+
+
+class TaylorMixed(Taylor):
+    """First and second order together, element-wise: sum of |g w - 1/2 w F w| over the slice.
+
+    LLM-Pruner (Ma et al. 2305.11627, equation 5), with F as in `TaylorSecond`.
+    """
+
+    name = "taylor-mixed"
+
+    def elements(self, evidence: Evidence, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """The difference g w - 1/2 w F w."""
+        for name, gradient, fisher in sample_gradients(evidence, names):
+            weight = evidence.program.weights[name].detach()
+            yield name, gradient.mul_(weight).sub_(fisher.mul_(weight.square()), alpha=0.5)
+
+
 class Wanda(WeightCriterion):
     """Weights times the norms of their inputs: sum of |w| ||x|| over the slice.
 
@@ -325,6 +372,38 @@ def loss_gradients(evidence: Evidence, names: Sequence[str]) -> Iterator[tuple[s
         gradient = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
         leaf.grad = None
         yield name, gradient.detach()
+
+
+def sample_gradients(
+    evidence: Evidence, names: Sequence[str]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, mean gradient, mean squared gradient) over the samples, taken one at a time.
+
+    Raises
+    ------
+    CalibrationError
+        As `loss_gradients` does.
+    """
+    if evidence.calibration is None:
+        raise CalibrationError("this criterion needs calibration data, and none was given")
+    weights = evidence.program.weights
+    total = {name: torch.zeros_like(weights[name]) for name in names}
+    squares = {name: torch.zeros_like(weights[name]) for name in names}
+    count = evidence.calibration.samples
+    for sample in evidence.track(list(_samples(evidence.calibration)), "taking gradients"):
+        alone = replace(evidence, calibration=Calibration.from_batches([sample]), track=_silent)
+        for name, gradient in loss_gradients(alone, names):
+            total[name].add_(gradient, alpha=1 / count)
+            squares[name].addcmul_(gradient, gradient, value=1 / count)
+    for name in names:
+        yield name, total.pop(name), squares.pop(name)
+
+
+def _samples(calibration: Calibration) -> Iterator[dict[str, Tensor]]:
+    """Every sample as a batch of one."""
+    for batch in calibration:
+        for row in range(len(next(iter(batch.values())))):
+            yield {name: tensor[row : row + 1] for name, tensor in batch.items()}
 
 
 class Random(Criterion):

@@ -15,7 +15,7 @@ from torch import Tensor
 from graphprune.axes import Axis
 from graphprune.axes import Cut as AxisCut
 from graphprune.coupling import Coupling, Group
-from graphprune.errors import SelectionError
+from graphprune.errors import NothingToPrune, SelectionError
 from graphprune.importance import Scores
 from graphprune.plan import Cut, cut_of
 from graphprune.roles import Role
@@ -88,6 +88,35 @@ def _matches(group: Group, pattern: str) -> bool:
     return any(fnmatchcase(name, pattern) for name in (group.name, *group.weights()))
 
 
+def outer_layers(coupling: Coupling, first: int, last: int) -> set[str]:
+    """Weights of the `first` and of the `last` numbered layers of every stack of layers.
+
+    LLM-Pruner keeps the outer layers whole (Ma et al. 2305.11627, section 4.1): the first four and
+    the last two of 32.
+
+    Raises
+    ------
+    SelectionError
+        When the program has no numbered layers.
+    """
+    stacks: dict[str, dict[int, list[str]]] = {}
+    for name in coupling.program.weights:
+        parts = name.split(".")
+        at = next((i for i, part in enumerate(parts[:-1]) if part.isdigit()), None)
+        if at is not None:
+            layers = stacks.setdefault(".".join(parts[:at]), {})
+            layers.setdefault(int(parts[at]), []).append(name)
+    if not stacks:
+        raise SelectionError("the program has no numbered layers to protect")
+    return {
+        name
+        for layers in stacks.values()
+        for at, number in enumerate(sorted(layers))
+        if at < first or at >= len(layers) - last
+        for name in layers[number]
+    }
+
+
 # -- how many and which units ---------------------------------------------------------------------
 
 
@@ -108,6 +137,9 @@ class Selector:
         How scores of a group are made comparable with those of others, in scope "global".
     round_to
         Every group keeps a multiple of this many units (rounded up), where it has that many.
+    first
+        The coupling that the ratio refers to, where earlier steps have removed a part already; the
+        groups have the same names in both. None: the one in hand.
     """
 
     ratio: float
@@ -115,6 +147,7 @@ class Selector:
     budget: Budget = "units"
     normalise: Normalise = "mean"
     round_to: int = 1
+    first: Coupling | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1:
@@ -138,7 +171,7 @@ class Selector:
         ]
         if not cuts:
             sizes = ", ".join(sorted({str(group.size) for group in groups}))
-            raise SelectionError(
+            raise NothingToPrune(
                 f"nothing to prune: {self.ratio:g} of groups of {sizes} units, kept in multiples "
                 f"of {self.round_to}, is less than one unit"
             )
@@ -154,7 +187,7 @@ class Selector:
                 return [self._round(g, math.floor(g.size * part + 1e-9)) for g in groups]
 
             if self.budget == "units":
-                return [self._round(g, math.floor(g.size * self.ratio + 1e-9)) for g in groups]
+                return [self._round(g, self._wanted([g])) for g in groups]
             return self._meet(coupling, groups, at, len(levels) - 1)
         order = self._order(groups, scores)
 
@@ -166,12 +199,18 @@ class Selector:
 
         if self.budget == "units":
             units = sum(group.size for group in groups)
-            count = math.floor(units * self.ratio + 1e-9)
+            count = self._wanted(groups)
             if count > len(order):
                 most = f"these groups can lose {len(order)} of {units}"
                 raise SelectionError(f"{self.ratio:g} of the units cannot go: {most}")
             return first(count)
         return self._meet(coupling, groups, first, len(order))
+
+    def _wanted(self, groups: Sequence[Group]) -> int:
+        """How many units of `groups` together are to go now."""
+        now = sum(group.size for group in groups)
+        before = now if self.first is None else sum(self.first.group(g.name).size for g in groups)
+        return max(0, math.floor(before * self.ratio + 1e-9) - (before - now))
 
     def _round(self, group: Group, count: int) -> int:
         """At most `count`, so that a positive multiple of `round_to` stays."""
@@ -187,7 +226,7 @@ class Selector:
         top: int,
     ) -> list[int]:
         """The smallest level at which enough parameters go; levels remove ever more."""
-        before = coupling.program.parameter_count()
+        before = (self.first or coupling).program.parameter_count()
         wanted = before * (1 - self.ratio)
         low, high = 0, top
         if parameters_after(coupling, groups, at(high)) > wanted:

@@ -196,7 +196,27 @@ def gradients_of(name: str) -> dict[str, Tensor]:
     return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
 
 
+@cache
+def sample_gradients_of(name: str) -> list[dict[str, Tensor]]:
+    """Of the mean next-token loss of each sample."""
+    model, found = build(name), []
+    named = dict(model.named_parameters())
+    for row in torch.cat([batch["input_ids"] for batch in calibration_of(name)]):
+        logits = model(input_ids=row[None]).logits
+        loss = functional.cross_entropy(logits[0, :-1], row[1:])
+        found.append(dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True)))
+    return found
+
+
 def elements_of(name: str, rule: str) -> dict[str, Tensor]:
+    if rule in ("taylor-second", "taylor-mixed"):
+        samples = sample_gradients_of(name)
+        fisher = {n: torch.stack([each[n] ** 2 for each in samples]).mean(0) for n in samples[0]}
+        second = {n: w * fisher[n] * w for n, w in weights_of(name).items()}
+        if rule == "taylor-second":
+            return second
+        first = {n: torch.stack([each[n] for each in samples]).mean(0) for n in samples[0]}
+        return {n: first[n] * w - second[n] / 2 for n, w in weights_of(name).items()}
     if rule.startswith("taylor"):
         gradients = gradients_of(name)
         return {n: weight * gradients[n] for n, weight in weights_of(name).items()}
@@ -234,6 +254,8 @@ REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
     "magnitude": lambda part: (part**2).sum(),
     "taylor": lambda part: part.abs().sum(),
     "taylor-vector": lambda part: part.sum().abs(),
+    "taylor-second": lambda part: part.abs().sum(),
+    "taylor-mixed": lambda part: part.abs().sum(),
     "wanda": lambda part: part.abs().sum(),
 }
 
@@ -315,6 +337,19 @@ def test_all_groups_at_once_score_as_one_by_one() -> None:
         for group in groups:
             alone = criterion(rule).scores(evidence_of("llama-gqa", [group]))
             assert torch.allclose(alone[group.name], together[group.name], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("case", "last"), [("ffn", "mlp.down_proj"), ("kv-head", "o_proj"), ("fused-head", "c_proj")]
+)
+def test_last_is_the_score_in_what_the_graph_uses_last(case: str, last: str) -> None:
+    name, _, slices, sizes = CASES[case]
+    group = group_of_case(case)
+    scores = criterion("l1").scores(evidence_of(name, [group], aggregate="last"))[group.name]
+    for unit in range(sizes[0]):
+        ((weight, dim, indices),) = [each for each in slices(unit) if last in each[0]]
+        part = weights_of(name)[weight].index_select(dim, torch.tensor(indices))
+        assert float(scores[unit]) == pytest.approx(float(part.double().abs().sum()), rel=1e-6)
 
 
 # -- query heads and their KV head -----------------------------------------------------------------

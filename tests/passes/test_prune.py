@@ -8,6 +8,7 @@ from architectures import coupling_of, inputs_of, model_of, program_of
 from torch import Tensor
 
 import graphprune as gp
+from graphprune import importance
 from graphprune.calibration import Calibration
 from graphprune.errors import CalibrationError, PipelineError, SelectionError, UsageError
 from graphprune.pass_manager import Result
@@ -279,3 +280,65 @@ def test_what_cannot_be_scored_is_refused() -> None:
     group = coupling_of("llama-gqa").group("model.layers.1.mlp:ffn").name
     with pytest.raises(SelectionError, match=f"{group}: .* scores that are not finite"):
         run(program.with_weights({name: weight}), Prune("ffn", 0.25, "l2"))
+
+
+# -- in steps, and with layers protected -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(("scope", "budget"), [("group", "units"), ("global", "units")])
+@pytest.mark.parametrize(("ratio", "steps"), [(0.5, 3), (0.3, 4), (0.25, 100)])
+def test_steps_end_where_one_step_does(scope: Any, budget: Any, ratio: float, steps: int) -> None:
+    options = {"criterion": "l1", "scope": scope, "budget": budget}
+    once = run(program_of("llama-gqa"), Prune("ffn", ratio, **options))
+    result = run(program_of("llama-gqa"), Prune("ffn", ratio, steps=steps, **options))
+    assert result.program.parameter_count() == once.program.parameter_count()
+    assert 1 < len(result.plan.steps) <= steps
+    assert result.report.passes[0].details["removed"].keys()
+
+
+def test_steps_score_what_is_left() -> None:
+    """Each step is scored on the program that the last one left."""
+    calibration = calibration_of("llama-gqa")
+    seen: list[int] = []
+
+    class Seen(importance.Criterion):
+        name = "seen"
+
+        def scores(self, evidence: Any) -> Any:
+            seen.append(evidence.groups[0].size)
+            return {g.name: torch.arange(g.size).double() for g in evidence.groups}
+
+    try:
+        run(
+            program_of("llama-gqa"),
+            Prune("ffn", 0.5, "seen", steps=4),
+            calibration=calibration,
+        )
+    finally:
+        del importance.CRITERIA["seen"]
+    assert seen == [48, 42, 36, 30]
+
+
+def test_outer_layers_stay_whole() -> None:
+    program = program_of("gemma3")
+    result = run(program, Prune("ffn", 0.5, "l1", protect=(1, 1)))
+    assert list(result.report.passes[0].details["removed"]) == ["model.layers.1.mlp:ffn"]
+    with pytest.raises(SelectionError, match="is in a protected layer"):
+        run(program, Prune("ffn", 0.5, "l1", protect=(2, 1)))
+    with pytest.raises(SelectionError, match="is in a protected layer"):
+        run(program, Prune("hidden", 0.5, "l1", protect=(1, 0)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps 0 is not positive"),
+        ({"protect": (4,)}, "protect 4 is not a number of first layers and one of last"),
+        ({"protect": (-1, 2)}, "protect -1,2 is not"),
+    ],
+)
+def test_steps_and_protected_layers_that_make_no_sense_are_refused(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SelectionError, match=message):
+        Prune("ffn", 0.5, **options)
