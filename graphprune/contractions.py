@@ -340,3 +340,19 @@ def _pads(padding: Any, kernel: torch.Size, dilation: tuple[int, ...]) -> list[i
         else:
             pairs.append((each[at], each[at]))
     return [side for pair in reversed(pairs) for side in pair]
+
+
+def bias_of(program: Program, matrix: Matrix) -> str:
+    """The parameter that is added to the output of `matrix` alone, or "".
+
+    Its elements are the ``parts * out`` outputs in order.
+    """
+    if len(matrix.uses) != 1:
+        return ""
+    args = _named(matrix.uses[0].node)
+    packet = getattr(matrix.uses[0].node.target, "overloadpacket", None)
+    bias = args.get("self") if packet is aten.addmm else args.get("bias")
+    name = next((name for name, node in program.weight_nodes() if node is bias), "")
+    parts, out, _ = matrix.shape
+    fits = name and program.weights[name].shape == (parts * out,) and len(bias.users) == 1  # type: ignore[union-attr]
+    return name if fits and program.kinds[name] == "parameter" else ""

@@ -7,6 +7,7 @@ slice of a unit in each member, and combining members, is done here once for any
 
 from __future__ import annotations
 
+import math
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor
 
 from graphprune.calibration import Calibration, next_token_loss
-from graphprune.contractions import contractions
+from graphprune.contractions import Matrix, contractions
 from graphprune.coupling import Coupling, Group, Member
 from graphprune.errors import CalibrationError, SelectionError, UsageError
 from graphprune.program import Program
+from graphprune.reconstruction import removal_errors
 from graphprune.sparsity import wanda_scores
 from graphprune.statistics import observe
 
@@ -341,6 +343,87 @@ class Wanda(WeightCriterion):
                     values = wanda_scores(matrix.read(weight), found[matrix.name])
                     scores = matrix.write(scores, values)
             yield name, scores
+
+
+class Obs(Criterion):
+    """What the consumers of a group lose when the unit leaves and the rest is refitted.
+
+    Optimal brain surgeon on each consumer's output (Hassibi and Stork 1993, equation 5), greedily:
+    units leave in small batches, the cheapest first, and the score of a unit is the squared error
+    that its leaving adds, summed over consumers' outputs and tokens. Unlike the other criteria it
+    knows which units can stand for each other; `reconstruct` then makes the refit real.
+    """
+
+    name = "obs"
+    requires_calibration = True
+
+    def scores(self, evidence: Evidence) -> Scores:
+        """Greedy removal in the consumers of every group.
+
+        Raises
+        ------
+        SelectionError
+            When nothing is contracted over a group.
+        """
+        if evidence.calibration is None:
+            raise CalibrationError("this criterion needs calibration data, and none was given")
+        matrices = contractions(evidence.program).matrices
+        held = {group.name: _consumers(evidence, group, matrices) for group in evidence.groups}
+        if lonely := [name for name, consumers in held.items() if not consumers]:
+            raise SelectionError(f"{lonely[0]}: obs scores what consumes it, and nothing does")
+        needed = {m.name: m for each in held.values() for m, _ in each}
+        given = evidence.program, list(needed.values()), evidence.calibration
+        found = observe(*given, "gram", track=evidence.track)
+        scores: Scores = {}
+        for group in evidence.track(evidence.groups, "scoring groups"):
+            total = torch.zeros(math.prod(evidence.sizes(group)), dtype=torch.float64)
+            for matrix, units in held[group.name]:
+                weight = matrix.read(evidence.program.weights[matrix.weight])
+                gram = found[matrix.name].gram
+                assert gram is not None
+                for part in range(len(weight)):
+                    if bool((units[part] >= 0).any()):
+                        errors = removal_errors(weight[part], gram[part], units[part])
+                        total[: len(errors)] += errors
+            scores[group.name] = total.view(evidence.sizes(group))
+        return scores
+
+
+def _consumers(
+    evidence: Evidence, group: Group, matrices: Sequence[Matrix]
+) -> list[tuple[Matrix, Tensor]]:
+    """The matrices that sum over `group`; and ``[parts, in]``: the unit of each column, or -1."""
+    found = []
+    for matrix in matrices:
+        weight = evidence.program.weights[matrix.weight]
+        for member in group.members:
+            if member.weight != matrix.weight:
+                continue
+            line = _unit_numbers(evidence, group, member, weight.shape[member.dim])
+            shape = [1] * weight.ndim
+            shape[member.dim] = len(line)
+            units = matrix.read(line.view(shape).expand(weight.shape).contiguous())
+            if bool((units[:, :1] == units).all()) and bool((units >= 0).any()):
+                found.append((matrix, units[:, 0]))
+    return found
+
+
+def _unit_numbers(evidence: Evidence, group: Group, member: Member, size: int) -> Tensor:
+    """``[size]``: which unit (counted over all parents) is at each place of a dimension, or -1."""
+    sizes = evidence.sizes(group)
+    numbers = torch.arange(math.prod(sizes)).view(sizes)
+    keep = [member.outer_groups.index(parent) for parent in group.parents]
+    order = sorted(keep)
+    numbers = numbers.permute(*(keep.index(dim) for dim in order), len(keep))
+    loops = [*member.outer, (group.size, member.width), (member.width, 1)]
+    shape = [1] * len(loops)
+    for at, dim in enumerate(order):
+        shape[dim] = numbers.shape[at]
+    shape[-2] = group.size
+    line = torch.full((size,), -1)
+    counts, strides = zip(*loops, strict=True)
+    line.as_strided(counts, strides, member.offset).copy_(numbers.reshape(shape).expand(counts))
+    return line
 
 
 def loss_gradients(evidence: Evidence, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:

@@ -83,7 +83,7 @@ class Pattern:
 def wanda_scores(weight: Tensor, statistics: InputStatistics) -> Tensor:
     """|W| times the L2 norm of the input (Wanda, Sun et al. 2306.11695, equation 1).
 
-    A part that saw no rows (an expert that no token was routed to) is scored by its magnitude alone.
+    A part that saw no rows (an expert that no token was routed to) is scored by magnitude alone.
 
     Parameters
     ----------

@@ -163,6 +163,17 @@ def inputs_of(
     return inputs
 
 
+def inputs_to(model: nn.Module, path: str, batch: dict[str, Tensor]) -> Tensor:
+    """What comes into a linear layer of `model`, ``[tokens, in]``."""
+    seen: list[Tensor] = []
+    module = model.get_submodule(path)
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        model(**{key: value for key, value in batch.items() if "past" not in key})
+    handle.remove()
+    return torch.cat(seen)
+
+
 def cache_after(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """The cache that a run leaves, as inputs of the next."""
     return {

@@ -16,7 +16,15 @@ from zipfile import ZipFile
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PASSES = {"prune", "merge-kv-heads", "sparsify", "verify", "save-pretrained", "export-onnx", "print"}
+PASSES = {
+    "prune",
+    "merge-kv-heads",
+    "sparsify",
+    "verify",
+    "save-pretrained",
+    "export-onnx",
+    "print",
+}
 
 PROBE = """
 import importlib, importlib.metadata, importlib.resources, json, sys

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from architectures import ARCHITECTURES, inputs_of, model_of, program_of
-from torch import Tensor, nn
+from architectures import ARCHITECTURES, inputs_of, inputs_to, model_of, program_of
 
 from graphprune.calibration import Calibration
 from graphprune.contractions import contractions
@@ -29,17 +28,6 @@ def calibration_of(name: str) -> Calibration:
 def run(name: str, *passes: Any, **options: Any) -> Result:
     options = {"calibration": calibration_of(name), **options}
     return Pipeline(passes).run(program_of(name), **options)
-
-
-def inputs_to(model: nn.Module, path: str, batch: dict[str, Tensor]) -> Tensor:
-    """What comes into a linear layer of `model`, ``[tokens, in]``."""
-    seen: list[Tensor] = []
-    module = model.get_submodule(path)
-    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
-    with torch.no_grad():
-        model(**{key: value for key, value in batch.items() if "past" not in key})
-    handle.remove()
-    return torch.cat(seen)
 
 
 # -- what it is for -------------------------------------------------------------------------------

@@ -1,0 +1,87 @@
+"""Refit what consumed the units that were pruned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from graphprune.errors import PlanError, UsageError
+from graphprune.pass_base import COUPLING, Context, Outcome, Pass
+
+if TYPE_CHECKING:
+    from graphprune.program import Program
+
+
+@dataclass(frozen=True)
+class Reconstruct(Pass):
+    """Refit the weights that stay so that they make up for the units that went.
+
+    Before
+    ------
+    ::
+
+        down[64, 84]  the 84 columns that were left of 112, as they were
+
+    After
+    -----
+    The same sizes; each output is the least squares estimate, from the 84 units that are left, of
+    what it was with 112::
+
+        down[64, 84]  refitted; its bias, where it has one, takes up the mean of what went
+
+    Options
+    -------
+    damp
+        What is added to the diagonal of the inputs' second moments, as a part of its mean.
+
+    Requires
+    --------
+    Calibration data; passes before it that pruned, since the last one that edited values.
+
+    Preserves
+    ---------
+    Nothing.
+
+    Refuses
+    -------
+    A pipeline in which nothing was pruned before it, heads that were merged, and units whose
+    removal is no zeroing of weights: the residual width, experts (`PlanError`).
+
+    Reference
+    ---------
+    Least squares of a layer's output on what is left of its input, as in channel pruning (He et al.
+    1707.06168, equation 2), in closed form on second moments, layer after layer.
+
+    Example
+    -------
+    >>> str(Reconstruct(damp=0.05))
+    'reconstruct{damp=0.05}'
+    """
+
+    name: ClassVar[str] = "reconstruct"
+
+    damp: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.damp > 0:
+            raise UsageError(f"reconstruct: damp {self.damp:g} is not positive")
+
+    @property
+    def requires_calibration(self) -> bool:
+        """Always."""
+        return True
+
+    def run(self, program: Program, context: Context) -> Outcome:
+        """Refit the program before the cuts, then cut it."""
+        from graphprune.reconstruction import refit
+
+        before, plan = context.since_base()
+        if not plan:
+            raise PlanError("nothing was pruned before reconstruct")
+        assert context.calibration is not None, "the pass manager has asked for it"
+        coupling = COUPLING.compute(before)
+        fitted, names = refit(
+            before, coupling, plan, context.calibration, damp=self.damp, track=context.track
+        )
+        return Outcome(plan.apply(fitted), details={"refitted": names}, edited=True)

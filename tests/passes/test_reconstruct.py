@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, inputs_of, inputs_to, model_of, program_of
+from torch import Tensor, nn
+
+import graphprune as gp
+from graphprune.calibration import Calibration
+from graphprune.errors import CalibrationError, PlanError, UsageError
+from graphprune.pass_manager import Result
+from graphprune.passes.merge_kv_heads import MergeKvHeads
+from graphprune.passes.prune import Prune
+from graphprune.passes.reconstruct import Reconstruct
+from graphprune.passes.verify import Verify
+from graphprune.pipeline import Pipeline
+
+DOWN = "model.layers.0.mlp.down_proj"
+
+
+def calibration_of(name: str) -> Calibration:
+    return Calibration.from_batches([inputs_of(program_of(name), batch=8, length=16)])
+
+
+def run(name: str, *passes: Any, **options: Any) -> Result:
+    options = {"calibration": calibration_of(name), **options}
+    return Pipeline(passes).run(program_of(name), **options)
+
+
+def kept_by(result: Result, weight: str, dim: int, size: int) -> Tensor:
+    gone = set(result.plan.removed[weight][dim])
+    return torch.tensor([index for index in range(size) if index not in gone])
+
+
+def test_a_down_projection_is_the_least_squares_fit_of_what_it_gave() -> None:
+    result = run("llama-gqa", Prune("ffn", 0.25, "l2"), Reconstruct(damp=1e-9))
+    (batch,) = calibration_of("llama-gqa")
+    inputs = inputs_to(model_of("llama-gqa"), DOWN, batch).double()
+    weight = program_of("llama-gqa").weights[f"{DOWN}.weight"].double()
+    kept = kept_by(result, f"{DOWN}.weight", 1, 48)
+    expected = torch.linalg.lstsq(inputs[:, kept], inputs @ weight.T).solution.T
+    found = result.program.weights[f"{DOWN}.weight"].double()
+    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-5)
+    gate = "model.layers.0.mlp.gate_proj.weight"
+    assert torch.equal(result.program.weights[gate], program_of("llama-gqa").weights[gate][kept])
+
+
+def test_a_bias_takes_up_the_mean_of_what_is_gone() -> None:
+    """GPT-2's MLP has one: the fit is that of least squares with an intercept."""
+    result = run("gpt2", Prune("ffn", 0.25, "l2"), Reconstruct(damp=1e-9))
+    path = "transformer.h.0.mlp.c_proj"
+    (batch,) = calibration_of("gpt2")
+    inputs = inputs_to(model_of("gpt2"), path, batch).double()
+    weights = program_of("gpt2").weights
+    given = inputs @ weights[f"{path}.weight"].double() + weights[f"{path}.bias"].double()
+    kept = kept_by(result, f"{path}.weight", 0, len(weights[f"{path}.weight"]))
+    ones = torch.ones(len(inputs), 1, dtype=torch.float64)
+    best = torch.linalg.lstsq(torch.cat([inputs[:, kept], ones], 1), given).solution
+    assert torch.allclose(
+        result.program.weights[f"{path}.weight"].double(), best[:-1], rtol=1e-3, atol=1e-5
+    )
+    assert torch.allclose(
+        result.program.weights[f"{path}.bias"].double(), best[-1], rtol=1e-3, atol=1e-5
+    )
+
+
+class Copies(nn.Module):
+    """Every unit is there twice, once small, so that what is left can stand for what went."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 5)
+        with torch.no_grad():
+            self.up.weight[4:] = self.up.weight[:4] / 2
+            self.up.bias[4:] = self.up.bias[:4] / 2
+            self.down.weight[:, 4:] /= 10
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
+def test_units_that_are_there_twice_are_not_missed() -> None:
+    torch.manual_seed(0)
+    program = gp.capture(Copies(), example_inputs=(torch.randn(4, 6),))
+    (group,) = gp.analyze(program).groups
+    inputs = {program.inputs[0].name: torch.randn(200, 6)}
+    prune = Prune(group.name, 0.5, "l2")
+    result = Pipeline([prune, Reconstruct(damp=1e-8)]).run(
+        program, calibration=Calibration.from_batches([inputs])
+    )
+    assert result.plan.removed["up.weight"][0] == [4, 5, 6, 7]
+    expected, found = (next(iter(p(**inputs).values())) for p in (program, result.program))
+    assert torch.allclose(found, expected, atol=1e-4)
+    bare = next(iter(result.plan.apply(program)(**inputs).values()))
+    assert not torch.allclose(bare, expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", [n for n in ARCHITECTURES if n != "resnet"])
+@pytest.mark.parametrize("target", ["ffn", "kv-heads"])
+def test_the_outputs_come_closer_in_every_architecture(name: str, target: str) -> None:
+    prune = Prune(target, 0.3 if target == "ffn" else 0.5, "l2")
+    program = program_of(name)
+    bare, fitted = run(name, prune), run(name, prune, Reconstruct(), Verify())
+    (batch,) = calibration_of(name)
+    main = program.outputs[0].name
+    expected, worse, better = (p(**batch)[main] for p in (program, bare.program, fitted.program))
+    assert (better - expected).norm() < 0.97 * (worse - expected).norm()
+    assert {n: w.shape for n, w in fitted.program.weights.items()} == {
+        n: w.shape for n, w in bare.program.weights.items()
+    }
+
+
+def test_channels_of_a_convolution_are_refitted() -> None:
+    program = program_of("resnet")
+    batch = inputs_of(program, batch=16)
+    calibration = Calibration.from_batches([batch])
+    prune = Prune("channels", 0.25, "l2")
+    bare = run("resnet", prune, calibration=calibration).program
+    result = run("resnet", prune, Reconstruct(), calibration=calibration)
+    assert len(result.report.passes[-1].details["refitted"]) >= 4
+    main = program.outputs[0].name
+    expected, worse, better = (p(**batch)[main] for p in (program, bare, result.program))
+    assert (better - expected).norm() < (worse - expected).norm()
+
+
+@pytest.mark.parametrize(
+    ("passes", "message"),
+    [
+        ((Reconstruct(),), "nothing was pruned before reconstruct"),
+        ((MergeKvHeads(1), Reconstruct()), "refit before merging"),
+        ((Prune("hidden", 0.25, "l2"), Reconstruct()), "residual, rescaled.*is no zeroing"),
+        ((Prune("ffn", 0.25, "l2"), Reconstruct(), Reconstruct()), "nothing was pruned before"),
+    ],
+)
+def test_what_cannot_be_refitted_is_refused(passes: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        run("llama-gqa", *passes)
+
+
+def test_it_needs_data_and_a_damping() -> None:
+    with pytest.raises(CalibrationError, match="needs calibration data"):
+        run("llama-gqa", Prune("ffn", 0.25, "l2"), Reconstruct(), calibration=None)
+    with pytest.raises(UsageError, match="damp 0 is not positive"):
+        Reconstruct(damp=0.0)

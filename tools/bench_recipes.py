@@ -1,0 +1,83 @@
+"""Loss of the packaged checkpoint after pruning, by recipe: criterion, steps and refitting.
+
+    python tools/bench_recipes.py           # three draws of calibration text; a Markdown table
+
+Units of the FFN and KV heads go together, the same part of each. Nothing is trained afterwards, and
+the text is held out: neither trained on nor calibrated with. LLM-Pruner's plain recipe comes first.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+
+import graphprune as gp
+from graphprune import reference
+from graphprune.evaluate import perplexity
+
+RATIOS = (0.25, 0.5)
+PRUNE = (
+    "prune{{target=ffn ratio={ratio} {options}}},prune{{target=kv-heads ratio={ratio} {options}}}"
+)
+RECIPES = {
+    "taylor (LLM-Pruner, element-wise)": PRUNE.replace("{options}", "criterion=taylor"),
+    "taylor-second": PRUNE.replace("{options}", "criterion=taylor-second"),
+    "l2": PRUNE.replace("{options}", "criterion=l2"),
+    "random": PRUNE.replace("{options}", "criterion=random"),
+    "wanda": PRUNE.replace("{options}", "criterion=wanda"),
+    "taylor, 4 steps": PRUNE.replace("{options}", "criterion=taylor steps=4"),
+    "taylor, reconstruct": PRUNE.replace("{options}", "criterion=taylor") + ",reconstruct",
+    "l2, reconstruct": PRUNE.replace("{options}", "criterion=l2") + ",reconstruct",
+    "random, reconstruct": PRUNE.replace("{options}", "criterion=random") + ",reconstruct",
+    "obs, reconstruct": PRUNE.replace("{options}", "criterion=obs") + ",reconstruct",
+}
+
+
+def main(
+    seeds: Annotated[int, typer.Option(help="How many draws of calibration text.")] = 3,
+    samples: Annotated[int, typer.Option(help="Windows of 128 tokens in each.")] = 32,
+) -> None:
+    """Prune by every recipe and ratio, and print the table."""
+    torch.set_num_threads(1)
+    directory = reference.checkpoint_dir()
+    program = gp.load(directory)
+    draws = [
+        gp.Calibration.from_text(
+            reference.calibration_text(), directory, samples=samples, length=128, seed=seed
+        )
+        for seed in range(seeds)
+    ]
+
+    def loss(of: gp.Program) -> float:
+        return math.log(perplexity(of, reference.heldout_text(), directory).perplexity)
+
+    dense = loss(program)
+    plain: dict[float, float] = {}
+
+    def measured(recipe: str, ratio: float) -> str:
+        pipeline = gp.Pipeline.parse(recipe.format(ratio=ratio))
+        found = [
+            loss(pipeline.run(program, calibration=draw, seed=seed, quiet=True).program) - dense
+            for seed, draw in enumerate(draws)
+        ]
+        mean = statistics.mean(found)
+        share = mean / plain.setdefault(ratio, mean)
+        return f"{mean:.3f} ± {statistics.stdev(found):.3f} | {share:.2f}"
+
+    lines = [
+        f"| dense {dense:.3f} | " + " | ".join(f"-{r:.0%} | of plain" for r in RATIOS) + " |",
+        "|---" * (2 * len(RATIOS) + 1) + "|",
+    ]
+    for name, recipe in track(RECIPES.items(), console=Console(stderr=True)):
+        lines.append(f"| {name} | {' | '.join(measured(recipe, ratio) for ratio in RATIOS)} |")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    typer.run(main)
