@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from graphprune.calibration import Calibration, next_token_loss
 from graphprune.contractions import Matrix, contractions
@@ -387,6 +387,119 @@ class Obs(Criterion):
                         total[: len(errors)] += errors
             scores[group.name] = total.view(evidence.sizes(group))
         return scores
+
+
+class Gate(Criterion):
+    """Expected sensitivity of the loss to a gate on the unit: E_x |dL(x) / d xi| at xi = 1.
+
+    The head importance of Michel et al. (1905.10650, equation 2), for any group: the gate stands
+    where the unit's activations come into what sums over them, so that its gradient is the inner
+    product of activation and gradient. Here the absolute value is taken of each sample, as in the
+    paper's formula; `GateToken` and `GateBatch` take it where its published codes do.
+    """
+
+    name = "gate"
+    requires_calibration = True
+    absolute: ClassVar[Literal["token", "sample", "batch"]] = "sample"
+
+    def scores(self, evidence: Evidence) -> Scores:
+        """Gradients of gates of one, by the chain rule at the consumers' inputs.
+
+        Raises
+        ------
+        SelectionError
+            When nothing is contracted over a group.
+        CalibrationError
+            As `loss_gradients` does.
+        """
+        if evidence.calibration is None:
+            raise CalibrationError("this criterion needs calibration data, and none was given")
+        evidence.calibration.check(evidence.program)
+        matrices = contractions(evidence.program).matrices
+        held = {group.name: _consumers(evidence, group, matrices) for group in evidence.groups}
+        if lonely := [name for name, consumers in held.items() if not consumers]:
+            raise SelectionError(
+                f"{lonely[0]}: a gate stands before what consumes it; nothing does"
+            )
+        totals = {
+            group.name: torch.zeros(math.prod(evidence.sizes(group)), dtype=torch.float64)
+            for group in evidence.groups
+        }
+        sources = {use.source for each in held.values() for m, _ in each for use in m.uses}
+        batches: Iterable[Mapping[str, Tensor]] = evidence.calibration
+        if self.absolute == "sample":
+            batches = list(_samples(evidence.calibration))
+        for batch in evidence.track(batches, "taking gradients of gates"):
+            values = _activations(evidence.program, batch, sources)
+            for name, consumers in held.items():
+                gates = [
+                    _gates(rows, units[part], len(totals[name]))
+                    for matrix, units in consumers
+                    for use in matrix.uses
+                    for part, rows in use.rows(values)
+                ]
+                if self.absolute == "token":
+                    totals[name] += sum(each.abs().sum(0) for each in gates)
+                else:
+                    totals[name] += torch.stack([each.sum(0) for each in gates]).sum(0).abs()
+        return {g.name: totals[g.name].view(evidence.sizes(g)) for g in evidence.groups}
+
+
+class GateToken(Gate):
+    """As `gate`, with the absolute value of every token (both codes of the paper's authors)."""
+
+    name = "gate-token"
+    absolute = "token"
+
+
+class GateBatch(Gate):
+    """As `gate`, with the absolute value of every batch (transformers' example ``bertology``)."""
+
+    name = "gate-batch"
+    absolute = "batch"
+
+
+def _activations(
+    program: Program, batch: Mapping[str, Tensor], sources: Collection[fx.Node]
+) -> dict[fx.Node, Any]:
+    """Values of the graph's nodes; those of `sources` are multiplied with the loss's gradient."""
+    filled = program.fill(batch)
+    inputs = [*program.weights.values(), *(filled[value.name] for value in program.inputs)]
+    interpreter = _Keeping(program.graph_module, sources)
+    with torch.enable_grad():
+        outputs = interpreter.run(*(tensor.detach() for tensor in inputs))
+        loss = next_token_loss(outputs[0], batch)
+        if not bool(torch.isfinite(loss)):
+            raise CalibrationError("the loss on the calibration data is not finite")
+        kept = {node: interpreter.kept[node] for node in sources}
+        gradients = torch.autograd.grad(loss, list(kept.values()), allow_unused=True)
+    values = {n: v.detach() if isinstance(v, Tensor) else v for n, v in interpreter.env.items()}
+    for (node, value), gradient in zip(kept.items(), gradients, strict=True):
+        values[node] = torch.zeros_like(value) if gradient is None else value.detach() * gradient
+    return values
+
+
+class _Keeping(fx.Interpreter):
+    """Runs a graph with a gradient at every one of `sources`."""
+
+    def __init__(self, module: fx.GraphModule, sources: Collection[fx.Node]) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.sources = sources
+        self.kept: dict[fx.Node, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n in self.sources and isinstance(value, Tensor):
+            value = value if value.requires_grad else value.detach().requires_grad_()
+            self.kept[n] = value
+        return value
+
+
+def _gates(rows: Tensor, units: Tensor, count: int) -> Tensor:
+    """``[n, units]``: sums over the columns of each unit."""
+    found = torch.zeros(len(rows), count + 1, dtype=torch.float64)
+    at = torch.where(units < 0, count, units)
+    return found.index_add_(1, at, rows.double())[:, :count]
 
 
 def _consumers(

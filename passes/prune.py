@@ -42,7 +42,7 @@ class Prune(Pass):
         The part that goes, in [0, 1).
     criterion
         How units are scored: l1, l2, magnitude (as l2), random, taylor, taylor-vector,
-        taylor-second, taylor-mixed, wanda, obs.
+        taylor-second, taylor-mixed, wanda, gate, gate-token, gate-batch, obs.
     aggregate
         How the scores of a unit in the weights of its group become one: sum, mean, max, product, or
         last (in the weight that is used last).
@@ -64,7 +64,7 @@ class Prune(Pass):
 
     Requires
     --------
-    The coupling of the program; calibration data for the criteria taylor, taylor-vector and wanda.
+    The coupling of the program; calibration data for all criteria but l1, l2, magnitude and random.
 
     Preserves
     ---------

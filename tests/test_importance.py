@@ -394,6 +394,70 @@ def test_obs_is_what_the_consumer_loses(case: str, path: str, units: Tensor) -> 
     )
 
 
+class Gated(torch.nn.Module):
+    """Multiplies what comes into a layer by a gate for each unit."""
+
+    def __init__(self, inner: torch.nn.Module, units: Tensor) -> None:
+        super().__init__()
+        self.inner, self.units = inner, units
+        self.gate = torch.nn.Parameter(torch.ones(int(units.max()) + 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x * self.gate[self.units])
+
+
+@pytest.mark.parametrize(
+    ("case", "path", "units"),
+    [
+        ("ffn", "down_proj", torch.arange(48)),
+        ("kv-head", "o_proj", torch.arange(32) // 16),
+        ("query-slot", "o_proj", torch.arange(32) // 8),
+        ("fused-head", "attn.c_proj", torch.arange(32) // 8),
+    ],
+)
+@pytest.mark.parametrize("rule", ["gate", "gate-batch", "gate-token"])
+def test_gates_have_the_gradients_of_gates_in_the_model(
+    case: str, path: str, units: Tensor, rule: str
+) -> None:
+    """Michel et al., equation 2, with a gate that is really there."""
+    name, _, slices, sizes = CASES[case]
+    group = group_of_case(case)
+    weights = [weight for weight, *_ in slices(*(0 for _ in sizes))]
+    (path,) = {weight.removesuffix(".weight") for weight in weights if f"{path}.weight" in weight}
+    model = build(name)
+    parent, _, last = path.rpartition(".")
+    gated = Gated(model.get_submodule(path), units)
+    setattr(model.get_submodule(parent), last, gated)
+    expected = torch.zeros(int(units.max()) + 1, dtype=torch.float64)
+    for batch in calibration_of(name):
+        ids = batch["input_ids"]
+        for part in ids if rule == "gate" else [ids]:
+            part = part if part.ndim == 2 else part[None]
+            logits = model(input_ids=part).logits
+            loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), part[:, 1:].flatten())
+            (gradient,) = torch.autograd.grad(loss, [gated.gate])
+            expected += gradient.double().abs()
+    scores = criterion(rule).scores(evidence_of(name, [group]))[group.name]
+    if rule == "gate-token":  # never less than what cancels out over a batch
+        batched = criterion("gate-batch").scores(evidence_of(name, [group]))[group.name]
+        assert bool((scores >= batched * (1 - 1e-6)).all())
+        assert not torch.allclose(scores, batched)
+    else:
+        assert_close(scores, expected.view(sizes))
+
+
+def test_where_the_absolute_value_is_taken_does_not_matter_for_one_token() -> None:
+    program = program_of("llama-gqa")
+    ids = inputs_of(program, batch=1, length=2)["input_ids"]
+    groups = [group_of_case("kv-head")]
+    options = {"calibration": Calibration.from_batches([{"input_ids": ids}])}
+    by_sample, by_batch = (
+        criterion(rule).scores(evidence_of("llama-gqa", groups, **options))[groups[0].name]
+        for rule in ("gate", "gate-batch")
+    )
+    assert torch.equal(by_sample, by_batch)
+
+
 def test_obs_refuses_what_nothing_consumes() -> None:
     (group,) = [g for g in coupling_of("llama-gqa").groups if g.role == "rope-pair"][:1]
     with pytest.raises(SelectionError, match="obs scores what consumes it, and nothing does"):
