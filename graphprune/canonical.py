@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -88,6 +89,7 @@ def canonicalize(
     for node in list(graph.nodes):
         if node.op == "call_function":
             _spell_out(node, values)
+    _make_apart(graph)
     lifted = _lift(graph, values)
     _erase_unused(graph)
     return lifted
@@ -196,6 +198,40 @@ def _lift(graph: fx.Graph, values: Values) -> dict[fx.Node, Tensor]:
     return lifted
 
 
+# -- what has no structure of its own --------------------------------------------------------------
+
+_SHAPELESS = {
+    _ATEN.expand.default,
+    _ATEN.full.default,
+    _ATEN.ones.default,
+    _ATEN.zeros.default,
+}
+"""Operators whose result is of any size that is asked for: every use may have one of its own."""
+
+
+def _make_apart(graph: fx.Graph) -> None:
+    """Let every user of what has no structure make its own, so that no two are one through it."""
+    for node in list(graph.nodes):
+        if node.target not in _SHAPELESS or _is_written(node):
+            continue
+        for user in list(node.users)[1:]:
+            with graph.inserting_before(user):
+                own = graph.node_copy(node)
+            user.replace_input_with(node, own)
+
+
+def _is_written(node: fx.Node) -> bool:
+    """Whether `node`, or what may share its memory, is written in place or leaves the graph."""
+    for user in node.users:
+        schema = getattr(user.target, "_schema", None)
+        if user.op == "output" or schema is None or schema.is_mutable:
+            return True
+        views = any(argument.alias_info is not None for argument in schema.arguments)
+        if views and _is_written(user):
+            return True
+    return False
+
+
 # -- sizes --------------------------------------------------------------------------------------
 
 
@@ -209,6 +245,10 @@ def _spell_out(node: fx.Node, values: Values) -> None:
         width = _value(node.args[0]).shape[-1]
         if node.kwargs.get("scale") is None and isinstance(width, int):
             node.kwargs = {**node.kwargs, "scale": 1.0 / math.sqrt(width)}
+    elif node.target in (_ATEN.squeeze.default, _ATEN.squeeze.dim, _ATEN.squeeze.dims):
+        _spell_out_squeeze(node)
+    elif node.target is _ATEN._weight_norm.default:
+        _spell_out_weight_norm(node)
     elif node.target is _ATEN.rms_norm.default:
         epsilon = node.args[3] if len(node.args) > 3 else node.kwargs.get("eps")
         if epsilon is None:
@@ -230,6 +270,39 @@ def _spell_out_split(node: fx.Node) -> None:
     if all(isinstance(size, int) for size in sizes):
         node.target = _ATEN.split_with_sizes.default
         node.args, node.kwargs = (node.args[0], sizes, dim), {}
+
+
+def _spell_out_squeeze(node: fx.Node) -> None:
+    """Only dimensions that are of one place now: others may come to be so."""
+    source = _value(node.args[0])
+    given: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", range(source.ndim))
+    dims = [given] if isinstance(given, int) else list(given)
+    dims = [dim for dim in dims if source.ndim and type(source.shape[dim]) is int]
+    dims = [dim for dim in dims if source.shape[dim] == 1]
+    if dims:
+        node.target, node.args, node.kwargs = _ATEN.squeeze.dims, (node.args[0], dims), {}
+    else:
+        node.target, node.args, node.kwargs = _ATEN.alias.default, (node.args[0],), {}
+
+
+def _spell_out_weight_norm(node: fx.Node) -> None:
+    """A direction and a length, as what they are multiplied from."""
+    direction, length, *rest = node.args
+    kept, rank = (rest[0] if rest else node.kwargs.get("dim", 0)), _value(direction).ndim
+    dims = [dim for dim in range(rank) if kept == -1 or dim != kept % rank]  # type: ignore[operator]
+
+    def made(target: Any, *args: Any) -> fx.Node:
+        call = node.graph.call_function(target, args)
+        with _value(node).fake_mode:  # type: ignore[attr-defined]
+            value = target(*fx.map_arg(args, _value))
+        call.meta = {**node.meta, "val": value}
+        return call
+
+    with node.graph.inserting_before(node):
+        norm = made(_ATEN.linalg_vector_norm.default, direction, 2, dims, True)
+        result = made(_ATEN.mul.Tensor, direction, made(_ATEN.div.Tensor, length, norm))
+    node.replace_all_uses_with(result)
+    node.graph.erase_node(node)
 
 
 def _spell_out_index(node: fx.Node, values: Values) -> None:

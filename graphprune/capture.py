@@ -12,6 +12,7 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,13 +31,12 @@ from torch.export.graph_signature import (
 )
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from graphprune.canonical import canonicalize
 from graphprune.errors import CaptureError, UsageError
+from graphprune.examples import BATCH, NEW, PAST_LENGTH, configs, example_of
 from graphprune.program import PAST, PRESENT, Kind, Program, Source, Value, module_path
-
-_BATCH, _NEW, _PAST_LENGTH = 2, 3, 5
-"""Example sizes: distinct, and none of them 0 or 1, which `torch.export` would specialise."""
 
 _FIXED_BATCH, _FIXED_NEW, _FIXED_PAST = 101, 103, 107
 """Sizes of a decoder captured on the meta device, where dynamic ones would cost four times the
@@ -233,22 +233,77 @@ def _capture_transformers(model: Any, cache: bool | None) -> Program:
     source = Source(
         model.config, type(model), generation_config=getattr(model, "generation_config", None)
     )
-    with _exportable_experts(model):
-        if cache is not False:
-            layers, why = _cache_layers(model)
-            if layers:
-                try:
-                    return _capture_decoder(model, layers, source)
-                except CaptureError as error:
-                    if cache:
-                        raise
-                    why = str(error)
-            if cache:
-                raise CaptureError(f"{type(model).__name__} has no KV cache to capture: {why}")
-            notes = (f"captured without a cache: {why}",) if why and model.can_generate() else ()
-        else:
-            notes = ("captured without a cache, as asked",)
-        return _capture_whole(model, source, notes)
+    with _exportable_experts(model), _broadcast_masks() as broadcast:
+        program = _captured_with(model, cache, source)
+    if broadcast and model.device.type != "meta":
+        _check_masks(program, model)
+    return program
+
+
+def _captured_with(model: Any, cache: bool | None, source: Source) -> Program:
+    """Capture `model` with its cache where it has one and where that is wanted."""
+    if cache is not False:
+        layers, why = _cache_layers(model)
+        if layers:
+            try:
+                return _capture_decoder(model, layers, source)
+            except CaptureError as error:
+                if cache:
+                    raise
+                why = str(error)
+        if cache:
+            raise CaptureError(f"{type(model).__name__} has no KV cache to capture: {why}")
+        notes = (f"captured without a cache: {why}",) if why and model.can_generate() else ()
+    else:
+        notes = ("captured without a cache, as asked",)
+    return _capture_whole(model, source, notes)
+
+
+@contextlib.contextmanager
+def _broadcast_masks() -> Iterator[list[Any]]:
+    """Let masks that transformers makes with `vmap` be made by broadcasting, as its others are.
+
+    A graph cannot be read through `vmap`. A mask is a function of four indices, which gives the
+    same for all of them at once where it works on each place alone; `_check_masks` looks whether
+    it does. Yields the functions that were broadcast.
+    """
+    from transformers import masking_utils
+
+    before = masking_utils._vmap_expansion_sdpa, masking_utils.TransformGetItemToIndex
+    seen: list[Any] = []
+
+    def broadcast(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def mask(*indices: Tensor) -> Tensor:
+            seen.append(function)
+            made = function(*masking_utils._non_vmap_expansion_sdpa(*indices))
+            return made.expand([index.shape[0] for index in indices])
+
+        return mask
+
+    masking_utils._vmap_expansion_sdpa = broadcast
+    masking_utils.TransformGetItemToIndex = contextlib.nullcontext  # it serves `vmap` alone
+    try:
+        yield seen
+    finally:
+        masking_utils._vmap_expansion_sdpa, masking_utils.TransformGetItemToIndex = before
+
+
+def _check_masks(program: Program, model: Any) -> None:
+    """Refuse a program that does not compute on the example what the model does with `vmap`."""
+    names = [value.name for value in program.inputs]
+    example = example_of(model).inputs
+    inputs = {name: tensor for name, tensor in example.items() if name in names}
+    name = program.outputs[0].name
+    with torch.no_grad():
+        result = model(**inputs, return_dict=True)
+        expected = result[name] if name in result else result["last_hidden_state"]
+    found = program(**inputs)[name]
+    off = (found - expected).abs().max() / expected.abs().max().clamp(min=1e-12)
+    if not off <= torch.finfo(found.dtype).eps ** 0.5:
+        raise CaptureError(
+            f"{type(model).__name__} makes a mask that is no function of each place alone: "
+            f"{name} differs by {off:.1e}"
+        )
 
 
 _INNER = ("encoder_last_hidden_state", "past_key_values", "hidden_states", "loss")
@@ -257,31 +312,68 @@ _INNER = ("encoder_last_hidden_state", "past_key_values", "hidden_states", "loss
 
 def _capture_whole(model: Any, source: Source, notes: tuple[str, ...]) -> Program:
     """Capture a model as one call, with as many dynamic sizes as its graph holds for."""
-    inputs, dims = _example_inputs(model)
-    first = {name: {0: of[0]} for name, of in dims.items()}
-    fixed = dict.fromkeys(dims)
-    for shapes, what in ((dims, ""), (first, "a length"), (fixed, "a batch size and a length")):
+    example = example_of(model)
+    first = {name: {0: of[0]} for name, of in example.dims.items()}
+    fixed = dict.fromkeys(example.dims)
+    attempts = ((example.dims, ""), (first, "a length"), (fixed, "a batch size and a length"))
+    for shapes, what in attempts:
         why = f"captured for {what} of its own: its graph holds for no other" if what else ""
-        program = _capture_call(
-            model,
-            inputs,
-            shapes,
-            keep=lambda name: name.split(".")[0] not in _INNER,
-            source=source,
-            notes=(*notes, why) if why else notes,
-        )
+        try:
+            program = _capture_call(
+                model,
+                example.inputs,
+                shapes,
+                keep=lambda name: name.split(".")[0] not in _INNER,
+                source=source,
+                notes=(*notes, why) if why else notes,
+            )
+        except CaptureError:
+            if shapes is fixed:
+                raise
+            continue
         if all(_holds_for(program, *sizes) for sizes in ((3, 7), (2, 11))):
             break
+        longer = _from_lengths_on(program, [tensor.shape for tensor in example.inputs.values()])
+        if longer is not None:
+            return longer
     return program
 
 
-def _holds_for(program: Program, batch: int, length: int) -> bool:
+def _from_lengths_on(program: Program, shapes: Sequence[Sequence[int]]) -> Program | None:
+    """`program` for signals of the example's length on, where its graph holds for longer ones.
+
+    Convolutions make nothing of a sound that is shorter than their kernels.
+    """
+    least = {
+        symbol: size
+        for value, shape in zip(program.inputs, shapes, strict=True)
+        if value.dtype.is_floating_point
+        for symbol, size in zip(value.shape[1:], shape[1:], strict=True)
+        if isinstance(symbol, str)
+    }
+    ranges = {
+        symbol: limits & ValueRanges(least.get(str(symbol), limits.lower), limits.upper)
+        for symbol, limits in program.ranges.items()
+    }
+    sizes = ", ".join(map(str, sorted(set(least.values()))))
+    why = f"captured for lengths from {sizes} on: shorter ones were not tried"
+    longer = replace(program, ranges=ranges, notes=(*program.notes, why))
+    if not least or not all(_holds_for(longer, 3, more, least) for more in (7, 11)):
+        return None
+    return longer
+
+
+def _holds_for(
+    program: Program, batch: int, length: int, least: Mapping[str, int] | None = None
+) -> bool:
     """Whether the graph takes these sizes for its dynamic ones: tried on tensors without data.
 
-    Some code takes other ways for other sizes, of which `torch.export` keeps one.
+    Some code takes other ways for other sizes, of which `torch.export` keeps one. Lengths are
+    `length` more than `least` where that has them.
     """
+    least = least or {}
     sizes = {
-        symbol: batch if dim == 0 else length
+        symbol: batch if dim == 0 else length + least.get(symbol, 0)
         for value in program.inputs
         for dim, symbol in enumerate(value.shape)
         if isinstance(symbol, str)
@@ -308,7 +400,7 @@ def _cache_layers(model: Any) -> tuple[list[tuple[int, Tensor, Tensor]], str]:
         return [], "an encoder-decoder is captured as one call"
     if not {"past_key_values", "use_cache", "input_ids"} <= set(names):
         return [], "its forward takes no past_key_values"
-    ids = torch.zeros((_BATCH, _NEW), dtype=torch.int64, device=model.device)
+    ids = torch.zeros((BATCH, NEW), dtype=torch.int64, device=model.device)
     try:
         with torch.no_grad(), warnings.catch_warnings(), _without_pad_token(model.config):
             warnings.simplefilter("ignore")
@@ -321,7 +413,7 @@ def _cache_layers(model: Any) -> tuple[list[tuple[int, Tensor, Tensor]], str]:
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if not (isinstance(keys, Tensor) and isinstance(values, Tensor)):
             continue
-        if keys.ndim != 4 or values.ndim != 4 or keys.shape[2] != _NEW:
+        if keys.ndim != 4 or values.ndim != 4 or keys.shape[2] != NEW:
             return [], f"layer {index} caches something other than keys and values per token"
         found.append((index, keys, values))
     others = [layer for layer in getattr(held, "layers", ()) if not hasattr(layer, "keys")]
@@ -335,7 +427,8 @@ def _without_pad_token(config: Any) -> Iterator[None]:
     """Let no model look for padding in its ids, which it cannot on the meta device."""
     token = getattr(config, "pad_token_id", None)
     if token is not None:
-        config.pad_token_id = None
+        with contextlib.suppress(Exception):  # some configs insist on one
+            config.pad_token_id = None
     try:
         yield
     finally:
@@ -347,7 +440,7 @@ def _capture_decoder(
     model: Any, layers: Sequence[tuple[int, Tensor, Tensor]], source: Source
 ) -> Program:
     fixed = model.device.type == "meta"
-    rows, new, held = _BATCH, _NEW, _PAST_LENGTH
+    rows, new, held = BATCH, NEW, PAST_LENGTH
     if fixed:
         rows, new, held = _FIXED_BATCH, _FIXED_NEW, _FIXED_PAST
     ids = torch.zeros((rows, new), dtype=torch.int64, device=model.device)
@@ -379,74 +472,18 @@ def _decoder_dims(caches: int) -> tuple[Any, ...]:
     return {0: batch, 1: new}, {0: batch, 1: Dim.AUTO}, [{0: batch, 2: held}] * caches
 
 
-def _example_inputs(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Example inputs and their dynamic dimensions, from the model's signature and config."""
-    config, device, dtype = model.config, model.device, model.dtype
-    names = inspect.signature(model.forward).parameters
-    main = model.main_input_name
-    inputs: dict[str, Tensor] = {}
-    dims: dict[str, Any] = {}
-    if main == "input_ids":
-        _add_tokens(inputs, dims, "", names, device)
-    elif main == "pixel_values":
-        size = _config_value(config, "image_size") or 64
-        height, width = size if isinstance(size, Sequence) else (size, size)
-        channels = _config_value(config, "num_channels") or 3
-        inputs[main] = torch.zeros((_BATCH, channels, height, width), dtype=dtype, device=device)
-        dims[main] = {0: Dim.AUTO}
-    else:
-        raise CaptureError(
-            f"{type(model).__name__} takes {main!r}, for which no example can be made: "
-            "give example_inputs"
-        )
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in names:
-        _add_tokens(inputs, dims, "decoder_", names, device)
-    return inputs, dims
-
-
-def _add_tokens(
-    inputs: dict[str, Tensor],
-    dims: dict[str, Any],
-    prefix: str,
-    names: Mapping[str, Any],
-    device: torch.device,
-) -> None:
-    length = _NEW + _PAST_LENGTH if not prefix else _NEW
-    for name, value in (("input_ids", 0), ("attention_mask", 1)):
-        if prefix + name in names and (not prefix or name == "input_ids"):
-            inputs[prefix + name] = torch.full((_BATCH, length), value, device=device)
-            dims[prefix + name] = {0: Dim.AUTO, 1: Dim.AUTO}
-
-
-def _config_value(config: Any, name: str) -> Any:
-    for part in (
-        config,
-        *(getattr(config, sub, None) for sub in ("vision_config", "backbone_config")),
-    ):
-        value = getattr(part, name, None)
-        if value is not None:
-            return value
-    return None
-
-
 @contextlib.contextmanager
 def _exportable_experts(model: Any) -> Iterator[None]:
     """Let packed experts run as batched products, which every back end can express."""
-    configs = [c for c in _configs(model.config) if hasattr(c, "_experts_implementation")]
-    before = [c._experts_implementation for c in configs]
-    for config in configs:
+    switched = [c for c in configs(model.config) if hasattr(c, "_experts_implementation")]
+    before = [c._experts_implementation for c in switched]
+    for config in switched:
         config._experts_implementation = "batched_mm"
     try:
         yield
     finally:
-        for config, value in zip(configs, before, strict=True):
+        for config, value in zip(switched, before, strict=True):
             config._experts_implementation = value
-
-
-def _configs(config: Any) -> list[Any]:
-    """`config` and the configs inside it."""
-    inner = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
-    return [config, *(sub for sub in inner if sub is not None)]
 
 
 # -- torch.export -------------------------------------------------------------------------------

@@ -458,7 +458,9 @@ def _parents(
         sums = [(entry.axis, entry.node) for entry in facts.contractions]
         sums += [(entry.axis, entry.node) for entry in facts.statistics]
         for axis, node in sums:
-            _narrow_parents(types, (axis, *types.of[node]), watched, candidates)
+            results = types.of[node] if isinstance(types.of[node], list) else [types.of[node]]
+            for result in results:
+                _narrow_parents(types, (axis, *result), watched, candidates)
     return {atom: tuple(found) for atom, found in candidates.items()}
 
 

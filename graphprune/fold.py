@@ -5,8 +5,9 @@ No checkpoint can hold that product, but
 
     x / sqrt(r * mean + eps)  =  r^(-1/2) * x / sqrt(mean + eps / r)
 
-so that the same function is a plain RMSNorm whose gain is larger by r^(-1/2) and whose epsilon is
-larger by 1 / r (Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, equation 4).
+so that the same function is a plain RMSNorm whose gain (or the linear layer after it, where it has
+none) is larger by r^(-1/2) and whose epsilon is larger by 1 / r (Zhang and Sennrich, "Root Mean
+Square Layer Normalization", 2019, equation 4).
 """
 
 from __future__ import annotations
@@ -162,6 +163,11 @@ class _Norm:
             if user.target is _ATEN.mul.Tensor and isinstance(other, fx.Node):
                 if self._own(other):
                     return
+            elif user.target is _ATEN.linear.default and user.args[0] is node:
+                weight = user.args[1]
+                if self.epsilon >= 0 and isinstance(weight, fx.Node) and self._own(weight):
+                    return  # it is linear in what it takes: its weight is as good as a gain
+                raise self._refusal("a linear layer without a weight of its own comes before any")
             elif user.target is _ATEN.add.Tensor and isinstance(other, float) and self.epsilon < 0:
                 self.epsilon = other / self.ratio
                 user.args = (user.args[0], self.epsilon)

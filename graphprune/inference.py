@@ -16,7 +16,17 @@ from torch import fx
 
 from graphprune.axes import UNIT, Atom, Axes, Axis, Product, Sum
 from graphprune.operators import RULES
-from graphprune.operators.base import Attention, Content, Facts, Frozen, Op, Type, Zero
+from graphprune.operators.base import (
+    Attention,
+    Choice,
+    Content,
+    Facts,
+    Frozen,
+    Op,
+    Statistic,
+    Type,
+    Zero,
+)
 from graphprune.program import PAST, PRESENT, Program
 
 _FIRST_PRIME = 1_000_003
@@ -84,8 +94,8 @@ class Types:
                 found.setdefault(atom, entry)
         for atom, least in self.least.items():
             if least >= atom.size:
-                why = "all of its units are chosen at once"
-                found.setdefault(atom, Frozen(atom, why, self._choosers[atom]))
+                why = "all of its units are needed at once"
+                found.setdefault(atom, Frozen(atom, why, self._needing[atom]))
         for atom, contraction in self._leaks():
             if atom not in found:
                 why = "it is summed over values that do not vanish when its weights are zeroed"
@@ -100,18 +110,21 @@ class Types:
 
     @cached_property
     def least(self) -> dict[Atom, int]:
-        """How many units of an atom must stay, where some of them are chosen at run time."""
+        """How many units of an atom must stay: as many as are chosen, or give a finite variance."""
         found: dict[Atom, int] = {}
         for choice in self.facts.choices:
             for atom in self.axes.atoms(choice.axis):
                 share = math.ceil(choice.least * atom.size / choice.axis.size)
                 found[atom] = max(found.get(atom, 1), share)
+        for entry in self.facts.statistics:
+            for atom in self.axes.atoms(entry.axis) if entry.least > 1 else ():
+                found[atom] = max(found.get(atom, 1), entry.least)
         return found
 
     @cached_property
-    def _choosers(self) -> dict[Atom, fx.Node]:
-        choices = self.facts.choices
-        return {atom: choice.node for choice in choices for atom in self.axes.atoms(choice.axis)}
+    def _needing(self) -> dict[Atom, fx.Node]:
+        entries: list[Choice | Statistic] = [*self.facts.choices, *self.facts.statistics]
+        return {atom: entry.node for entry in entries for atom in self.axes.atoms(entry.axis)}
 
     def _leaks(self) -> Iterator[tuple[Atom, fx.Node]]:
         """Atoms that are summed over where no operand vanishes when their weights are zeroed."""
@@ -160,8 +173,9 @@ class Types:
                 continue
             law = self.laws.get(node, Zero.NEVER)
             zeros[node] = _vanishing(law, node, self._cover(node, zeros), held)
-            if node in self._weighed:
-                zeros[node] |= (held[node] & self._weighed[node]) - self._repeated[node]
+            for cleared in (self._weighed, self._cleared):
+                if node in cleared:
+                    zeros[node] |= (held[node] & cleared[node]) - self._repeated[node]
             if node in self.written:
                 for other in zeros:
                     if self._base(other) is self._base(node):
@@ -176,6 +190,19 @@ class Types:
             for choice in self.facts.choices
             if choice.weighs
         }
+
+    @cached_property
+    def _cleared(self) -> dict[fx.Node, frozenset[Atom]]:
+        """What is centred or scaled by statistics of what stays -> the atoms that these run over.
+
+        It is zero at their units that do not stay, whatever comes in there.
+        """
+        found: dict[fx.Node, frozenset[Atom]] = {}
+        for entry in self.facts.statistics:
+            if entry.clears:
+                before = found.get(entry.node, frozenset())
+                found[entry.node] = before.union(self.axes.atoms(entry.axis))
+        return found
 
     def _cover(
         self, node: fx.Node, zeros: dict[fx.Node, frozenset[Atom]]

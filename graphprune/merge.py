@@ -7,13 +7,13 @@ is kept and spread over the queries again (the change of shape, which is exact).
 
 What is a key or value head, and what is a query head, is told apart by typing the graph once more
 with attention not making the two the same. The axis of the key and value heads is then an atom of
-its own, and shrinks like any other; where it is not (queries and keys interleaved in one axis), the
-merge is refused.
+its own, and shrinks like any other. Where queries and keys are interleaved in one projection, its
+rows are laid out part by part before; where they share their heads otherwise, the merge is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,11 +23,16 @@ from graphprune.axes import Atom, Axis, Cut, Growth, Product
 from graphprune.coupling import Member, common_path
 from graphprune.errors import MergeError, PlanError
 from graphprune.inference import Types, infer
+from graphprune.matrix_products import with_matrix_products
 from graphprune.operators.base import Attention
-from graphprune.plan import Merge
+from graphprune.plan import Merge, Order
 from graphprune.program import Program, module_path
 from graphprune.resize import Resize
 from graphprune.roles import attention_sites
+from graphprune.unfuse import unfuse
+
+_DYNAMIC = 10**6
+"""Sizes from here on stand for dynamic ones, such as that of a batch."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class Heads:
         Index maps of the heads in key and value weights.
     refusal
         Why they cannot be merged ("" when they can).
+    orders
+        How interleaved projections among the members are laid out for it.
     """
 
     name: str
@@ -55,16 +62,40 @@ class Heads:
     refusal: str
     atom: Atom
     sites: tuple[Attention, ...]
+    orders: tuple[Order, ...] = ()
 
 
 class HeadAnalysis:
-    """The KV heads of a program, typed apart from its query heads."""
+    """The KV heads of a program, typed apart from its query heads.
 
-    def __init__(self, program: Program) -> None:
-        together = infer(program)
-        sites = (*together.facts.attentions, *attention_sites(together))
+    Parameters
+    ----------
+    program
+        The program.
+    fused
+        Projections that may be laid out part by part; by default those that hold heads of queries
+        and of keys in one axis.
+    """
+
+    def __init__(self, program: Program, fused: Collection[str] | None = None) -> None:
+        self._orders: dict[str, tuple[Order, ...]] = {}
+        self._analyze(program)
+        if fused is None:
+            shared = [h for h in self.heads if h.refusal and self._is_shared(h.atom, h.sites)]
+            fused = {member.weight for heads in shared for member in heads.members}
+        program, self._orders = unfuse(program, fused)
+        if self._orders:
+            self._analyze(program)
+
+    def _analyze(self, program: Program) -> None:
+        sites = _sites(program)
+        sums = [product for site in sites for product in site.products]
+        spelled = with_matrix_products(program, dict.fromkeys(sums))
+        if spelled is not program:
+            program, sites = spelled, _sites(spelled)
         self.types = infer(program, apart=sites)
         self.sites = sites
+        self._weights = {node for _, node in program.weight_nodes()}
         by_atom: dict[Atom, list[Attention]] = {}
         for site in sites:
             for atom in self._head_atoms(site):
@@ -73,9 +104,7 @@ class HeadAnalysis:
 
     def _head_atoms(self, site: Attention) -> Iterable[Atom]:
         """Head atoms of the values of `site` that weights hold: the KV heads."""
-        held_by_weights: set[Atom] = set()
-        for _, node in self.types.program.weight_nodes():
-            held_by_weights |= self.types.held[node]
+        held_by_weights = set[Atom]().union(*(self.types.held[node] for node in self._weights))
         _, _, value = site.operands
         batch = self.types.of[value][:-2]
         found = dict.fromkeys(a for axis in batch for a in self.types.axes.atoms(axis))
@@ -87,11 +116,12 @@ class HeadAnalysis:
         query = self.types.of[sites[0].operands[0]]
         queries = 1
         for axis in query[:-2]:
-            if axis.size % atom.size == 0 and axis.size < 10**6:
+            if axis.size % atom.size == 0 and axis.size < _DYNAMIC:
                 queries = max(queries, axis.size // atom.size)
-        return Heads(
-            name, atom.size, queries, members, self._refusal(atom, sites), atom, tuple(sites)
-        )
+        weights = dict.fromkeys(member.weight for member in members)
+        orders = dict.fromkeys(o for weight in weights for o in self._orders.get(weight, ()))
+        refusal = self._refusal(atom, sites)
+        return Heads(name, atom.size, queries, members, refusal, atom, tuple(sites), tuple(orders))
 
     def _members(self, atom: Atom) -> Iterable[Member]:
         for name, node in self.types.program.weight_nodes():
@@ -106,13 +136,67 @@ class HeadAnalysis:
         if atom in self.types.frozen:
             reason = self.types.frozen[atom]
             return f"{reason.why} at {reason.node.target} in {module_path(reason.node)}"
-        if any(atom in self.types.held[site.operands[0]] for site in sites):
-            return "query and key heads share one axis of a weight"
+        if self._is_shared(atom, sites):
+            return self._tie(atom, sites)
         means = {literal.node for literal in self.types.facts.means}
         for entry in self.types.facts.contractions:
             if entry.node not in means and atom in set(self.types.axes.atoms(entry.axis)):
                 return f"{entry.node.target} in {module_path(entry.node)} sums over the heads"
         return ""
+
+    def _is_shared(self, atom: Atom, sites: Iterable[Attention]) -> bool:
+        return any(atom in self.types.held[site.operands[0]] for site in sites)
+
+    def _tie(self, atom: Atom, sites: list[Attention]) -> str:
+        """What makes the heads of queries and keys one axis, though attention does not."""
+        ours = self._behind(atom, (site.operands[0] for site in sites))
+        theirs = self._behind(atom, (node for site in sites for node in site.operands[1:]))
+        common = [
+            node
+            for node in self.types.program.graph.nodes
+            if node in ours & theirs and not self._weights.isdisjoint(node.all_input_nodes)
+        ]
+        if common and "linear" in str(common[-1].target):
+            return "query and key heads share one axis of a weight"
+        found = common[-1] if common else self._joint(atom, sites, ours, theirs)
+        where = f" at {found.target} in {module_path(found)}" if found else ""
+        return f"query and key heads are one axis outside of attention too{where}"
+
+    def _joint(
+        self, atom: Atom, sites: list[Attention], ours: set[fx.Node], theirs: set[fx.Node]
+    ) -> fx.Node | None:
+        """The first node beside `sites` that brings queries, or what they give, and keys together."""
+        products = {product for site in sites for product in site.products}
+        queries, keys = set(ours), set(theirs)
+        for node in self.types.program.graph.nodes:
+            if atom not in self.types.held.get(node, ()):
+                continue
+            inputs = set(node.all_input_nodes)
+            if node in products:
+                queries.add(node)
+            elif inputs & queries and inputs & keys:
+                return node
+            elif inputs & queries:
+                queries.add(node)
+            elif inputs & keys:
+                keys.add(node)
+        return None
+
+    def _behind(self, atom: Atom, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+        """`nodes` and what they are made of, as far as it holds `atom`."""
+        pending = list(nodes)
+        found = set(pending)
+        while pending:
+            for other in pending.pop().all_input_nodes:
+                if other not in found and atom in self.types.held.get(other, ()):
+                    found.add(other)
+                    pending.append(other)
+        return found
+
+
+def _sites(program: Program) -> tuple[Attention, ...]:
+    types = infer(program)
+    return (*types.facts.attentions, *attention_sites(types))
 
 
 def find_heads(program: Program) -> tuple[Heads, ...]:
@@ -132,7 +216,7 @@ def merge_of(heads: Heads, groups: int) -> Merge:
         raise MergeError(f"{heads.name}: KV heads cannot be merged: {heads.refusal}")
     if groups < 1 or heads.size % groups:
         raise MergeError(f"{heads.name}: {groups} groups do not divide {heads.size} KV heads")
-    return Merge(heads.name, heads.size, groups, heads.members)
+    return Merge(heads.name, heads.size, groups, heads.members, heads.orders)
 
 
 def merge_heads(program: Program, merges: tuple[Merge, ...]) -> Program:
@@ -145,13 +229,15 @@ def merge_heads(program: Program, merges: tuple[Merge, ...]) -> Program:
     MergeError
         When the heads cannot be merged.
     """
-    analysis = HeadAnalysis(program)
+    fused = {order.weight for merge in merges for order in merge.orders}
+    analysis = HeadAnalysis(program, fused)
     named = {heads.name: heads for heads in analysis.heads}
     cuts: dict[Axis, Cut | Growth] = {}
     spread: list[tuple[Heads, int]] = []
     for merge in merges:
         heads = named.get(merge.group)
-        if heads is None or (heads.size, heads.members) != (merge.size, merge.members):
+        ours = (heads.size, heads.members, heads.orders) if heads else None
+        if heads is None or ours != (merge.size, merge.members, merge.orders):
             raise PlanError(f"{merge.group}: the plan's KV heads and the program's differ")
         merge_of(heads, merge.groups)
         copies = tuple(unit for unit in range(heads.size) if unit % merge.width)
@@ -166,7 +252,8 @@ def merge_heads(program: Program, merges: tuple[Merge, ...]) -> Program:
     for heads, width in spread:
         if not _slots(analysis.types, heads):
             _insert_broadcasts(resize, heads, width)
-    pooled = {**program.weights, **pool(program.weights, merges)}
+    weights = analysis.types.program.weights
+    pooled = {**weights, **pool(weights, merges)}
     return resize.program(resize.gathered(pooled))
 
 
@@ -199,8 +286,9 @@ def _slots(types: Types, heads: Heads) -> list[Atom]:
     marked = {
         atom
         for mark in types.facts.marks
-        if mark.kind == "spread"
+        if mark.kind == "spread" and heads.atom in types.held[mark.node]
         for atom in types.axes.atoms(mark.axis)
+        if atom.size < _DYNAMIC
     }
     found: dict[Atom, None] = {}
     for site in heads.sites:

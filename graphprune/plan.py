@@ -75,6 +75,23 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class Order:
+    """Another order of a weight's places along one dimension.
+
+    Parameters
+    ----------
+    weight, dim
+        The weight and the dimension.
+    places
+        For every place, where what it holds now was before.
+    """
+
+    weight: str
+    dim: int
+    places: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Merge:
     """The KV heads of one attention, averaged in runs of neighbours.
 
@@ -86,12 +103,16 @@ class Merge:
         How many are left; every run of ``size // groups`` neighbours becomes one.
     members
         The index maps of the group in key and value weights (query weights keep their heads).
+    orders
+        How weights in which queries, keys and values were interleaved are laid out before that;
+        the index maps count what is so laid out.
     """
 
     group: str
     size: int
     groups: int
     members: tuple[Member, ...] = ()
+    orders: tuple[Order, ...] = ()
 
     @property
     def width(self) -> int:
@@ -120,6 +141,11 @@ class Step:
     fingerprint: str
     cuts: tuple[Cut, ...] = ()
     merges: tuple[Merge, ...] = ()
+
+    @property
+    def orders(self) -> tuple[Order, ...]:
+        """How weights are laid out anew between cuts and merges, each once."""
+        return tuple(dict.fromkeys(order for merge in self.merges for order in merge.orders))
 
 
 @dataclass(frozen=True)
@@ -191,6 +217,7 @@ class Plan:
             for place, lost in _gone(step).items():
                 sizes[place] -= len(lost)
             _match(step.merges, sizes)
+            _match_orders(step, sizes)
             for merge in step.merges:
                 for weight, dim, runs in merge.runs():
                     sizes[weight, dim] -= sum(len(run) - 1 for run in runs)
@@ -317,8 +344,12 @@ def check_change(change: Cut | Merge) -> None:
             raise PlanError(f"{name}: it reaches beyond dimension {m.dim} of {m.weight}")
     if isinstance(change, Cut):
         _check_units(change)
-    elif change.groups < 1 or size % change.groups:
+        return
+    if change.groups < 1 or size % change.groups:
         raise PlanError(f"{name}: {change.groups} groups do not divide {size} KV heads")
+    for order in change.orders:
+        if sorted(order.places) != list(range(len(order.places))):
+            raise PlanError(f"{name}: {order.weight} is not laid out with every place once")
 
 
 def _check_units(cut: Cut) -> None:
@@ -352,6 +383,19 @@ def _match(changes: Iterable[Cut | Merge], sizes: Mapping[Place, int]) -> None:
                 raise PlanError(f"{change.group}: {found}")
 
 
+def _match_orders(step: Step, sizes: Mapping[Place, int]) -> None:
+    """Refuse orders of other dimensions, and two orders of one."""
+    seen: set[Place] = set()
+    for order in step.orders:
+        place = (order.weight, order.dim)
+        if sizes.get(place) != len(order.places):
+            found = f"dimension {order.dim} of {order.weight} is {sizes.get(place)}"
+            raise PlanError(f"{found}, not {len(order.places)}")
+        if place in seen:
+            raise PlanError(f"{order.weight} is laid out in two ways in one step")
+        seen.add(place)
+
+
 # -- coordinates --------------------------------------------------------------------------------
 
 
@@ -368,13 +412,17 @@ def _extents(step: Step) -> dict[Place, int]:
     """The size of every dimension that `step` changes, before it."""
     # A merge beside cuts counts what they leave, so that theirs come last.
     changes: tuple[Cut | Merge, ...] = (*step.merges, *step.cuts)
-    return {(m.weight, m.dim): m.extent for change in changes for m in change.members}
+    sizes = {(order.weight, order.dim): len(order.places) for order in step.orders}
+    return sizes | {(m.weight, m.dim): m.extent for change in changes for m in change.members}
 
 
 def _advance(step: Step, origin: dict[Place, list[list[int]]]) -> None:
     """Bring the record of the first program's indices past `step`."""
     for place, lost in _gone(step).items():
         origin[place] = [o for index, o in enumerate(origin[place]) if index not in lost]
+    for order in step.orders:
+        before = origin[order.weight, order.dim]
+        origin[order.weight, order.dim] = [before[index] for index in order.places]
     for merge in step.merges:
         for weight, dim, runs in merge.runs():
             before = origin[weight, dim]
@@ -406,7 +454,8 @@ _CUT = {
     "units": [[[int]]],
     "members": _MEMBERS,
 }
-_MERGE = {"group": str, "size": int, "groups": int, "members": _MEMBERS}
+_ORDERS = [{"weight": str, "dim": int, "places": [int]}]
+_MERGE = {"group": str, "size": int, "groups": int, "members": _MEMBERS, "orders": _ORDERS}
 _STEPS = [{"fingerprint": str, "cuts": [_CUT], "merges": [_MERGE]}]
 
 
@@ -455,6 +504,7 @@ def _step_from_data(data: dict[str, Any]) -> Step:
                 merge["size"],
                 merge["groups"],
                 tuple(map(_member_from_data, merge["members"])),
+                tuple(map(_order_from_data, merge["orders"])),
             )
             for merge in data["merges"]
         ),
@@ -471,3 +521,7 @@ def _member_from_data(data: dict[str, Any]) -> Member:
         tuple((size, stride) for size, stride in data["outer"]),
         tuple(data["outer_groups"]),
     )
+
+
+def _order_from_data(data: dict[str, Any]) -> Order:
+    return Order(data["weight"], data["dim"], tuple(data["places"]))

@@ -124,60 +124,81 @@ def _attended(types: Types) -> set[Atom]:
     return found
 
 
+_PARTING = ("slice", "narrow", "split_with_sizes", "split")
 _JOINTS = ("cat", "constant_pad_nd", "pad")
 _PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
 
 
 def attention_sites(types: Types) -> Iterator[Attention]:
-    """Attention spelled out: a product, a softmax over its last axis, and a product again."""
+    """Attention spelled out: a product, a softmax over its last axis, and a product again.
+
+    Where one softmax runs over the scores of several products that are joined, and its parts weigh
+    several values, there is one for each.
+    """
     for node in (mark.node for mark in types.facts.marks if mark.kind == "softmax"):
-        scores = _back_to_product(types, node)
-        context = _on_to_product(node)
-        if scores is None or context is None:
-            continue
-        query, key = (*scores.all_input_nodes, *scores.all_input_nodes)[-2:]
-        value = context.all_input_nodes[-1]
-        out = types.of[context]
+        several, contexts = _back_to_products(types, node), _on_to_products(node)
         probabilities: tuple[Axis, ...] = types.of[node]
-        operands = (query, key, value)
-        yield Attention(
-            (scores, context), probabilities[:-2], types.of[query][-1], out[-1], operands
-        )
+        for at in range(max(len(several), len(contexts)) if several and contexts else 0):
+            scores, context = (
+                several[min(at, len(several) - 1)],
+                contexts[min(at, len(contexts) - 1)],
+            )
+            query, key = (*scores.all_input_nodes, *scores.all_input_nodes)[-2:]
+            operands = (query, key, context.all_input_nodes[-1])
+            yield Attention(
+                (scores, context),
+                probabilities[:-2],
+                types.of[query][-1],
+                types.of[context][-1],
+                operands,
+            )
 
 
 def _kind(node: fx.Node) -> str:
     return str(node.target).split(".")[1] if "." in str(node.target) else str(node.target)
 
 
-def _back_to_product(types: Types, node: fx.Node) -> fx.Node | None:
-    """The product behind a softmax: the nearest one along the axis that it runs over."""
+def _back_to_products(types: Types, node: fx.Node) -> list[fx.Node]:
+    """The products behind a softmax: the nearest along the axis that it runs over.
+
+    Of what is joined each part may have one; it may also hold no scores, such as a sink.
+    """
     pending, seen = [node], {node}
     while pending:
         node = pending.pop(0)
         if _kind(node) in _PRODUCTS:
-            return node
+            return [node]
         along = types.of[node][-1]
-        for other in node.all_input_nodes:
+        joint = _kind(node) in _JOINTS
+        inputs = []
+        for other in dict.fromkeys(node.all_input_nodes):
             type_ = types.of.get(other)
             if other in seen or not isinstance(type_, tuple) or not type_:
                 continue
-            # What is joined may hold more than scores, such as a sink.
-            part = _kind(node) in _JOINTS or types.axes.same(type_[-1], along)
-            if part and other.meta["val"].is_floating_point():
-                seen.add(other)
-                pending.append(other)
-    return None
+            if (joint or types.axes.same(type_[-1], along)) and (
+                other.meta["val"].is_floating_point()
+            ):
+                inputs.append(other)
+        if joint and len(inputs) > 1:
+            parts = (_back_to_products(types, each) for each in inputs)
+            return list(dict.fromkeys(product for found in parts for product in found))
+        seen.update(inputs)
+        pending += inputs
+    return []
 
 
-def _on_to_product(node: fx.Node) -> fx.Node | None:
-    for _ in range(8):
-        users = list(node.users)
-        if len(users) != 1:
-            return None
-        if _kind(users[0]) in _PRODUCTS:
-            return users[0] if users[0].all_input_nodes[0] is node else None
-        node = users[0]
-    return None
+def _on_to_products(node: fx.Node, steps: int = 12) -> list[fx.Node]:
+    """The products in which probabilities, or parts of them, weigh values."""
+    users = list(node.users)
+    if len(users) > 1:
+        users = [user for user in users if _kind(user) in _PARTING]
+    found: list[fx.Node] = []
+    for user in users:
+        if _kind(user) in _PRODUCTS:
+            found += [user] if user.all_input_nodes[0] is node else []
+        elif steps:
+            found += _on_to_products(user, steps - 1)
+    return list(dict.fromkeys(found))
 
 
 # -- residual streams ---------------------------------------------------------------------------

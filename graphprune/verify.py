@@ -11,13 +11,12 @@ divisor, which zeroing does by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional
 
 from graphprune.axes import Axis, Occurrence
 from graphprune.errors import VerificationError
@@ -25,6 +24,9 @@ from graphprune.inference import Types, infer
 from graphprune.plan import Place, Plan, Step
 from graphprune.program import PAST, PRESENT, Program
 from graphprune.sampling import continuation, random_inputs
+
+Left = tuple[int, Tensor, bool]
+"""A dimension, its places that are left, and whether a result has zeros at the others."""
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -190,7 +192,7 @@ class _Reference:
             self._edit(step)
         wide = {name: self._widen(name) for name in original.weights}
         self.weights = wide
-        self.statistics: dict[fx.Node, list[Tensor]] = {}
+        self.statistics: dict[fx.Node, list[Left]] = {}
         self.choices: dict[fx.Node, list[tuple[int, Tensor]]] = {}
         if self.origin:
             self._find_statistics_and_choices()
@@ -208,6 +210,8 @@ class _Reference:
             moved = torch.full((size,), -1)
             moved[kept] = torch.arange(len(kept))
             self._shrink(place, kept, moved)
+        for order in step.orders:
+            self._shrink((order.weight, order.dim), list(order.places), _inverse(order.places))
         for merge in step.merges:
             for weight, dim, runs in merge.runs():
                 self._pool((weight, dim), runs)
@@ -253,22 +257,22 @@ class _Reference:
         types = infer(self.original)
         kept = self._kept(types)
 
-        def stays(axis: Axis) -> Tensor:
+        def stays(axis: Axis) -> Tensor | None:
+            if kept.keys().isdisjoint(types.axes.atoms(axis)):  # it may be of any dynamic size
+                return None
             found = torch.ones(axis.size).bool()
             for place in types.axes.occurrences(axis):
                 if place.atom in kept:
                     found[_indices(place)[~kept[place.atom]].flatten()] = False
-            return found
+            return None if bool(found.all()) else found
 
         for entry in types.facts.statistics:
-            self.statistics.setdefault(entry.node, []).append(stays(entry.axis))
-        self.statistics = {
-            node: [each.nonzero().flatten() for each in axes]
-            for node, axes in self.statistics.items()
-            if not all(bool(each.all()) for each in axes)
-        }
+            left = stays(types.of[entry.node.all_input_nodes[0]][entry.dim])
+            if left is not None:
+                found = self.statistics.setdefault(entry.node, [])
+                found.append((entry.dim, left.nonzero().flatten(), entry.clears))
         for choice in types.facts.choices:
-            if not bool((left := stays(choice.axis)).all()):
+            if (left := stays(choice.axis)) is not None:
                 self.choices.setdefault(choice.node, []).append((choice.dim, left))
 
     def _kept(self, types: Types) -> dict[Axis, Tensor]:
@@ -291,6 +295,11 @@ class _Reference:
         return {v.name: out for v, out in zip(self.original.outputs, outputs, strict=True)}
 
 
+def _inverse(places: Sequence[int]) -> Tensor:
+    """Where every index is found among `places`."""
+    return torch.tensor(places).argsort()
+
+
 def _indices(place: Occurrence) -> Tensor:
     """Row `u`: the indices that unit `u` of an atom holds at `place`."""
     rows = place.offset + torch.arange(place.atom.size)[:, None] * place.inner
@@ -306,7 +315,7 @@ class _Masked(fx.Interpreter):
     def __init__(
         self,
         graph_module: fx.GraphModule,
-        statistics: Mapping[fx.Node, list[Tensor]],
+        statistics: Mapping[fx.Node, list[Left]],
         choices: Mapping[fx.Node, list[tuple[int, Tensor]]],
     ) -> None:
         super().__init__(graph_module)
@@ -323,29 +332,47 @@ class _Masked(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         if n not in self.statistics:
-            return super().run_node(n)
+            result = super().run_node(n)
+            return self._without_quotients_of_nothing(n, result)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        names = [argument.name for argument in n.target._schema.arguments]  # type: ignore[union-attr]
-        given = dict(zip(names, args, strict=False)) | kwargs
-        return _masked_layer_norm(self.statistics[n], **given)
+        return _over_what_stays(n.target, self.statistics[n], *args, **kwargs)
+
+    def _without_quotients_of_nothing(self, n: fx.Node, result: Any) -> Any:
+        """Zero divided by zero is zero: what goes may be divided by what goes along with it."""
+        if n.target is not torch.ops.aten.div.Tensor or not bool(result.isnan().any()):
+            return result
+        (above, below), _ = self.fetch_args_kwargs_from_env(n)
+        below = torch.as_tensor(below)
+        return result.masked_fill((above == 0) & (below == 0), 0)
 
 
-def _masked_layer_norm(
-    kept: list[Tensor],
-    input: Tensor,
-    normalized_shape: list[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    **_: Any,
-) -> Tensor:
-    sizes = input.shape[-len(kept) :]  # a dynamic axis keeps all its places, however many it has
-    kept = [torch.arange(n) if len(axis) > n else axis for axis, n in zip(kept, sizes, strict=True)]
-    places: tuple[Any, ...] = (..., *torch.meshgrid(*kept, indexing="ij"))
-    result = torch.zeros_like(input)
-    gain = weight[places] if weight is not None else None
-    shift = bias[places] if bias is not None else None
-    result[places] = functional.layer_norm(
-        input[places], [len(axis) for axis in kept], gain, shift, eps
-    )
+def _over_what_stays(
+    target: Any, left: Sequence[Left], whole: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """What `target` makes of the places of `whole` that are left, with zeros at those that went."""
+    names = [argument.name for argument in target._schema.arguments[1:]]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    narrow = whole
+    for dim, kept, _ in left:
+        narrow = narrow.index_select(dim, kept)
+    if "normalized_shape" in given:
+        lead = whole.ndim - len(given["normalized_shape"])
+        given["normalized_shape"] = list(narrow.shape[lead:])
+        affine = [(dim - lead, kept) for dim, kept, _ in left]
+    elif "num_groups" in given:
+        (_, kept, _), inner = left[0], whole.shape[1] // given["num_groups"]
+        given["num_groups"] = len((kept // inner).unique())
+        affine = [(0, kept)]
+    else:
+        affine = []
+    for name in ("weight", "bias"):
+        for dim, kept in affine:
+            if given.get(name) is not None:
+                given[name] = given[name].index_select(dim, kept)
+    result = target(narrow, **given)
+    if not any(clears for _, _, clears in left):
+        return result
+    for dim, kept, _ in left:
+        wide = [*result.shape[:dim], whole.shape[dim], *result.shape[dim + 1 :]]
+        result = result.new_zeros(wide).index_copy(dim, kept, result)
     return result

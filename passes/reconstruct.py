@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from graphprune.errors import PlanError, UsageError
+from graphprune.errors import UsageError
 from graphprune.pass_base import COUPLING, Context, Outcome, Pass
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ class Reconstruct(Pass):
 
     Refuses
     -------
-    A pipeline in which nothing was pruned before it, heads that were merged, and units whose
-    removal is no zeroing of weights: the residual width, experts (`PlanError`).
+    Heads that were merged, and units whose removal is no zeroing of weights: the residual width,
+    experts (`PlanError`).
 
     Reference
     ---------
@@ -78,7 +78,7 @@ class Reconstruct(Pass):
 
         before, plan = context.since_base()
         if not plan:
-            raise PlanError("nothing was pruned before reconstruct")
+            return Outcome(program, details={"note": "nothing was pruned before: nothing to refit"})
         assert context.calibration is not None, "the pass manager has asked for it"
         coupling = COUPLING.compute(before)
         fitted, names = refit(

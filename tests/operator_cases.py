@@ -122,6 +122,11 @@ VANISHING: dict[str, Case] = {
     "to.other": Case(lambda h: A.to.other(h, torch.zeros(1, dtype=torch.float64)).float()),
     "_to_copy.default": Case(lambda h: A._to_copy.default(h, dtype=torch.float64).float()),
     "type_as.default": Case(lambda h: A.type_as.default(h, torch.zeros(1).double()).float()),
+    "copy.default": Case(lambda h: A.copy.default(h.cos(), h)),
+    "index_add.default": Case(
+        lambda h: A.index_add.default(h.sin(), 1, torch.tensor([1, 0, 2, 1]), h)
+    ),
+    "index_put.default": Case(lambda h: A.index_put.default(h.sin(), [h.sum(-1) > 0], h[0, 0])),
     "round.decimals": Case(lambda h: A.round.decimals(h, decimals=1)),
     "pow.Tensor_Scalar": Case(lambda h: A.pow.Tensor_Scalar(h, 3)),
     "mul.Tensor": Case(lambda h: A.mul.Tensor(h, h.sigmoid())),
@@ -251,7 +256,7 @@ SHIFTED: dict[str, Case] = {
     "where.Scalar": Case(lambda h: A.where.Scalar(h > 0, 2.0, 3.0)),
     "masked_fill.Scalar (not 0)": Case(lambda h: A.masked_fill.Scalar(h, h > 0, 2.0)),
     "masked_fill.Tensor": Case(lambda h: A.masked_fill.Tensor(h, h > 0, torch.tensor(2.0))),
-    "copy.default": Case(lambda h: h + A.copy.default(torch.ones(4, 8), h[0]) + 1),
+    "copy.default": Case(lambda h: A.copy.default(h.clone(), h[0].cos())),
     "ones_like.default": Case(lambda h: h + A.ones_like.default(h)),
     "full_like.default": Case(lambda h: h + A.full_like.default(h, 0.5)),
     "fill.Scalar": Case(lambda h: h + A.fill.Scalar(h, 0.5)),
@@ -406,6 +411,22 @@ INDEXING: dict[str, Case] = {
     "index.Tensor (over it)": frozen(
         lambda h: A.index.Tensor(h, [None, None, torch.tensor([1, 0, 2])]), "picked by index"
     ),
+    "index.Tensor (a mask)": keeps(
+        lambda h: h * A.index.Tensor(h.cos(), [h.sum(-1) > 0]).sum(0), 8
+    ),
+    "index.Tensor (a mask over it)": frozen(
+        lambda h: h * A.index.Tensor(h, [None, None, h[0, 0] > 0]).sum(), "picked by a mask"
+    ),
+    "index_put.default": keeps(
+        lambda h: A.index_put.default(h.clone(), [h.sum(-1) > 0], h[0, 0].cos()), 8
+    ),
+    "index_put.default (by index)": keeps(
+        lambda h: A.index_put.default(h.clone(), [None, torch.tensor([1, 0])], h[:, 2:]), 8
+    ),
+    "index_put.default (over it)": frozen(
+        lambda h: A.index_put.default(h.clone(), [None, None, torch.tensor([1, 0])], h[..., 2:4]),
+        "written by index",
+    ),
     "index_select.default": keeps(lambda h: A.index_select.default(h, 1, torch.tensor([1, 0])), 8),
     "index_select.default (over it)": frozen(
         lambda h: A.index_select.default(h, 2, torch.tensor([1, 0])), "picked by index"
@@ -464,6 +485,24 @@ def _spread(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda h: h * function(h)
 
 
+def _centred(h: Tensor) -> Tensor:
+    """Its square sum does not see what was removed, though what is centred does not vanish."""
+    h = h.cos()
+    return h * (h - h.mean(-1, keepdim=True)).square().sum(-1, keepdim=True)
+
+
+def _normalised(h: Tensor) -> Tensor:
+    """LayerNorm as it is written out."""
+    mean = h.double().mean(-1, keepdim=True)
+    variance = (h.double() - mean).pow(2).mean(-1, keepdim=True)
+    return ((h.double() - mean) * torch.rsqrt(variance + 1e-5)).to(h.dtype)
+
+
+def _centred_by_pair(h: Tensor) -> Tensor:
+    variance, mean = A.var_mean.correction(h, [-1], correction=0, keepdim=True)
+    return (h - mean) / (variance + 1e-5).sqrt()
+
+
 _OVER = " runs over it"
 
 REDUCTIONS: dict[str, Case] = {
@@ -492,15 +531,28 @@ REDUCTIONS: dict[str, Case] = {
     "norm.ScalarOpt_dim": keeps(_spread(lambda h: A.norm.ScalarOpt_dim(h, 3, [-1], True)), 8),
     "mean.dim": keeps(_spread(lambda h: A.mean.dim(h, [-1], True)), 8),
     "mean.dim (two)": keeps(_spread(lambda h: A.mean.dim(h, [1, 2], True)), 8),
-    "var.dim": frozen(_spread(lambda h: A.var.dim(h, [-1], True, True)), "a variance"),
-    "var.correction": frozen(
-        _spread(lambda h: A.var.correction(h, [-1], keepdim=True)), "a variance"
-    ),
-    "std.dim": frozen(_spread(lambda h: A.std.dim(h, [-1], True, True)), "a variance"),
-    "std.correction": frozen(
-        _spread(lambda h: A.std.correction(h, [-1], keepdim=True)), "a variance"
-    ),
+    "var.dim": keeps(_spread(lambda h: A.var.dim(h, [-1], True, True)), 8),
+    "var.correction": keeps(_spread(lambda h: A.var.correction(h, [-1], keepdim=True)), 8),
+    "std.dim": keeps(_spread(lambda h: A.std.dim(h.cos(), [-1], True, True)), 8),
+    "std.correction": keeps(_spread(lambda h: A.std.correction(h, [1, 2], keepdim=True)), 8),
     "var.correction (other)": keeps(lambda h: A.var.correction(h, [1]), 8),
+    "var_mean.correction": keeps(
+        lambda h: h * torch.add(*A.var_mean.correction(h.cos(), [-1], keepdim=True)), 8
+    ),
+    "std_mean.correction": keeps(
+        lambda h: h * torch.add(*A.std_mean.correction(h.cos(), [-1], keepdim=True)), 8
+    ),
+    "var_mean.dim": keeps(lambda h: h * torch.add(*A.var_mean.dim(h.cos(), [-1], True, True)), 8),
+    "std_mean.dim": keeps(lambda h: h + torch.mul(*A.std_mean.dim(h, [1], True, True)), 8),
+    "var.dim (beside what is summed over)": keeps(
+        lambda h: h * A.var.dim(h, [1], True, True).sum(-1, keepdim=True), 8
+    ),
+    "sub.Tensor (centred)": keeps(_centred, 8),
+    "sub.Tensor (centred and scaled)": keeps(_normalised, 8),
+    "sub.Tensor (centred and scaled by heads)": keeps(
+        lambda h: _normalised(h.unflatten(2, (2, 4))).flatten(2), 2, 4
+    ),
+    "sub.Tensor (centred by a pair)": keeps(_centred_by_pair, 8),
     "amax.default": frozen(_spread(lambda h: A.amax.default(h, [-1], True)), "amax" + _OVER),
     "amin.default": frozen(_spread(lambda h: A.amin.default(h, [-1], True)), "amin" + _OVER),
     "amax.default (other)": keeps(lambda h: A.amax.default(h, [1]), 8),
@@ -557,7 +609,7 @@ REDUCTIONS: dict[str, Case] = {
         lambda h: A.rms_norm.default(h.unflatten(2, (2, 4)), [2, 4]).flatten(2), 2, 4
     ),
     "group_norm.default": keeps(
-        lambda h, gain: _rows(A.group_norm.default(_image(h), 4, gain)), 4, weights=((8,),)
+        lambda h, gain: _rows(A.group_norm.default(_image(h), 4, gain)), 4, 2, weights=((8,),)
     ),
     "batch_norm.default": keeps(
         lambda h, gain, mean: A.batch_norm.default(
@@ -566,9 +618,27 @@ REDUCTIONS: dict[str, Case] = {
         8,
         weights=((8,), (8,)),
     ),
-    "batch_norm.default (of a batch)": frozen(
-        lambda h: A.batch_norm.default(h, None, None, None, None, True, 0.1, 1e-5, False),
+    "group_norm.default (plain)": keeps(
+        lambda h: _rows(A.group_norm.default(_image(h).cos(), 2)), 2, 4
+    ),
+    "group_norm.default (of one group)": keeps(
+        lambda h, gain, shift: _rows(A.group_norm.default(_image(h), 1, gain, shift)),
+        8,
+        weights=((8,), (8,)),
+    ),
+    "batch_norm.default (of a batch)": keeps(
+        lambda h: A.batch_norm.default(h.cos(), None, None, None, None, True, 0.1, 1e-5, False), 8
+    ),
+    "batch_norm.default (of each)": keeps(
+        lambda h: A.batch_norm.default(
+            h.transpose(1, 2), None, None, None, None, True, 0.1, 1e-5, False
+        ).transpose(1, 2),
+        8,
+    ),
+    "batch_norm.default (of a batch, fixed)": frozen(
+        lambda h, mean: A.batch_norm.default(h, None, None, mean, mean, True, 0.0, 1e-5, False),
         "mean and variance are taken over it",
+        weights=((4,),),
     ),
     "instance_norm.default": keeps(
         lambda h, gain: A.instance_norm.default(
@@ -577,9 +647,8 @@ REDUCTIONS: dict[str, Case] = {
         8,
         weights=((8,),),
     ),
-    "instance_norm.default (over it)": frozen(
-        lambda h: A.instance_norm.default(h, None, None, None, None, True, 0.1, 1e-5, False),
-        "mean and variance are taken over it",
+    "instance_norm.default (over it)": keeps(
+        lambda h: A.instance_norm.default(h, None, None, None, None, True, 0.1, 1e-5, False), 8
     ),
 }
 
@@ -741,7 +810,53 @@ CONTRACTIONS: dict[str, Case] = {
     ),
 }
 
+RECURRENT: dict[str, Case] = {
+    "lstm_cell.default": keeps(
+        lambda h, rows, back: A.lstm_cell.default(
+            h.flatten(0, 1), [h.new_zeros(4 * len(h), 3)] * 2, rows, back
+        )[0].unflatten(0, (-1, 4)),
+        8,
+        weights=((12, 8), (12, 3)),
+    ),
+    "gru_cell.default (of a state)": keeps(
+        lambda h, rows, back, shift: A.gru_cell.default(
+            torch.ones(len(h), 3), h[:, 0], rows, back, shift, shift
+        ),
+        8,
+        weights=((24, 3), (24, 8), (24,)),
+    ),
+    "rnn_tanh_cell.default": keeps(
+        lambda h, rows, back, shift: A.rnn_tanh_cell.default(
+            h[:, 0], h.new_zeros(len(h), 3), rows, back, shift, shift
+        ),
+        8,
+        weights=((3, 8), (3, 3), (3,)),
+    ),
+    "rnn_relu_cell.default": keeps(
+        lambda h, rows, back: A.rnn_relu_cell.default(h[:, 0], h[:, 1], rows, back),
+        8,
+        weights=((8, 8), (8, 8)),
+    ),
+}
+
 POOLING: dict[str, Case] = {
+    "max_unpool2d.default": keeps(
+        lambda h: _rows(
+            A.max_unpool2d.default(*A.max_pool2d_with_indices.default(_image(h), [2, 1]), [2, 2])
+        ),
+        8,
+    ),
+    "max_unpool3d.default": keeps(
+        lambda h: _rows(
+            A.max_unpool3d.default(
+                *A.max_pool3d_with_indices.default(_image(h)[..., None], [2, 1, 1]),
+                [2, 2, 1],
+                [2, 1, 1],
+                [0, 0, 0],
+            )
+        ),
+        8,
+    ),
     "max_pool1d.default": keeps(lambda h: A.max_pool1d.default(h.mT, [2]).mT, 8),
     "avg_pool1d.default": keeps(lambda h: A.avg_pool1d.default(h.mT, [2]).mT, 8),
     "adaptive_avg_pool1d.default": keeps(lambda h: A.adaptive_avg_pool1d.default(h.mT, [2]).mT, 8),
@@ -749,6 +864,10 @@ POOLING: dict[str, Case] = {
     "upsample_linear1d.vec": keeps(lambda h: A.upsample_linear1d.vec(h.mT, [9], False, None).mT, 8),
     "max_pool2d.default": keeps(lambda h: _rows(A.max_pool2d.default(_image(h), [2, 1])), 8),
     "avg_pool2d.default": keeps(lambda h: _rows(A.avg_pool2d.default(_image(h), [2, 1])), 8),
+    "avg_pool2d.default (over rows)": keeps(lambda h: A.avg_pool2d.default(h, [2, 1]), 8),
+    "avg_pool2d.default (over it)": frozen(
+        lambda h: A.avg_pool2d.default(h, [2, 1], [1, 2]), "places of an image"
+    ),
     "adaptive_avg_pool2d.default": keeps(
         lambda h: _rows(A.adaptive_avg_pool2d.default(_image(h), [1, 1])), 8
     ),
@@ -820,5 +939,6 @@ FAMILIES: dict[str, dict[str, Case]] = {
     "counting": COUNTING,
     "reductions": REDUCTIONS,
     "contractions": CONTRACTIONS,
+    "recurrent": RECURRENT,
     "pooling": POOLING,
 }

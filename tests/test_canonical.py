@@ -169,3 +169,52 @@ def test_places_out_of_order_stay_picked() -> None:
     program = captured(lambda h: h + h[..., torch.tensor([2, 1])].sum(-1, keepdim=True))
     assert "aten.index.Tensor" in targets(program)
     assert "picked by index" in gp.analyze(program).explain("a.weight", 0)
+
+
+def test_no_two_uses_are_one_through_a_value_that_is_the_same_everywhere() -> None:
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = (
+                nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6)) for _ in range(2)
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            offset = torch.zeros(1, 1, 8)
+            spread = x[:1, :1, :1].expand(1, 1, 8)
+            for layer in (self.first, self.second):
+                x = x + layer[2](layer[1](layer[0](x) + offset) * spread)
+            return x
+
+    program = gp.capture(Layers(), (X,))
+    coupling = gp.analyze(program)
+    assert [group.size for group in coupling.groups] == [8, 8]
+    plan = random_plan(coupling)
+    gp.verify(program, plan, plan.apply(program))
+
+
+def test_what_is_written_in_place_stays_one() -> None:
+    def function(h: Tensor) -> Tensor:
+        zeros = torch.zeros(8)
+        zeros[:4] += h.mean((0, 1))[:4]
+        return h + zeros + zeros.sin()
+
+    program = captured(function)
+    assert [str(n.target) for n in program.graph.nodes].count("aten.zeros.default") == 1
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_a_weight_norm_is_a_direction_and_a_length(dim: int) -> None:
+    torch.manual_seed(0)
+    inner = nn.utils.parametrizations.weight_norm(
+        nn.Linear(8, 8), dim=dim % 2 if dim >= 0 else None
+    )
+    model = nn.Sequential(nn.Linear(6, 8), inner, nn.Linear(8, 5))
+    program = gp.capture(model, (X,))
+    torch.testing.assert_close(program(X)["output"], model(X))
+    coupling = gp.analyze(program)
+    assert not coupling.types.facts.unruled
+    assert {(group.size, group.exactness) for group in coupling.groups} == {(8, "exact")}
+    assert len(coupling.groups) == 2
+    plan = random_plan(coupling)
+    gp.verify(program, plan, plan.apply(program))

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from architectures import (
     ARCHITECTURES,
     DECODERS,
@@ -18,9 +20,12 @@ from architectures import (
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import masking_utils
 
 import graphprune as gp
+from graphprune.capture import _capture_transformers
 from graphprune.errors import CaptureError, UsageError
+from graphprune.examples import example_of
 from graphprune.program import PAST, PRESENT, Program, module_path, source_line
 
 CLOSE = 1e-5
@@ -177,6 +182,173 @@ def test_image_models_equal_transformers(name: str) -> None:
     with torch.no_grad():
         expected = model_of(name)(**inputs).logits
     assert relative_error(expected, program(**inputs)["logits"]) < CLOSE
+
+
+# -- inputs that follow from the config ---------------------------------------------------------
+
+
+def _whisper() -> Any:
+    torch.manual_seed(0)
+    config = transformers.WhisperConfig(
+        vocab_size=32,
+        num_mel_bins=6,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=20,
+        decoder_ffn_dim=20,
+        max_source_positions=10,
+        max_target_positions=16,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+    )
+    return transformers.WhisperForConditionalGeneration(config).eval()
+
+
+def _wav2vec2() -> Any:
+    torch.manual_seed(0)
+    config = transformers.Wav2Vec2Config(
+        vocab_size=12,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=20,
+        conv_dim=[8, 8],
+        conv_stride=[5, 2],
+        conv_kernel=[10, 3],
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+        num_feat_extract_layers=2,
+    )
+    return transformers.Wav2Vec2ForCTC(config).eval()
+
+
+def test_a_waveform_is_dynamic_from_the_length_of_its_example_on() -> None:
+    model = _wav2vec2()
+    program = gp.capture(model)
+    (waveform,) = program.inputs
+    assert waveform.name == "input_values"
+    batch, length = waveform.shape
+    assert isinstance(batch, str)
+    assert program.within(length, 7) == 16 * model.config.inputs_to_logits_ratio == 160
+    assert program.notes == ("captured for lengths from 160 on: shorter ones were not tried",)
+    samples = torch.randn(3, 201)
+    with torch.no_grad():
+        expected = model(samples).logits
+    assert relative_error(expected, program(input_values=samples)["logits"]) < CLOSE
+
+
+def test_features_take_the_layout_and_the_number_of_frames_that_the_model_accepts() -> None:
+    model = _whisper()
+    program = gp.capture(model)
+    features, ids = program.inputs
+    assert (features.name, ids.name) == ("input_features", "decoder_input_ids")
+    assert features.shape[1:] == (6, 20)
+    assert all(isinstance(size, str) for size in (features.shape[0], *ids.shape))
+    inputs = {"input_features": torch.randn(4, 6, 20), "decoder_input_ids": torch.ones(4, 5).long()}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    assert relative_error(expected, program(**inputs)["logits"]) < CLOSE
+
+
+def _fed(main: str, accepted: Callable[[Tensor], bool], **fields: Any) -> Any:
+    """A transformers model whose main input is `main`, which runs only on what is accepted."""
+    config = transformers.PretrainedConfig(**fields)
+
+    class Fed(transformers.PreTrainedModel):
+        main_input_name = main
+        config_class = transformers.PretrainedConfig
+
+        def __init__(self) -> None:
+            super().__init__(config)
+            self.weight = nn.Parameter(torch.ones(1))
+            self.tried: list[tuple[int, ...]] = []
+
+        def forward(self, inputs: Any = None, input_features: Any = None, **_: Any) -> Tensor:
+            given = inputs if input_features is None else input_features
+            self.tried.append(tuple(given.shape))
+            if not accepted(given):
+                raise ValueError("not these")
+            return given
+
+    return Fed()
+
+
+@pytest.mark.parametrize(
+    ("main", "accepted", "shape"),
+    [
+        ("input_features", lambda x: x.shape[2] == 7, (2, 72, 7)),
+        ("input_features", lambda x: x.shape[1] == 7, (2, 7, 72)),
+        ("input_features", lambda x: x.shape[2] == 28, (2, 72, 28)),
+        ("input_features", lambda x: x.shape[1:] == (7, 50), (2, 7, 50)),
+        ("inputs", lambda x: x.dtype == torch.int64, (2, 8)),
+        ("inputs", lambda x: x.shape[1:] == (3, 24, 24), (2, 3, 24, 24)),
+        ("inputs", lambda x: x.dtype.is_floating_point and x.ndim == 2, (2, 16 * 5)),
+    ],
+)
+def test_the_first_layout_that_the_model_takes_is_the_example(
+    main: str, accepted: Callable[[Tensor], bool], shape: tuple[int, ...]
+) -> None:
+    fields = {"num_mel_bins": 7, "max_source_positions": 25, "image_size": 24}
+    model = _fed(main, accepted, inputs_to_logits_ratio=5, **fields)
+    example = example_of(model)
+    assert example.inputs[main].shape == shape
+    assert 0 in example.dims[main]
+
+
+def test_a_main_input_of_which_nothing_is_known_is_named() -> None:
+    with pytest.raises(
+        CaptureError, match=r"Fed takes 'glyphs', for which no example can be made:"
+    ):
+        gp.capture(_fed("glyphs", lambda x: True))
+
+
+def test_a_main_input_that_the_model_never_takes_is_named_with_its_reason() -> None:
+    model = _fed("input_features", lambda x: False, num_mel_bins=7)
+    why = r"takes 'input_features', .* can be made \(the model: ValueError: not these\)"
+    with pytest.raises(CaptureError, match=why):
+        gp.capture(model)
+    assert (2, 72, 7) in model.tried
+
+
+class _Masked(nn.Module):
+    """A stand-in for a model that makes its mask with vmap."""
+
+    device = torch.device("cpu")
+    main_input_name = "input_ids"
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.config = transformers.PretrainedConfig()
+        self.function = function
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, input_ids: Tensor, return_dict: bool = True) -> dict[str, Tensor]:
+        places = [torch.arange(size) for size in (1, 1, input_ids.shape[1], input_ids.shape[1])]
+        mask = masking_utils._vmap_expansion_sdpa(self.function)(*places)
+        return {"logits": self.weight * mask.float().sum(-1) + input_ids[:, None]}
+
+
+def _masked(function: Callable[..., Tensor]) -> Program:
+    return _capture_transformers(_Masked(function), cache=False)
+
+
+def test_a_mask_that_is_made_by_vmap_is_captured_for_every_length() -> None:
+    program = _masked(lambda batch, head, q, kv: (q - kv).abs() < 3)
+    assert all(isinstance(size, str) for size in program.inputs[0].shape)
+    assert not [node for node in program.graph.nodes if "batch_dim" in str(node.target)]
+    ids = torch.zeros(3, 11, dtype=torch.int64)
+    counts = [min(i + 2, 10) - max(i - 2, 0) + 1 for i in range(11)]
+    assert program(input_ids=ids)["logits"][2, 0].tolist() == counts
+
+
+def test_a_mask_that_looks_at_all_places_at_once_is_refused() -> None:
+    with pytest.raises(CaptureError, match="a mask that is no function of each place alone"):
+        _masked(lambda batch, head, q, kv: q - kv < (q + kv).amax() - 4)
 
 
 # -- weights ------------------------------------------------------------------------------------

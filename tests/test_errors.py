@@ -35,6 +35,7 @@ from graphprune.errors import (
     EvaluationError,
     GraphPruneError,
     MergeError,
+    NothingToPrune,
     OutputError,
     PipelineError,
     PlanError,
@@ -278,7 +279,7 @@ COMMANDS: dict[str, Case] = {
         run(passes="merge-kv-heads{groups=3}"),
     ),
     "a ratio that removes nothing": Case(
-        SelectionError,
+        NothingToPrune,
         ["pass 1 (prune)", "nothing to prune", "4 units"],
         run(passes="prune{target=kv-heads ratio=0.1 criterion=l1}"),
     ),

@@ -34,6 +34,20 @@ class Norm(nn.Module):
         return gain * normed
 
 
+class Linear(nn.Module):
+    """A norm without a gain, before a linear layer; `shared` uses its weight twice."""
+
+    def __init__(self, shared: bool = False) -> None:
+        super().__init__()
+        self.norm = Norm(0.0, gain=False)
+        self.layer = nn.Linear(_NEW, 5)
+        self.shared = shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(self.norm(x))
+        return y + self.layer.weight.sum() if self.shared else y
+
+
 class Shared(nn.Module):
     """A norm whose gain is used elsewhere too."""
 
@@ -72,7 +86,9 @@ def rescaled(module: nn.Module) -> Program:
     return program
 
 
-@pytest.mark.parametrize("module", [Norm(0.0), Norm(1.0), Fused()], ids=["w", "1 + w", "fused"])
+@pytest.mark.parametrize(
+    "module", [Norm(0.0), Norm(1.0), Fused(), Linear()], ids=["w", "1 + w", "fused", "linear"]
+)
 def test_is_the_same_function(module: nn.Module) -> None:
     program = rescaled(module)
     before = {name: weight.clone() for name, weight in program.weights.items()}
@@ -94,7 +110,11 @@ def test_without_rescaled_norms_it_is_the_same_object() -> None:
     assert fold_rescaled_norms(program) is program
 
 
-@pytest.mark.parametrize("module", [Norm(0.0, gain=False), Shared()], ids=["none", "shared"])
+@pytest.mark.parametrize(
+    "module",
+    [Norm(0.0, gain=False), Shared(), Linear(shared=True)],
+    ids=["none", "shared", "linear"],
+)
 def test_refuses_a_norm_without_a_gain_of_its_own(module: nn.Module) -> None:
     with pytest.raises(BackendError, match="has no plain form"):
         fold_rescaled_norms(rescaled(module))

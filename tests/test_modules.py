@@ -419,7 +419,7 @@ FOUND = {
     "shufflenet": "channel 2, residual 6, channel 3",
     "shufflenet-v2": "ffn 4, channel 4, channel 4",
     "resnext": "channel 4, channel 3, channel 2, ffn 6",
-    "norms": "channel 8, channel 4, channel 6, ffn 10",
+    "norms": "channel 8, channel 4, channel 3, channel 6, ffn 10",
     "super-resolution": "channel 6, channel 5, channel 2, channel 2, channel 3",
     "vit": "residual 12, kv-head 3, head-dim 4, ffn 20, kv-head 3, head-dim 4, ffn 20",
     "swin": "kv-head 3, residual 12, head-dim 4, ffn 10",
@@ -559,11 +559,10 @@ def test_shuffled_channels_keep_their_groups() -> None:
     ]
 
 
-def test_channels_within_a_normalised_group_stay() -> None:
-    assert [group.size for group in groups_at("norms", "norms.1.weight")] == [4]
-    assert "mean and variance are taken over it" in coupling_of("norms").explain(
-        "norms.1.weight", 0
-    )
+def test_whole_normalised_groups_go_exactly_and_channels_of_each_approximately() -> None:
+    found = groups_at("norms", "norms.1.weight")
+    assert [(group.size, group.exactness) for group in found] == [(4, "exact"), (3, "approximate")]
+    assert "mean and variance over it at aten.group_norm.default" in found[1].why
 
 
 def test_slopes_and_shuffled_pixels_follow_their_channels() -> None:
@@ -614,6 +613,70 @@ def test_a_hidden_unit_has_a_row_in_every_gate(name: str, gates: int) -> None:
     (rows,) = [m for m in group.members if (m.weight, m.dim) == ("cell.weight_hh_l0", 0)]
     assert rows.indices(2) == [2 + 7 * gate for gate in range(gates)]
     assert "up.weight" in group.weights()
+
+
+class Standardised(nn.Module):
+    """A convolution whose weight is brought to mean 0 and variance 1 before each use."""
+
+    def __init__(self, by_hand: bool) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3)
+        self.norm, self.head = nn.GroupNorm(2, 6), Head(6)
+        self.by_hand = by_hand
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.inner.weight
+        if self.by_hand:
+            variance, mean = torch.var_mean(weight, (1, 2, 3), keepdim=True)
+            weight = (weight - mean) / (variance + 1e-5).sqrt()
+        else:
+            flat = weight.reshape(1, len(weight), -1)
+            weight = F.batch_norm(flat, None, None, training=True).reshape_as(weight)
+        return self.head(self.norm(F.conv2d(F.relu(self.first(x)), weight)))
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_inputs_of_a_standardised_weight_go_approximately(by_hand: bool) -> None:
+    torch.manual_seed(0)
+    program = gp.capture(Standardised(by_hand).eval(), example_inputs=(torch.randn(2, 3, 8, 8),))
+    coupling = gp.analyze(program)
+    exactness = {group.size: group.exactness for group in coupling.groups}
+    assert exactness == {8: "approximate", 2: "exact", 3: "approximate"}
+    for seed in range(2):
+        plan = random_plan(coupling, ratio=None, seed=seed)
+        gp.verify(program, plan, plan.apply(program))
+
+
+def test_a_layer_norm_that_is_written_out_is_as_the_one_that_is_not() -> None:
+    class Written(nn.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            wide = x.to(torch.float64)
+            mean = wide.mean(-1, keepdim=True)
+            variance = (wide - mean).pow(2).mean(-1, keepdim=True)
+            return self.weight * ((wide - mean) * torch.rsqrt(variance + 1e-5)).to(x.dtype)
+
+    class Stream(nn.Module):
+        def __init__(self, norm: type[nn.LayerNorm]) -> None:
+            super().__init__()
+            self.first, self.norm = nn.Linear(6, 8), norm(8, bias=False)
+            self.inner, self.last = nn.Linear(8, 8), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.last(x + self.inner(F.silu(self.norm(x))))
+
+    found = []
+    for norm in (nn.LayerNorm, Written):
+        torch.manual_seed(0)
+        program = gp.capture(Stream(norm).eval(), example_inputs=(torch.randn(2, 4, 6),))
+        coupling = gp.analyze(program)
+        (group,) = coupling.groups
+        assert group.exactness == "approximate"
+        plan = random_plan(coupling)
+        pruned = plan.apply(program)
+        gp.verify(program, plan, pruned)
+        found.append(pruned(torch.ones(2, 4, 6))["output"])
+    torch.testing.assert_close(*found)
 
 
 # -- what is not --------------------------------------------------------------------------------

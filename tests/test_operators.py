@@ -114,6 +114,8 @@ UNREACHABLE = {
         "capture computes it, unless its size is dynamic",
     ),
     "lift_fresh.default": "capture makes a copy of it",
+    "squeeze.dim": "capture writes down which dimensions are of one place",
+    "squeeze.default": "capture writes down which dimensions are of one place",
 }
 """Rules of operators that graphs of this module do not end up with."""
 

@@ -20,6 +20,7 @@ PASSES = {
     "prune",
     "merge-kv-heads",
     "sparsify",
+    "reconstruct",
     "verify",
     "save-pretrained",
     "export-onnx",

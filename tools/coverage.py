@@ -38,11 +38,13 @@ from coverage_table import headline, table
 from rich.console import Console
 from rich.progress import track
 from tiny_models import TASKS, tiny_model, types_of
+from torch.fx import Node
 
 import graphprune as gp
 from graphprune.backends.huggingface import loadability
 from graphprune.capture import capture
 from graphprune.coupling import Coupling, Group
+from graphprune.examples import example_of
 from graphprune.merge import find_heads, merge_of
 from graphprune.plan import Cut, Plan, Step, cut_of
 from graphprune.program import Program, module_path, source_line
@@ -104,11 +106,8 @@ def _stage(row: Row, name: str, call: Callable[[], Any]) -> Any:
 
 
 def _run_eager(model: Any) -> str:
-    from graphprune.capture import _example_inputs
-
-    inputs, _ = _example_inputs(model)
     with torch.no_grad():
-        return type(model(**inputs)).__name__
+        return type(model(**example_of(model).inputs)).__name__
 
 
 def _compare_with_eager(program: Program, model: Any) -> float:
@@ -153,13 +152,25 @@ def _attentions(coupling: Coupling) -> list[Any]:
 
 
 def _layers(coupling: Coupling) -> Iterator[str]:
-    """Matrices of attention, MLPs and the like: those of repeated layers, which have a number."""
+    """Matrices of attention, MLPs and the like: those of modules inside numbered, repeated ones.
+
+    One that only leads from residual streams to residual streams, such as a convolution between
+    stages, has nothing of its own to prune and is none of them.
+    """
     program = coupling.program
     for name, node in program.weight_nodes():
-        inside = any(part.isdigit() for part in name.split("."))
+        inside = any(part.isdigit() for part in name.split(".")[:-2])
         matrix = program.kinds[name] == "parameter" and program.weights[name].ndim > 1
-        if inside and matrix and node.users:
+        if inside and matrix and node.users and not _joins_residuals(coupling, node):
             yield name
+
+
+def _joins_residuals(coupling: Coupling, weight: Node) -> bool:
+    types = coupling.types
+    atoms = [atom for axis in types.of[weight] for atom in types.axes.atoms(axis)]
+    frozen = {atom: types.frozen[atom].why for atom in atoms if atom in types.frozen}
+    groups = [coupling.group_of(a) for a in atoms if frozen.get(a) != "places of a kernel"]
+    return all(group is not None and group.role == "residual" for group in groups)
 
 
 def _reason(frozen: Any) -> str:

@@ -103,6 +103,39 @@ SMALL: dict[str, Any] = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
     "chunk_size": 8,
+    "depths": 1,
+    "depth": 1,
+    "hidden_sizes": [16, 32, 48, 64, 80],
+    "embed_dims": [16, 32, 48, 64],
+    "conv_dim": 16,
+    "conv_channels": 16,
+    "conv_depthwise_kernel_size": 5,
+    "conv_kernel_size": 5,
+    "subsampling_conv_channels": 16,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+    "classifier_proj_size": 32,
+    "output_hidden_size": 32,
+    "codevector_dim": 16,
+    "proj_codevector_dim": 16,
+    "num_codevectors_per_group": 8,
+    "tdnn_dim": 16,
+    "xvector_output_dim": 16,
+    "context_size": 16,
+    "input_dim": 16,
+    "input_feat_per_channel": 16,
+    "feature_projection_input_dim": 16,
+    "left_max_position_embeddings": 8,
+    "position_buckets": 8,
+    "speech_encoder_layers": 2,
+    "speech_encoder_attention_heads": 4,
+    "speech_encoder_intermediate_size": 48,
+    "encoder_num_hidden_layers": 2,
+    "decoder_num_hidden_layers": 2,
+    "encoder_num_attention_heads": 4,
+    "decoder_num_attention_heads": 4,
+    "encoder_num_key_value_heads": 4,
+    "decoder_num_key_value_heads": 4,
     "image_size": 32,
     "patch_size": 8,
     "num_mel_bins": 16,
@@ -110,6 +143,7 @@ SMALL: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 2,
     "decoder_start_token_id": 2,
+    "blank_token_id": 6,
     "image_token_id": 3,
     "audio_token_id": 4,
     "video_token_id": 5,
@@ -118,6 +152,15 @@ SMALL: dict[str, Any] = {
 }
 """Field of a config -> a small value, wherever a config has that field."""
 
+_STAGES = {"depths": [1, 2], "num_heads": [2, 4], "embed_dim": 16}
+_WINDOWS = {**_STAGES, "patch_size": 2, "window_size": 4}
+_SPEECH_CONFORMER = {
+    "hidden_dim": 32,
+    "dim_head": 8,
+    "output_dim": 12,
+    "max_pos_emb": 32,
+}
+_TOKENIZER = {"num_filters": 4, "downsampling_ratios": [2, 4], "depths": [1, 1, 1]}
 _HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 _MLA = {"num_key_value_heads": 4}
 
@@ -126,6 +169,11 @@ FIELDS: dict[str, dict[str, Any]] = {
     "axk2": _MLA,
     "bailing_hybrid": {**_MLA, **_HYBRID},
     "bamba": {"attn_layer_indices": [1]},
+    "bit": {"num_groups": 4, "embedding_size": 16},
+    "blip_2_qformer": {"encoder_hidden_size": 32},
+    "blt": {"num_hidden_layers": 2, "encoder_hash_byte_group_vocab": 64},
+    "blt_local_decoder": {"hidden_size_global": 32},
+    "blt_local_encoder": {"hidden_size_global": 32},
     "codegen": {"rotary_dim": 4},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
@@ -134,6 +182,9 @@ FIELDS: dict[str, dict[str, Any]] = {
             for kind in ("sliding_attention", "full_attention")
         },
     },
+    "convnext": {"patch_size": 2},
+    "convnextv2": {"patch_size": 2},
+    "cvt": {"embed_dim": [16, 32, 48], "num_heads": [1, 2, 3], "depth": [1, 2, 3]},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 16, "moe_top_k": 2, "hidden_size": 32},
@@ -141,7 +192,37 @@ FIELDS: dict[str, dict[str, Any]] = {
     "deepseek_v2": _MLA,
     "deepseek_v3": _MLA,
     "deepseek_v32": _MLA,
+    "dia_decoder": {
+        "cross_num_attention_heads": 4,
+        "cross_num_key_value_heads": 4,
+        "cross_head_dim": 8,
+        "cross_hidden_size": 32,
+    },
+    "donut-swin": _WINDOWS,
+    "dots3_note_audio_encoder": {
+        "num_key_value_heads": 4,
+        "downsample_hidden_size": 16,
+        "adapter_input_size": 32,
+        "adapter_out_dim": 32,
+        "conv_output_size": 256,
+    },
+    "dots3_note_text": {
+        **_MLA,
+        "per_layer_config": {},
+        "index_topk": 4,
+        "index_head_dim": 16,
+        "index_n_heads": 4,
+    },
+    "dots3_note_vision_encoder": {
+        "per_layer_config": {},
+        "adapter_in_dim": 32,
+        "adapter_out_dim": 32,
+    },
+    "efficientnet": {"width_coefficient": 0.1, "depth_coefficient": 0.3, "hidden_dim": 128},
+    "esmc": _MLA,
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_d_head": 16},
+    "focalnet": {"embed_dim": 16, "focal_levels": [2] * 4},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
     "gemma3n_text": {
         "num_kv_shared_layers": 0,
         "num_hidden_layers": 5,
@@ -159,24 +240,88 @@ FIELDS: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": _MLA,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "gptj": {"rotary_dim": 4},
+    "granite_speech5_encoder": _MLA,
+    "granite_speech_encoder": _SPEECH_CONFORMER,
+    "granite_speech_plus_encoder": _SPEECH_CONFORMER,
     "granitemoehybrid": _HYBRID,
+    "hgnet_v2": {
+        "embedding_size": 16,
+        "stem_channels": [3, 8, 16],
+        "stage_in_channels": [16, 16, 32, 48],
+        "stage_mid_channels": [8, 8, 16, 16],
+        "stage_out_channels": [16, 32, 48, 64],
+        "stage_num_blocks": [1, 1, 2, 1],
+        "stage_numb_of_layers": [2, 2, 2, 2],
+    },
+    "hiera": {"embed_dim": 16},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {**_MLA, **_HYBRID, "linear_head_dim": 8, "linear_num_heads": 4},
+    "kyutai_speech_to_text": {
+        "num_codebooks": 4,
+        "codebook_vocab_size": 32,
+        "audio_pad_token_id": 224,
+    },
+    "levit": {
+        "image_size": 64,
+        "patch_size": 16,
+        "hidden_sizes": [16, 32, 48],
+        "num_attention_heads": [2, 4, 6],
+        "key_dim": [8, 8, 8],
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "lfm3": {"num_hidden_layers": 4},
     "longcat_flash": _MLA,
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
+    "masked-lm:reformer": {"is_decoder": False},
+    "mimi": {"upsample_groups": 4, "num_filters": 4, "codebook_dim": 16, "codebook_size": 32},
     "minicpm3": _MLA,
+    "mobilebert": {"hidden_size": 48, "true_hidden_size": 32, "intra_bottleneck_size": 32},
+    "mobilenet_v1": {"depth_multiplier": 0.125},
+    "mobilenet_v2": {"depth_multiplier": 0.125},
+    "mobilevit": {
+        "hidden_sizes": [16, 24, 32],
+        "neck_hidden_sizes": [16, 16, 24, 32, 40, 48, 64],
+        "patch_size": 2,
+    },
+    "mobilevitv2": {
+        "image_size": 64,
+        "patch_size": 2,
+        "width_multiplier": 0.125,
+        "n_attn_blocks": [1, 1, 1],
+    },
+    "moonshine_streaming": {"num_key_value_heads": 4},
+    "moonshine_streaming_encoder": {
+        "num_key_value_heads": 4,
+        "sliding_windows": [[16, 4], [16, 0]],
+    },
+    "nemotron3_diarization": {"head_config": {"audio_hidden_size": 32}},
     "nemotron_h": {
         "layers_block_type": ["mamba", "attention", "mlp", "moe"],
         "n_groups": 1,
         "moe_shared_expert_intermediate_size": 16,
     },
+    "neomme": {"per_layer_config": {}, "head_dim": 16},
+    "perceiver": {
+        "num_latents": 8,
+        "d_latents": 32,
+        "num_self_attends_per_block": 1,
+        "num_self_attention_heads": 4,
+        "num_cross_attention_heads": 4,
+    },
     "phi4_multimodal": {"vision_config": {"hidden_size": 32, "image_size": 32, "patch_size": 8}},
+    "pp_lcnet": {"scale": 0.25, "class_expand": 64},
     "qwen3_5_moe_text": _HYBRID,
     "qwen3_5_text": _HYBRID,
+    "qwen3_asr_encoder": {"downsample_hidden_size": 16, "output_dim": 32},
     "qwen3_next": _HYBRID,
-    "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention"]},
+    "qwen4_exp_text": {
+        "layer_types": ["linear_attention", "indexed_attention"],
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 4,
+        "indexer_compress_ratio": 2,
+    },
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "attention_window_size": 64},
     "reformer": {
         "is_decoder": True,
@@ -185,14 +330,25 @@ FIELDS: dict[str, dict[str, Any]] = {
         "attn_layers": ["local", "local"],
         "local_attn_chunk_length": 4,
     },
+    "regnet": {"groups_width": 8},
     "roc_bert": {"pronunciation_vocab_size": VOCABULARY, "shape_vocab_size": VOCABULARY},
+    "shieldgemma2": {"yes_token_index": 6, "no_token_index": 7},
+    "swin": _WINDOWS,
+    "swinv2": {**_WINDOWS, "pretrained_window_sizes": [0, 0]},
+    "textnet": {"stem_out_channels": 16},
+    "vibevoice_acoustic_tokenizer": _TOKENIZER,
+    "vibevoice_acoustic_tokenizer_encoder": _TOKENIZER,
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128, "chunk_size": 64},
     "xmod": {"default_language": "en_XX"},
     "youtu": _MLA,
-    "zamba": {"layers_block_type": ["linear_attention", "hybrid"]},
+    "zamba": {
+        "num_hidden_layers": 3,
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+    },
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
 }
-"""Model type -> fields whose values above do not fit together in it."""
+"""Model type (after its task, where that matters) -> fields whose values above do not fit it."""
 
 
 def types_of(task: str) -> list[str]:
@@ -211,15 +367,25 @@ def tiny_config(model_type: str, fields: Mapping[str, Any] | None = None) -> Any
 
 def _shrunk(config_class: Any, fields: Mapping[str, Any]) -> Any:
     names = inspect.signature(config_class.__init__).parameters
-    values = {name: value for name, value in SMALL.items() if name in names}
-    values |= FIELDS.get(config_class.model_type, {})
-    inner = [name for name in getattr(config_class, "sub_configs", {}) if name in names]
-    default = config_class() if inner else None
-    for name in inner:
-        held = getattr(default, name, None)
-        if held is not None and name not in values:
-            values[name] = _shrunk(type(held), {})
-    return config_class(**{**values, **fields})
+    try:
+        default = config_class()
+    except Exception:  # noqa: BLE001 - some configs have no defaults that fit together
+        default = None
+    held = {} if default is None else vars(default)
+    values = {name: _like(held.get(name), value) for name, value in SMALL.items() if name in names}
+    values |= {**FIELDS.get(config_class.model_type, {}), **fields}
+    for name in getattr(config_class, "sub_configs", {}):
+        if name in names and (held.get(name) is not None or name in values):
+            inner = type(held[name]) if name in held else config_class.sub_configs[name]
+            values[name] = _shrunk(inner, values.get(name, {}))
+    return config_class(**values)
+
+
+def _like(default: Any, value: Any) -> Any:
+    """`value` for as many stages as `default` is a list for; `default` where it is a number."""
+    if isinstance(default, list | tuple):
+        return value[: len(default)] if isinstance(value, list) else [value] * len(default)
+    return default if isinstance(value, list) else value
 
 
 def tiny_model(task: str, model_type: str) -> nn.Module:
@@ -231,7 +397,7 @@ def tiny_model(task: str, model_type: str) -> nn.Module:
     name = name if isinstance(name, str) else name[0]
     torch.manual_seed(0)
     model_class = getattr(transformers, name)
-    config = tiny_config(model_type)
+    config = tiny_config(model_type, FIELDS.get(f"{task}:{model_type}"))
     if not isinstance(config, model_class.config_class):  # of a model with other inputs beside text
         config = config.get_text_config(decoder=True)
     model: nn.Module = model_class(config)

@@ -17,7 +17,14 @@ from typing import Any, Literal
 from torch import nn
 
 from graphprune.axes import Atom, Axis, Product
-from graphprune.backends.hf_config import Builder, Changes, Place, Search, needed_sizes
+from graphprune.backends.hf_attributes import AttributeSearch, merged, of_layers
+from graphprune.backends.hf_config import (
+    Builder,
+    Changes,
+    Place,
+    Search,
+    needed_sizes,
+)
 from graphprune.backends.hf_layers import LayerSearch, pruned_class
 from graphprune.backends.hf_model import (
     difference,
@@ -51,9 +58,10 @@ class Loadability:
     layers
         Path of a layer -> its own config fields, where layers differ.
     shapes
-        Path of a parameter -> its sizes, where no config field sets them.
+        Path of a weight -> its sizes, where no config field sets them.
     attributes
-        Path of a module -> numbers of it that no config field gives, such as an epsilon.
+        Path of a module -> numbers of it that no config field gives, such as an epsilon or a count
+        of heads.
     buffers
         Buffers that the model would compute with other values from its config.
     notes
@@ -65,7 +73,7 @@ class Loadability:
     changes: Mapping[str, Any] = field(default_factory=dict)
     layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     shapes: Mapping[str, list[int]] = field(default_factory=dict)
-    attributes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     buffers: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -163,31 +171,43 @@ class _Decision:
         return None, first or search.reason
 
     def _resized(self, reason: str) -> Decided | None:
-        """The model of the config as it was, with some parameters of other sizes."""
-        if self.norms or not self.base_class.__module__.startswith("transformers."):
+        """The model of the config as it was, with some weights and numbers of other sizes."""
+        if not self.base_class.__module__.startswith("transformers."):
             return None
         before = self.builder.sizes({}) or {}
         after = needed_sizes(self.program, derived=False)
-        kinds = self.program.kinds
         shapes = {n: list(s) for n, s in after.items() if before.get(n) != s}
-        if not shapes or any(n not in before or kinds[n] != "parameter" for n in shapes):
+        if not shapes or any(len(before.get(n, ())) != len(after[n]) for n in shapes):
             return None
-        found = Loadability("remote-code", reason, shapes=shapes, notes=self.notes)
-        return self._prove_layers(found)[0]
+        try:
+            found = Loadability(
+                "remote-code",
+                reason,
+                shapes=shapes,
+                attributes=self._attributes({}),
+                notes=self.notes,
+            )
+            return self._prove_resized(found)
+        except BackendError:
+            return None
+
+    def _prove_resized(self, found: Loadability) -> Decided | None:
+        if self.notes:
+            return Decided(found, self.program)
+        found, model = self._with_buffers(found)
+        layers = of_layers(self.program, model, found.shapes)
+        search = AttributeSearch(self.program, self.builder.model({}), self._unit_sizes)
+        attributes = search.run(model, merged(found.attributes, layers))
+        if attributes is None:
+            return None
+        return self._prove_layers(dataclasses.replace(found, attributes=attributes))[0]
 
     def _prove_layers(self, found: Loadability) -> tuple[Decided | None, str]:
         """`found`, completed by buffers and numbers that the model would compute otherwise."""
         if self.notes:
             return Decided(found, self.program), ""
         try:
-            model = self._pruned_model(found)
-            buffers = {
-                name: self.program.weights[name].double().tolist()
-                for name in differing_buffers(self.program, model)
-            }
-            if buffers:
-                found = dataclasses.replace(found, buffers=buffers)
-                model = self._pruned_model(found)
+            found, model = self._with_buffers(found)
             why = difference(self.program, model)
             if why:
                 # What a module computed from its sizes, such as the scale of attention, the program
@@ -198,6 +218,18 @@ class _Decision:
         except BackendError as error:
             return None, str(error)
         return (None, why) if why else (Decided(found, self.program, model), "")
+
+    def _with_buffers(self, found: Loadability) -> tuple[Loadability, Any]:
+        """`found` with the buffers that its model would compute otherwise, and the model."""
+        model = self._pruned_model(found)
+        buffers = {
+            name: self.program.weights[name].double().tolist()
+            for name in differing_buffers(self.program, model)
+        }
+        if not buffers:
+            return found, model
+        found = dataclasses.replace(found, buffers={**found.buffers, **buffers})
+        return found, self._pruned_model(found)
 
     def _pruned_model(self, found: Loadability) -> Any:
         config = self.builder.config(found.changes)

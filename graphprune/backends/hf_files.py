@@ -42,6 +42,8 @@ def write(program: Program, model: Any, directory: Path, cast: torch.dtype | Non
     # The model was loaded from weights as they are in memory; on disk they take the form in which
     # the checkpoints of its kind are published.
     model._weight_conversions = None
+    # Weights that its code would compute, such as positions, may have been cut or trained.
+    model._keys_to_ignore_on_save = set()
     with quiet():
         weights = _stored(program, model, source.stored_dtype, cast)
         model.save_pretrained(directory, state_dict=weights, max_shard_size="5GB")

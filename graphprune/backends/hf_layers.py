@@ -26,8 +26,8 @@ _TEXT = '''\
 """A pruned {base}: some of its sizes are its own. Needs torch and transformers only.
 
 Written by graphprune. The field "graphprune" of the config says what differs: "layers" gives, for
-the path of a layer, the config fields that it is built from; "shapes" gives parameters whose sizes
-no field sets, "attributes" numbers of modules, and "buffers" the values of buffers that the model
+the path of a layer, the config fields that it is built from; "shapes" gives weights whose sizes no
+field sets, "attributes" numbers of modules, and "buffers" the values of buffers that the model
 would otherwise compute from its sizes.
 """
 
@@ -80,13 +80,25 @@ class Pruned{base}({base}):
                 donors[key] = {base}(_sized(config, sizes), *args, **kwargs)
             self._replace(path, donors[key].get_submodule(path), sizes)
         for path, shape in changes.get("shapes", {{}}).items():
-            parent, _, name = path.rpartition(".")
-            held = self.get_submodule(parent)._parameters
-            held[name] = torch.nn.Parameter(held[name].new_empty(shape))
+            self._resize(path, shape)
         for path, attributes in changes.get("attributes", {{}}).items():
             for name, value in attributes.items():
+                value = tuple(value) if isinstance(value, list) else value
                 setattr(self.get_submodule(path), name, value)
         self._set_buffers()
+
+    def _resize(self, path, shape):
+        parent, _, name = path.rpartition(".")
+        module = self.get_submodule(parent)
+        if name in module._buffers:
+            module._buffers[name] = module._buffers[name].new_empty(shape)
+            return
+        old = module._parameters[name]
+        new = torch.nn.Parameter(old.new_empty(shape))
+        for module in self.modules():
+            for name, held in module._parameters.items():
+                if held is old:  # tied weights stay one
+                    module._parameters[name] = new
 
     def initialize_weights(self):
         # Buffers that no checkpoint holds are computed here, after everything else is loaded.

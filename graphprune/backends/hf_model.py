@@ -105,41 +105,56 @@ def difference(program: Program, model: Any) -> str:
     Both run on random inputs of two rows of five tokens (or two images). An output counts as equal
     within 1e-4 of its largest magnitude in float32, which is what other kernels may cost.
     """
+    return compare(program, model)[0]
+
+
+def compare(program: Program, model: Any) -> tuple[str, Exception | None]:
+    """As `difference`, with the exception that `model` raised, if it did."""
     inputs = _random_inputs(program, model)
     device = next(iter(program.weights.values())).device
-    ours = program(**{name: tensor.to(device) for name, tensor in inputs.items()})
+    try:
+        ours = program(**{name: tensor.to(device) for name, tensor in inputs.items()})
+    except Exception as error:  # noqa: BLE001 - a capture may have kept the sizes of its example
+        return f"the program does not run on other inputs: {_first_line(error)}", None
     try:
         with torch.no_grad(), quiet():
             theirs = model(**inputs, return_dict=True)
     except Exception as error:  # noqa: BLE001 - model code may fail in any way
-        return f"the model does not run: {_first_line(error)}"
+        return f"the model does not run: {_first_line(error)}", error
     tolerance = _TOLERANCE.get(dtype_of(program), 1e-4)
     for value in program.outputs:
         if value.name.startswith(PRESENT):
             continue
         expected, found = ours[value.name].cpu().double(), _output(theirs, value.name)
         if found is None or found.shape != expected.shape:
-            return f"the model has no output {value.name} of shape {tuple(expected.shape)}"
+            shape = tuple(expected.shape)
+            return f"the model has no output {value.name} of shape {shape}", None
         off = (found.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-12)
         if not off <= tolerance:
-            return f"{value.name} of the model differ by {off:.1e} from those of the program"
-    return ""
+            return f"{value.name} of the model differ by {off:.1e} from those of the program", None
+    return "", None
 
 
 def _output(outputs: Any, name: str) -> Tensor | None:
     found: dict[str, Any] = dict(outputs)
-    held = found.get(name)
+    held: Any = found
+    for step in name.split("."):
+        inner = dict(enumerate(held)) if isinstance(held, tuple | list) else held
+        key = int(step) if isinstance(held, tuple | list) else step
+        held = inner.get(key) if isinstance(inner, dict) else None
     if isinstance(held, Tensor):
         return held
     # A base model's first output is called "logits" in a captured decoder.
-    first: Any = next(iter(found.values()), None) if name == "logits" else None
-    return first if isinstance(first, Tensor) else None
+    held = next(iter(found.values()), None) if name == "logits" else None
+    return held if isinstance(held, Tensor) else None
 
 
 def _random_inputs(program: Program, model: Any) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    embedding = model.get_input_embeddings()
-    words = getattr(embedding, "num_embeddings", 2)
+    try:
+        words = getattr(model.get_input_embeddings(), "num_embeddings", 2)
+    except NotImplementedError:  # models of images have none
+        words = 2
     inputs = {}
     for value in program.inputs:
         if value.name.startswith(PAST):

@@ -43,6 +43,7 @@ def convert(program: Program, opset: int) -> onnx_ir.Model:
                 opset_version=opset,
                 input_names=[value.name for value in program.inputs],
                 output_names=output_names(program),
+                custom_translation_table={torch.ops.aten.sym_stride.int: _stride},
                 # Its own optimisation renames, merges and transposes weights.
                 optimize=False,
                 verbose=False,
@@ -70,6 +71,16 @@ def _reshaping(program: Program) -> ExportedProgram:
         )
     graph.output(tuple(results))
     for node in list(graph.nodes):
+        if node.target in (aten.rsub.Scalar, aten.rsub.Tensor):
+            _promote(node)
+        if node.target is aten.chunk.default:
+            _write_out_pieces(node)
+        if node.target in (
+            aten.max_pool1d.default,
+            aten.max_pool2d.default,
+            aten.max_pool3d.default,
+        ):
+            _keep_padding(node)
         if node.target not in (aten.view.default, aten.reshape.default):
             continue
         node.target = aten.reshape.default
@@ -87,6 +98,65 @@ def _reshaping(program: Program) -> ExportedProgram:
     return dataclasses.replace(program, graph_module=module).exported()
 
 
+def _stride(self: Any, dim: int) -> Any:
+    """The stride of a contiguous tensor: the exporter reads sizes from strides of inputs."""
+    from onnxscript import opset18
+
+    return opset18.ReduceProd(opset18.Shape(self, start=dim + 1), keepdims=False)
+
+
+def _keep_padding(node: fx.Node) -> None:
+    """Padding by zeros before a pool of maxima, as padding by the least number above zero.
+
+    ONNX Runtime's PadFusion gives zeros to the pool as padding of its own, which is of -inf.
+    """
+    pad = node.all_input_nodes[0]
+    names = [argument.name for argument in torch.ops.aten.pad.default._schema.arguments]
+    if pad.target is torch.ops.aten.pad.default:
+        given = {**dict(zip(names, pad.args, strict=False)), **pad.kwargs}
+        if given.get("mode", "constant") == "constant" and not given.get("value"):
+            pad.args = (pad.args[0], given["pad"])
+            tiny = torch.finfo(pad.meta["val"].dtype).tiny
+            pad.kwargs = {"mode": "constant", "value": tiny}
+
+
+def _write_out_pieces(node: fx.Node) -> None:
+    """Equal pieces of a dynamic size, as places of a dimension: a sequence cannot be simplified."""
+    whole, dim = node.args[0], node.args[2] if len(node.args) > 2 else 0
+    sizes = [piece.shape[dim] for piece in node.meta["val"]]
+    if any(size is not sizes[0] and str(size) != str(sizes[0]) for size in sizes):
+        return
+    with node.graph.inserting_before(node):
+        apart = _made(node, torch.ops.aten.unflatten.int, whole, dim, [len(sizes), -1])
+        for user in list(node.users):
+            piece = _made(user, torch.ops.aten.select.int, apart, dim, user.args[1])
+            user.replace_all_uses_with(piece)
+            node.graph.erase_node(user)
+    node.graph.erase_node(node)
+
+
+def _made(origin: fx.Node, target: Any, *args: Any) -> fx.Node:
+    """A call that stands for (a part of) `origin`."""
+    call = origin.graph.call_function(target, args)
+    values = fx.map_arg(args, lambda other: other.meta["val"])
+    mode = next(a.meta["val"].fake_mode for a in call.all_input_nodes)
+    with mode:
+        call.meta = {**origin.meta, "val": target(*values)}
+    return call
+
+
+def _promote(node: fx.Node) -> None:
+    """Whole numbers that are subtracted from a real one, as what they become by that."""
+    whole, kind = node.all_input_nodes[0], node.meta["val"].dtype
+    if whole.meta["val"].dtype != kind:
+        with node.graph.inserting_before(node):
+            cast = node.graph.call_function(
+                torch.ops.aten._to_copy.default, (whole,), {"dtype": kind}
+            )
+        cast.meta = {**whole.meta, "val": whole.meta["val"].to(kind)}
+        node.replace_input_with(whole, cast)
+
+
 def _with_meta(copy: fx.Node) -> fx.Node:
     """`copy`, a clone of its first argument, with the meta data of that."""
     meta = copy.all_input_nodes[0].meta
@@ -99,6 +169,11 @@ def simplify(model: onnx_ir.Model, weights: set[str]) -> None:
     import onnx_ir
     from onnx_ir.passes import common
     from onnxscript import optimizer, rewriter
+    from onnxscript.rewriter.rules.common import _no_op
+
+    # Its "x + 0" and "x * 1" are what is nearly so: an epsilon of 1e-8 would be dropped.
+    nearly = {id(rule) for rule in _no_op.rules}
+    rules = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if id(rule) not in nearly]
 
     def fold(node: onnx_ir.Node) -> bool | None:
         held = any(value is not None and value.name in weights for value in node.inputs)
@@ -108,7 +183,7 @@ def simplify(model: onnx_ir.Model, weights: set[str]) -> None:
         common.InlinePass()(model)
         for _ in range(2):
             optimizer.fold_constants_ir(model, should_fold=fold)
-            rewriter.rewrite(model)
+            rewriter.rewrite(model, rules)
         onnx_ir.passes.Sequential(
             common.CommonSubexpressionEliminationPass(),
             common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),

@@ -173,7 +173,7 @@ def _compare_decoder(pair: _Pair, names: Mapping[str, str]) -> tuple[str, ...]:
         if index == 0 and steps < STEPS:
             notes.append(f"{steps} decode steps: the model has {room} positions to try")
         for step in range(steps):
-            sizes = {"batch": batch, "sequence": 1, "past_sequence": 0}
+            sizes = {"batch": batch, "sequence": 1, "past_sequence": length + step}
             sizes["total_sequence"] = length + step + 1
             inputs = sample_inputs(program, {s: sizes[name] for s, name in names.items()}, step + 1)
             ours, theirs = pair.run({**inputs, **_caches(ours)}, _caches(theirs))

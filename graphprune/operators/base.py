@@ -60,10 +60,27 @@ class MeanLiteral:
 
 @dataclass(frozen=True)
 class Statistic:
-    """`node` centres or scales by statistics over `axis` that no rescaling makes exact."""
+    """`node` centres or scales by statistics over `axis` that no rescaling makes exact.
+
+    They are taken over what stays, as if nothing else had ever been there.
+
+    Parameters
+    ----------
+    node, axis
+        The operator and what its statistics run over.
+    dim
+        The dimension of its first operand that holds `axis`.
+    clears
+        Whether the result keeps that dimension; it is zero there at units that do not stay.
+    least
+        How many units must be left for the statistics to be finite.
+    """
 
     node: fx.Node
     axis: Axis
+    dim: int
+    clears: bool = False
+    least: int = 1
 
 
 @dataclass(frozen=True)
@@ -374,6 +391,11 @@ class Op:
         """Say that the node sums over `axis` of the product of `operands`."""
         if axis is not UNIT:
             self.facts.contractions.append(Contraction(self.node, axis, operands))
+
+    def statistic(self, axis: Axis, dim: int, *, clears: bool = False, least: int = 1) -> None:
+        """Say that the node takes statistics over `axis`, in dimension `dim` of its operand."""
+        if axis is not UNIT:
+            self.facts.statistics.append(Statistic(self.node, axis, dim, clears, least))
 
     def mark(self, kind: Use, axis: Axis) -> None:
         """Say how the node uses `axis`."""

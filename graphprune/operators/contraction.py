@@ -59,7 +59,7 @@ def add_matmul(op: Op) -> Type:
 def einsum(op: Op) -> Type:
     """One axis for each letter; letters that do not come out are summed over."""
     nodes = op.arg("tensors")
-    terms, output = _letters(op.arg("equation"), [len(op.types[node]) for node in nodes])
+    terms, output = letters_of(op.arg("equation"), [len(op.types[node]) for node in nodes])
     if any(len(set(term)) < len(term) for term in terms):
         return _all_frozen(op, f"einsum equation {op.arg('equation')!r} is not ruled")
     letters: dict[str, Axis] = {}
@@ -79,7 +79,7 @@ def einsum(op: Op) -> Type:
     return tuple(letters[letter] for letter in output)
 
 
-def _letters(equation: str, ranks: list[int]) -> tuple[list[str], str]:
+def letters_of(equation: str, ranks: list[int]) -> tuple[list[str], str]:
     """The letters of every operand and of the result; dots are numbers, counted from the last."""
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     terms = inputs.split(",")
@@ -231,3 +231,30 @@ def recurrent(op: Op) -> list[Type | None]:
     # A unit whose weights are zero stays at what a part of its state is: zero, where it starts so.
     op.vanishes_as(*((node,) for node in (*states, *weights)))
     return [(*type_[:2], out), *((layers, type_[batch], hidden) for _ in states)]
+
+
+@rule("lstm_cell.default", "gru_cell.default", zero=Zero.NEVER)
+@rule("rnn_tanh_cell.default", "rnn_relu_cell.default", zero=Zero.NEVER)
+def recurrent_cell(op: Op) -> Type | list[Type | None]:
+    """One step of a recurrent layer: gates of (gate hidden) from the input and the state."""
+    type_, states = op.type("input"), op.arg("hx")
+    several = isinstance(states, list | tuple)
+    states = list(states) if several else [states]
+    hidden = op.types[states[0]][-1]
+    for state in states:
+        op.broadcast((*type_[:-1], hidden), op.types[state], shape=op.shape(state))
+    weights = [op.arg(name) for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
+    weights = [weight for weight in weights if weight is not None]
+    rows = op.types[weights[0]][0]
+    gates = op.fixed(rows.size // hidden.size, "gates")
+    for weight in weights:
+        op.unify(op.types[weight][0], op.axes.product(gates, hidden))
+    for weight, source, node in zip(
+        weights, (type_[-1], hidden), (op.arg("input"), states[0]), strict=False
+    ):
+        op.unify(op.types[weight][1], source)
+        op.contract(op.types[weight][1], node, weight)
+        op.mark("linear", op.types[weight][1])
+    op.vanishes_as(*((node,) for node in (*states, *weights)))
+    out = (*type_[:-1], hidden)
+    return [out, out] if several else out

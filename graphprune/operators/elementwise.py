@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import fx
 
+from graphprune.axes import UNIT
 from graphprune.operators.base import Op, Type, Zero, rule
+from graphprune.operators.centring import is_centring
 
 # fmt: off
 _ZERO_AT_ZERO = [
@@ -101,6 +103,10 @@ def divide(op: Op) -> Type:
 @rule("lerp.Tensor", "lerp.Scalar", zero=Zero.ALL)
 def add(op: Op) -> Type:
     """Sum, difference, larger or smaller: zero where all operands are."""
+    if is_centring(op.node):
+        for dim, (axis, mean) in enumerate(zip(op.type("self"), op.type("other"), strict=True)):
+            if mean is UNIT:
+                op.statistic(axis, dim, clears=True)
     other = op.node.args[1] if len(op.node.args) > 1 else None
     number = not isinstance(other, fx.Node) or op.types.get(other) is None  # a size may be one
     if number and (isinstance(other, fx.Node) or other != 0):
@@ -167,6 +173,7 @@ def prelu(op: Op) -> Type:
 @rule("copy.default", zero=Zero.NEVER)
 def copy(op: Op) -> Type:
     """The values of another tensor after broadcasting."""
+    op.vanishes_as((op.arg("src"),))
     return op.broadcast(op.type("self"), op.type("src"))
 
 

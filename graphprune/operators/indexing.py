@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
 
+import torch
 from torch import fx
 
 from graphprune.axes import Axis
@@ -18,31 +19,62 @@ def embedding(op: Op) -> Type:
     return (*op.type("indices"), *table[1:])
 
 
-@rule("index.Tensor", zero=Zero.NEVER)
+@rule("index.Tensor", zero=Zero.KEEP)
 def index(op: Op) -> Type:
-    """Elements are picked by index along some axes, the others come through."""
-    type_, given, shape = op.type("self"), op.arg("indices"), op.shape()
-    at = [dim for dim, node in enumerate(given) if node is not None]
-    masks = any(node is not None and "bool" in str(node.meta["val"].dtype) for node in given)
-    for dim in at:
-        op.pick(type_[dim], given[dim])
-    kept = [axis for dim, axis in enumerate(type_) if dim not in at]
+    """Elements are picked by index or mask along some axes, the others come through."""
+    type_, shape = op.type("self"), op.shape()
+    kept, lead, gone = _indexed(op)
+    for dim, node in gone:
+        if _is_mask(node):
+            op.freeze(type_[dim], "its places are picked by a mask")
+        else:
+            op.pick(type_[dim], node)
     count = len(shape) - len(kept)
-    if masks or count < 0:
-        for axis in (*type_, *(axis for dim in at for axis in op.types[given[dim]])):
-            op.freeze(axis, "its places are picked by a mask")
-        return tuple(op.fixed(size, "picked by a mask") for size in shape)
-    op.zero = Zero.KEEP
-    picked = op.broadcast(
-        *(op.types[given[dim]] for dim in at), shape=_index_shape(shape, at, count)
-    )
-    lead = at[0] if at == list(range(at[0], at[-1] + 1)) else 0
+    places = shape[lead : lead + count]
+    masks = [node for _, node in gone if _is_mask(node)]
+    picked = op.broadcast(*(op.types[node] for _, node in gone if node not in masks), shape=places)
+    for axis in itertools.chain(*(op.types[mask] for mask in masks), picked if masks else ()):
+        op.freeze(axis, "picked by a mask")
     return (*kept[:lead], *picked, *kept[lead:])
 
 
-def _index_shape(shape: Sequence[int], at: list[int], count: int) -> Sequence[int]:
-    lead = at[0] if at == list(range(at[0], at[-1] + 1)) else 0
-    return shape[lead : lead + count]
+@rule("index_put.default", zero=Zero.NEVER)
+def index_put(op: Op) -> Type:
+    """Elements are written by index or mask along some axes, the others are one."""
+    type_, values = op.type("self"), op.type("values")
+    kept, lead, gone = _indexed(op)
+    for dim, node in gone:
+        op.freeze(type_[dim], "places of it are written by index")
+        for axis in op.types[node]:
+            op.freeze(axis, "it writes places by index")
+    count = max(1 if _is_mask(node) else len(op.types[node]) for _, node in gone)
+    whole = (*kept[:lead], *[None] * count, *kept[lead:])
+    for axis, other in zip(reversed(values), reversed(whole), strict=False):
+        if other is None:
+            op.freeze(axis, "it writes places by index")
+        elif axis.size == other.size:
+            op.unify(axis, other)
+    op.vanishes_as((op.arg("self"),), (op.arg("values"),))
+    return type_
+
+
+def _indexed(op: Op) -> tuple[list[Axis], int, list[tuple[int, fx.Node]]]:
+    """The axes that come through an index, what is picked comes after how many, (dim, index)."""
+    gone: list[tuple[int, fx.Node]] = []
+    dim = 0
+    for node in op.arg("indices"):
+        width = node.meta["val"].ndim if node is not None and _is_mask(node) else 1
+        if node is not None:
+            gone += [(dim + at, node) for at in range(width)]
+        dim += width
+    dims = [dim for dim, _ in gone]
+    kept = [axis for dim, axis in enumerate(op.type("self")) if dim not in dims]
+    lead = dims[0] if dims == list(range(dims[0], dims[-1] + 1)) else 0
+    return kept, lead, gone
+
+
+def _is_mask(node: fx.Node) -> bool:
+    return node.meta["val"].dtype in (torch.bool, torch.uint8)
 
 
 @rule("index_select.default", zero=Zero.KEEP)
@@ -102,7 +134,7 @@ def index_add(op: Op) -> Type:
     for axis in (source[dim], *op.type("index")):
         op.freeze(axis, "it writes places by index")
     _same_but(op, type_, source, dim)
-    op.zero = Zero.ALL
+    op.vanishes_as((op.arg("self"),), (op.arg("source"),))
     return type_
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 
 from graphprune.axes import UNIT, Axis
-from graphprune.operators.base import MeanLiteral, Op, Statistic, Type, Zero, rule
+from graphprune.operators.base import MeanLiteral, Op, Type, Zero, rule
+from graphprune.operators.centring import is_centre, is_of_centred
 
 
 def _reduced(op: Op, type_: Type, dims: Iterable[int]) -> Type:
@@ -35,22 +37,35 @@ def mean(op: Op) -> Type:
     """Means: rescaled by new/old size, exact where what is removed vanishes."""
     type_ = op.type("self")
     dims = op.dims("dim", len(type_))
+    approximate = is_centre(op.node) or is_of_centred(op.node)
     for dim in dims:
+        if approximate:
+            op.statistic(type_[dim], dim)
+            continue
         op.contract(type_[dim], op.operands()[0])
         if type_[dim] is not UNIT:
             op.facts.means.append(MeanLiteral(op.node, type_[dim], "mean"))
     return _reduced(op, type_, dims)
 
 
-@rule("var.dim", "var.correction", "std.dim", "std.correction", "var.default", zero=Zero.NEVER)
-@rule("std.default", zero=Zero.NEVER)
+@rule("var.dim", "var.correction", "std.dim", "std.correction", "var.default", zero=Zero.KEEP)
+@rule("std.default", zero=Zero.KEEP)
 def variance(op: Op) -> Type:
-    """Variances: the mean shifts with what is removed, so the axes are frozen."""
+    """Variances: approximate, they are of what stays."""
     type_ = op.type("self")
     dims = op.dims("dim", len(type_))
+    correction = op.arg("correction") if op.arg("unbiased") is None else int(op.arg("unbiased"))
+    least = 1 + math.ceil(1 if correction is None else correction)
     for dim in dims:
-        op.freeze(type_[dim], "a variance is taken over it")
+        op.statistic(type_[dim], dim, least=least)
     return _reduced(op, type_, dims)
+
+
+@rule("var_mean.correction", "std_mean.correction", "var_mean.dim", "std_mean.dim", zero=Zero.KEEP)
+def variance_and_mean(op: Op) -> list[Type | None]:
+    """Variances with their means: approximate, they are of what stays."""
+    type_ = variance(op)
+    return [type_, type_]
 
 
 @rule("amax.default", "amin.default", "any.dim", "any.default", "all.dim", zero=Zero.NEVER)
@@ -167,8 +182,8 @@ def layer_norm(op: Op) -> Type:
     axes = type_[-len(op.arg("normalized_shape")) :]
     _affine(op, axes)
     op.size_literals("normalized_shape", axes)
-    for axis in axes:
-        op.facts.statistics.append(Statistic(op.node, axis))
+    for dim, axis in enumerate(axes, start=len(type_) - len(axes)):
+        op.statistic(axis, dim, clears=True)
     _vanish_by_gain(op)
     return type_
 
@@ -196,22 +211,27 @@ def group_norm(op: Op) -> Type:
         op.freeze(axis, "places of an image")
     group, channel = op.factor(type_[1], (groups, type_[1].size // groups))
     op.size_literal("num_groups", None, group)
-    op.freeze(channel, "a group's mean and variance are taken over it")
+    op.statistic(channel, 1, clears=True)
     _vanish_by_gain(op)
     return type_
 
 
 @rule("batch_norm.default", "instance_norm.default", zero=Zero.NEVER)
 def batch_norm(op: Op) -> Type:
-    """Statistics of each channel alone: exact; they are not of other axes, unless held fixed."""
+    """Statistics of each channel alone: exact; of other axes, unless held fixed: approximate."""
     type_ = op.type("input")
-    if op.arg("training") or op.arg("use_input_stats"):
-        for axis in (type_[0], *type_[2:]):
-            op.freeze(axis, "mean and variance are taken over it")
+    if (op.arg("training") or op.arg("use_input_stats")) and op.arg("running_mean") is None:
+        for dim in (0, *range(2, len(type_))) if op.arg("training") else range(2, len(type_)):
+            op.statistic(type_[dim], dim, clears=True)
+        op.vanishes_as((op.arg("input"), op.arg("weight")), (op.arg("bias"),))
+    else:
+        if op.arg("training") or op.arg("use_input_stats"):
+            for axis in (type_[0], *type_[2:]):
+                op.freeze(axis, "mean and variance are taken over it")
+        _vanish_by_gain(op)
     for name in ("weight", "bias", "running_mean", "running_var"):
         if op.arg(name) is not None:
             op.unify(type_[1], op.type(name)[0])
-    _vanish_by_gain(op)
     return type_
 
 
@@ -245,11 +265,37 @@ def pool_with_index(op: Op) -> list[Type | None]:
 def _pooled(op: Op, type_: Type, shape: tuple[int, ...]) -> Type:
     found = re.search(r"(\d)d", op.node.target.__name__)  # type: ignore[union-attr]
     assert found is not None
-    places = int(found[1])
-    for axis in type_[-places:]:
+    result = list(type_)
+    for back in range(1, int(found[1]) + 1):
+        if not _is_whole(op, back, int(found[1])):
+            op.freeze(type_[-back], "places of an image")
+            result[-back] = op.fixed(shape[-back], "places of an image")
+    return tuple(result)
+
+
+def _is_whole(op: Op, back: int, count: int) -> bool:
+    """Whether the window is of one place along the last but `back` dimension: nothing is pooled."""
+    for name, neutral in (("kernel_size", 1), ("stride", 1), ("padding", 0)):
+        given = op.arg(name)
+        sizes = [given] * count if isinstance(given, int) else given
+        if name == "kernel_size" and not sizes:
+            return False
+        if sizes and sizes[-back if len(sizes) > 1 else 0] != neutral:
+            return False
+    return True
+
+
+@rule("max_unpool2d.default", "max_unpool3d.default", zero=Zero.KEEP)
+def unpool(op: Op) -> Type:
+    """Values go back to the places of an image that they came from, each channel alone."""
+    type_, shape = op.type("self"), op.shape()
+    spatial = int(op.node.target.__name__.partition("d.")[0][-1])  # type: ignore[union-attr]
+    for axis, other in zip(type_, op.type("indices"), strict=True):
+        op.unify(axis, other)
+    for axis in type_[-spatial:]:
         op.freeze(axis, "places of an image")
-    fixed = [op.fixed(size, "places of an image") for size in shape[-places:]]
-    return (*type_[:-places], *fixed)
+    fixed = [op.fixed(size, "places of an image") for size in shape[-spatial:]]
+    return (*type_[:-spatial], *fixed)
 
 
 @rule("grid_sampler.default", zero=Zero.KEEP)

@@ -360,7 +360,6 @@ def test_heads_that_the_code_counts_by_itself_need_shapes_only(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("name", "pipeline", "words"),
     [
-        ("gpt2", "prune{target=kv-heads ratio=0.5 criterion=l2}", "n_embd cannot give"),
         ("llama", "prune{target=head-dim ratio=0.25 criterion=l2}", "o_proj.weight the size 48"),
     ],
 )

@@ -203,6 +203,67 @@ def test_nothing_is_shown(
     assert capfd.readouterr() == ("", "")
 
 
+class Scaled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + 1e-8).sqrt()
+
+
+class Padded(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.max_pool2d(nn.functional.pad(-x.abs() - 1, (1, 1, 1, 1)), 2)
+
+
+class Masked(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1.0 - (x > 0).to(torch.int64))
+
+
+class Thirds(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third = torch.cat([x, x * 2, x * 3], 2).chunk(3, 2)
+        return first * second - third
+
+
+@pytest.mark.parametrize(
+    ("module", "scale"),
+    [
+        pytest.param(Scaled(), 1e-4, id="an epsilon that is nearly zero"),
+        pytest.param(Padded(), 1.0, id="zeros before a pool of maxima"),
+        pytest.param(Masked(), 1.0, id="a whole number from a real one"),
+        pytest.param(Thirds(), 1.0, id="pieces of a dynamic size"),
+    ],
+)
+def test_what_the_exporter_or_onnx_runtime_get_wrong_is_written_otherwise(
+    module: nn.Module, scale: float, tmp_path: Path
+) -> None:
+    sizes = ({0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO},)
+    example = (torch.randn(2, 3, 6, 8) * scale,)
+    program = capture(module, example, dynamic_shapes=sizes)
+    path = tmp_path / "model.onnx"
+    report = backend.export(program, path)
+    assert report.max_relative_error is not None
+    x = torch.randn(3, 3, 6, 8) * scale
+    (found,) = onnxruntime.InferenceSession(path).run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), module(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_stride_of_an_input_is_read_from_its_sizes(tmp_path: Path) -> None:
+    """As the exporter does by itself for an input whose last dimension is of a single place."""
+
+    class Counted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sum((0, 1, 3)) + torch.arange(x.shape[2])
+
+    sizes = ({2: torch.export.Dim.AUTO},)
+    program = capture(Counted(), (torch.randn(2, 4, 6, 1),), dynamic_shapes=sizes)
+    (length,) = program.graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int)
+    length.target, length.args = torch.ops.aten.sym_stride.int, (length.args[0], 1)
+    report = backend.export(program, tmp_path / "model.onnx")
+    assert report.max_relative_error is not None
+    assert report.max_relative_error < 1e-5
+
+
 @torch.library.custom_op("graphprune_tests::mystery", mutates_args=())
 def mystery(x: Tensor) -> Tensor:
     return x * 2

@@ -125,7 +125,6 @@ def test_it_merges_four_into_two_and_two_into_one() -> None:
         ("llama-gqa", 2, "nothing to merge: 2 KV heads are at most 2 or skipped"),
         ("llama-gqa", 99, "nothing to merge: 2 KV heads are at most 99 or skipped"),
         ("resnet", 2, "the program has no attention with more than one KV head"),
-        ("gpt-neox", 2, "cannot be merged: query and key heads share one axis of a weight"),
     ],
 )
 def test_heads_that_cannot_be_merged_are_refused(name: str, groups: int, message: str) -> None:

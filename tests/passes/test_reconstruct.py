@@ -133,15 +133,20 @@ def test_channels_of_a_convolution_are_refitted() -> None:
 @pytest.mark.parametrize(
     ("passes", "message"),
     [
-        ((Reconstruct(),), "nothing was pruned before reconstruct"),
         ((MergeKvHeads(1), Reconstruct()), "refit before merging"),
         ((Prune("hidden", 0.25, "l2"), Reconstruct()), "residual, rescaled.*is no zeroing"),
-        ((Prune("ffn", 0.25, "l2"), Reconstruct(), Reconstruct()), "nothing was pruned before"),
     ],
 )
 def test_what_cannot_be_refitted_is_refused(passes: tuple[Any, ...], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         run("llama-gqa", *passes)
+
+
+def test_where_nothing_was_pruned_it_says_so() -> None:
+    result = run("llama-gqa", Prune("ffn", 0.25, "l2"), Reconstruct(), Reconstruct())
+    details = result.report.passes[-1].details
+    assert details == {"note": "nothing was pruned before: nothing to refit"}
+    assert run("llama-gqa", Reconstruct()).program is program_of("llama-gqa")
 
 
 def test_it_needs_data_and_a_damping() -> None:
