@@ -103,12 +103,16 @@ class HeadAnalysis:
         self.heads = tuple(self._heads(atom, found) for atom, found in by_atom.items())
 
     def _head_atoms(self, site: Attention) -> Iterable[Atom]:
-        """Head atoms of the values of `site` that weights hold: the KV heads."""
-        held_by_weights = set[Atom]().union(*(self.types.held[node] for node in self._weights))
+        """Head atoms of the values of `site` that parameters hold: the KV heads."""
+        kinds = self.types.program.kinds
+        parameters = (
+            n for name, n in self.types.program.weight_nodes() if kinds[name] == "parameter"
+        )
+        held = set[Atom]().union(*(self.types.held[node] for node in parameters))
         _, _, value = site.operands
         batch = self.types.of[value][:-2]
         found = dict.fromkeys(a for axis in batch for a in self.types.axes.atoms(axis))
-        return [atom for atom in found if atom in held_by_weights]
+        return [atom for atom in found if atom in held]
 
     def _heads(self, atom: Atom, sites: list[Attention]) -> Heads:
         members = tuple(self._members(atom))
@@ -165,7 +169,7 @@ class HeadAnalysis:
     def _joint(
         self, atom: Atom, sites: list[Attention], ours: set[fx.Node], theirs: set[fx.Node]
     ) -> fx.Node | None:
-        """The first node beside `sites` that brings queries, or what they give, and keys together."""
+        """The first node beside `sites` that brings keys together with queries or their results."""
         products = {product for site in sites for product in site.products}
         queries, keys = set(ours), set(theirs)
         for node in self.types.program.graph.nodes:

@@ -39,7 +39,8 @@ class MergeKvHeads(Pass):
 
     Requires
     --------
-    Attention whose key and value heads have an axis of their own.
+    Attention whose key and value heads have an axis of their own, or are interleaved with those of
+    the queries in one projection, whose rows are then laid out part by part.
 
     Preserves
     ---------
@@ -47,8 +48,9 @@ class MergeKvHeads(Pass):
 
     Refuses
     -------
-    Heads that `groups` does not divide, heads that share an axis with the queries, a `skip` pattern
-    that matches nothing, and a program in which nothing would be merged (`MergeError`).
+    Heads that `groups` does not divide, heads that more than attention ties to those of the
+    queries, a `skip` pattern that matches nothing, and a program in which nothing would be merged
+    (`MergeError`).
 
     Reference
     ---------

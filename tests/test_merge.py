@@ -397,12 +397,6 @@ class OneForBoth(torch.nn.Module):
         return self.out(context.transpose(1, 2).reshape(x.shape))
 
 
-def test_heads_that_share_an_axis_with_the_queries_are_refused() -> None:
-    (heads,) = find_heads(gp.capture(OneForBoth(), example_inputs=(torch.randn(2, 5, 16),)))
-    with pytest.raises(MergeError, match="cannot be merged: query and key heads share one axis"):
-        merge_of(heads, 2)
-
-
 @pytest.mark.parametrize("groups", [3, 0, -2, 8])
 def test_groups_that_do_not_divide_the_heads_are_refused(groups: int) -> None:
     (heads, *_) = find_heads(captured("llama-mha"))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from architectures import build, inputs_of, perturb, program_of, random_plan, relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import BloomConfig, BloomForCausalLM
 
 import graphprune as gp
 from graphprune.errors import PlanError
@@ -279,3 +281,17 @@ def test_an_order_that_is_none_is_refused(places: tuple[int, ...], why: str) -> 
     plan = Plan((Step(program.fingerprint(), (), (Merge("kv", 4, 2, (), (order,)),)),))
     with pytest.raises(PlanError, match=why):
         Plan.from_json(plan.to_json()).check(program)
+
+
+# -- written --------------------------------------------------------------------------------------
+
+
+def test_a_merged_decoder_runs_in_onnx_runtime(tmp_path: Path) -> None:
+    """BLOOM, whose mask is as long as cache and tokens together."""
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=4)
+    program = gp.capture(perturb(BloomForCausalLM(config)))
+    narrow = merging(program, 2).apply(program)
+    report = narrow.export_onnx(tmp_path / "model.onnx")
+    assert report.max_relative_error is not None
+    assert report.max_relative_error <= 1e-4
