@@ -12,14 +12,10 @@ import math
 import statistics
 from typing import Annotated
 
-import torch
 import typer
+from heldout import Study, held_out
 from rich.console import Console
 from rich.progress import track
-
-import graphprune as gp
-from graphprune import reference
-from graphprune.evaluate import perplexity
 
 RATIOS = (0.25, 0.5)
 PRUNE = (
@@ -44,28 +40,12 @@ def main(
     samples: Annotated[int, typer.Option(help="Windows of 128 tokens in each.")] = 32,
 ) -> None:
     """Prune by every recipe and ratio, and print the table."""
-    torch.set_num_threads(1)
-    directory = reference.checkpoint_dir()
-    program = gp.load(directory)
-    draws = [
-        gp.Calibration.from_text(
-            reference.calibration_text(), directory, samples=samples, length=128, seed=seed
-        )
-        for seed in range(seeds)
-    ]
-
-    def loss(of: gp.Program) -> float:
-        return math.log(perplexity(of, reference.heldout_text(), directory).perplexity)
-
-    dense = loss(program)
+    study = Study.of_reference(seeds, samples)
+    dense = math.log(held_out(study.program))
     plain: dict[float, float] = {}
 
     def measured(recipe: str, ratio: float) -> str:
-        pipeline = gp.Pipeline.parse(recipe.format(ratio=ratio))
-        found = [
-            loss(pipeline.run(program, calibration=draw, seed=seed, quiet=True).program) - dense
-            for seed, draw in enumerate(draws)
-        ]
+        found = [math.log(after) - dense for after in study.after(recipe.format(ratio=ratio))]
         mean = statistics.mean(found)
         share = mean / plain.setdefault(ratio, mean)
         return f"{mean:.3f} ± {statistics.stdev(found):.3f} | {share:.2f}"

@@ -10,14 +10,10 @@ from __future__ import annotations
 import statistics
 from typing import Annotated
 
-import torch
 import typer
+from heldout import Study, held_out
 from rich.console import Console
 from rich.progress import track
-
-import graphprune as gp
-from graphprune import reference
-from graphprune.evaluate import perplexity
 
 PATTERNS = ("0.3", "0.5", "0.6", "4:8", "2:4")
 CRITERIA = ("sparsegpt", "wanda", "wanda-variant", "magnitude", "random")
@@ -28,34 +24,18 @@ def main(
     samples: Annotated[int, typer.Option(help="Windows of 128 tokens in each.")] = 32,
 ) -> None:
     """Sparsify by every criterion and pattern, and print the table."""
-    torch.set_num_threads(1)
-    directory = reference.checkpoint_dir()
-    program = gp.load(directory)
-    draws = [
-        gp.Calibration.from_text(
-            reference.calibration_text(), directory, samples=samples, length=128, seed=seed
-        )
-        for seed in range(seeds)
-    ]
+    study = Study.of_reference(seeds, samples)
 
     def measured(criterion: str, pattern: str) -> str:
         if criterion == "wanda-variant" and ":" in pattern:
             return ""
-        text = f"sparsify{{pattern={pattern} criterion={criterion}}}"
-        pipeline = gp.Pipeline.parse(text)
         once = criterion == "magnitude"
-        found = [
-            perplexity(
-                pipeline.run(program, calibration=draw, seed=seed, quiet=True).program,
-                reference.heldout_text(),
-                directory,
-            ).perplexity
-            for seed, draw in enumerate(draws[:1] if once else draws)
-        ]
+        text = f"sparsify{{pattern={pattern} criterion={criterion}}}"
+        found = study.after(text, draws=1 if once else None)
         spread = "" if once else f" ± {statistics.stdev(found):.2f}"
         return f"{statistics.mean(found):.2f}{spread}"
 
-    dense = perplexity(program, reference.heldout_text(), directory).perplexity
+    dense = held_out(study.program)
     lines = [f"| dense {dense:.2f} | {' | '.join(PATTERNS)} |", "|---" * (len(PATTERNS) + 1) + "|"]
     for criterion in track(CRITERIA, console=Console(stderr=True)):
         cells = " | ".join(measured(criterion, pattern) for pattern in PATTERNS)
