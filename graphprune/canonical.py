@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.complex_numbers import write_in_reals
+from graphprune.nodes import made_from, valued
 
 _ATEN = torch.ops.aten
 
@@ -292,11 +293,7 @@ def _spell_out_weight_norm(node: fx.Node) -> None:
     dims = [dim for dim in range(rank) if kept == -1 or dim != kept % rank]  # type: ignore[operator]
 
     def made(target: Any, *args: Any) -> fx.Node:
-        call = node.graph.call_function(target, args)
-        with _value(node).fake_mode:  # type: ignore[attr-defined]
-            value = target(*fx.map_arg(args, _value))
-        call.meta = {**node.meta, "val": value}
-        return call
+        return valued(made_from(node, target, *args))
 
     with node.graph.inserting_before(node):
         norm = made(_ATEN.linalg_vector_norm.default, direction, 2, dims, True)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphprune.nodes import made_from, valued
+
 _ATEN = torch.ops.aten
 
 Pair = tuple[fx.Node, fx.Node]
@@ -93,11 +95,7 @@ class _Parts:
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A new node with the value that it would have and the provenance of the old one."""
-        made = self.node.graph.call_function(target, args, kwargs)
-        values, named = fx.map_arg((args, kwargs), lambda other: other.meta["val"])
-        with self.node.meta["val"].fake_mode, torch.no_grad():
-            made.meta = {**self.node.meta, "val": target(*values, **named)}
-        return made
+        return valued(made_from(self.node, target, *args, **kwargs))
 
     def _each(self, part: int) -> fx.Node:
         args, kwargs = fx.map_arg(

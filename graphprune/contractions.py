@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
+from graphprune.nodes import arguments_of
 from graphprune.program import Program
 
-aten = torch.ops.aten
+_ATEN = torch.ops.aten
 
 Values = Mapping[fx.Node, Any]
 """What the nodes of a graph have computed."""
@@ -169,10 +170,10 @@ def _matrices_of(name: str, node: fx.Node, view: Tensor) -> list[Matrix]:
     return list(found.values())
 
 
-_SAME = {aten.to, aten._to_copy, aten.clone, aten.contiguous, aten.alias, aten.detach}
-_VIEWS = {aten.t, aten.transpose, aten.permute, aten.view, aten.reshape, aten.unsqueeze}
-_VIEWS |= {aten.squeeze, aten.slice, aten.select, aten.flatten, aten.unflatten, aten.numpy_T}
-_PIECES = {aten.split, aten.split_with_sizes, aten.chunk, aten.unbind}
+_SAME = {_ATEN.to, _ATEN._to_copy, _ATEN.clone, _ATEN.contiguous, _ATEN.alias, _ATEN.detach}
+_VIEWS = {_ATEN.t, _ATEN.transpose, _ATEN.permute, _ATEN.view, _ATEN.reshape, _ATEN.unsqueeze}
+_VIEWS |= {_ATEN.squeeze, _ATEN.slice, _ATEN.select, _ATEN.flatten, _ATEN.unflatten, _ATEN.numpy_T}
+_PIECES = {_ATEN.split, _ATEN.split_with_sizes, _ATEN.chunk, _ATEN.unbind}
 
 
 def _uses(name: str, node: fx.Node, view: Tensor, ids: fx.Node | None) -> Iterator[Matrix]:
@@ -220,11 +221,11 @@ def _same_first(viewed: Tensor, view: Tensor) -> bool:
 
 def _picked(user: fx.Node, node: fx.Node) -> fx.Node | None:
     """The ids by which `user` picks along the first axis of `node`, if that is what it does."""
-    if user.target is aten.index.Tensor and user.args[0] is node:
+    if user.target is _ATEN.index.Tensor and user.args[0] is node:
         indices = user.args[1]
         if isinstance(indices, list | tuple) and len(indices) == 1:
             return indices[0] if isinstance(indices[0], fx.Node) else None
-    if user.target is aten.index_select.default and user.args[:2] == (node, 0):
+    if user.target is _ATEN.index_select.default and user.args[:2] == (node, 0):
         return user.args[2] if isinstance(user.args[2], fx.Node) else None
     return None
 
@@ -235,15 +236,15 @@ def _picked(user: fx.Node, node: fx.Node) -> fx.Node | None:
 def _contraction(
     name: str, user: fx.Node, node: fx.Node, view: Tensor, ids: fx.Node | None
 ) -> Matrix:
-    args = _named(user)
+    args = arguments_of(user)
     packet = getattr(user.target, "overloadpacket", None)
-    if packet is aten.linear and args["weight"] is node and view.ndim == 2 and ids is None:
+    if packet is _ATEN.linear and args["weight"] is node and view.ndim == 2 and ids is None:
         return _product(name, user, args["input"], view.mT, None, right=True)
-    if packet in (aten.mm, aten.bmm, aten.matmul):
+    if packet in (_ATEN.mm, _ATEN.bmm, _ATEN.matmul):
         left, right = (args[key] for key in list(args)[:2])
-    elif packet in (aten.addmm, aten.baddbmm):
+    elif packet in (_ATEN.addmm, _ATEN.baddbmm):
         left, right = (args[key] for key in list(args)[1:3])
-    elif packet in (aten.conv1d, aten.conv2d) and args["weight"] is node and ids is None:
+    elif packet in (_ATEN.conv1d, _ATEN.conv2d) and args["weight"] is node and ids is None:
         return _convolution(name, user, args, view)
     else:
         raise _Unknown(f"it is used by {user.target}")
@@ -252,18 +253,6 @@ def _contraction(
     if right is node:
         return _product(name, user, left, view, ids, right=True)
     return _product(name, user, right, view, ids, right=False)
-
-
-def _named(user: fx.Node) -> dict[str, Any]:
-    """The arguments of a call by name, defaults included."""
-    schema = getattr(user.target, "_schema", None)
-    if schema is None:
-        return {}
-    values = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    named = dict(zip((a.name for a in schema.arguments), user.args, strict=False))
-    order = [argument.name for argument in schema.arguments]
-    values |= named | dict(user.kwargs)
-    return {key: values[key] for key in order if key in values}
 
 
 def _product(
@@ -300,9 +289,9 @@ def _by_part(x: Tensor, ids: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 def _convolution(name: str, node: fx.Node, args: Mapping[str, Any], view: Tensor) -> Matrix:
     """Rows are the windows under the kernel; columns are places of the kernel, then channels."""
-    if args.get("groups", 1).__class__ is not int:
+    groups, source = args["groups"], args["input"]
+    if not isinstance(groups, int):
         raise _Unknown("it is convolved in a dynamic number of groups")
-    groups, source = args.get("groups", 1), args["input"]
     kernel = view.shape[2:]
     places, channels = math.prod(kernel), view.shape[1]
     stride, dilation = (_each(args[key], len(kernel)) for key in ("stride", "dilation"))
@@ -349,9 +338,9 @@ def bias_of(program: Program, matrix: Matrix) -> str:
     """
     if len(matrix.uses) != 1:
         return ""
-    args = _named(matrix.uses[0].node)
+    args = arguments_of(matrix.uses[0].node)
     packet = getattr(matrix.uses[0].node.target, "overloadpacket", None)
-    bias = args.get("self") if packet is aten.addmm else args.get("bias")
+    bias = args.get("self") if packet is _ATEN.addmm else args.get("bias")
     name = next((name for name, node in program.weight_nodes() if node is bias), "")
     parts, out, _ = matrix.shape
     fits = name and program.weights[name].shape == (parts * out,) and len(bias.users) == 1  # type: ignore[union-attr]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.errors import BackendError
+from graphprune.nodes import copy_of
 from graphprune.program import Program, module_path, source_line
 from graphprune.resize import RESCALE
 
@@ -90,9 +91,7 @@ def fold(program: Program) -> tuple[Program, tuple[Folded, ...]]:
     """As `fold_rescaled_norms`, and what became of every epsilon."""
     if not any(RESCALE in node.meta for node in program.graph.nodes):
         return program, ()
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(program.graph, copies))
+    graph, copies = copy_of(program.graph)
     (output,) = graph.find_nodes(op="output")
     output.meta = dict(program.graph.find_nodes(op="output")[0].meta)
     weights = {copies[node]: name for name, node in program.weight_nodes()}

@@ -11,7 +11,7 @@ import math
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,6 +22,7 @@ from graphprune.contractions import Matrix, contractions
 from graphprune.coupling import Coupling, Group, Member
 from graphprune.errors import CalibrationError, SelectionError, UsageError
 from graphprune.program import Program
+from graphprune.progress import Track, silent
 from graphprune.reconstruction import removal_errors
 from graphprune.sparsity import wanda_scores
 from graphprune.statistics import observe
@@ -32,12 +33,6 @@ weight that the graph uses last, such as an output or down projection."""
 
 Scores = dict[str, Tensor]
 """Group name -> float64 scores, shape ``[*parents' sizes, size]``."""
-
-Track = Callable[[Iterable[Any], str], Iterable[Any]]
-
-
-def _silent(items: Iterable[Any], what: str) -> Iterable[Any]:
-    return items
 
 
 @dataclass(frozen=True)
@@ -66,11 +61,43 @@ class Evidence:
     calibration: Calibration | None = None
     aggregate: Aggregate = "sum"
     seed: int = 0
-    track: Track = field(default=_silent)
+    track: Track = silent
 
     def sizes(self, group: Group) -> tuple[int, ...]:
         """The shape of the scores of `group`: the sizes of its parents, and its own."""
         return (*(self.coupling.group(parent).size for parent in group.parents), group.size)
+
+    def data(self) -> Calibration:
+        """The calibration batches.
+
+        Raises
+        ------
+        CalibrationError
+            When there are none, or they do not fit the program.
+        """
+        if self.calibration is None:
+            raise CalibrationError("this criterion needs calibration data, and none was given")
+        self.calibration.check(self.program)
+        return self.calibration
+
+    def consumers(self, criterion: str) -> dict[str, list[tuple[Matrix, Tensor]]]:
+        """For each group the matrices that sum over it, and the unit of each of their columns.
+
+        `criterion` names who asks. Units are ``[parts, in]``, counted over all parents, -1 for a
+        column of none.
+
+        Raises
+        ------
+        SelectionError
+            When nothing sums over a group.
+        """
+        matrices = contractions(self.program).matrices
+        found = {group.name: _consumers(self, group, matrices) for group in self.groups}
+        if lonely := [name for name, consumers in found.items() if not consumers]:
+            raise SelectionError(
+                f"{lonely[0]}: {criterion} scores what consumes it, and nothing does"
+            )
+        return found
 
     def parameters(self) -> list[str]:
         """Names of the parameters that the groups reach into, each once."""
@@ -199,13 +226,18 @@ _SINGLE: dict[Measure, Callable[[Tensor], Tensor]] = {
 
 def _sum_units(line: Tensor, group: Group, member: Member) -> Tensor:
     """Sum scores along a dimension over the slice of every unit: ``[*parents' sizes, size]``."""
-    loops = [*member.outer, (group.size, member.width), (member.width, 1)]
-    sizes, strides = zip(*loops, strict=True)
-    units = line.as_strided(sizes, strides, member.offset)
+    units = _units(line, group, member)
     keep = [member.outer_groups.index(parent) for parent in group.parents]
-    gone = [dim for dim in range(len(sizes)) if dim not in (*keep, len(sizes) - 2)]
+    gone = [dim for dim in range(units.ndim) if dim not in (*keep, units.ndim - 2)]
     order = sorted(keep)
     return units.sum(gone).permute(*(order.index(dim) for dim in keep), len(keep))
+
+
+def _units(line: Tensor, group: Group, member: Member) -> Tensor:
+    """A dimension's places as a view ``[*outer, size, width]``: those of every unit of `group`."""
+    loops = [*member.outer, (group.size, member.width), (member.width, 1)]
+    sizes, strides = zip(*loops, strict=True)
+    return line.as_strided(sizes, strides, member.offset)
 
 
 def _use_order(program: Program) -> dict[str, int]:
@@ -331,10 +363,8 @@ class Wanda(WeightCriterion):
 
     def elements(self, evidence: Evidence, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """The product |w| ||x||."""
-        if evidence.calibration is None:
-            raise CalibrationError("this criterion needs calibration data, and none was given")
         held = [m for m in contractions(evidence.program).matrices if m.weight in names]
-        found = observe(evidence.program, held, evidence.calibration, track=evidence.track)
+        found = observe(evidence.program, held, evidence.data(), track=evidence.track)
         for name in names:
             weight = evidence.program.weights[name].detach()
             scores = weight.float().abs()
@@ -363,16 +393,11 @@ class Obs(Criterion):
         Raises
         ------
         SelectionError
-            When nothing is contracted over a group.
+            When nothing sums over a group.
         """
-        if evidence.calibration is None:
-            raise CalibrationError("this criterion needs calibration data, and none was given")
-        matrices = contractions(evidence.program).matrices
-        held = {group.name: _consumers(evidence, group, matrices) for group in evidence.groups}
-        if lonely := [name for name, consumers in held.items() if not consumers]:
-            raise SelectionError(f"{lonely[0]}: obs scores what consumes it, and nothing does")
+        data, held = evidence.data(), evidence.consumers(self.name)
         needed = {m.name: m for each in held.values() for m, _ in each}
-        given = evidence.program, list(needed.values()), evidence.calibration
+        given = evidence.program, list(needed.values()), data
         found = observe(*given, "gram", track=evidence.track)
         scores: Scores = {}
         for group in evidence.track(evidence.groups, "scoring groups"):
@@ -408,27 +433,17 @@ class Gate(Criterion):
         Raises
         ------
         SelectionError
-            When nothing is contracted over a group.
+            When nothing sums over a group.
         CalibrationError
             As `loss_gradients` does.
         """
-        if evidence.calibration is None:
-            raise CalibrationError("this criterion needs calibration data, and none was given")
-        evidence.calibration.check(evidence.program)
-        matrices = contractions(evidence.program).matrices
-        held = {group.name: _consumers(evidence, group, matrices) for group in evidence.groups}
-        if lonely := [name for name, consumers in held.items() if not consumers]:
-            raise SelectionError(
-                f"{lonely[0]}: a gate stands before what consumes it; nothing does"
-            )
+        data, held = evidence.data(), evidence.consumers(self.name)
         totals = {
             group.name: torch.zeros(math.prod(evidence.sizes(group)), dtype=torch.float64)
             for group in evidence.groups
         }
         sources = {use.source for each in held.values() for m, _ in each for use in m.uses}
-        batches: Iterable[Mapping[str, Tensor]] = evidence.calibration
-        if self.absolute == "sample":
-            batches = list(_samples(evidence.calibration))
+        batches = list(_samples(data) if self.absolute == "sample" else data)
         for batch in evidence.track(batches, "taking gradients of gates"):
             values = _activations(evidence.program, batch, sources)
             for name, consumers in held.items():
@@ -468,9 +483,7 @@ def _activations(
     interpreter = _Keeping(program.graph_module, sources)
     with torch.enable_grad():
         outputs = interpreter.run(*(tensor.detach() for tensor in inputs))
-        loss = next_token_loss(outputs[0], batch)
-        if not bool(torch.isfinite(loss)):
-            raise CalibrationError("the loss on the calibration data is not finite")
+        loss = _finite_loss(outputs[0], batch)
         kept = {node: interpreter.kept[node] for node in sources}
         gradients = torch.autograd.grad(loss, list(kept.values()), allow_unused=True)
     values = {n: v.detach() if isinstance(v, Tensor) else v for n, v in interpreter.env.items()}
@@ -525,17 +538,15 @@ def _unit_numbers(evidence: Evidence, group: Group, member: Member, size: int) -
     """``[size]``: which unit (counted over all parents) is at each place of a dimension, or -1."""
     sizes = evidence.sizes(group)
     numbers = torch.arange(math.prod(sizes)).view(sizes)
+    line = torch.full((size,), -1)
+    units = _units(line, group, member)
     keep = [member.outer_groups.index(parent) for parent in group.parents]
     order = sorted(keep)
     numbers = numbers.permute(*(keep.index(dim) for dim in order), len(keep))
-    loops = [*member.outer, (group.size, member.width), (member.width, 1)]
-    shape = [1] * len(loops)
-    for at, dim in enumerate(order):
-        shape[dim] = numbers.shape[at]
-    shape[-2] = group.size
-    line = torch.full((size,), -1)
-    counts, strides = zip(*loops, strict=True)
-    line.as_strided(counts, strides, member.offset).copy_(numbers.reshape(shape).expand(counts))
+    shape = [1] * units.ndim
+    for dim, count in zip((*order, units.ndim - 2), numbers.shape, strict=True):
+        shape[dim] = count
+    units.copy_(numbers.reshape(shape).expand_as(units))
     return line
 
 
@@ -549,25 +560,9 @@ def loss_gradients(evidence: Evidence, names: Sequence[str]) -> Iterator[tuple[s
     CalibrationError
         Without calibration batches, or when they do not fit the program or the loss is not finite.
     """
-    if evidence.calibration is None:
-        raise CalibrationError("this criterion needs calibration data, and none was given")
-    program = evidence.program
-    evidence.calibration.check(program)
-    weights = {name: weight.detach() for name, weight in program.weights.items()}
-    leaves = {name: weights[name].requires_grad_() for name in names}
-    total = evidence.calibration.samples
-    for batch in evidence.track(evidence.calibration, "taking gradients"):
-        with torch.enable_grad():
-            outputs = program.run(weights, batch)
-            rows = len(next(iter(batch.values())))
-            loss = next_token_loss(outputs[program.outputs[0].name], batch) * (rows / total)
-        if not bool(torch.isfinite(loss)):
-            raise CalibrationError("the loss on the calibration data is not finite")
-        loss.backward()
-    for name, leaf in leaves.items():
-        gradient = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
-        leaf.grad = None
-        yield name, gradient.detach()
+    data = evidence.data()
+    batches = evidence.track(data, "taking gradients")
+    yield from _gradients(evidence.program, batches, data.samples, names)
 
 
 def sample_gradients(
@@ -580,19 +575,40 @@ def sample_gradients(
     CalibrationError
         As `loss_gradients` does.
     """
-    if evidence.calibration is None:
-        raise CalibrationError("this criterion needs calibration data, and none was given")
-    weights = evidence.program.weights
+    data, weights = evidence.data(), evidence.program.weights
     total = {name: torch.zeros_like(weights[name]) for name in names}
     squares = {name: torch.zeros_like(weights[name]) for name in names}
-    count = evidence.calibration.samples
-    for sample in evidence.track(list(_samples(evidence.calibration)), "taking gradients"):
-        alone = replace(evidence, calibration=Calibration.from_batches([sample]), track=_silent)
-        for name, gradient in loss_gradients(alone, names):
-            total[name].add_(gradient, alpha=1 / count)
-            squares[name].addcmul_(gradient, gradient, value=1 / count)
+    for sample in evidence.track(list(_samples(data)), "taking gradients"):
+        for name, gradient in _gradients(evidence.program, [sample], 1, names):
+            total[name].add_(gradient, alpha=1 / data.samples)
+            squares[name].addcmul_(gradient, gradient, value=1 / data.samples)
     for name in names:
         yield name, total.pop(name), squares.pop(name)
+
+
+def _gradients(
+    program: Program, batches: Iterable[Mapping[str, Tensor]], samples: int, names: Sequence[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, gradient) of the mean loss on `batches`, which hold `samples` samples together."""
+    weights = {name: weight.detach() for name, weight in program.weights.items()}
+    leaves = {name: weights[name].requires_grad_() for name in names}
+    for batch in batches:
+        with torch.enable_grad():
+            outputs = program.run(weights, batch)
+            rows = len(next(iter(batch.values())))
+            loss = _finite_loss(outputs[program.outputs[0].name], batch) * (rows / samples)
+        loss.backward()
+    for name, leaf in leaves.items():
+        gradient = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
+        leaf.grad = None
+        yield name, gradient.detach()
+
+
+def _finite_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    loss = next_token_loss(logits, batch)
+    if not bool(torch.isfinite(loss)):
+        raise CalibrationError("the loss on the calibration data is not finite")
+    return loss
 
 
 def _samples(calibration: Calibration) -> Iterator[dict[str, Tensor]]:

@@ -6,11 +6,11 @@ That changes no value; keys and values then have their heads where those of ever
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from torch import fx
 
+from graphprune.nodes import copy_of, made_from
 from graphprune.operators.contraction import letters_of
 from graphprune.program import Program
 from graphprune.rebuild import rebuild
@@ -29,8 +29,7 @@ def with_matrix_products(program: Program, sums: Collection[fx.Node]) -> Program
         Nodes of its graph; those that are no Einstein sum of two operands, or that sum over more
         or less than one axis, stay as they are.
     """
-    graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
-    graph.output(graph.graph_copy(program.graph, new))
+    graph, new = copy_of(program.graph)
     changed = [node for node in sums if _spell(graph, new[node])]
     return rebuild(program, graph, program.weights, {}) if changed else program
 
@@ -52,27 +51,20 @@ def _spell(graph: fx.Graph, node: fx.Node) -> bool:
     batch = [letter for letter in output if letter not in (rows[-1], columns[-1])]
     result = [*batch, rows[-1], columns[-1]]
     sides = ((left, [*batch, rows[-1], summed[0]]), (right, [*batch, summed[0], columns[-1]]))
-    meta = {key: value for key, value in node.meta.items() if key != "val"}
-
-    def call(target: Any, *args: Any) -> fx.Node:
-        made = graph.call_function(target, args)
-        made.meta = dict(meta)
-        return made
-
     with graph.inserting_before(node):
         factors = []
         for operand, (term, wanted) in zip(operands, sides, strict=True):  # type: ignore[arg-type]
             places = [term.index(letter) for letter in wanted if letter in term]
             if places != sorted(places):
-                operand = call(_ATEN.permute.default, operand, places)
+                operand = made_from(node, _ATEN.permute.default, operand, places)
             for at, letter in enumerate(wanted):
                 if letter not in term:
-                    operand = call(_ATEN.unsqueeze.default, operand, at)
+                    operand = made_from(node, _ATEN.unsqueeze.default, operand, at)
             factors.append(operand)
-        product = call(_ATEN.matmul.default, *factors)
+        product = made_from(node, _ATEN.matmul.default, *factors)
         places = [result.index(letter) for letter in output]
         if places != sorted(places):
-            product = call(_ATEN.permute.default, product, places)
+            product = made_from(node, _ATEN.permute.default, product, places)
     node.replace_all_uses_with(product)
     graph.erase_node(node)
     return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -313,6 +314,21 @@ def module_path(node: fx.Node) -> str:
     # Sizes that export itself reads off have a mark where a module would be.
     paths = [entry[0] for entry in stack.values() if not entry[0].startswith("_empty_nn_module")]
     return _without_wrapper(paths[-1]) if paths else ""
+
+
+_LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.|$)")
+
+
+def layer_of(path: str) -> str:
+    """The path of the numbered layer that a dotted path leads into, or "".
+
+    Examples
+    --------
+    >>> layer_of("model.layers.3.mlp"), layer_of("model.norm")
+    ('model.layers.3', '')
+    """
+    found = _LAYER.match(path)
+    return found[0] if found else ""
 
 
 def source_line(node: fx.Node) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import (
@@ -24,6 +25,15 @@ DELAY = 1.0
 
 Maker = Callable[[], Progress]
 """Makes a progress display, or the one that is already on the screen."""
+
+
+Track = Callable[[Iterable[Any], str], Iterable[Any]]
+"""Iterates over items beside a bar with a name; what long loops take as an option."""
+
+
+def silent(items: Iterable[Any], what: str) -> Iterable[Any]:
+    """A `Track` without a bar."""
+    return items
 
 
 class Display(Progress):

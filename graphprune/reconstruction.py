@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from graphprune.calibration import Calibration
 from graphprune.contractions import Matrix, bias_of, contractions
@@ -14,9 +13,8 @@ from graphprune.coupling import Coupling
 from graphprune.errors import CalibrationError, PlanError
 from graphprune.plan import Plan
 from graphprune.program import Program
-from graphprune.statistics import InputStatistics, Statistics, segments, walk
-
-Track = Callable[[Iterable[Any], str], Iterable[Any]]
+from graphprune.progress import Track, silent
+from graphprune.statistics import InputStatistics, Statistics, damped, walk
 
 
 def refit(
@@ -26,7 +24,7 @@ def refit(
     calibration: Calibration,
     *,
     damp: float = 0.01,
-    track: Track = lambda items, what: items,
+    track: Track = silent,
 ) -> tuple[Program, list[str]]:
     """`program` with the units of `plan` at zero and their consumers refitted.
 
@@ -65,29 +63,32 @@ def refit(
     """
     _check(coupling, plan)
     gone = {name: _gone(program.weights[name], dims) for name, dims in plan.removed.items()}
-    matrices = [
-        matrix
+    columns = {
+        matrix: _columns(matrix.read(gone[matrix.weight]))
         for matrix in contractions(program).matrices
-        if matrix.weight in gone and bool(_columns(matrix.read(gone[matrix.weight])).any())
-    ]
+        if matrix.weight in gone
+    }
+    matrices = [matrix for matrix, lost in columns.items() if bool(lost.any())]
     if not matrices:
         raise PlanError("no matrix lost a column: there is nothing to refit")
-    used = _used_with(program, matrices)
+    names = {node: name for name, node in program.weight_nodes()}
     refitted: list[str] = []
 
-    def edit(held: Sequence[Matrix], statistics: Statistics) -> Mapping[str, Tensor]:
+    def edit(
+        nodes: Sequence[fx.Node], held: Sequence[Matrix], statistics: Statistics
+    ) -> Mapping[str, Tensor]:
+        used = {names[other] for n in nodes for other in n.all_input_nodes if other in names}
         new = {
-            name: program.weights[name].masked_fill(gone[name], 0)
-            for name in used[held[0].name]
-            if name in gone
+            name: program.weights[name].masked_fill(gone[name], 0) for name in used & gone.keys()
         }
         for matrix in held:
             weight = new.get(matrix.weight, program.weights[matrix.weight])
             bias = bias_of(program, matrix)
             seen = statistics[matrix.name]
-            columns = _columns(matrix.read(gone[matrix.weight]))
             dense = matrix.read(program.weights[matrix.weight]).double()
-            best, shift = _least_squares(matrix.name, dense, columns, seen, damp, bool(bias))
+            best, shift = _least_squares(
+                matrix.name, dense, columns[matrix], seen, damp, centred=bool(bias)
+            )
             new[matrix.weight] = matrix.write(weight, best).masked_fill(gone[matrix.weight], 0)
             if bias:
                 old = new.get(bias, program.weights[bias])
@@ -131,24 +132,6 @@ def _columns(gone: Tensor) -> Tensor:
     return (gone | rows).all(1) & ~rows.all(1)
 
 
-def _used_with(program: Program, matrices: Sequence[Matrix]) -> dict[str, list[str]]:
-    """The first matrix of each segment -> the weights that are first used there."""
-    found: dict[str, list[str]] = {}
-    by_node = {use.node: matrix for matrix in reversed(matrices) for use in matrix.uses}
-    names = {node: name for name, node in program.weight_nodes()}
-    taken: set[str] = set()
-    waiting: list[str] = []
-    for nodes in segments(program, matrices):
-        here = [names[n] for node in nodes for n in node.all_input_nodes if n in names]
-        waiting += [name for name in dict.fromkeys(here) if name not in taken]
-        taken.update(waiting)
-        first = next((by_node[node] for node in nodes if node in by_node), None)
-        if first is not None:
-            found[first.name] = waiting
-            waiting = []
-    return found
-
-
 def _least_squares(
     name: str,
     dense: Tensor,
@@ -168,9 +151,7 @@ def _least_squares(
         moments = gram / count
         if centred:
             moments = moments - torch.outer(seen.mean[part], seen.mean[part])
-        inner = moments[keep][:, keep]
-        inner = inner + torch.eye(len(keep)) * damp * inner.diagonal().mean().clamp(min=1e-30)
-        factor, failed = torch.linalg.cholesky_ex(inner)
+        factor, failed = torch.linalg.cholesky_ex(damped(moments[keep][:, keep], damp))
         if int(failed):
             raise CalibrationError(
                 f"{name}: its inputs are too alike to refit: give more data or damp"
@@ -213,8 +194,7 @@ def removal_errors(
     """
     count = int(units.max()) + 1
     weight = weight.double().clone()
-    mean = gram.diagonal().mean().clamp(min=1e-30)
-    inverse = torch.linalg.inv(gram.double() + torch.eye(len(gram)) * damp * mean)
+    inverse = torch.linalg.inv(damped(gram.double(), damp))
     columns = [(units == unit).nonzero().flatten() for unit in range(count)]
     single = torch.cat(columns) if all(len(each) == 1 for each in columns) else None
     costs = torch.zeros(count, dtype=torch.float64)

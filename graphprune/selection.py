@@ -18,6 +18,7 @@ from graphprune.coupling import Coupling, Group
 from graphprune.errors import NothingToPrune, SelectionError
 from graphprune.importance import Scores
 from graphprune.plan import Cut, cut_of
+from graphprune.program import layer_of
 from graphprune.roles import Role
 
 Scope = Literal["group", "global"]
@@ -101,11 +102,9 @@ def outer_layers(coupling: Coupling, first: int, last: int) -> set[str]:
     """
     stacks: dict[str, dict[int, list[str]]] = {}
     for name in coupling.program.weights:
-        parts = name.split(".")
-        at = next((i for i, part in enumerate(parts[:-1]) if part.isdigit()), None)
-        if at is not None:
-            layers = stacks.setdefault(".".join(parts[:at]), {})
-            layers.setdefault(int(parts[at]), []).append(name)
+        stack, _, number = layer_of(name.rpartition(".")[0]).rpartition(".")
+        if number:
+            stacks.setdefault(stack, {}).setdefault(int(number), []).append(name)
     if not stacks:
         raise SelectionError("the program has no numbered layers to protect")
     return {

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from graphprune.errors import SelectionError
-from graphprune.statistics import InputStatistics
+from graphprune.statistics import InputStatistics, damped
 
 Scope = Literal["row", "layer", "global"]
 """What elements are compared within: an output row, a part of a matrix, or all matrices."""
@@ -143,9 +143,6 @@ def _lowest(rows: Tensor, count: int) -> Tensor:
     return found.scatter_(1, chosen, True)
 
 
-_LOW, _HIGH, _CLOSE = 0.0, 1.0, 1e-3
-
-
 def zeros_by_share(scores: Tensor, ratio: float) -> Tensor:
     """Which elements go when each row loses the same share of its score, not of its elements.
 
@@ -162,14 +159,14 @@ def zeros_by_share(scores: Tensor, ratio: float) -> Tensor:
     """
     ordered, places = scores.double().sort(dim=-1, stable=True)
     shares = ordered.cumsum(-1) / ordered.sum(-1, keepdim=True).clamp(min=torch.finfo().tiny)
-    low = torch.full((len(scores), 1, 1), _LOW, dtype=torch.float64)
-    high = torch.full_like(low, _HIGH)
+    low = torch.zeros((len(scores), 1, 1), dtype=torch.float64)
+    high = torch.ones_like(low)
     gone = shares <= low
     for _ in range(50):
         alpha = (low + high) / 2
         gone = shares <= alpha
         share = gone.double().mean((1, 2), keepdim=True)
-        if bool(((share - ratio).abs() <= _CLOSE).all()):
+        if bool(((share - ratio).abs() <= 1e-3).all()):
             break
         low, high = torch.where(share < ratio, alpha, low), torch.where(share < ratio, high, alpha)
     return torch.zeros_like(gone).scatter_(-1, places, gone)
@@ -211,9 +208,8 @@ class SparseGpt:
     def _part(self, weight: Tensor, gone: Tensor, gram: Tensor, pattern: Pattern) -> None:
         """Edit one ``[out, in]`` matrix and its zeros."""
         size = len(gram)
-        diagonal = gram.diagonal()
-        dead = diagonal == 0
-        gram = gram + torch.diag(dead.double() + self.damp * diagonal.mean())
+        dead = gram.diagonal() == 0
+        gram = damped(gram, self.damp) + torch.diag(dead.double())
         weight[:, dead] = 0
         factor, failed = torch.linalg.cholesky_ex(gram)
         if int(failed):

@@ -8,8 +8,7 @@ what is changed in a layer is seen by the next one; only what is still needed is
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -19,15 +18,14 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.calibration import Calibration
-from graphprune.contractions import Matrix
+from graphprune.contractions import Matrix, Use
 from graphprune.errors import CalibrationError
 from graphprune.output import staged_file
-from graphprune.program import Program, module_path
+from graphprune.program import Program, layer_of, module_path
+from graphprune.progress import Track, silent
 
 Kind = Literal["moments", "gram"]
 """Sums and sums of squares of each input, or all products of two inputs as well."""
-
-Track = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,8 +94,8 @@ class InputStatistics:
 Statistics = dict[str, InputStatistics]
 """The name of a matrix -> the statistics of its inputs."""
 
-Edit = Callable[[Sequence[Matrix], Statistics], Mapping[str, Tensor]]
-"""Given the matrices of a segment and their statistics: new weights by name."""
+Edit = Callable[[Sequence[fx.Node], Sequence[Matrix], Statistics], Mapping[str, Tensor]]
+"""Given the nodes of a segment, its matrices and their statistics: new weights by name."""
 
 
 @dataclass(frozen=True)
@@ -110,15 +108,12 @@ class Walk:
         The weights that were changed, by name.
     statistics
         Those of every matrix; empty where they were used up on the way.
-    segments
-        How many parts the graph was walked in.
     peak_bytes
         The most that activations and statistics took together.
     """
 
     weights: Mapping[str, Tensor]
     statistics: Statistics
-    segments: int
     peak_bytes: int
 
 
@@ -127,7 +122,7 @@ def observe(
     matrices: Sequence[Matrix],
     calibration: Calibration,
     kind: Kind = "moments",
-    track: Track = lambda items, what: items,
+    track: Track = silent,
 ) -> Statistics:
     """Statistics of the inputs of `matrices`, on the program as it is.
 
@@ -163,7 +158,7 @@ def walk(
     calibration: Calibration,
     kind: Kind = "moments",
     edit: Edit | None = None,
-    track: Track = lambda items, what: items,
+    track: Track = silent,
 ) -> Walk:
     """Walk all batches through the graph, segment by segment.
 
@@ -177,16 +172,16 @@ def walk(
         When the batches do not fit the program, or a statistic is not finite.
     """
     calibration.check(program)
-    runs = [_Run(program, batch) for batch in unpadded(calibration)]
-    by_node: dict[fx.Node, list[tuple[Matrix, Any]]] = {}
+    last = {used: node for node in program.graph.nodes for used in node.all_input_nodes}
+    runs = [_Run(program, batch, last) for batch in unpadded(calibration)]
+    by_node: dict[fx.Node, list[tuple[Matrix, Use]]] = {}
     for matrix in matrices:
         for use in matrix.uses:
             by_node.setdefault(use.node, []).append((matrix, use))
     changed: dict[str, Tensor] = {}
     statistics: Statistics = {}
     peak = 0
-    parts = segments(program, matrices)
-    for nodes in track(parts, "walking the graph"):
+    for nodes in track(segments(program, matrices), "walking the graph"):
         here = {m.name: m for node in nodes for m, _ in by_node.get(node, ())}
         found = {name: InputStatistics.empty(m, kind) for name, m in here.items()}
         again = edit is not None and bool(here)
@@ -203,7 +198,7 @@ def walk(
         if edit is None:
             statistics |= found
         elif again:
-            new = edit(list(here.values()), found)
+            new = edit(nodes, list(here.values()), found)
             changed |= new
             for run in runs:
                 run.replace(new)
@@ -211,7 +206,7 @@ def walk(
                     run.step(node, run.values)
         for run in runs:
             run.forget(nodes)
-    return Walk(changed, statistics, len(parts), peak)
+    return Walk(changed, statistics, peak)
 
 
 def _check_finite(statistics: Statistics) -> None:
@@ -221,9 +216,11 @@ def _check_finite(statistics: Statistics) -> None:
 
 
 class _Run:
-    """One batch on its way through the graph."""
+    """One batch on its way through the graph; `last` is the last user of every node."""
 
-    def __init__(self, program: Program, batch: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, program: Program, batch: Mapping[str, Tensor], last: Mapping[fx.Node, fx.Node]
+    ) -> None:
         self.interpreter = fx.Interpreter(program.graph_module, garbage_collect_values=False)
         self.nodes = dict(program.weight_nodes())
         self.values: dict[fx.Node, Any] = {
@@ -231,7 +228,7 @@ class _Run:
         }
         filled = program.fill(batch)
         self.values |= {node: filled[value.name] for value, node in program.input_nodes()}
-        self.last = {used: node for node in program.graph.nodes for used in node.all_input_nodes}
+        self.last = last
 
     @torch.no_grad()
     def step(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
@@ -276,13 +273,9 @@ def _writes(node: fx.Node) -> bool:
     return schema is not None and bool(schema.is_mutable)
 
 
-_LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.|$)")
-
-
 def _layer(node: fx.Node) -> str:
     """The path of the numbered layer that `node` belongs to, or ""."""
-    found = _LAYER.match(module_path(node)) if node.op != "placeholder" else None
-    return found[0] if found else ""
+    return layer_of(module_path(node)) if node.op != "placeholder" else ""
 
 
 def segments(program: Program, matrices: Sequence[Matrix] = ()) -> list[list[fx.Node]]:
@@ -350,6 +343,12 @@ def unpadded(calibration: Calibration) -> Iterator[dict[str, Tensor]]:
                 else tensor[rows]
                 for name, tensor in batch.items()
             }
+
+
+def damped(gram: Tensor, damp: float) -> Tensor:
+    """`gram`, ``[in, in]``, with `damp` times the mean of its diagonal added to the diagonal."""
+    mean = gram.diagonal().mean().clamp(min=1e-30)
+    return gram + torch.eye(len(gram), dtype=gram.dtype) * damp * mean
 
 
 # -- keeping them ----------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from graphprune.nodes import copy_of, made_from
 from graphprune.plan import Order
 from graphprune.program import Program
 from graphprune.rebuild import rebuild
@@ -91,8 +92,7 @@ def unfuse(
                 orders[name] = tuple(Order(each, 0, rows) for each in held)
     if not found:
         return program, {}
-    graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
-    graph.output(graph.graph_copy(program.graph, new))
+    graph, new = copy_of(program.graph)
     for projection, taken in found.items():
         _cut_off(graph, new, projection, taken)
     every = [order for several in orders.values() for order in several]
@@ -256,34 +256,18 @@ def _cut_off(
     lead = projection.meta["val"].ndim - 1
     after = new[projection]
     before = set(after.users)
-    made = _Maker(graph, after)
-    pieces = made.call(_ATEN.split_with_sizes.default, after, [len(run) for run in runs], -1)
-    for part in parts:
-        node = made.call(operator.getitem, pieces, runs.index(part.rows))
-        if not part.shape:
-            node = made.call(_ATEN.squeeze.dim, node, lead)
-        elif len(part.shape) > 1:
-            node = made.call(_ATEN.unflatten.int, node, lead, list(part.shape))
-        if part.order != tuple(range(len(part.order))):
-            node = made.call(_ATEN.permute.default, node, list(part.order))
-        new[part.node].replace_all_uses_with(node)
+    with graph.inserting_before(after.next):
+        pieces = made_from(after, _ATEN.split_with_sizes.default, after, [len(r) for r in runs], -1)
+        for part in parts:
+            node = made_from(after, operator.getitem, pieces, runs.index(part.rows))
+            if not part.shape:
+                node = made_from(after, _ATEN.squeeze.dim, node, lead)
+            elif len(part.shape) > 1:
+                node = made_from(after, _ATEN.unflatten.int, node, lead, list(part.shape))
+            if part.order != tuple(range(len(part.order))):
+                node = made_from(after, _ATEN.permute.default, node, list(part.order))
+            new[part.node].replace_all_uses_with(node)
     _erase(graph, before)
-
-
-class _Maker:
-    """Makes nodes one after the other, each as if it came from where the first one did."""
-
-    def __init__(self, graph: fx.Graph, after: fx.Node) -> None:
-        self.graph = graph
-        self.last = after
-        self.meta = {key: value for key, value in after.meta.items() if key != "val"}
-
-    def call(self, target: Any, *args: Any) -> fx.Node:
-        """A node that calls `target`."""
-        with self.graph.inserting_after(self.last):
-            self.last = self.graph.call_function(target, args)
-        self.last.meta = dict(self.meta)
-        return self.last
 
 
 def _erase(graph: fx.Graph, nodes: Collection[fx.Node]) -> None:

@@ -12,6 +12,7 @@ from graphprune.pass_base import COUPLING, Analysis, Context, Outcome, Pass
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.fx import Node
 
     from graphprune.contractions import Matrix
     from graphprune.coupling import Coupling
@@ -125,7 +126,7 @@ class Sparsify(Pass):
         work = _Work(self, program, pattern, context.seed)
         peak = 0
         if not self.requires_calibration:
-            new = dict(work(matrices, {}))
+            new = dict(work((), matrices, {}))
         else:
             assert context.calibration is not None, "the pass manager has asked for it"
             given = program, matrices, context.calibration, work.kind
@@ -133,7 +134,7 @@ class Sparsify(Pass):
                 walked = walk(*given, edit=work, track=context.track)
                 new, peak = dict(walked.weights), walked.peak_bytes
             else:
-                new = dict(work(matrices, observe(*given, track=context.track)))
+                new = dict(work((), matrices, observe(*given, track=context.track)))
         sparse = program.with_weights(new)
         elements = sum(program.weights[name].numel() for name in new)
         zeros = sum(int((weight == 0).sum()) for weight in new.values())
@@ -156,13 +157,15 @@ class Sparsify(Pass):
 
     def _targets(self, matrices: Sequence[Matrix], coupling: Coupling) -> list[Matrix]:
         """The matrices that the options name."""
+        from graphprune.program import layer_of
+
         names = {matrix.weight for matrix in matrices}
         for pattern in self.skip:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise SelectionError(f"skip pattern {pattern!r} matches no matrix")
         if self.target == "layers":
             routers = _routers(coupling)
-            names = {n for n in names if any(map(str.isdigit, n.split("."))) and n not in routers}
+            names = {n for n in names if layer_of(n) and n not in routers}
         elif self.target != "all":
             names = {name for name in names if fnmatchcase(name, self.target)}
         names = {n for n in names if not any(fnmatchcase(n, pattern) for pattern in self.skip)}
@@ -193,7 +196,9 @@ class _Work:
         )
         self.unseen: list[str] = []
 
-    def __call__(self, matrices: Sequence[Matrix], statistics: Statistics) -> Mapping[str, Tensor]:
+    def __call__(
+        self, nodes: Sequence[Node], matrices: Sequence[Matrix], statistics: Statistics
+    ) -> Mapping[str, Tensor]:
         values = [matrix.read(self.program.weights[matrix.weight]) for matrix in matrices]
         changed = self._sparse(matrices, values, statistics)
         new: dict[str, Tensor] = {}

@@ -131,7 +131,7 @@ def test_an_edit_is_seen_by_the_layers_after_it_and_not_by_its_own() -> None:
     dense = observe(program, matrices, calibration)
     met: Statistics = {}
 
-    def edit(held: Sequence[Matrix], found: Statistics) -> Mapping[str, Tensor]:
+    def edit(_: object, held: Sequence[Matrix], found: Statistics) -> Mapping[str, Tensor]:
         met.update(found)
         names = [m.weight for m in held if "down_proj" in m.weight]
         return {name: torch.zeros_like(program.weights[name]) for name in names}
@@ -157,7 +157,7 @@ def test_walking_without_edits_computes_what_running_does(name: str) -> None:
     once = observe(program, matrices, calibration)
     seen: Statistics = {}
 
-    def edit(_: Sequence[Matrix], found: Statistics) -> Mapping[str, Tensor]:
+    def edit(_: object, __: object, found: Statistics) -> Mapping[str, Tensor]:
         seen.update(found)
         return {}
 

@@ -20,11 +20,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from types import CodeType, FunctionType
 from typing import Any
 
-import torch
 from torch import nn
 
 from graphprune.backends.hf_config import Place, needed_sizes, sizes_of
 from graphprune.backends.hf_model import compare, difference
+from graphprune.nodes import arguments_of
 from graphprune.program import Program, module_path
 
 Attributes = dict[str, dict[str, Any]]
@@ -93,13 +93,9 @@ def _literals(program: Program) -> dict[str, dict[str, Any]]:
     """Module path -> sizes among the literals of the operators that it became."""
     found: dict[str, dict[str, Any]] = defaultdict(dict)
     for node in program.graph.nodes:
-        if not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        for position, argument in enumerate(node.target._schema.arguments):
-            if argument.name in _LITERALS:
-                value = argument.default_value
-                value = node.args[position] if position < len(node.args) else value
-                found[module_path(node)][argument.name] = node.kwargs.get(argument.name, value)
+        for name, value in arguments_of(node).items():
+            if name in _LITERALS:
+                found[module_path(node)][name] = value
     return found
 
 

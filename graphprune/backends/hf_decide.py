@@ -18,13 +18,7 @@ from torch import nn
 
 from graphprune.axes import Atom, Axis, Product
 from graphprune.backends.hf_attributes import AttributeSearch, merged, of_layers
-from graphprune.backends.hf_config import (
-    Builder,
-    Changes,
-    Place,
-    Search,
-    needed_sizes,
-)
+from graphprune.backends.hf_config import Builder, Changes, Place, Search, needed_sizes
 from graphprune.backends.hf_layers import LayerSearch, pruned_class
 from graphprune.backends.hf_model import (
     difference,

@@ -18,6 +18,7 @@ from torch._subclasses import FakeTensor
 from graphprune.backends import ort
 from graphprune.backends.onnx_names import output_names
 from graphprune.errors import BackendError
+from graphprune.nodes import arguments_of, made_from, valued
 from graphprune.program import Program, module_path, source_line
 
 if TYPE_CHECKING:
@@ -111,10 +112,9 @@ def _keep_padding(node: fx.Node) -> None:
     ONNX Runtime's PadFusion gives zeros to the pool as padding of its own, which is of -inf.
     """
     pad = node.all_input_nodes[0]
-    names = [argument.name for argument in torch.ops.aten.pad.default._schema.arguments]
     if pad.target is torch.ops.aten.pad.default:
-        given = {**dict(zip(names, pad.args, strict=False)), **pad.kwargs}
-        if given.get("mode", "constant") == "constant" and not given.get("value"):
+        given = arguments_of(pad)
+        if given["mode"] == "constant" and not given["value"]:
             pad.args = (pad.args[0], given["pad"])
             tiny = torch.finfo(pad.meta["val"].dtype).tiny
             pad.kwargs = {"mode": "constant", "value": tiny}
@@ -127,22 +127,12 @@ def _write_out_pieces(node: fx.Node) -> None:
     if any(size is not sizes[0] and str(size) != str(sizes[0]) for size in sizes):
         return
     with node.graph.inserting_before(node):
-        apart = _made(node, torch.ops.aten.unflatten.int, whole, dim, [len(sizes), -1])
+        apart = valued(made_from(node, torch.ops.aten.unflatten.int, whole, dim, [len(sizes), -1]))
         for user in list(node.users):
-            piece = _made(user, torch.ops.aten.select.int, apart, dim, user.args[1])
+            piece = valued(made_from(user, torch.ops.aten.select.int, apart, dim, user.args[1]))
             user.replace_all_uses_with(piece)
             node.graph.erase_node(user)
     node.graph.erase_node(node)
-
-
-def _made(origin: fx.Node, target: Any, *args: Any) -> fx.Node:
-    """A call that stands for (a part of) `origin`."""
-    call = origin.graph.call_function(target, args)
-    values = fx.map_arg(args, lambda other: other.meta["val"])
-    mode = next(a.meta["val"].fake_mode for a in call.all_input_nodes)
-    with mode:
-        call.meta = {**origin.meta, "val": target(*values)}
-    return call
 
 
 def _promote(node: fx.Node) -> None:
@@ -150,10 +140,7 @@ def _promote(node: fx.Node) -> None:
     whole, kind = node.all_input_nodes[0], node.meta["val"].dtype
     if whole.meta["val"].dtype != kind:
         with node.graph.inserting_before(node):
-            cast = node.graph.call_function(
-                torch.ops.aten._to_copy.default, (whole,), {"dtype": kind}
-            )
-        cast.meta = {**whole.meta, "val": whole.meta["val"].to(kind)}
+            cast = valued(made_from(whole, torch.ops.aten._to_copy.default, whole, dtype=kind))
         node.replace_input_with(whole, cast)
 
 
