@@ -15,8 +15,8 @@ from torch import Tensor
 from graphprune.axes import Axis
 from graphprune.axes import Cut as AxisCut
 from graphprune.coupling import Coupling, Group
+from graphprune.criteria import Scores
 from graphprune.errors import NothingToPrune, SelectionError
-from graphprune.importance import Scores
 from graphprune.plan import Cut, cut_of
 from graphprune.program import layer_of
 from graphprune.roles import Role

@@ -116,7 +116,7 @@ class Prune(Pass):
     @property
     def requires_calibration(self) -> bool:
         """Whether the criterion looks at data."""
-        from graphprune.importance import criterion
+        from graphprune.criteria import criterion
 
         return criterion(self.criterion).requires_calibration
 
@@ -167,7 +167,7 @@ class Prune(Pass):
         first: Coupling,
     ) -> list[Cut]:
         """What goes so that `ratio` of `first` is gone; none where that is no unit more."""
-        from graphprune.importance import Evidence, check_scores, criterion
+        from graphprune.criteria import Evidence, check_scores, criterion
         from graphprune.selection import Selector
 
         evidence = Evidence(

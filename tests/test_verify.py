@@ -375,7 +375,7 @@ def test_half_precision_is_given_more_room() -> None:
 
 # -- independence ---------------------------------------------------------------------------------
 
-REWRITING = {"resize", "rebuild", "rewrite", "merge", "fold", "selection", "importance"}
+REWRITING = {"resize", "rebuild", "rewrite", "merge", "fold", "selection", "criteria"}
 
 
 def imports(module: str, inner: bool) -> Iterator[str]:

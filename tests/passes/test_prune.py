@@ -8,7 +8,7 @@ from architectures import coupling_of, inputs_of, model_of, program_of
 from torch import Tensor
 
 import graphprune as gp
-from graphprune import importance
+from graphprune import criteria
 from graphprune.calibration import Calibration
 from graphprune.errors import CalibrationError, PipelineError, SelectionError, UsageError
 from graphprune.pass_manager import Result
@@ -301,7 +301,7 @@ def test_steps_score_what_is_left() -> None:
     calibration = calibration_of("llama-gqa")
     seen: list[int] = []
 
-    class Seen(importance.Criterion):
+    class Seen(criteria.Criterion):
         name = "seen"
 
         def scores(self, evidence: Any) -> Any:
@@ -315,7 +315,7 @@ def test_steps_score_what_is_left() -> None:
             calibration=calibration,
         )
     finally:
-        del importance.CRITERIA["seen"]
+        del criteria.CRITERIA["seen"]
     assert seen == [48, 42, 36, 30]
 
 

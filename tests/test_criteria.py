@@ -27,15 +27,15 @@ from torch.nn import functional
 import graphprune as gp
 from graphprune.calibration import Calibration
 from graphprune.coupling import Coupling, Group
-from graphprune.errors import CalibrationError, SelectionError, UsageError
-from graphprune.importance import (
+from graphprune.criteria import (
     CRITERIA,
     Criterion,
     Evidence,
-    _unit_numbers,
     check_scores,
     criterion,
 )
+from graphprune.criteria.units import unit_numbers
+from graphprune.errors import CalibrationError, SelectionError, UsageError
 from graphprune.pipeline import Pipeline
 from graphprune.program import Program
 from graphprune.reconstruction import removal_errors
@@ -368,7 +368,7 @@ def test_the_columns_of_a_unit_are_its_slices(case: str) -> None:
     lines: dict[tuple[str, int], Tensor] = {}
     for member in group.members:
         size = program_of(name).weights[member.weight].shape[member.dim]
-        line = _unit_numbers(evidence, group, member, size)
+        line = unit_numbers(evidence.sizes(group), group, member, size)
         key = member.weight, member.dim
         lines[key] = torch.maximum(lines[key], line) if key in lines else line
     for number, place in enumerate(itertools.product(*map(range, sizes))):

@@ -1,0 +1,151 @@
+"""What a criterion is, and what it may look at."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from graphprune.calibration import Calibration
+from graphprune.contractions import Matrix, contractions
+from graphprune.coupling import Coupling, Group
+from graphprune.criteria.units import consumers
+from graphprune.errors import CalibrationError, SelectionError, UsageError
+from graphprune.program import Program
+from graphprune.progress import Track, silent
+
+Aggregate = Literal["sum", "mean", "max", "product", "last"]
+"""How the scores of a unit in the weights of its group become one; "last" is the score in the
+weight that the graph uses last, such as an output or down projection."""
+
+Scores = dict[str, Tensor]
+"""Group name -> float64 scores, shape ``[*parents' sizes, size]``."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a criterion may look at.
+
+    Parameters
+    ----------
+    program, coupling
+        The program and its analysis.
+    groups
+        The groups to score.
+    calibration
+        Batches to run the program on, or None.
+    aggregate
+        How members are combined.
+    seed
+        Seed of whatever is random.
+    track
+        Wraps long loops in a progress bar.
+    """
+
+    program: Program
+    coupling: Coupling
+    groups: Sequence[Group]
+    calibration: Calibration | None = None
+    aggregate: Aggregate = "sum"
+    seed: int = 0
+    track: Track = silent
+
+    def sizes(self, group: Group) -> tuple[int, ...]:
+        """The shape of the scores of `group`: the sizes of its parents, and its own."""
+        return (*(self.coupling.group(parent).size for parent in group.parents), group.size)
+
+    def data(self) -> Calibration:
+        """The calibration batches.
+
+        Raises
+        ------
+        CalibrationError
+            When there are none, or they do not fit the program.
+        """
+        if self.calibration is None:
+            raise CalibrationError("this criterion needs calibration data, and none was given")
+        self.calibration.check(self.program)
+        return self.calibration
+
+    def consumers(self, criterion: str) -> dict[str, list[tuple[Matrix, Tensor]]]:
+        """For each group the matrices that sum over it, and the unit of each of their columns.
+
+        `criterion` names who asks. Units are ``[parts, in]``, counted over all parents, -1 for a
+        column of none.
+
+        Raises
+        ------
+        SelectionError
+            When nothing sums over a group.
+        """
+        matrices = contractions(self.program).matrices
+        found = {
+            group.name: consumers(self.program.weights, self.sizes(group), group, matrices)
+            for group in self.groups
+        }
+        if lonely := [name for name, each in found.items() if not each]:
+            raise SelectionError(
+                f"{lonely[0]}: {criterion} scores what consumes it, and nothing does"
+            )
+        return found
+
+    def parameters(self) -> list[str]:
+        """Names of the parameters that the groups reach into, each once."""
+        kinds = self.program.kinds
+        names = dict.fromkeys(name for group in self.groups for name in group.weights())
+        return [name for name in names if kinds[name] == "parameter"]
+
+
+class Criterion(ABC):
+    """Scores units of groups; subclasses register themselves by `name`."""
+
+    name: ClassVar[str]
+    requires_calibration: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "name" in cls.__dict__:
+            CRITERIA[cls.name] = cls
+
+    @abstractmethod
+    def scores(self, evidence: Evidence) -> Scores:
+        """The score of every unit of ``evidence.groups``; higher is more important."""
+
+
+CRITERIA: dict[str, type[Criterion]] = {}
+"""Every criterion by name."""
+
+
+def criterion(name: str) -> Criterion:
+    """The criterion called `name`.
+
+    Raises
+    ------
+    UsageError
+        When there is none, with the nearest name.
+    """
+    if name not in CRITERIA:
+        from graphprune.options import nearest
+
+        raise UsageError(f"there is no criterion {name!r}{nearest(name, CRITERIA)}")
+    return CRITERIA[name]()
+
+
+def check_scores(scores: Mapping[str, Tensor], evidence: Evidence) -> None:
+    """Refuse scores that are missing, misshapen or not finite.
+
+    Raises
+    ------
+    SelectionError
+        Naming the group.
+    """
+    for group in evidence.groups:
+        found = scores.get(group.name)
+        if found is None or tuple(found.shape) != evidence.sizes(group):
+            raise SelectionError(f"{group.name}: the criterion gave no scores of the right shape")
+        if not bool(torch.isfinite(found).all()):
+            raise SelectionError(f"{group.name}: the criterion gave scores that are not finite")

@@ -1,0 +1,115 @@
+"""Criteria on the loss's gradient at gates: the head importance of "Are Sixteen Heads ..."."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.criteria.base import Criterion, Evidence, Scores
+from graphprune.criteria.gradients import finite_loss, samples
+from graphprune.program import Program
+
+
+class Gate(Criterion):
+    """Expected sensitivity of the loss to a gate on the unit: E_x |dL(x) / d xi| at xi = 1.
+
+    The head importance of Michel et al. (1905.10650, equation 2), for any group: the gate stands
+    where the unit's activations come into what sums over them, so that its gradient is the inner
+    product of activation and gradient. Here the absolute value is taken of each sample, as in the
+    paper's formula; `GateToken` and `GateBatch` take it where its published codes do.
+    """
+
+    name = "gate"
+    requires_calibration = True
+    absolute: ClassVar[Literal["token", "sample", "batch"]] = "sample"
+
+    def scores(self, evidence: Evidence) -> Scores:
+        """Gradients of gates of one, by the chain rule at the consumers' inputs.
+
+        Raises
+        ------
+        SelectionError
+            When nothing sums over a group.
+        CalibrationError
+            As `loss_gradients` does.
+        """
+        data, held = evidence.data(), evidence.consumers(self.name)
+        totals = {
+            group.name: torch.zeros(math.prod(evidence.sizes(group)), dtype=torch.float64)
+            for group in evidence.groups
+        }
+        sources = {use.source for each in held.values() for m, _ in each for use in m.uses}
+        batches = list(samples(data) if self.absolute == "sample" else data)
+        for batch in evidence.track(batches, "taking gradients of gates"):
+            values = _activations(evidence.program, batch, sources)
+            for name, consumers in held.items():
+                gates = [
+                    _gates(rows, units[part], len(totals[name]))
+                    for matrix, units in consumers
+                    for use in matrix.uses
+                    for part, rows in use.rows(values)
+                ]
+                if self.absolute == "token":
+                    totals[name] += sum(each.abs().sum(0) for each in gates)
+                else:
+                    totals[name] += torch.stack([each.sum(0) for each in gates]).sum(0).abs()
+        return {g.name: totals[g.name].view(evidence.sizes(g)) for g in evidence.groups}
+
+
+class GateToken(Gate):
+    """As `gate`, with the absolute value of every token (both codes of the paper's authors)."""
+
+    name = "gate-token"
+    absolute = "token"
+
+
+class GateBatch(Gate):
+    """As `gate`, with the absolute value of every batch (transformers' example ``bertology``)."""
+
+    name = "gate-batch"
+    absolute = "batch"
+
+
+def _activations(
+    program: Program, batch: Mapping[str, Tensor], sources: Collection[fx.Node]
+) -> dict[fx.Node, Any]:
+    """Values of the graph's nodes; those of `sources` are multiplied with the loss's gradient."""
+    filled = program.fill(batch)
+    inputs = [*program.weights.values(), *(filled[value.name] for value in program.inputs)]
+    interpreter = _Keeping(program.graph_module, sources)
+    with torch.enable_grad():
+        outputs = interpreter.run(*(tensor.detach() for tensor in inputs))
+        loss = finite_loss(outputs[0], batch)
+        kept = {node: interpreter.kept[node] for node in sources}
+        gradients = torch.autograd.grad(loss, list(kept.values()), allow_unused=True)
+    values = {n: v.detach() if isinstance(v, Tensor) else v for n, v in interpreter.env.items()}
+    for (node, value), gradient in zip(kept.items(), gradients, strict=True):
+        values[node] = torch.zeros_like(value) if gradient is None else value.detach() * gradient
+    return values
+
+
+class _Keeping(fx.Interpreter):
+    """Runs a graph with a gradient at every one of `sources`."""
+
+    def __init__(self, module: fx.GraphModule, sources: Collection[fx.Node]) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.sources = sources
+        self.kept: dict[fx.Node, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n in self.sources and isinstance(value, Tensor):
+            value = value if value.requires_grad else value.detach().requires_grad_()
+            self.kept[n] = value
+        return value
+
+
+def _gates(rows: Tensor, units: Tensor, count: int) -> Tensor:
+    """``[n, units]``: sums over the columns of each unit."""
+    found = torch.zeros(len(rows), count + 1, dtype=torch.float64)
+    at = torch.where(units < 0, count, units)
+    return found.index_add_(1, at, rows.double())[:, :count]

@@ -1,0 +1,82 @@
+"""Gradients of the next-token loss on calibration text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from graphprune.calibration import Calibration, next_token_loss
+from graphprune.criteria.base import Evidence
+from graphprune.errors import CalibrationError
+from graphprune.program import Program
+
+
+def loss_gradients(evidence: Evidence, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """(name, gradient) of the mean next-token loss on the calibration batches.
+
+    Gradients are taken of the weights called `names` only, and given away one by one.
+
+    Raises
+    ------
+    CalibrationError
+        Without calibration batches, or when they do not fit the program or the loss is not finite.
+    """
+    data = evidence.data()
+    batches = evidence.track(data, "taking gradients")
+    yield from _gradients(evidence.program, batches, data.samples, names)
+
+
+def sample_gradients(
+    evidence: Evidence, names: Sequence[str]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, mean gradient, mean squared gradient) over the samples, taken one at a time.
+
+    Raises
+    ------
+    CalibrationError
+        As `loss_gradients` does.
+    """
+    data, weights = evidence.data(), evidence.program.weights
+    total = {name: torch.zeros_like(weights[name]) for name in names}
+    squares = {name: torch.zeros_like(weights[name]) for name in names}
+    for sample in evidence.track(list(samples(data)), "taking gradients"):
+        for name, gradient in _gradients(evidence.program, [sample], 1, names):
+            total[name].add_(gradient, alpha=1 / data.samples)
+            squares[name].addcmul_(gradient, gradient, value=1 / data.samples)
+    for name in names:
+        yield name, total.pop(name), squares.pop(name)
+
+
+def _gradients(
+    program: Program, batches: Iterable[Mapping[str, Tensor]], samples: int, names: Sequence[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, gradient) of the mean loss on `batches`, which hold `samples` samples together."""
+    weights = {name: weight.detach() for name, weight in program.weights.items()}
+    leaves = {name: weights[name].requires_grad_() for name in names}
+    for batch in batches:
+        with torch.enable_grad():
+            outputs = program.run(weights, batch)
+            rows = len(next(iter(batch.values())))
+            loss = finite_loss(outputs[program.outputs[0].name], batch) * (rows / samples)
+        loss.backward()
+    for name, leaf in leaves.items():
+        gradient = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
+        leaf.grad = None
+        yield name, gradient.detach()
+
+
+def finite_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """The next-token loss of a batch, refused (`CalibrationError`) when it is not finite."""
+    loss = next_token_loss(logits, batch)
+    if not bool(torch.isfinite(loss)):
+        raise CalibrationError("the loss on the calibration data is not finite")
+    return loss
+
+
+def samples(calibration: Calibration) -> Iterator[dict[str, Tensor]]:
+    """Every sample as a batch of one."""
+    for batch in calibration:
+        for row in range(len(next(iter(batch.values())))):
+            yield {name: tensor[row : row + 1] for name, tensor in batch.items()}

@@ -1,0 +1,50 @@
+"""Optimal brain surgeon as a criterion for groups."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from graphprune.criteria.base import Criterion, Evidence, Scores
+from graphprune.reconstruction import removal_errors
+from graphprune.statistics import observe
+
+
+class Obs(Criterion):
+    """What the consumers of a group lose when the unit leaves and the rest is refitted.
+
+    Optimal brain surgeon on each consumer's output (Hassibi and Stork 1993, equation 5), greedily:
+    units leave in small batches, the cheapest first, and the score of a unit is the squared error
+    that its leaving adds, summed over consumers' outputs and tokens. Unlike the other criteria it
+    knows which units can stand for each other; `reconstruct` then makes the refit real.
+    """
+
+    name = "obs"
+    requires_calibration = True
+
+    def scores(self, evidence: Evidence) -> Scores:
+        """Greedy removal in the consumers of every group.
+
+        Raises
+        ------
+        SelectionError
+            When nothing sums over a group.
+        """
+        data, held = evidence.data(), evidence.consumers(self.name)
+        needed = {m.name: m for each in held.values() for m, _ in each}
+        given = evidence.program, list(needed.values()), data
+        found = observe(*given, "gram", track=evidence.track)
+        scores: Scores = {}
+        for group in evidence.track(evidence.groups, "scoring groups"):
+            total = torch.zeros(math.prod(evidence.sizes(group)), dtype=torch.float64)
+            for matrix, units in held[group.name]:
+                weight = matrix.read(evidence.program.weights[matrix.weight])
+                gram = found[matrix.name].gram
+                assert gram is not None
+                for part in range(len(weight)):
+                    if bool((units[part] >= 0).any()):
+                        errors = removal_errors(weight[part], gram[part], units[part])
+                        total[: len(errors)] += errors
+            scores[group.name] = total.view(evidence.sizes(group))
+        return scores

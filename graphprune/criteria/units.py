@@ -1,0 +1,68 @@
+"""Where the units of a group lie in its weights, and what sums over them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from graphprune.contractions import Matrix
+from graphprune.coupling import Group, Member
+
+
+def sum_units(line: Tensor, group: Group, member: Member) -> Tensor:
+    """Sum scores along a dimension over the slice of every unit: ``[*parents' sizes, size]``."""
+    units = _units(line, group, member)
+    keep = [member.outer_groups.index(parent) for parent in group.parents]
+    gone = [dim for dim in range(units.ndim) if dim not in (*keep, units.ndim - 2)]
+    order = sorted(keep)
+    return units.sum(gone).permute(*(order.index(dim) for dim in keep), len(keep))
+
+
+def _units(line: Tensor, group: Group, member: Member) -> Tensor:
+    """A dimension's places as a view ``[*outer, size, width]``: those of every unit of `group`."""
+    loops = [*member.outer, (group.size, member.width), (member.width, 1)]
+    sizes, strides = zip(*loops, strict=True)
+    return line.as_strided(sizes, strides, member.offset)
+
+
+def consumers(
+    weights: Mapping[str, Tensor], sizes: Sequence[int], group: Group, matrices: Sequence[Matrix]
+) -> list[tuple[Matrix, Tensor]]:
+    """Those of `matrices` that sum over `group`; ``[parts, in]``: the unit of each column, or -1.
+
+    `sizes` are the sizes of the parents of `group`, and its own.
+    """
+    found = []
+    for matrix in matrices:
+        weight = weights[matrix.weight]
+        for member in group.members:
+            if member.weight != matrix.weight:
+                continue
+            line = unit_numbers(sizes, group, member, weight.shape[member.dim])
+            shape = [1] * weight.ndim
+            shape[member.dim] = len(line)
+            units = matrix.read(line.view(shape).expand(weight.shape).contiguous())
+            if bool((units[:, :1] == units).all()) and bool((units >= 0).any()):
+                found.append((matrix, units[:, 0]))
+    return found
+
+
+def unit_numbers(sizes: Sequence[int], group: Group, member: Member, size: int) -> Tensor:
+    """``[size]``: which unit (counted over all parents) is at each place of a dimension, or -1.
+
+    `sizes` are the sizes of the parents of `group`, and its own.
+    """
+    numbers = torch.arange(math.prod(sizes)).view(sizes)
+    line = torch.full((size,), -1)
+    units = _units(line, group, member)
+    keep = [member.outer_groups.index(parent) for parent in group.parents]
+    order = sorted(keep)
+    numbers = numbers.permute(*(keep.index(dim) for dim in order), len(keep))
+    shape = [1] * units.ndim
+    for dim, count in zip((*order, units.ndim - 2), numbers.shape, strict=True):
+        shape[dim] = count
+    units.copy_(numbers.reshape(shape).expand_as(units))
+    return line

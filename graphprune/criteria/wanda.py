@@ -1,0 +1,39 @@
+"""Wanda's score as a criterion for groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from graphprune.contractions import contractions
+from graphprune.criteria.base import Evidence
+from graphprune.criteria.weights import Measure, WeightCriterion
+from graphprune.sparsity import wanda_scores
+from graphprune.statistics import observe
+
+
+class Wanda(WeightCriterion):
+    """Weights times the norms of their inputs: sum of |w| ||x|| over the slice.
+
+    The score of Wanda (Sun et al. 2306.11695, equation 1) for single weights, summed over what a
+    unit takes with it. A weight that no activation is multiplied with (a bias) counts by itself.
+    """
+
+    name = "wanda"
+    measure: ClassVar[Measure] = "l1"
+    requires_calibration = True
+
+    def elements(self, evidence: Evidence, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """The product |w| ||x||."""
+        held = [m for m in contractions(evidence.program).matrices if m.weight in names]
+        found = observe(evidence.program, held, evidence.data(), track=evidence.track)
+        for name in names:
+            weight = evidence.program.weights[name].detach()
+            scores = weight.float().abs()
+            for matrix in held:
+                if matrix.weight == name:
+                    values = wanda_scores(matrix.read(weight), found[matrix.name])
+                    scores = matrix.write(scores, values)
+            yield name, scores

@@ -1,0 +1,159 @@
+"""Criteria on single weights: what stands at each element, summed over the slice of each unit."""
+
+from __future__ import annotations
+
+import zlib
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from graphprune.coupling import Group, Member
+from graphprune.criteria.base import Aggregate, Criterion, Evidence, Scores
+from graphprune.criteria.units import sum_units
+from graphprune.errors import SelectionError
+from graphprune.program import Program
+
+Measure = Literal["sum", "l1", "l2"]
+"""How the elements of a slice become one number: their sum, sum of absolutes, or of squares."""
+
+
+class WeightCriterion(Criterion):
+    """Measures the slice of each unit in each weight of its group.
+
+    Subclasses say what stands at each element (the weight itself, its gradient times the weight)
+    and by which measure a slice is reduced.
+    """
+
+    measure: ClassVar[Measure]
+
+    def scores(self, evidence: Evidence) -> Scores:
+        """Reduce the slice of each unit in each weight, then combine the weights of the group.
+
+        Raises
+        ------
+        SelectionError
+            When the program was captured on the meta device.
+        """
+        per_weight: dict[str, dict[str, Tensor]] = {group.name: {} for group in evidence.groups}
+        places = _members_by_weight(evidence)
+        names = evidence.parameters()
+        if any(evidence.program.weights[name].is_meta for name in names):
+            raise SelectionError(f"{self.name}: the program was captured without weights to score")
+        for name, elements in evidence.track(self.elements(evidence, names), "scoring weights"):
+            dims = {member.dim for _, member in places[name]}
+            lines = {dim: _reduce(elements, dim, self.measure) for dim in dims}
+            for group, member in places[name]:
+                found = per_weight[group.name]
+                score = sum_units(lines[member.dim], group, member)
+                found[name] = found[name] + score if name in found else score
+        order = _use_order(evidence.program)
+        finished = {
+            group: [self.finish(found[name]) for name in sorted(found, key=order.__getitem__)]
+            for group, found in per_weight.items()
+        }
+        return {group: _combine(found, evidence.aggregate) for group, found in finished.items()}
+
+    @abstractmethod
+    def elements(self, evidence: Evidence, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """(name, a tensor of the weight's shape) for the weights called `names`, one by one."""
+
+    def finish(self, total: Tensor) -> Tensor:
+        """Turn the reduced slices of one weight into scores."""
+        return total
+
+
+def _members_by_weight(evidence: Evidence) -> dict[str, list[tuple[Group, Member]]]:
+    found: dict[str, list[tuple[Group, Member]]] = {}
+    for group in evidence.groups:
+        for member in group.members:
+            found.setdefault(member.weight, []).append((group, member))
+    return found
+
+
+_BLOCK = 1 << 20
+"""Elements that are reduced at once: few enough to stay in the processor's cache."""
+
+
+def _reduce(elements: Tensor, dim: int, measure: Measure) -> Tensor:
+    """Reduce all dimensions but `dim` in one pass over the elements; float64."""
+    if elements.ndim == 1:
+        elements = elements[:, None]
+    others = [other for other in range(elements.ndim) if other != dim]
+    wide = torch.promote_types(elements.dtype, torch.float32)
+    rows = max(1, _BLOCK * len(elements) // elements.numel())
+    lines = [
+        _SINGLE[measure](block.to(wide)).sum(others).double() for block in elements.split(rows)
+    ]
+    return torch.cat(lines) if dim == 0 else torch.stack(lines).sum(0)
+
+
+_SINGLE: dict[Measure, Callable[[Tensor], Tensor]] = {
+    "sum": lambda elements: elements,
+    "l1": Tensor.abs,
+    "l2": Tensor.square,
+}
+
+
+def _use_order(program: Program) -> dict[str, int]:
+    """Name of a weight -> when the graph first uses it."""
+    places = {node: at for at, node in enumerate(program.graph.nodes)}
+    return {
+        name: min((places[user] for user in node.users), default=0)
+        for name, node in program.weight_nodes()
+    }
+
+
+def _combine(scores: Sequence[Tensor], aggregate: Aggregate) -> Tensor:
+    """Scores in the weights of a group, in the order in which the graph uses them, as one."""
+    if aggregate == "last":
+        return scores[-1]
+    stacked = torch.stack(list(scores))
+    if aggregate == "sum":
+        return stacked.sum(0)
+    if aggregate == "mean":
+        return stacked.mean(0)
+    return stacked.amax(0) if aggregate == "max" else stacked.prod(0)
+
+
+class L1(WeightCriterion):
+    """Sum of absolute weights of the slice (LLM-Pruner's L1; no root)."""
+
+    name = "l1"
+    measure: ClassVar[Measure] = "l1"
+
+    def elements(self, evidence: Evidence, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """The weights themselves."""
+        for name in names:
+            yield name, evidence.program.weights[name].detach()
+
+
+class L2(L1):
+    """Sum of squared weights of the slice (LLM-Pruner's L2; no root)."""
+
+    name = "l2"
+    measure = "l2"
+
+
+class Magnitude(L2):
+    """Another name for `l2`."""
+
+    name = "magnitude"
+
+
+class Random(Criterion):
+    """Uniformly random scores: the baseline that every criterion must beat."""
+
+    name = "random"
+
+    def scores(self, evidence: Evidence) -> Scores:
+        """Independent of the order of groups: each is seeded by its name."""
+        found = {}
+        for group in evidence.groups:
+            seed = zlib.crc32(f"{evidence.seed}:{group.name}".encode())
+            generator = torch.Generator().manual_seed(seed)
+            sizes = evidence.sizes(group)
+            found[group.name] = torch.rand(sizes, generator=generator, dtype=torch.float64)
+        return found
