@@ -62,6 +62,8 @@ class Types:
         products of nodes.
     written
         Nodes that write one of their operands in place.
+    dynamic
+        The integers that stand for dynamic sizes -> the expressions that they stand for.
     """
 
     program: Program
@@ -70,6 +72,7 @@ class Types:
     facts: Facts
     laws: dict[fx.Node, Law]
     written: frozenset[fx.Node]
+    dynamic: Mapping[int, sympy.Expr]
 
     def weight(self, name: str) -> Type:
         """The axes of the weight called `name` (which may be a tied name)."""
@@ -374,8 +377,9 @@ class _Inference:
             elif node.op == "get_attr":
                 self.types[node] = None
         self._interface()
+        written, dynamic = frozenset(self.written), self._primes.expressions()
         return Types(
-            self.program, self.axes, self.types, self.facts, self.laws, frozenset(self.written)
+            self.program, self.axes, self.types, self.facts, self.laws, written, dynamic
         )
 
     def _interface(self) -> None:
@@ -511,6 +515,11 @@ class _Primes:
             known = value.is_Integer and value > 0
             self._sizes[expression] = int(value) if known else self._prime(expression)
         return self._sizes[expression]
+
+    def expressions(self) -> dict[int, sympy.Expr]:
+        """Each integer that was given -> what it stands for; symbols come first."""
+        symbols = {size: symbol for symbol, size in self._symbols.items()}
+        return symbols | {size: expression for expression, size in self._sizes.items()}
 
     def _prime(self, key: Any) -> int:
         if key not in self._symbols:

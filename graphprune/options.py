@@ -93,7 +93,7 @@ class Option:
         return self._read(words[0].text)
 
     def check(self, value: object) -> Any:
-        """`value`, with an int made a float and a list a tuple where the type asks for it.
+        """`value`, with an int made a float, and a list or one text a tuple, where the type asks.
 
         Raises
         ------
@@ -104,6 +104,8 @@ class Option:
             return None
         if not self.many:
             return self._check(value)
+        if isinstance(value, str):
+            value = (value,)
         if not isinstance(value, (tuple, list)):
             raise self._refusal(value, "a list")
         return tuple(self._check(each) for each in value)

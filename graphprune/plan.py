@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from graphprune.coupling import Group, Member
 from graphprune.errors import PlanError
 from graphprune.output import staged_file
@@ -181,6 +184,23 @@ class Plan:
             weight: {dim: sorted(found) for dim, found in sorted(dims.items())}
             for weight, dims in removed.items()
         }
+
+    def masks(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weight name -> truth values of its shape: which elements go. Of `weights`, those that do.
+
+        For groups whose removal is exact, a program with these elements at zero is the reference
+        for the program without them.
+        """
+        found = {}
+        for name, dims in self.removed.items():
+            found[name] = torch.zeros(weights[name].shape, dtype=torch.bool)
+            for dim, indices in dims.items():
+                found[name].index_fill_(dim, torch.tensor(indices), True)
+        return found
+
+    def masked(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of `weights` in which something goes, with zeros there."""
+        return {n: weights[n].masked_fill(m, 0) for n, m in self.masks(weights).items()}
 
     # -- applying -------------------------------------------------------------------------------
 

@@ -62,7 +62,7 @@ def refit(
         When a matrix of second moments is singular in spite of the damping.
     """
     _check(coupling, plan)
-    gone = {name: _gone(program.weights[name], dims) for name, dims in plan.removed.items()}
+    gone = plan.masks(program.weights)
     columns = {
         matrix: _columns(matrix.read(gone[matrix.weight]))
         for matrix in contractions(program).matrices
@@ -116,14 +116,6 @@ def _check(coupling: Coupling, plan: Plan) -> None:
                 f"{cut.group} ({group.role}, {group.exactness}): its removal is no zeroing of "
                 "weights, so what stays cannot be refitted"
             )
-
-
-def _gone(weight: Tensor, dims: Mapping[int, Sequence[int]]) -> Tensor:
-    """Truth values: which elements of `weight` go."""
-    mask = torch.zeros(weight.shape, dtype=torch.bool)
-    for dim, indices in dims.items():
-        mask.index_fill_(dim, torch.tensor(list(indices)), True)
-    return mask
 
 
 def _columns(gone: Tensor) -> Tensor:

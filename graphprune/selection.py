@@ -12,8 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from graphprune.axes import Axis
-from graphprune.axes import Cut as AxisCut
+from graphprune.cost import Cost, Costs
 from graphprune.coupling import Coupling, Group
 from graphprune.criteria import Scores
 from graphprune.errors import NothingToPrune, SelectionError
@@ -22,7 +21,6 @@ from graphprune.program import layer_of
 from graphprune.roles import Role
 
 Scope = Literal["group", "global"]
-Budget = Literal["units", "parameters"]
 Normalise = Literal["none", "mean", "max", "sum", "l2"]
 
 TARGETS: dict[str, tuple[Role, ...]] = {
@@ -119,137 +117,285 @@ def outer_layers(coupling: Coupling, first: int, last: int) -> set[str]:
 # -- how many and which units ---------------------------------------------------------------------
 
 
+Amount = Literal["ratio"] | Cost
+"""What a budget counts: units of the groups ("ratio"), or a cost of the whole program."""
+
+_NOUNS: dict[Amount, str] = {
+    "ratio": "units",
+    "params": "parameters",
+    "macs": "multiply-accumulates",
+    "kv_bytes": "bytes of the KV cache",
+}
+
+
 @dataclass(frozen=True)
 class Selector:
     """Chooses the units that go.
 
+    A budget is the part that is to go, in [0, 1); at least one is given, and all that are given are
+    met. In scope "global" the next unit to go is the one whose importance is lowest for what its
+    group saves of the budgets that are not met yet (for units, every one saves the same).
+
     Parameters
     ----------
     ratio
-        Part that is removed, in [0, 1).
+        The part of the units of the groups.
     scope
         "group": every group loses the same part. "global": the least important units of all groups
         go, wherever they are.
-    budget
-        What the ratio counts: "units" of the groups, or "parameters" of the whole program.
     normalise
         How scores of a group are made comparable with those of others, in scope "global".
     round_to
         Every group keeps a multiple of this many units (rounded up), where it has that many.
+    params, macs, kv_bytes
+        The part of the program's parameters, multiply-accumulates (of a prompt of
+        `graphprune.cost.TOKENS` tokens) and KV cache.
     first
-        The coupling that the ratio refers to, where earlier steps have removed a part already; the
+        The coupling that the budgets refer to, where earlier steps have removed a part already; the
         groups have the same names in both. None: the one in hand.
     """
 
-    ratio: float
+    ratio: float | None = None
     scope: Scope = "group"
-    budget: Budget = "units"
-    normalise: Normalise = "mean"
+    normalise: Normalise = "none"
     round_to: int = 1
+    params: float | None = None
+    macs: float | None = None
+    kv_bytes: float | None = None
     first: Coupling | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ratio < 1:
-            raise SelectionError(f"ratio {self.ratio} is not in [0, 1)")
+        if not self.budgets:
+            raise SelectionError("no budget: give one of ratio, params, macs and kv_bytes")
+        for name, part in self.budgets.items():
+            if not 0 <= part < 1:
+                raise SelectionError(f"{name} {part:g} is not in [0, 1)")
         if self.round_to < 1:
             raise SelectionError(f"round_to {self.round_to} is not positive")
 
-    def select(self, coupling: Coupling, groups: Sequence[Group], scores: Scores) -> list[Cut]:
-        """The cuts that meet the budget; groups that lose nothing have none.
+    @property
+    def budgets(self) -> dict[Amount, float]:
+        """The budgets that are given."""
+        parts: dict[Amount, float | None] = {
+            "ratio": self.ratio,
+            "params": self.params,
+            "macs": self.macs,
+            "kv_bytes": self.kv_bytes,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def select(
+        self,
+        coupling: Coupling,
+        groups: Sequence[Group],
+        scores: Scores,
+        margins: Mapping[str, Tensor] | None = None,
+    ) -> list[Cut]:
+        """The cuts that meet the budgets; groups that lose nothing have none.
+
+        Parameters
+        ----------
+        coupling
+            The analysis of the program in hand.
+        groups
+            Those that may lose units.
+        scores
+            Group name -> the importance of its units, ``[*parents' sizes, size]``: which of them go
+            first.
+        margins
+            Group name -> what losing its least important unit costs, and the next, and so on,
+            ``[size]``; by default their scores, normalised. They decide between groups in scope
+            "global".
 
         Raises
         ------
         SelectionError
-            When nothing would go, or the budget cannot be met.
+            When nothing would go, or a budget cannot be met.
         """
-        counts = self._counts(coupling, groups, scores)
+        choice = _Choice(self, coupling, groups, scores, margins or {})
+        counts = choice.everywhere() if self.scope == "group" else choice.anywhere()
         cuts = [
-            cut_of(group, _lowest(scores[group.name], count))
+            cut_of(group, lowest(scores[group.name], count))
             for group, count in zip(groups, counts, strict=True)
             if count
         ]
         if not cuts:
             sizes = ", ".join(sorted({str(group.size) for group in groups}))
+            asked = " and ".join(f"{part:g} of the {_NOUNS[b]}" for b, part in self.budgets.items())
             raise NothingToPrune(
-                f"nothing to prune: {self.ratio:g} of groups of {sizes} units, kept in multiples "
-                f"of {self.round_to}, is less than one unit"
+                f"nothing to prune: {asked}, in groups of {sizes} units, kept in multiples of "
+                f"{self.round_to}, is less than one unit"
             )
         return cuts
 
-    def _counts(self, coupling: Coupling, groups: Sequence[Group], scores: Scores) -> list[int]:
-        if self.scope == "group":
-            top = max(group.size for group in groups)
-            levels = sorted({n / g.size for g in groups for n in range(g.size)}) if top else [0.0]
 
-            def at(level: int) -> list[int]:
-                part = levels[level]
-                return [self._round(g, math.floor(g.size * part + 1e-9)) for g in groups]
+class _Choice:
+    """How many units each group loses: lists of counts, one for every group."""
 
-            if self.budget == "units":
-                return [self._round(g, self._wanted([g])) for g in groups]
-            return self._meet(coupling, groups, at, len(levels) - 1)
-        order = self._order(groups, scores)
-
-        def first(count: int) -> list[int]:
-            taken = [0] * len(groups)
-            for index in order[:count]:
-                taken[index] += 1
-            return [self._round(g, n) for g, n in zip(groups, taken, strict=True)]
-
-        if self.budget == "units":
-            units = sum(group.size for group in groups)
-            count = self._wanted(groups)
-            if count > len(order):
-                most = f"these groups can lose {len(order)} of {units}"
-                raise SelectionError(f"{self.ratio:g} of the units cannot go: {most}")
-            return first(count)
-        return self._meet(coupling, groups, first, len(order))
-
-    def _wanted(self, groups: Sequence[Group]) -> int:
-        """How many units of `groups` together are to go now."""
-        now = sum(group.size for group in groups)
-        before = now if self.first is None else sum(self.first.group(g.name).size for g in groups)
-        return max(0, math.floor(before * self.ratio + 1e-9) - (before - now))
-
-    def _round(self, group: Group, count: int) -> int:
-        """At most `count`, so that a positive multiple of `round_to` stays."""
-        step = min(self.round_to, group.size)
-        kept = max(step, group.least, math.ceil((group.size - count) / step) * step)
-        return max(0, group.size - kept)
-
-    def _meet(
+    def __init__(
         self,
+        selector: Selector,
         coupling: Coupling,
         groups: Sequence[Group],
-        at: Callable[[int], list[int]],
-        top: int,
-    ) -> list[int]:
-        """The smallest level at which enough parameters go; levels remove ever more."""
-        before = (self.first or coupling).program.parameter_count()
-        wanted = before * (1 - self.ratio)
-        low, high = 0, top
-        if parameters_after(coupling, groups, at(high)) > wanted:
-            most = 1 - parameters_after(coupling, groups, at(high)) / before
-            raise SelectionError(
-                f"{self.ratio:g} of the parameters cannot go: these groups hold at most {most:.3f}"
-            )
-        while low < high:
-            middle = (low + high) // 2
-            if parameters_after(coupling, groups, at(middle)) <= wanted:
-                high = middle
-            else:
-                low = middle + 1
-        return at(high)
+        scores: Scores,
+        margins: Mapping[str, Tensor],
+    ) -> None:
+        self.selector, self.groups = selector, groups
+        self.costs = Costs(coupling)
+        self.before = Costs(selector.first or coupling)
+        self.margins = [
+            margins[group.name] if group.name in margins else self._ranked(group, scores)
+            for group in groups
+        ]
+        self.wanted = {
+            budget: self._wanted(budget, part) for budget, part in selector.budgets.items()
+        }
 
-    def _order(self, groups: Sequence[Group], scores: Scores) -> list[int]:
-        """Indices of groups, one for every unit, least important units first."""
-        entries: list[tuple[float, int]] = []
-        for index, group in enumerate(groups):
-            ranked = scores[group.name].reshape(-1, group.size).sort(dim=1).values.mean(0)
-            ranked = ranked / _scale(ranked, self.normalise)
-            last = group.size - max(min(self.round_to, group.size), group.least)
-            entries.extend((score, index) for score in ranked[:last].tolist())
-        return [index for _, index in sorted(entries)]
+    def everywhere(self) -> list[int]:
+        """The same part of every group, as small as the budgets allow."""
+        ratio = self.selector.ratio
+        shares = sorted({n / group.size for group in self.groups for n in range(group.size)})
+
+        def at(level: int) -> list[int]:
+            share = shares[level]
+            found = [math.floor(group.size * share + 1e-9) for group in self.groups]
+            return self._rounded([max(pair) for pair in zip(found, least, strict=True)])
+
+        least = [0] * len(self.groups)
+        if ratio is not None:
+            least = [self._units([group], ratio) for group in self.groups]
+        costs = [budget for budget in self.wanted if budget != "ratio"]
+        top = len(shares) - 1
+        for budget in costs:
+            self._possible(budget, at(top))
+        return at(_first(top, lambda level: all(self._met(b, at(level)) for b in costs)))
+
+    def anywhere(self) -> list[int]:
+        """The units with the lowest margins for what they save, until every budget is met."""
+        counts = [0] * len(self.groups)
+        while missing := [budget for budget in self.wanted if not self._met(budget, counts)]:
+            taken = _Taken(counts, self._order(counts, missing))
+            for budget in missing:
+                self._possible(budget, taken(len(taken)))
+            counts = self._until_one_is_met(missing, taken)
+        return self._rounded(counts)
+
+    def _until_one_is_met(self, missing: Sequence[Amount], taken: _Taken) -> list[int]:
+        def met(number: int) -> bool:
+            return any(self._met(budget, taken(number)) for budget in missing)
+
+        return taken(_first(len(taken), met))
+
+    def _ranked(self, group: Group, scores: Scores) -> Tensor:
+        """The scores of a group from its least important unit on, the mean over its parents."""
+        ranked = scores[group.name].reshape(-1, group.size).sort(dim=1).values.mean(0)
+        return ranked / _scale(ranked, self.selector.normalise)
+
+    def _order(self, counts: Sequence[int], missing: Sequence[Amount]) -> Tensor:
+        """Indices of groups, one for each unit that can go, the best to go first."""
+        prices = [self._saving(counts, index, missing) for index in range(len(self.groups))]
+        ranks, owners = [], []
+        for index, (group, price) in enumerate(zip(self.groups, prices, strict=True)):
+            if price > 0:
+                margins = self.margins[index][counts[index] : self._most(group)] / price
+                ranks.append(margins)
+                owners.append(torch.full((len(margins),), index))
+        if not ranks:
+            return torch.zeros(0, dtype=torch.int64)
+        order = torch.sort(torch.cat(ranks), stable=True).indices
+        return torch.cat(owners)[order]
+
+    def _saving(self, counts: Sequence[int], index: int, missing: Sequence[Amount]) -> float:
+        """What one more unit of a group saves, in parts of what is missing of the budgets."""
+        if counts[index] >= self._most(self.groups[index]):
+            return 0.0
+        more = list(counts)
+        more[index] += 1
+        total = 0.0
+        for budget in missing:
+            now = self._amount(budget, counts)
+            total += (now - self._amount(budget, more)) / (now - self.wanted[budget])
+        return total
+
+    def _amount(self, budget: Amount, counts: Sequence[int]) -> int:
+        """What is left of what `budget` counts."""
+        if budget == "ratio":
+            return sum(group.size for group in self.groups) - sum(counts)
+        names = (group.name for group in self.groups)
+        return self.costs.after(budget, dict(zip(names, counts, strict=True)))
+
+    def _wanted(self, budget: Amount, part: float) -> float:
+        """What may be left of what `budget` counts."""
+        if budget == "ratio":
+            return sum(group.size for group in self.groups) - self._units(self.groups, part)
+        before = self.before.after(budget, {})
+        if not before:
+            raise SelectionError(f"{budget}: the program has no {_NOUNS[budget]} to lose")
+        return before * (1 - part)
+
+    def _units(self, groups: Sequence[Group], part: float) -> int:
+        """How many units of `groups` together are to go now."""
+        first = self.selector.first
+        now = sum(group.size for group in groups)
+        before = now if first is None else sum(first.group(group.name).size for group in groups)
+        return max(0, math.floor(before * part + 1e-9) - (before - now))
+
+    def _met(self, budget: Amount, counts: Sequence[int]) -> bool:
+        """Whether `counts` meet a budget: units as counted, costs as what they are rounded to."""
+        if budget != "ratio":
+            counts = self._rounded(counts)
+        return self._amount(budget, counts) <= self.wanted[budget]
+
+    def _possible(self, budget: Amount, most: Sequence[int]) -> None:
+        """Refuse a budget that is not even met when the groups lose `most`."""
+        if self._met(budget, most):
+            return
+        asked = f"{self.selector.budgets[budget]:g} of the {_NOUNS[budget]} cannot go"
+        if budget == "ratio":
+            units = sum(group.size for group in self.groups)
+            raise SelectionError(f"{asked}: these groups can lose {sum(most)} of {units}")
+        before = self.before.after(budget, {})
+        share = 1 - self._amount(budget, self._rounded(most)) / before
+        raise SelectionError(f"{asked}: these groups hold at most {share:.3f}")
+
+    def _most(self, group: Group) -> int:
+        """How many units a group can lose at most."""
+        return group.size - max(min(self.selector.round_to, group.size), group.least)
+
+    def _rounded(self, counts: Sequence[int]) -> list[int]:
+        """At most `counts`, so that a positive multiple of `round_to` stays in every group."""
+        found = []
+        for group, count in zip(self.groups, counts, strict=True):
+            step = min(self.selector.round_to, group.size)
+            kept = max(step, group.least, math.ceil((group.size - count) / step) * step)
+            found.append(max(0, group.size - kept))
+        return found
+
+
+class _Taken:
+    """Counts of groups after so many units of an order are taken."""
+
+    def __init__(self, counts: Sequence[int], order: Tensor) -> None:
+        self.counts, self.order = counts, order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __call__(self, number: int) -> list[int]:
+        more = torch.bincount(self.order[:number], minlength=len(self.counts))
+        return [count + extra for count, extra in zip(self.counts, more.tolist(), strict=True)]
+
+
+def _first(top: int, met: Callable[[int], bool]) -> int:
+    """The smallest number up to `top` for which `met` holds; it holds for all above."""
+    low, high = 0, top
+    while low < high:
+        middle = (low + high) // 2
+        if met(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return high
 
 
 def _scale(scores: Tensor, how: Normalise) -> float:
@@ -264,23 +410,9 @@ def _scale(scores: Tensor, how: Normalise) -> float:
     return float(scales[how]().abs()) or 1.0
 
 
-def _lowest(scores: Tensor, count: int) -> Mapping[tuple[int, ...], tuple[int, ...]]:
+def lowest(scores: Tensor, count: int) -> Mapping[tuple[int, ...], tuple[int, ...]]:
     """The `count` least important units under each parent; of equals the first go first."""
     places = itertools.product(*map(range, scores.shape[:-1]))
     rows = scores.reshape(-1, scores.shape[-1])
     order = torch.sort(rows, dim=1, stable=True).indices[:, :count]
     return {place: tuple(row.tolist()) for place, row in zip(places, order, strict=True)}
-
-
-def parameters_after(coupling: Coupling, groups: Sequence[Group], counts: Sequence[int]) -> int:
-    """Parameters of the program when each of `groups` has lost `counts` units."""
-    cuts: dict[Axis, AxisCut] = {
-        coupling.atom(group.name): AxisCut(removed=tuple(range(count)))
-        for group, count in zip(groups, counts, strict=True)
-        if count
-    }
-    axes, total = coupling.types.axes, 0
-    for name, node in coupling.program.weight_nodes():
-        if coupling.program.kinds[name] == "parameter":
-            total += math.prod(axes.kept_size(axis, cuts) for axis in coupling.types.of[node])
-    return total

@@ -35,11 +35,11 @@ class Prune(Pass):
     Options
     -------
     target
-        What to prune: ffn, experts, kv-heads, query-heads, head-dim, rope-dim, hidden, channels,
-        all (every group whose removal equals zeroing its weight slices, but the residual stream),
-        or a glob over group names.
+        What to prune, one or more of: ffn, experts, kv-heads, query-heads, head-dim, rope-dim,
+        hidden, channels, all (every group whose removal equals zeroing its weight slices, but the
+        residual stream), or globs over group names.
     ratio
-        The part that goes, in [0, 1).
+        The part of the units that goes, in [0, 1).
     criterion
         How units are scored: l1, l2, magnitude (as l2), random, taylor, taylor-vector,
         taylor-second, taylor-mixed, wanda, gate, gate-token, gate-batch, obs.
@@ -47,24 +47,29 @@ class Prune(Pass):
         How the scores of a unit in the weights of its group become one: sum, mean, max, product, or
         last (in the weight that is used last).
     scope
-        Whether every group loses the same part, or the least important units of all groups go.
-    budget
-        Whether the ratio counts units of the groups or parameters of the whole program.
+        Whether every group loses the same part, or those units of all groups go that are the least
+        important for what they save.
     normalise
-        How the scores of different groups are made comparable in scope global.
+        How the scores of different groups are made comparable in scope global: divided by what the
+        word says of a group's scores, or in their place the increase of the loss on the calibration
+        data, measured as ever more of each group is masked (loss).
     round_to
         Every group keeps a multiple of this many units.
     skip
         Globs over names of groups or weights that stay whole.
     steps
         In how many equal parts the ratio is removed, with scores taken anew before each.
+    params, macs, kv_bytes
+        The part of the program's parameters, multiply-accumulates and KV cache that goes, in
+        [0, 1). All budgets that are given are met.
     protect
         How many of the first and of the last layers stay whole, such as 4,2: groups that hold a
         weight of theirs.
 
     Requires
     --------
-    The coupling of the program; calibration data for all criteria but l1, l2, magnitude and random.
+    The coupling of the program; calibration data for all criteria but l1, l2, magnitude and random,
+    and to measure the loss.
 
     Preserves
     ---------
@@ -72,7 +77,7 @@ class Prune(Pass):
 
     Refuses
     -------
-    A target or pattern that matches nothing, a ratio outside of [0, 1), a budget that removes
+    A target or pattern that matches nothing, no budget, one outside of [0, 1), one that removes
     nothing or that the groups cannot meet (`SelectionError`).
 
     Reference
@@ -81,28 +86,37 @@ class Prune(Pass):
 
     Example
     -------
-    >>> str(Prune(target="ffn", ratio=0.25, criterion="l2"))
-    'prune{target=ffn ratio=0.25 criterion=l2}'
+    >>> str(Prune(target=("ffn", "kv-heads"), params=0.25, scope="global", normalise="loss"))
+    'prune{target=ffn,kv-heads scope=global normalise=loss params=0.25}'
     """
 
     name: ClassVar[str] = "prune"
 
-    target: str
-    ratio: float
+    target: tuple[str, ...]
+    ratio: float | None = None
     criterion: str = "taylor"
     aggregate: Literal["sum", "mean", "max", "product", "last"] = "sum"
     scope: Literal["group", "global"] = "group"
-    budget: Literal["units", "parameters"] = "units"
-    normalise: Literal["none", "mean", "max", "sum", "l2"] = "mean"
+    normalise: Literal["none", "mean", "max", "sum", "l2", "loss"] = "none"
     round_to: int = 1
     skip: tuple[str, ...] = ()
     steps: int = 1
     protect: tuple[int, ...] = ()
+    params: float | None = None
+    macs: float | None = None
+    kv_bytes: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.ratio < 1:
-            raise SelectionError(f"prune: ratio {self.ratio:g} is not in [0, 1)")
+        if not self.target:
+            raise SelectionError("prune: no target")
+        if not self.budgets:
+            raise SelectionError("prune: no budget; give one of ratio, params, macs and kv_bytes")
+        for name, part in self.budgets.items():
+            if not 0 <= part < 1:
+                raise SelectionError(f"prune: {name} {part:g} is not in [0, 1)")
+        if self.normalise == "loss" and self.scope == "group":
+            raise SelectionError("prune: normalise=loss decides between groups: add scope=global")
         if self.round_to < 1:
             raise SelectionError(f"prune: round_to {self.round_to} is not positive")
         if self.steps < 1:
@@ -114,11 +128,17 @@ class Prune(Pass):
             )
 
     @property
+    def budgets(self) -> dict[str, float]:
+        """The budgets that are given, by name."""
+        parts = {name: getattr(self, name) for name in ("ratio", "params", "macs", "kv_bytes")}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    @property
     def requires_calibration(self) -> bool:
-        """Whether the criterion looks at data."""
+        """Whether the criterion looks at data, or the loss is measured on it."""
         from graphprune.criteria import criterion
 
-        return criterion(self.criterion).requires_calibration
+        return criterion(self.criterion).requires_calibration or self.normalise == "loss"
 
     def run(self, program: Program, context: Context) -> Outcome:
         """Score the target's groups, select units, and rewrite; once for each step."""
@@ -130,19 +150,21 @@ class Prune(Pass):
         protected = outer_layers(first, *self.protect) if self.protect else set()
         names = {
             group.name
-            for group in target_groups(first, self.target, self.skip)
+            for target in self.target
+            for group in target_groups(first, target, self.skip)
             if not protected.intersection(group.weights())
         }
         if not names:
-            raise SelectionError(f"every group of target {self.target!r} is in a protected layer")
-        if self.ratio == 0:
-            return Outcome(program, details={"note": "ratio 0: nothing goes"})
+            targets = ", ".join(map(repr, self.target))
+            raise SelectionError(f"every group of target {targets} is in a protected layer")
+        if not any(self.budgets.values()):
+            return Outcome(program, details={"note": "a budget of 0: nothing goes"})
         steps: list[Step] = []
         for number in range(1, self.steps + 1):
             groups = [group for group in coupling.groups if group.name in names]
-            ratio = self.ratio * number / self.steps
-            cuts = self._cuts(program, coupling, groups, context, ratio, first)
-            if not cuts:  # what this part of the ratio asks for is less than one unit more
+            part = number / self.steps
+            cuts = self._cuts(program, coupling, groups, context, part, first)
+            if not cuts:  # what this part of the budget asks for is less than one unit more
                 continue
             steps.append(Step(program.fingerprint(), tuple(cuts)))
             program = carry_out(program, steps[-1], coupling)
@@ -163,10 +185,11 @@ class Prune(Pass):
         coupling: Coupling,
         groups: Sequence[Group],
         context: Context,
-        ratio: float,
+        part: float,
         first: Coupling,
     ) -> list[Cut]:
-        """What goes so that `ratio` of `first` is gone; none where that is no unit more."""
+        """What goes so that `part` of the budgets on `first` is met; none where it is already."""
+        from graphprune.allocation import loss_margins
         from graphprune.criteria import Evidence, check_scores, criterion
         from graphprune.selection import Selector
 
@@ -181,11 +204,17 @@ class Prune(Pass):
         )
         scores = criterion(self.criterion).scores(evidence)
         check_scores(scores, evidence)
-        options = self.scope, self.budget, self.normalise, self.round_to
-        selector = Selector(ratio, *options, first=first)
+        selector = Selector(
+            scope=self.scope,
+            normalise="none" if self.normalise == "loss" else self.normalise,
+            round_to=self.round_to,
+            first=first,
+            **{name: share * part for name, share in self.budgets.items()},
+        )
+        margins = loss_margins(evidence, scores) if self.normalise == "loss" else None
         try:
-            return selector.select(coupling, groups, scores)
+            return selector.select(coupling, groups, scores, margins)
         except NothingToPrune:
-            if ratio == self.ratio and coupling is first:
+            if part == 1 and coupling is first:
                 raise
             return []

@@ -286,7 +286,7 @@ COMMANDS: dict[str, Case] = {
     "a budget that cannot be met": Case(
         SelectionError,
         ["pass 1 (prune)", "0.9 of the parameters cannot go"],
-        run(passes="prune{target=ffn ratio=0.9 criterion=l1 budget=parameters}"),
+        run(passes="prune{target=ffn params=0.9 criterion=l1}"),
     ),
     "a plan for another model": Case(
         PlanError,

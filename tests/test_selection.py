@@ -14,10 +14,11 @@ from architectures import coupling_of, program_of
 from torch import Tensor
 
 import graphprune as gp
-from graphprune.coupling import Group
+from graphprune.cost import Costs
+from graphprune.coupling import Coupling, Group
 from graphprune.errors import SelectionError
 from graphprune.plan import Plan, Step
-from graphprune.selection import TARGETS, Selector, parameters_after, target_groups
+from graphprune.selection import TARGETS, Selector, target_groups
 
 NAME = "llama-gqa"
 
@@ -58,6 +59,10 @@ def counts(
 ) -> list[int]:
     found = select(selector, groups, scores, name)
     return [len(next(iter(found[g.name].values()))) if g.name in found else 0 for g in groups]
+
+
+def parameters_after(coupling: Coupling, groups: Sequence[Group], counts: Sequence[int]) -> int:
+    return Costs(coupling).after("params", {g.name: n for g, n in zip(groups, counts, strict=True)})
 
 
 def removed_share(selector: Selector, groups: Sequence[Group], name: str = NAME) -> float:
@@ -362,7 +367,7 @@ def test_a_budget_of_parameters_is_met_within_one_unit(
     roles: list[str], ratio: float, scope: Any
 ) -> None:
     groups = list(itertools.chain.from_iterable(map(groups_of, roles)))
-    share = removed_share(Selector(ratio, scope, "parameters"), groups)
+    share = removed_share(Selector(scope=scope, params=ratio), groups)
     # In scope group all groups of a size lose a unit at once.
     units = [UNIT[group.role] for group in groups]
     one = (sum(units) if scope == "group" else max(units)) / program_of(NAME).parameter_count()
@@ -374,40 +379,94 @@ def test_a_budget_of_parameters_is_met_within_one_unit(
 def test_a_budget_of_parameters_is_the_smallest_that_suffices(name: str, scope: Any) -> None:
     coupling, ratio = coupling_of(name), 0.15
     groups = target_groups(coupling, "all")
-    share = removed_share(Selector(ratio, scope, "parameters"), groups, name)
+    share = removed_share(Selector(scope=scope, params=ratio), groups, name)
     assert ratio <= share < ratio + 0.1
-    found = counts(Selector(ratio, scope, "parameters"), groups, None, name)
+    found = counts(Selector(scope=scope, params=ratio), groups, None, name)
     before = program_of(name).parameter_count()
-    assert 1 - parameters_after(coupling, groups, found) / before == pytest.approx(share)
+    left = parameters_after(coupling, groups, found)
+    assert 1 - left / before == pytest.approx(share)
 
 
 def test_the_residual_stream_meets_a_budget_of_parameters() -> None:
     groups = groups_of("residual")
     for ratio in (0.1, 0.5, 0.9):
-        (count,) = counts(Selector(ratio, budget="parameters"), groups)
+        (count,) = counts(Selector(params=ratio), groups)
         before = program_of(NAME).parameter_count()
         part = [1 - parameters_after(coupling_of(NAME), groups, [n]) / before for n in range(32)]
         assert part[count - 1] < ratio <= part[count]
 
 
-def test_parameters_after_counts_what_the_rewriter_leaves() -> None:
-    program, coupling = program_of(NAME), coupling_of(NAME)
-    groups = list(coupling.groups)
-    selector = Selector(0.5)
-    chosen = selector.select(coupling, groups, random_scores(groups))
-    pruned = Plan((Step(program.fingerprint(), tuple(chosen)),)).apply(program)
-    lost = {cut.group: cut.count for cut in chosen}
-    count = parameters_after(coupling, groups, [lost.get(g.name, 0) for g in groups])
-    assert count == pruned.parameter_count()
-
-
 def test_round_to_holds_for_a_budget_of_parameters() -> None:
     groups = groups_of("ffn")
     for scope in ("group", "global"):
-        selector = Selector(0.15, scope, "parameters", round_to=8)  # type: ignore[arg-type]
+        selector = Selector(scope=scope, params=0.15, round_to=8)  # type: ignore[arg-type]
         found = counts(selector, groups)
         assert all((48 - count) % 8 == 0 for count in found)
         assert removed_share(selector, groups) >= 0.15
+
+
+# -- how many: several budgets --------------------------------------------------------------------
+
+
+def after(name: str, groups: Sequence[Group], found: Sequence[int], cost: Any) -> float:
+    """The part of a cost that is gone."""
+    costs = Costs(coupling_of(name))
+    lost = {group.name: count for group, count in zip(groups, found, strict=True)}
+    return 1 - costs.after(cost, lost) / costs.after(cost, {})
+
+
+@pytest.mark.parametrize("scope", ["group", "global"])
+def test_all_budgets_are_met_and_none_by_more_than_needed(scope: Any) -> None:
+    groups = [*groups_of("ffn"), *groups_of("kv-head"), *groups_of("rope-pair")]
+    budgets = {"params": 0.1, "macs": 0.15, "kv_bytes": 0.3}
+    found = counts(Selector(scope=scope, **budgets), groups)
+    assert all(after(NAME, groups, found, cost) >= part for cost, part in budgets.items())
+    for left_out in budgets:
+        alone = {cost: part for cost, part in budgets.items() if cost != left_out}
+        fewer = counts(Selector(scope=scope, **alone), groups)
+        assert sum(fewer) <= sum(found)
+
+
+def test_only_what_saves_of_a_budget_goes_for_it() -> None:
+    groups = [*groups_of("ffn"), *groups_of("kv-head")]
+    found = counts(Selector(scope="global", kv_bytes=0.5), groups)
+    assert found == [0, 0, 1, 1]
+    scores = random_scores(groups)
+    for group in groups_of("kv-head"):
+        scores[group.name] *= 1e6
+    both = counts(Selector(scope="global", kv_bytes=0.25, params=0.25), groups, scores)
+    assert sum(both[2:]) == 1
+    assert sum(both[:2]) > 0
+
+
+def test_a_unit_that_saves_more_goes_first_at_equal_scores() -> None:
+    groups = [*groups_of("ffn"), *groups_of("kv-head")]
+    equal = {group.name: torch.ones(group.size, dtype=torch.float64) for group in groups}
+    assert UNIT["kv-head"] > UNIT["ffn"]
+    assert counts(Selector(scope="global", params=0.05), groups, equal)[:3] == [0, 0, 1]
+    dear = {name: scores * (30 if "kv" in name else 1) for name, scores in equal.items()}
+    assert counts(Selector(scope="global", params=0.05), groups, dear)[2:] == [0, 0]
+
+
+def test_margins_decide_between_groups_and_scores_within() -> None:
+    groups = groups_of("ffn")
+    scores = random_scores(groups)
+    margins = {groups[0].name: torch.ones(48), groups[1].name: torch.full((48,), 2.0)}
+    selector = Selector(0.25, "global")
+    chosen = selector.select(coupling_of(NAME), groups, scores, margins)
+    assert [cut.group for cut in chosen] == [groups[0].name]
+    lowest = scores[groups[0].name].argsort()[:24].sort().values.tolist()
+    assert list(chosen[0].units[()]) == lowest
+
+
+def test_a_cost_that_the_program_has_not_is_refused() -> None:
+    with pytest.raises(SelectionError, match="the program has no bytes of the KV cache to lose"):
+        select(Selector(kv_bytes=0.5), groups_of("channel", "resnet"), name="resnet")
+
+
+def test_no_budget_is_refused() -> None:
+    with pytest.raises(SelectionError, match="no budget"):
+        Selector()
 
 
 # -- refusing -------------------------------------------------------------------------------------
@@ -428,7 +487,7 @@ def test_round_to_is_positive(round_to: int) -> None:
 @pytest.mark.parametrize("scope", ["group", "global"])
 @pytest.mark.parametrize("ratio", [0.0, 0.02])
 def test_a_ratio_that_removes_nothing_is_refused(ratio: float, scope: Any) -> None:
-    with pytest.raises(SelectionError, match=f"nothing to prune: {ratio:g} of groups of 2 units"):
+    with pytest.raises(SelectionError, match=f"{ratio:g} of the units, in groups of 2 units"):
         select(Selector(ratio, scope), groups_of("kv-head"))
 
 
@@ -438,7 +497,7 @@ def test_a_budget_of_parameters_that_cannot_be_met_says_what_can(scope: Any) -> 
     most = 2 * 47 * UNIT["ffn"] / program_of(NAME).parameter_count()
     message = f"0.9 of the parameters cannot go: these groups hold at most {most:.3f}"
     with pytest.raises(SelectionError, match=message):
-        select(Selector(0.9, scope, "parameters"), groups)
+        select(Selector(scope=scope, params=0.9), groups)
 
 
 def test_a_budget_of_units_that_cannot_be_met_says_what_can() -> None:

@@ -83,7 +83,7 @@ def measure(criterion: str, target: str, threads: int) -> dict[str, Any]:
         for _ in range(SAMPLES)
     ]
     calibration = graphprune.Calibration.from_batches(batches)
-    pipeline = Pipeline([Prune(target=target, ratio=RATIO, criterion=criterion)])
+    pipeline = Pipeline([Prune(target=(target,), ratio=RATIO, criterion=criterion)])
     start = time.perf_counter()
     result = pipeline.run(program, calibration=calibration)
     seconds = time.perf_counter() - start

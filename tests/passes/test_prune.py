@@ -109,14 +109,15 @@ def test_every_target_is_pruned_and_verified(name: str, target: str) -> None:
         {"criterion": "taylor-vector", "aggregate": "max"},
         {"criterion": "taylor", "scope": "global", "normalise": "sum"},
         {"criterion": "l1", "aggregate": "product", "scope": "global"},
-        {"criterion": "l1", "aggregate": "mean", "budget": "parameters"},
-        {"criterion": "magnitude", "scope": "global", "budget": "parameters", "normalise": "max"},
+        {"criterion": "l1", "aggregate": "mean", "ratio": None, "params": 0.2},
+        {"criterion": "magnitude", "scope": "global", "macs": 0.1, "normalise": "max"},
+        {"criterion": "l1", "scope": "global", "normalise": "loss"},
         {"criterion": "random", "round_to": 8},
     ],
 )
 def test_every_option_gives_a_verified_program(options: dict[str, Any]) -> None:
     program = program_of("llama-gqa")
-    prune = Prune("ffn", 0.2, **options)
+    prune = Prune(**{"target": "ffn", "ratio": 0.2, **options})
     result = run(program, prune, calibration=calibration_of("llama-gqa"))
     assert 0 < len(result.plan.steps[0].cuts) <= 2
     assert Pipeline.parse(str(prune)).passes == (prune,)
@@ -137,7 +138,8 @@ def chosen(**options: Any) -> dict[str, Any]:
         {"criterion": "random"},
         {"aggregate": "product"},
         {"scope": "global"},
-        {"budget": "parameters"},
+        {"params": 0.25},
+        {"macs": 0.1},
         {"round_to": 5},
         {"skip": ("*.0.*",)},
         {"ratio": 0.5},
@@ -184,7 +186,7 @@ def test_a_ratio_of_zero_changes_nothing_and_says_so() -> None:
     result = run(program, Prune("ffn", 0, "l1"))
     assert result.program is program
     assert not result.plan
-    assert result.report.passes[0].details == {"note": "ratio 0: nothing goes"}
+    assert result.report.passes[0].details == {"note": "a budget of 0: nothing goes"}
 
 
 # -- where it stands in a pipeline -----------------------------------------------------------------
@@ -225,7 +227,7 @@ def test_pruning_the_residual_stream_again_keeps_the_divisor() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ("target=ffn", PipelineError, "needs the option 'ratio'"),
+        ("target=ffn", SelectionError, "no budget; give one of ratio, params, macs and kv_bytes"),
         ("ratio=0.5", PipelineError, "needs the option 'target'"),
         ("target=ffn ratio=1", SelectionError, r"ratio 1 is not in \[0, 1\)"),
         ("target=ffn ratio=-0.25", SelectionError, r"ratio -0.25 is not in \[0, 1\)"),
@@ -234,7 +236,9 @@ def test_pruning_the_residual_stream_again_keeps_the_divisor() -> None:
         ("target=ffn ratio=0.5 round_to=0", SelectionError, "round_to 0 is not positive"),
         ("target=ffn ratio=0.5 round_to=2.5", PipelineError, "wants a whole number"),
         ("target=ffn ratio=0.5 scope=globl", PipelineError, "did you mean 'global'"),
-        ("target=ffn ratio=0.5 budget=params", PipelineError, "did you mean 'parameters'"),
+        ("target=ffn params=2", SelectionError, r"params 2 is not in \[0, 1\)"),
+        ("target= ratio=0.5", SelectionError, "no target"),
+        ("target=ffn ratio=0.5 normalise=loss", SelectionError, "add scope=global"),
         ("target=ffn ratio=0.5 aggregate=min", PipelineError, "wants one of sum, mean"),
         ("target=ffn ratio=0.5 normalise=l3", PipelineError, "did you mean 'l2'"),
         ("target=ffn ratio=0.5 normalize=l2", PipelineError, "did you mean 'normalise'"),
@@ -255,9 +259,14 @@ def test_options_that_make_no_sense_are_refused_at_once(
         ({"target": "fnn", "ratio": 0}, SelectionError, "target 'fnn' matches no group"),
         ({"skip": ("layers.9",)}, SelectionError, "skip pattern 'layers.9' matches no group"),
         ({"skip": ("*",)}, SelectionError, "every group of target 'ffn' is skipped"),
-        ({"ratio": 0.001}, SelectionError, "nothing to prune: 0.001 of groups of 48 units"),
+        (
+            {"ratio": 0.001},
+            SelectionError,
+            "nothing to prune: 0.001 of the units, in groups of 48 units",
+        ),
         ({"round_to": 64}, SelectionError, "kept in multiples of 64"),
-        ({"budget": "parameters", "ratio": 0.9}, SelectionError, "these groups hold at most"),
+        ({"params": 0.9}, SelectionError, "these groups hold at most"),
+        ({"kv_bytes": 0.1}, SelectionError, "0.1 of the bytes of the KV cache cannot go"),
         ({"criterion": "taylor"}, CalibrationError, "needs calibration data; none was given"),
         ({"criterion": "tailor"}, UsageError, "did you mean 'taylor'"),
     ],
@@ -285,10 +294,10 @@ def test_what_cannot_be_scored_is_refused() -> None:
 # -- in steps, and with layers protected -----------------------------------------------------------
 
 
-@pytest.mark.parametrize(("scope", "budget"), [("group", "units"), ("global", "units")])
+@pytest.mark.parametrize("scope", ["group", "global"])
 @pytest.mark.parametrize(("ratio", "steps"), [(0.5, 3), (0.3, 4), (0.25, 100)])
-def test_steps_end_where_one_step_does(scope: Any, budget: Any, ratio: float, steps: int) -> None:
-    options = {"criterion": "l1", "scope": scope, "budget": budget}
+def test_steps_end_where_one_step_does(scope: Any, ratio: float, steps: int) -> None:
+    options = {"criterion": "l1", "scope": scope}
     once = run(program_of("llama-gqa"), Prune("ffn", ratio, **options))
     result = run(program_of("llama-gqa"), Prune("ffn", ratio, steps=steps, **options))
     assert result.program.parameter_count() == once.program.parameter_count()

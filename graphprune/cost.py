@@ -1,0 +1,154 @@
+"""What a program costs, before and after cuts: parameters, multiply-accumulates, KV cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from torch import fx
+
+from graphprune.axes import Axis, Product, Sum
+from graphprune.axes import Cut as AxisCut
+from graphprune.coupling import Coupling
+from graphprune.program import PAST
+
+Cost = Literal["params", "macs", "kv_bytes"]
+"""Parameters; multiply-accumulates of a prompt; bytes of KV cache for each token."""
+
+TOKENS = 512
+"""Length of the prompt whose multiply-accumulates are counted, where a length is dynamic."""
+
+Terms = list[tuple[int, tuple[Axis, ...]]]
+"""A sum of products: a factor, and the axes whose sizes it is multiplied by."""
+
+
+@dataclass(frozen=True, eq=False)
+class Costs:
+    """The costs of a program in closed form over the sizes of its axes.
+
+    They are exact for what the rewriter leaves, so that a budget is met before anything is built.
+    Multiply-accumulates are those of matrix products, attention and convolutions for a batch of one
+    and `tokens` tokens on an empty cache; the mask of causal attention saves none.
+
+    Parameters
+    ----------
+    coupling
+        The analysis of the program.
+    tokens
+        Stands for every dynamic size but that of the batch and of the cache.
+
+    Examples
+    --------
+    >>> import torch, graphprune as gp
+    >>> layers = torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4)
+    >>> program = gp.capture(torch.nn.Sequential(*layers), (torch.zeros(2, 8),))
+    >>> costs = Costs(gp.analyze(program))
+    >>> costs.after("macs", {})
+    192
+    >>> costs.after("macs", {costs.coupling.groups[0].name: 8})
+    96
+    """
+
+    coupling: Coupling
+    tokens: int = TOKENS
+
+    def after(self, cost: Cost, counts: Mapping[str, int]) -> int:
+        """The cost when groups (by name) have lost `counts` units under each parent."""
+        cuts: dict[Axis, AxisCut] = {
+            self.coupling.atom(name): AxisCut(removed=tuple(range(count)))
+            for name, count in counts.items()
+            if count
+        }
+        terms = {"params": self._params, "macs": self._macs, "kv_bytes": self._kv_bytes}[cost]
+        return sum(
+            factor * math.prod(self._size(axis, cuts) for axis in axes) for factor, axes in terms
+        )
+
+    def _size(self, axis: Axis, cuts: Mapping[Axis, AxisCut]) -> int:
+        axis = self.coupling.types.axes.head(axis)
+        if isinstance(axis, Product):
+            return math.prod(self._size(factor, cuts) for factor in axis.factors)
+        if isinstance(axis, Sum):
+            return sum(self._size(term, cuts) for term in axis.terms)
+        if axis in cuts:
+            return axis.size - cuts[axis].count
+        return self._dynamic(axis.size)
+
+    def _dynamic(self, size: int) -> int:
+        """The size of an atom; for a dynamic one, what its symbols are taken for."""
+        expressions, result = self.coupling.types.dynamic, 1
+        if size in expressions:
+            return int(expressions[size].xreplace(self._symbols))
+        for number, expression in expressions.items():  # a part of a flattened axis
+            while size % number == 0:
+                size //= number
+                result *= int(expression.xreplace(self._symbols))
+        return size * result
+
+    @cached_property
+    def _symbols(self) -> dict[object, int]:
+        program, sizes = self.coupling.program, dict[str, int]()
+        for value in program.inputs:
+            for dim, symbol in enumerate(value.shape):
+                past = value.name.startswith(PAST) and dim == 2
+                wanted = 0 if past else 1 if dim == 0 else self.tokens
+                if isinstance(symbol, str):
+                    sizes.setdefault(symbol, program.within(symbol, wanted))
+        expressions = self.coupling.types.dynamic.values()
+        symbols = {symbol for expression in expressions for symbol in expression.free_symbols}
+        return {symbol: sizes.get(str(symbol), self.tokens) for symbol in symbols}
+
+    @cached_property
+    def _weights(self) -> frozenset[fx.Node]:
+        return frozenset(node for _, node in self.coupling.program.weight_nodes())
+
+    @cached_property
+    def _params(self) -> Terms:
+        program, of = self.coupling.program, self.coupling.types.of
+        return [
+            (1, of[node])
+            for name, node in program.weight_nodes()
+            if program.kinds[name] == "parameter"
+        ]
+
+    @cached_property
+    def _kv_bytes(self) -> Terms:
+        types = self.coupling.types.of
+        return [
+            (value.dtype.itemsize, (types[node][1], types[node][3]))
+            for value, node in self.coupling.program.input_nodes()
+            if value.name.startswith(PAST)
+        ]
+
+    @cached_property
+    def _macs(self) -> Terms:
+        types, facts = self.coupling.types.of, self.coupling.types.facts
+        summed: dict[fx.Node, list[Axis]] = {}
+        for entry in facts.contractions:
+            if len(entry.operands) > 1:
+                summed.setdefault(entry.node, []).append(entry.axis)
+        found: Terms = []
+        for node, axes in summed.items():
+            result = types[node]
+            name = str(node.target).removeprefix("aten.")
+            operands: list[Any] = [types.get(operand) for operand in node.all_input_nodes]
+            if name.startswith("scaled_dot_product_attention"):
+                (*heads, rows, _), key, value = operands[:3]
+                found += [(1, (*heads, rows, key[-2], width[-1])) for width in (key, value)]
+            elif name.startswith("conv_transpose"):
+                found.append((1, (*operands[0], *operands[1][1:])))
+            elif name.startswith("conv"):
+                found.append((1, (*result, *operands[1][1:])))
+            elif name.partition("_")[0].partition(".")[0] in ("lstm", "gru", "rnn"):
+                rows = operands[0][:-1]  # every matrix meets every one of them
+                found += [
+                    (1, (*rows, *types[operand]))
+                    for operand in node.all_input_nodes
+                    if operand in self._weights and len(types[operand]) == 2
+                ]
+            else:
+                found.append((1, (*result, *axes)))
+        return found
