@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from graphprune.calibration import Calibration, next_token_loss
+from graphprune.calibration import Calibration, inputs_of, task_loss
 from graphprune.coupling import Group
 from graphprune.criteria import Evidence, Scores
 from graphprune.errors import SelectionError
@@ -77,10 +77,10 @@ def _counts(group: Group, levels: int) -> Sequence[int]:
 def _loss(program: Program, data: Calibration) -> float:
     """The mean loss over the samples of `data`."""
     total = 0.0
-    for batch in data:
+    for batch in data.labelled():
         rows = len(next(iter(batch.values())))
-        outputs = program(**batch)
-        total += next_token_loss(outputs[program.outputs[0].name], batch).item() * rows
+        outputs = program(**inputs_of(batch))
+        total += task_loss(outputs[program.outputs[0].name], batch).item() * rows
     return total / data.samples
 
 

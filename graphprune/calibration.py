@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -15,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from graphprune.errors import CalibrationError, GraphPruneError
+from graphprune.text_sources import read_documents
 
 if TYPE_CHECKING:
-    from graphprune.program import Program
+    from graphprune.program import Program, Value
 
 
 class Tokenizer(Protocol):
@@ -30,6 +29,12 @@ class Tokenizer(Protocol):
 
 TokenizerLike = Tokenizer | str | PathLike[str]
 """A transformers tokenizer, or the directory that holds one."""
+
+_MOST = 2**24
+"""Characters of a source that windows are drawn from: bounds memory, and a stream's length."""
+
+LABELS = "labels"
+"""What is known of a sample beside the inputs of the program, for the loss."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +55,8 @@ class Calibration:
         Tokens of each sample, or None where batches differ or hold no tokens.
     seed
         What the windows were drawn with, or None.
+    labels
+        The labels of each batch, or None where tokens are predicted.
     """
 
     batches: tuple[Mapping[str, Tensor], ...]
@@ -58,11 +65,12 @@ class Calibration:
     samples: int
     length: int | None
     seed: int | None = None
+    labels: tuple[Tensor, ...] | None = None
 
     @classmethod
     def from_text(
         cls,
-        path: str | PathLike[str],
+        source: str | PathLike[str],
         tokenizer: TokenizerLike,
         *,
         samples: int = 10,
@@ -77,8 +85,9 @@ class Calibration:
 
         Parameters
         ----------
-        path
-            A UTF-8 text, or JSON lines (``.jsonl``) with a field ``text``.
+        source
+            A text, JSON lines or a data set, as `graphprune.text_sources` writes them; no more
+            than its first 16 million characters are read.
         tokenizer
             The model's transformers tokenizer, or the directory that holds it.
         samples
@@ -93,7 +102,7 @@ class Calibration:
         Raises
         ------
         CalibrationError
-            When the file is missing, empty, not UTF-8 or too short, or there is no tokenizer.
+            When the source is missing, empty, not UTF-8 or too short, or there is no tokenizer.
 
         Examples
         --------
@@ -105,17 +114,17 @@ class Calibration:
         for name, value in (("samples", samples), ("length", length), ("batch_size", batch_size)):
             if value < 1:
                 raise CalibrationError(f"{name} must be at least 1, not {value}")
-        ids = tokenize(read_documents(path), tokenizer)
+        ids = tokenize(read_documents(source, most=_MOST), tokenizer)
         if len(ids) < samples * length:
             raise CalibrationError(
-                f"{path} has {len(ids)} tokens; "
+                f"{source} has {len(ids)} tokens; "
                 f"{samples} samples of {length} need {samples * length}"
             )
         windows = ids[: len(ids) // length * length].view(-1, length)
         generator = torch.Generator().manual_seed(seed)
         drawn = windows[torch.randperm(len(windows), generator=generator)[:samples]]
         batches = tuple(token_batch(chunk) for chunk in drawn.split(batch_size))
-        return cls(batches, "text", _digest(batches), samples, length, seed)
+        return cls(batches, "text", digest(batches), samples, length, seed)
 
     @classmethod
     def from_batches(cls, batches: Sequence[Mapping[str, Tensor]]) -> Calibration:
@@ -125,11 +134,13 @@ class Calibration:
         ----------
         batches
             Tensors by input name, the first dimension of each the batch. They are not copied.
+            Beside them each may have integer ``labels``, which are no input but what the loss is
+            measured against: see `task_loss`.
 
         Raises
         ------
         CalibrationError
-            When there are none, or one holds something else than tensors.
+            When there are none, one holds something else than tensors, or not all have labels.
 
         Examples
         --------
@@ -144,11 +155,20 @@ class Calibration:
             _check_batch(index, batch)
         lengths = {batch["input_ids"].shape[-1] if "input_ids" in batch else None for batch in held}
         length = lengths.pop() if len(lengths) == 1 else None
-        return cls(held, "batches", _digest(held), sum(map(_rows, held)), length)
+        sha256, samples = digest(held), sum(map(_rows, held))
+        labels = tuple(batch.pop(LABELS) for batch in held if LABELS in batch)
+        if labels and len(labels) < len(held):
+            raise CalibrationError(f"{len(labels)} of {len(held)} calibration batches have labels")
+        return cls(held, "batches", sha256, samples, length, labels=labels or None)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for batch in self.batches:
             yield dict(batch)
+
+    def labelled(self) -> Iterator[dict[str, Tensor]]:
+        """The batches, each with its labels, if it has some, under ``labels``."""
+        for index, batch in enumerate(self.batches):
+            yield {**batch, **({LABELS: self.labels[index]} if self.labels else {})}
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -164,14 +184,23 @@ class Calibration:
         Raises
         ------
         CalibrationError
-            When an input is unknown, or a token lies beyond the vocabulary.
+            When an input is unknown, is of another dtype or shape than the program takes, or a
+            token lies beyond the vocabulary.
         """
-        names = [value.name for value in program.inputs]
-        for batch in self.batches:
-            if unknown := [name for name in batch if name not in names]:
-                raise CalibrationError(
-                    f"calibration holds {unknown[0]!r}; the program takes {', '.join(names)}"
-                )
+        values = {value.name: value for value in program.inputs}
+        for index, batch in enumerate(self.batches):
+            for name, tensor in batch.items():
+                if name not in values:
+                    raise CalibrationError(
+                        f"calibration holds {name!r}; the program takes {', '.join(values)}"
+                    )
+                if not _fits(tensor, values[name]):
+                    sizes = ", ".join(map(str, values[name].shape))
+                    raise CalibrationError(
+                        f"calibration batch {index}: {name!r} is {tuple(tensor.shape)} of "
+                        f"{tensor.dtype}; the program takes ({sizes}) "
+                        f"of {values[name].dtype}"
+                    )
             if problem := beyond_vocabulary(program, batch.get("input_ids")):
                 raise CalibrationError(problem)
 
@@ -190,6 +219,53 @@ class Calibration:
             "length": self.length,
             "seed": self.seed,
         }
+
+
+def inputs_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch of `Calibration.labelled` without its labels."""
+    return {name: tensor for name, tensor in batch.items() if name != LABELS}
+
+
+def task_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Mean cross entropy of the labels of a batch, or without labels its `next_token_loss`.
+
+    Parameters
+    ----------
+    logits
+        ``[batch, classes]``, or ``[batch, ..., classes]`` with a label for each place.
+    batch
+        What the program was run on, with ``labels`` ``[batch]`` or ``[batch, ...]``; a label of
+        -100 does not count.
+
+    Returns
+    -------
+    Tensor
+        A float32 scalar, in nats; differentiable.
+
+    Raises
+    ------
+    CalibrationError
+        When labels and logits do not belong together, or `next_token_loss` does so.
+
+    Examples
+    --------
+    >>> batch = {"x": torch.ones(3, 5), "labels": torch.tensor([1, 7, 0])}
+    >>> round(task_loss(torch.zeros(3, 8), batch).exp().item(), 3)
+    8.0
+    """
+    labels = batch.get(LABELS)
+    if labels is None:
+        return next_token_loss(logits, batch)
+    if not logits.ndim or logits.shape[:-1] != labels.shape:
+        raise CalibrationError(
+            f"labels {tuple(labels.shape)} do not fit logits {tuple(logits.shape)}: one for each "
+            "place but the classes is needed"
+        )
+    classes = logits.shape[-1]
+    odd = labels[(labels != -100) & ((labels < 0) | (labels >= classes))]
+    if len(odd):
+        raise CalibrationError(f"there is a label {int(odd[0])}; the logits are of {classes} classes")
+    return functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten())
 
 
 def next_token_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
@@ -263,33 +339,6 @@ def beyond_vocabulary(program: Program, ids: Tensor | None) -> str:
 # -- reading ------------------------------------------------------------------------------------
 
 
-def read_documents(
-    path: str | PathLike[str], refuse: type[GraphPruneError] = CalibrationError
-) -> list[str]:
-    """The documents of a text file: one, or one per line of JSON lines (``.jsonl``).
-
-    Raises
-    ------
-    GraphPruneError
-        Of the class `refuse`, when the file is missing, empty or not what its name says.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise refuse(f"{path} is a directory" if path.is_dir() else f"{path} does not exist")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise refuse(f"{path} is not UTF-8: byte {error.start} cannot be decoded") from error
-    except OSError as error:
-        raise refuse(f"{path} cannot be read: {error.strerror}") from error
-    if not text.strip():
-        raise refuse(f"{path} is empty")
-    if path.suffix != ".jsonl":
-        return [text]
-    lines = enumerate(text.splitlines(), 1)
-    return [_document(path, number, line, refuse) for number, line in lines if line.strip()]
-
-
 def tokenize(
     documents: Sequence[str],
     tokenizer: TokenizerLike,
@@ -335,16 +384,6 @@ def load_tokenizer(
         raise refuse(f"{directory} holds no tokenizer: {reason[0]}") from error
 
 
-def _document(path: Path, number: int, line: str, refuse: type[GraphPruneError]) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise refuse(f"{path}:{number} is not JSON: {error.msg}") from error
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise refuse(f"{path}:{number} has no field 'text' that holds a text")
-    return str(record["text"])
-
-
 def _check_batch(index: int, batch: Mapping[str, Any]) -> None:
     if not batch:
         raise CalibrationError(f"calibration batch {index} is empty")
@@ -355,17 +394,35 @@ def _check_batch(index: int, batch: Mapping[str, Any]) -> None:
         if not tensor.ndim or not tensor.numel():
             shape = tuple(tensor.shape)
             raise CalibrationError(f"calibration batch {index}: {name!r} has no samples: {shape}")
+    labels, rows = batch.get(LABELS), [len(tensor) for tensor in inputs_of(batch).values()]
+    if labels is not None and (labels.dtype != torch.int64 or rows[:1] != [len(labels)]):
+        raise CalibrationError(
+            f"calibration batch {index}: labels {tuple(labels.shape)} of {labels.dtype} do not fit "
+            f"its {sum(rows[:1])} samples: int64 is needed, and one at least for each"
+        )
+
+
+def _fits(tensor: Tensor, value: Value) -> bool:
+    """Whether dtype, rank and every fixed size are those of `value`."""
+    return (
+        tensor.dtype is value.dtype
+        and tensor.ndim == len(value.shape)
+        and all(
+            isinstance(of, str) or of == n for n, of in zip(tensor.shape, value.shape, strict=True)
+        )
+    )
 
 
 def _rows(batch: Mapping[str, Tensor]) -> int:
     return len(next(iter(batch.values())))
 
 
-def _digest(batches: Sequence[Mapping[str, Tensor]]) -> str:
-    digest = hashlib.sha256()
+def digest(batches: Sequence[Mapping[str, Tensor]]) -> str:
+    """A digest of the names, types, shapes and values of tensors."""
+    found = hashlib.sha256()
     for batch in batches:
         for name, tensor in sorted(batch.items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             flat = tensor.detach().cpu().contiguous().flatten()
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+            found.update(flat.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

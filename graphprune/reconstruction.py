@@ -14,7 +14,8 @@ from graphprune.errors import CalibrationError, PlanError
 from graphprune.plan import Plan
 from graphprune.program import Program
 from graphprune.progress import Track, silent
-from graphprune.statistics import InputStatistics, Statistics, damped, walk
+from graphprune.sparsity import check_values
+from graphprune.statistics import InputStatistics, Statistics, Walk, damped, walk
 
 
 def refit(
@@ -25,7 +26,8 @@ def refit(
     *,
     damp: float = 0.01,
     track: Track = silent,
-) -> tuple[Program, list[str]]:
+    memory: int | None = None,
+) -> tuple[Program, list[str], Walk]:
     """`program` with the units of `plan` at zero and their consumers refitted.
 
     For a matrix W whose columns R go and K stay, with the second moments C of its inputs on the
@@ -48,18 +50,24 @@ def refit(
         As above.
     track
         Wraps the loop over layers in a progress bar.
+    memory
+        The most bytes that second moments may take at once.
 
     Returns
     -------
-    Program, list of str
-        The program at its first size, on which the plan can be applied; names of what was refitted.
+    Program, list of str, Walk
+        The program at its first size, on which the plan can be applied; names of what was refitted;
+        what it took.
 
     Raises
     ------
     PlanError
         When the plan merges, or cuts units whose removal is no zeroing.
+    SelectionError
+        When a matrix that is to be refitted holds integers, or values that are not finite.
     CalibrationError
-        When a matrix of second moments is singular in spite of the damping.
+        When a matrix of second moments is singular in spite of the damping, or `memory` is too
+        little for those of one.
     """
     _check(coupling, plan)
     gone = plan.masks(program.weights)
@@ -71,7 +79,10 @@ def refit(
     matrices = [matrix for matrix, lost in columns.items() if bool(lost.any())]
     if not matrices:
         raise PlanError("no matrix lost a column: there is nothing to refit")
+    for matrix in matrices:
+        check_values(matrix.name, program.weights[matrix.weight], moved=True)
     names = {node: name for name, node in program.weight_nodes()}
+    done: dict[str, Tensor] = {}
     refitted: list[str] = []
 
     def edit(
@@ -79,7 +90,8 @@ def refit(
     ) -> Mapping[str, Tensor]:
         used = {names[other] for n in nodes for other in n.all_input_nodes if other in names}
         new = {
-            name: program.weights[name].masked_fill(gone[name], 0) for name in used & gone.keys()
+            name: program.weights[name].masked_fill(gone[name], 0)
+            for name in used & gone.keys() - done.keys()
         }
         for matrix in held:
             weight = new.get(matrix.weight, program.weights[matrix.weight])
@@ -91,19 +103,20 @@ def refit(
             )
             new[matrix.weight] = matrix.write(weight, best).masked_fill(gone[matrix.weight], 0)
             if bias:
-                old = new.get(bias, program.weights[bias])
+                old = new.get(bias, done.get(bias, program.weights[bias]))
                 moved = (old.double() + shift.reshape(old.shape)).to(old.dtype)
                 new[bias] = moved.masked_fill(gone[bias], 0) if bias in gone else moved
             refitted.append(matrix.name)
+        done.update(new)
         return new
 
-    walked = walk(program, matrices, calibration, "gram", edit, track)
+    walked = walk(program, matrices, calibration, "gram", edit, track, memory=memory)
     rest = {
         name: program.weights[name].masked_fill(mask, 0)
         for name, mask in gone.items()
         if name not in walked.weights
     }
-    return program.with_weights({**rest, **walked.weights}), refitted
+    return program.with_weights({**rest, **walked.weights}), refitted, walked
 
 
 def _check(coupling: Coupling, plan: Plan) -> None:

@@ -80,6 +80,21 @@ class Pattern:
             )
 
 
+def check_values(name: str, values: Tensor, *, moved: bool) -> None:
+    """Refuse values that cannot be scored, or, where they are to be `moved`, not be changed.
+
+    Raises
+    ------
+    SelectionError
+        When one is not finite, or they are integers and would be moved.
+    """
+    if moved and not values.is_floating_point():
+        kind = str(values.dtype).removeprefix("torch.")
+        raise SelectionError(f"{name}: its values are {kind}, which cannot hold what is fitted")
+    if not bool(torch.isfinite(values).all()):
+        raise SelectionError(f"{name}: it has values that are not finite")
+
+
 def wanda_scores(weight: Tensor, statistics: InputStatistics) -> Tensor:
     """|W| times the L2 norm of the input (Wanda, Sun et al. 2306.11695, equation 1).
 
@@ -179,7 +194,7 @@ class SparseGpt:
     Parameters
     ----------
     block
-        Columns for which zeros are chosen at once.
+        Columns for which zeros are chosen at once; made a multiple of m where n of m stay.
     damp
         What is added to the diagonal of the Gram matrix, as a part of its mean.
     """
@@ -216,7 +231,7 @@ class SparseGpt:
             raise SelectionError("its inputs' Gram matrix is not positive: give more data or damp")
         upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
         pivots = upper.diagonal()
-        width = self.block if not pattern.of else self.block // pattern.of * pattern.of
+        width = max(self.block // pattern.of, 1) * pattern.of if pattern.of else self.block
         for start in range(0, size, width):
             stop = min(start + width, size)
             score = weight[:, start:stop].square() / pivots[start:stop].square()

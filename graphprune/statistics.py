@@ -1,14 +1,14 @@
 """Statistics of activations, taken where a weight is multiplied with them, over calibration data.
 
-One walk over the graph serves any number of matrices and kinds of statistics. All batches move
-through the graph together, one segment (the nodes of one numbered layer) after the other, so that
-what is changed in a layer is seen by the next one; only what is still needed is held.
+One walk serves any number of matrices; those with the same inputs share what is measured. All
+batches move through the graph together, one segment (the nodes of one numbered layer) after the
+other, so that what is changed in a layer is seen by the next one. What the statistics take is known
+before, and can be bounded: a layer whose statistics do not fit at once is run several times.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -20,12 +20,16 @@ from torch import Tensor, fx
 from graphprune.calibration import Calibration
 from graphprune.contractions import Matrix, Use
 from graphprune.errors import CalibrationError
+from graphprune.measured import load_measured, save_measured
 from graphprune.output import staged_file
-from graphprune.program import Program, layer_of, module_path
+from graphprune.program import Program
 from graphprune.progress import Track, silent
+from graphprune.walking import Run, segments, unpadded
 
 Kind = Literal["moments", "gram"]
 """Sums and sums of squares of each input, or all products of two inputs as well."""
+
+_WHAT, _AND = "statistics", "\n"
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +63,12 @@ class InputStatistics:
             torch.zeros(parts, size, size, dtype=wide) if kind == "gram" else None,
         )
 
+    @staticmethod
+    def needed(matrix: Matrix, kind: Kind) -> int:
+        """Bytes that those of `matrix` will take."""
+        parts, _, size = matrix.shape
+        return 8 * parts * (1 + 2 * size + (size * size if kind == "gram" else 0))
+
     @property
     def mean(self) -> Tensor:
         """``[parts, in]``; zero where a part saw nothing."""
@@ -75,12 +85,6 @@ class InputStatistics:
         """``[parts, in]``: the L2 norm of each input over all rows."""
         return self.squares.sqrt()
 
-    @property
-    def bytes(self) -> int:
-        """Memory that it takes."""
-        held = (self.count, self.total, self.squares, self.gram)
-        return sum(tensor.nbytes for tensor in held if tensor is not None)
-
     def add(self, part: int, rows: Tensor) -> None:
         """Count ``[n, in]`` more rows of `part` in."""
         wide = rows.double()
@@ -92,10 +96,11 @@ class InputStatistics:
 
 
 Statistics = dict[str, InputStatistics]
-"""The name of a matrix -> the statistics of its inputs."""
+"""Name of a matrix -> the statistics of its inputs; one object where the inputs are the same."""
 
 Edit = Callable[[Sequence[fx.Node], Sequence[Matrix], Statistics], Mapping[str, Tensor]]
-"""Given the nodes of a segment, its matrices and their statistics: new weights by name."""
+"""Given the nodes of a segment, matrices in it and their statistics: new weights by name. All
+matrices of a weight come in one call; those of a segment may come in several."""
 
 
 @dataclass(frozen=True)
@@ -110,11 +115,14 @@ class Walk:
         Those of every matrix; empty where they were used up on the way.
     peak_bytes
         The most that activations and statistics took together.
+    statistics_bytes
+        The most that statistics alone took, which was known before.
     """
 
     weights: Mapping[str, Tensor]
     statistics: Statistics
     peak_bytes: int
+    statistics_bytes: int
 
 
 def observe(
@@ -123,6 +131,7 @@ def observe(
     calibration: Calibration,
     kind: Kind = "moments",
     track: Track = silent,
+    memory: int | None = None,
 ) -> Statistics:
     """Statistics of the inputs of `matrices`, on the program as it is.
 
@@ -138,6 +147,8 @@ def observe(
         "moments", or "gram" for the products of all pairs of inputs too (memory: 8 in² bytes each).
     track
         Wraps the loop over segments in a progress bar.
+    memory
+        The most bytes that all of them may take.
 
     Returns
     -------
@@ -147,9 +158,9 @@ def observe(
     Raises
     ------
     CalibrationError
-        When the batches do not fit the program, or a statistic is not finite.
+        As `walk`.
     """
-    return walk(program, matrices, calibration, kind, None, track).statistics
+    return walk(program, matrices, calibration, kind, None, track, memory=memory).statistics
 
 
 def walk(
@@ -159,6 +170,9 @@ def walk(
     kind: Kind = "moments",
     edit: Edit | None = None,
     track: Track = silent,
+    *,
+    replay: bool = True,
+    memory: int | None = None,
 ) -> Walk:
     """Walk all batches through the graph, segment by segment.
 
@@ -166,183 +180,139 @@ def walk(
     again with the new ones, so that later segments see what the edit did (the order of Wanda,
     Sun et al. 2306.11695, section 3, and of SparseGPT). Without, one run of each suffices.
 
+    Parameters
+    ----------
+    program, matrices, calibration, kind, track
+        As in `observe`.
+    edit
+        Makes new weights of a segment's statistics, which are then dropped; without it they are
+        all kept.
+    replay
+        Whether later segments see what the edit did, or the program as it is.
+    memory
+        The most bytes that statistics may take at once. A segment whose statistics take more is
+        run several times, each time for some of its matrices.
+
     Raises
     ------
     CalibrationError
-        When the batches do not fit the program, or a statistic is not finite.
+        When the batches do not fit the program, or a statistic is not finite; before anything is
+        run, when the statistics of a weight (without `edit`, of all) do not fit into `memory`.
     """
     calibration.check(program)
+    parts = segments(program, matrices)
+    bound = None if edit is None else memory
+    shares = [_shares(nodes, matrices, kind, bound) for nodes in parts]
+    sums = [statistics_bytes(share, kind) for each in shares for share in each]
+    most = sum(sums) if edit is None else max(sums)
+    _fit("all matrices together", most, memory)
     last = {used: node for node in program.graph.nodes for used in node.all_input_nodes}
-    runs = [_Run(program, batch, last) for batch in unpadded(calibration)]
+    runs = [Run(program, batch, last) for batch in unpadded(calibration)]
+    changed: dict[str, Tensor] = {}
+    statistics: Statistics = {}
+    peak = kept = 0
+    for nodes, divided in track(list(zip(parts, shares, strict=True)), "walking the graph"):
+        again = edit is not None and replay and bool(divided[0])
+        new: dict[str, Tensor] = {}
+        for share in divided:
+            firsts = _firsts(share)
+            empty = {key: InputStatistics.empty(m, kind) for key, m in firsts.items()}
+            found = {m.name: empty[_inputs(m)] for m in share}
+            trial = again or share is not divided[-1]
+            taken = kept + statistics_bytes(share, kind)
+            resting = sum(run.bytes() for run in runs)
+            for run in runs:
+                resting -= run.bytes()
+                held = run.copied(nodes) if trial else run.values
+                _count(run, nodes, held, firsts.values(), found)
+                peak = max(peak, taken + resting + run.bytes(held))
+                if not trial:
+                    run.forget(nodes)
+                resting += run.bytes()
+            _check(found)
+            if edit is None:
+                statistics |= found
+                kept = taken
+            elif share:
+                new |= edit(nodes, share, found)
+        changed |= new
+        for run in runs if again else ():
+            run.replace(new)
+            for node in nodes:
+                run.step(node, run.values)
+            run.forget(nodes)
+    return Walk(changed, statistics, peak, most)
+
+
+def _count(
+    run: Run,
+    nodes: Sequence[fx.Node],
+    values: dict[fx.Node, Any],
+    matrices: Iterable[Matrix],
+    found: Statistics,
+) -> None:
+    """Run `nodes`, and count the inputs of `matrices` in."""
     by_node: dict[fx.Node, list[tuple[Matrix, Use]]] = {}
     for matrix in matrices:
         for use in matrix.uses:
             by_node.setdefault(use.node, []).append((matrix, use))
-    changed: dict[str, Tensor] = {}
-    statistics: Statistics = {}
-    peak = 0
-    for nodes in track(segments(program, matrices), "walking the graph"):
-        here = {m.name: m for node in nodes for m, _ in by_node.get(node, ())}
-        found = {name: InputStatistics.empty(m, kind) for name, m in here.items()}
-        again = edit is not None and bool(here)
-        for run in runs:
-            held = run.copied(nodes) if again else run.values
-            for node in nodes:
-                for matrix, use in by_node.get(node, ()):
-                    for part, rows in use.rows(held):
-                        found[matrix.name].add(part, rows)
-                run.step(node, held)
-        _check_finite(found)
-        statistics_bytes = sum(each.bytes for each in (*statistics.values(), *found.values()))
-        peak = max(peak, sum(run.bytes for run in runs) + statistics_bytes)
-        if edit is None:
-            statistics |= found
-        elif again:
-            new = edit(nodes, list(here.values()), found)
-            changed |= new
-            for run in runs:
-                run.replace(new)
-                for node in nodes:
-                    run.step(node, run.values)
-        for run in runs:
-            run.forget(nodes)
-    return Walk(changed, statistics, peak)
+    for node in nodes:
+        for matrix, use in by_node.get(node, ()):
+            for part, rows in use.rows(values):
+                found[matrix.name].add(part, rows)
+        run.step(node, values)
 
 
-def _check_finite(statistics: Statistics) -> None:
-    for name, each in statistics.items():
-        if not bool(torch.isfinite(each.squares).all()):
-            raise CalibrationError(f"{name}: its inputs on the calibration data are not finite")
+def _shares(
+    nodes: Sequence[fx.Node], matrices: Sequence[Matrix], kind: Kind, memory: int | None
+) -> list[list[Matrix]]:
+    """The matrices that `nodes` use, divided so that the statistics of each share fit.
+
+    Those of one weight stay together. There is one share at least, which may be empty.
+    """
+    inside = set(nodes)
+    by_weight: dict[str, list[Matrix]] = {}
+    for matrix in matrices:
+        if matrix.uses[0].node in inside:
+            by_weight.setdefault(matrix.weight, []).append(matrix)
+    shares: list[list[Matrix]] = [[]]
+    for weight, held in by_weight.items():
+        _fit(weight, statistics_bytes(held, kind), memory)
+        if memory is not None and statistics_bytes(shares[-1] + held, kind) > memory:
+            shares.append([])
+        shares[-1] += held
+    return shares
 
 
-class _Run:
-    """One batch on its way through the graph; `last` is the last user of every node."""
+def statistics_bytes(matrices: Sequence[Matrix], kind: Kind) -> int:
+    """What the statistics of all `matrices` take together."""
+    return sum(InputStatistics.needed(matrix, kind) for matrix in _firsts(matrices).values())
 
-    def __init__(
-        self, program: Program, batch: Mapping[str, Tensor], last: Mapping[fx.Node, fx.Node]
-    ) -> None:
-        self.interpreter = fx.Interpreter(program.graph_module, garbage_collect_values=False)
-        self.nodes = dict(program.weight_nodes())
-        self.values: dict[fx.Node, Any] = {
-            node: program.weights[name].detach() for name, node in program.weight_nodes()
-        }
-        filled = program.fill(batch)
-        self.values |= {node: filled[value.name] for value, node in program.input_nodes()}
-        self.last = last
 
-    @torch.no_grad()
-    def step(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
-        if node.op not in ("placeholder", "output"):
-            self.interpreter.env = values
-            values[node] = self.interpreter.run_node(node)
+def _firsts(matrices: Sequence[Matrix]) -> dict[Hashable, Matrix]:
+    """The first of the matrices that have the same inputs, such as those of q, k and v."""
+    return {_inputs(matrix): matrix for matrix in reversed(matrices)}
 
-    def copied(self, nodes: Sequence[fx.Node]) -> dict[fx.Node, Any]:
-        """Values for a trial run; copies, where an operator of `nodes` writes into its input."""
-        if not any(_writes(node) for node in nodes):
-            return dict(self.values)
-        held = set(self.nodes.values())
-        return {
-            node: value if node in held or not isinstance(value, Tensor) else value.clone()
-            for node, value in self.values.items()
-        }
 
-    def replace(self, weights: Mapping[str, Tensor]) -> None:
-        for name, weight in weights.items():
-            self.values[self.nodes[name]] = weight
+def _inputs(matrix: Matrix) -> Hashable:
+    """Equal for matrices with the same inputs."""
+    if all(use.node.target is torch.ops.aten.linear.default for use in matrix.uses):
+        return tuple(use.source for use in matrix.uses)
+    return matrix
 
-    def forget(self, nodes: Sequence[fx.Node]) -> None:
-        """Drop what no node after `nodes` needs."""
-        for node in nodes:
-            for used in (*node.all_input_nodes, node):
-                if self.last.get(used, node) is node:
-                    self.values.pop(used, None)
 
-    @property
-    def bytes(self) -> int:
-        """Memory of its activations."""
-        weights = set(self.nodes.values())
-        return sum(
-            value.nbytes
-            for node, value in self.values.items()
-            if node not in weights and isinstance(value, Tensor)
+def _fit(what: str, needed: int, memory: int | None) -> None:
+    if memory is not None and needed > memory:
+        raise CalibrationError(
+            f"{what}: the statistics take {needed / 2**20:.4g} MiB, and {memory / 2**20:.4g} MiB "
+            "are allowed"
         )
 
 
-def _writes(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and bool(schema.is_mutable)
-
-
-def _layer(node: fx.Node) -> str:
-    """The path of the numbered layer that `node` belongs to, or ""."""
-    return layer_of(module_path(node)) if node.op != "placeholder" else ""
-
-
-def segments(program: Program, matrices: Sequence[Matrix] = ()) -> list[list[fx.Node]]:
-    """The graph's nodes in order, one list for each numbered layer and for what lies between them.
-
-    Nodes of no layer amid those of one go with it. A weight in `matrices` that is used in several
-    segments makes them one, with all between.
-    """
-    layers = [_layer(node) for node in program.graph.nodes]
-    last = {layer: at for at, layer in enumerate(layers)}
-    first = {layer: layers.index(layer) for layer in last}
-    nodes: list[list[fx.Node]] = []
-    names: list[str] = []
-    for at, (node, layer) in enumerate(zip(program.graph.nodes, layers, strict=True)):
-        amid = bool(names and names[-1]) and first[names[-1]] <= at <= last[names[-1]]
-        name = names[-1] if not layer and amid else layer
-        if not names or name != names[-1]:
-            names.append(name)
-            nodes.append([])
-        nodes[-1].append(node)
-    where = {node: at for at, part in enumerate(nodes) for node in part}
-    reach = list(range(len(nodes)))
-    for weight in {matrix.weight for matrix in matrices}:
-        places = [where[u.node] for m in matrices if m.weight == weight for u in m.uses]
-        reach[min(places)] = max(reach[min(places)], *places)
-    merged: list[list[fx.Node]] = []
-    end = -1
-    for at, part in enumerate(nodes):
-        if at > end:
-            merged.append([])
-        merged[-1].extend(part)
-        end = max(end, reach[at])
-    return merged
-
-
-def unpadded(calibration: Calibration) -> Iterator[dict[str, Tensor]]:
-    """The batches without padding: rows of one length together, cut to their tokens.
-
-    Raises
-    ------
-    CalibrationError
-        When a mask is zero between two tokens, or everywhere.
-    """
-    for index, batch in enumerate(calibration):
-        mask, ids = batch.get("attention_mask"), batch.get("input_ids")
-        if mask is None or ids is None or mask.shape != ids.shape or bool(mask.all()):
-            yield batch
-            continue
-        kept = mask.bool()
-        counts = kept.sum(1)
-        first = kept.int().argmax(1)
-        whole = [
-            bool(row[start : start + count].all())
-            for row, start, count in zip(kept, first.tolist(), counts.tolist(), strict=True)
-        ]
-        if not bool((counts > 0).all()) or not all(whole):
-            raise CalibrationError(
-                f"calibration batch {index}: padding must be at the ends of a row that has tokens"
-            )
-        for start, count in sorted(set(zip(first.tolist(), counts.tolist(), strict=True))):
-            rows = (first == start) & (counts == count)
-            yield {
-                name: tensor[rows][:, start : start + count]
-                if tensor.shape[:2] == mask.shape
-                else tensor[rows]
-                for name, tensor in batch.items()
-            }
+def _check(statistics: Statistics) -> None:
+    for name, each in statistics.items():
+        if not bool(torch.isfinite(each.squares).all()):
+            raise CalibrationError(f"{name}: its inputs on the calibration data are not finite")
 
 
 def damped(gram: Tensor, damp: float) -> Tensor:
@@ -354,40 +324,86 @@ def damped(gram: Tensor, damp: float) -> Tensor:
 # -- keeping them ----------------------------------------------------------------------------------
 
 
-def save_statistics(statistics: Statistics, path: str | PathLike[str], program: Program) -> None:
-    """Write statistics as a safetensors file, with the fingerprint of the program they are of."""
-    from safetensors.torch import save_file
+def save_statistics(
+    statistics: Statistics,
+    path: str | PathLike[str],
+    program: Program,
+    calibration: Calibration | None = None,
+) -> None:
+    """Write statistics as a safetensors file that knows which program and data they are of.
 
+    Raises
+    ------
+    OutputError
+        When the file exists or cannot be written.
+    """
+    shared: dict[int, list[str]] = {}
+    for name, each in statistics.items():
+        shared.setdefault(id(each), []).append(name)
     tensors = {
-        f"{name}:{key}": value
-        for name, each in statistics.items()
-        for key, value in vars(each).items()
+        f"{_AND.join(names)}:{key}": value
+        for names in shared.values()
+        for key, value in vars(statistics[names[0]]).items()
         if value is not None
     }
-    metadata = {"format": "1", "fingerprint": program.fingerprint()}
-    with staged_file(Path(path)) as staged:
-        save_file(tensors, str(staged), {"graphprune": json.dumps(metadata)})
+    save_measured(path, _WHAT, tensors, program, calibration)
 
 
-def load_statistics(path: str | PathLike[str], program: Program) -> Statistics:
+def load_statistics(
+    path: str | PathLike[str], program: Program, calibration: Calibration | None = None
+) -> Statistics:
     """Read what `save_statistics` wrote.
 
     Raises
     ------
     CalibrationError
-        When the file is no such file, or is of another program.
+        When the file is no such file, or is of another program, other weights, or data that are
+        not those of `calibration`.
     """
-    from safetensors import SafetensorError, safe_open
-
     found: dict[str, dict[str, Tensor]] = {}
-    try:
-        with safe_open(str(path), "pt") as file:
-            metadata = json.loads((file.metadata() or {})["graphprune"])
-            for key in file.keys():  # noqa: SIM118 - it is no dict
-                name, _, part = key.rpartition(":")
-                found.setdefault(name, {})[part] = file.get_tensor(key)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise CalibrationError(f"{path} holds no statistics: {error}") from error
-    if metadata.get("fingerprint") != program.fingerprint():
-        raise CalibrationError(f"{path} holds the statistics of another program")
-    return {name: InputStatistics(**parts) for name, parts in found.items()}
+    for key, tensor in load_measured(path, _WHAT, program, calibration).items():
+        names, _, part = key.rpartition(":")
+        found.setdefault(names, {})[part] = tensor
+    statistics: Statistics = {}
+    for names, parts in found.items():
+        statistics |= dict.fromkeys(names.split(_AND), InputStatistics(**parts))
+    _check(statistics)
+    return statistics
+
+
+def kept_statistics(
+    path: str | PathLike[str],
+    program: Program,
+    matrices: Sequence[Matrix],
+    calibration: Calibration | None,
+    kind: Kind = "moments",
+    track: Track = silent,
+    memory: int | None = None,
+) -> Statistics:
+    """Those of the file at `path`, or, where there is none, `observe`, written there.
+
+    Raises
+    ------
+    CalibrationError
+        As `load_statistics` and `observe`; when the file lacks a matrix or the products of pairs;
+        when there is neither file nor data.
+    OutputError
+        When the file cannot be written; asked before anything is run.
+    """
+    _fit("all matrices together", statistics_bytes(matrices, kind), memory)
+    if not Path(path).exists():
+        if calibration is None:
+            raise CalibrationError(f"{path} does not exist, and no calibration data was given")
+        with staged_file(path) as staged:  # first, so that a place that is none costs no work
+            found = observe(program, matrices, calibration, kind, track)
+            save_statistics(found, staged, program, calibration)
+        return found
+    found = load_statistics(path, program, calibration)
+    for matrix in matrices:
+        if matrix.name not in found:
+            raise CalibrationError(f"{path} lacks the statistics of {matrix.name}")
+        if kind == "gram" and found[matrix.name].gram is None:
+            raise CalibrationError(
+                f"{path} holds no products of pairs of the inputs of {matrix.name}"
+            )
+    return {matrix.name: found[matrix.name] for matrix in matrices}

@@ -42,7 +42,8 @@ class Prune(Pass):
         The part of the units that goes, in [0, 1).
     criterion
         How units are scored: l1, l2, magnitude (as l2), random, taylor, taylor-vector,
-        taylor-second, taylor-mixed, wanda, gate, gate-token, gate-batch, obs.
+        taylor-second, taylor-mixed, wanda, gate, gate-token, gate-batch, obs, scop, scop-gamma,
+        scop-beta.
     aggregate
         How the scores of a unit in the weights of its group become one: sum, mean, max, product, or
         last (in the weight that is used last).
@@ -62,14 +63,17 @@ class Prune(Pass):
     params, macs, kv_bytes
         The part of the program's parameters, multiply-accumulates and KV cache that goes, in
         [0, 1). All budgets that are given are met.
+    scores
+        A file that holds the scores, or that they are written to: another budget takes seconds
+        then. It is refused for another program, other data or another criterion.
     protect
         How many of the first and of the last layers stay whole, such as 4,2: groups that hold a
         weight of theirs.
 
     Requires
     --------
-    The coupling of the program; calibration data for all criteria but l1, l2, magnitude and random,
-    and to measure the loss.
+    The coupling of the program; calibration data for all criteria but l1, l2, magnitude, random
+    and (behind batch norms) scop-gamma, and to measure the loss.
 
     Preserves
     ---------
@@ -82,7 +86,8 @@ class Prune(Pass):
 
     Reference
     ---------
-    Groups and criteria: Ma et al., LLM-Pruner, 2305.11627, sections 3.1 and 3.2.
+    Groups and criteria: Ma et al., LLM-Pruner, 2305.11627, sections 3.1 and 3.2; the other criteria
+    name theirs in `graphprune.criteria`.
 
     Example
     -------
@@ -105,6 +110,7 @@ class Prune(Pass):
     params: float | None = None
     macs: float | None = None
     kv_bytes: float | None = None
+    scores: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -121,6 +127,8 @@ class Prune(Pass):
             raise SelectionError(f"prune: round_to {self.round_to} is not positive")
         if self.steps < 1:
             raise SelectionError(f"prune: steps {self.steps} is not positive")
+        if self.scores is not None and self.steps > 1:
+            raise SelectionError("prune: scores are taken anew before each of several steps")
         if len(self.protect) not in (0, 2) or min(self.protect, default=0) < 0:
             raise SelectionError(
                 f"prune: protect {','.join(map(str, self.protect))} is not a number of first "
@@ -136,9 +144,13 @@ class Prune(Pass):
     @property
     def requires_calibration(self) -> bool:
         """Whether the criterion looks at data, or the loss is measured on it."""
+        from pathlib import Path
+
         from graphprune.criteria import criterion
 
-        return criterion(self.criterion).requires_calibration or self.normalise == "loss"
+        kept = self.scores is not None and Path(self.scores).exists()
+        scoring = criterion(self.criterion).requires_calibration and not kept
+        return scoring or self.normalise == "loss"
 
     def run(self, program: Program, context: Context) -> Outcome:
         """Score the target's groups, select units, and rewrite; once for each step."""
@@ -191,6 +203,7 @@ class Prune(Pass):
         """What goes so that `part` of the budgets on `first` is met; none where it is already."""
         from graphprune.allocation import loss_margins
         from graphprune.criteria import Evidence, check_scores, criterion
+        from graphprune.criteria.cache import kept_scores
         from graphprune.selection import Selector
 
         evidence = Evidence(
@@ -202,8 +215,11 @@ class Prune(Pass):
             seed=context.seed,
             track=context.track,
         )
-        scores = criterion(self.criterion).scores(evidence)
-        check_scores(scores, evidence)
+        if self.scores is not None:
+            scores = kept_scores(self.scores, self.criterion, evidence)
+        else:
+            scores = criterion(self.criterion).scores(evidence)
+            check_scores(scores, evidence)
         selector = Selector(
             scope=self.scope,
             normalise="none" if self.normalise == "loss" else self.normalise,

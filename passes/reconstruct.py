@@ -33,6 +33,9 @@ class Reconstruct(Pass):
     -------
     damp
         What is added to the diagonal of the inputs' second moments, as a part of its mean.
+    memory
+        The most MiB that second moments may take at once; a layer that takes more is run several
+        times.
 
     Requires
     --------
@@ -45,7 +48,8 @@ class Reconstruct(Pass):
     Refuses
     -------
     Heads that were merged, and units whose removal is no zeroing of weights: the residual width,
-    experts (`PlanError`).
+    experts (`PlanError`); weights that are integers or not finite (`SelectionError`); a memory
+    too small for one matrix (`CalibrationError`).
 
     Reference
     ---------
@@ -61,11 +65,14 @@ class Reconstruct(Pass):
     name: ClassVar[str] = "reconstruct"
 
     damp: float = 0.01
+    memory: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.damp > 0:
             raise UsageError(f"reconstruct: damp {self.damp:g} is not positive")
+        if self.memory is not None and not self.memory > 0:
+            raise UsageError(f"reconstruct: memory {self.memory:g} is not positive")
 
     @property
     def requires_calibration(self) -> bool:
@@ -81,7 +88,18 @@ class Reconstruct(Pass):
             return Outcome(program, details={"note": "nothing was pruned before: nothing to refit"})
         assert context.calibration is not None, "the pass manager has asked for it"
         coupling = COUPLING.compute(before)
-        fitted, names = refit(
-            before, coupling, plan, context.calibration, damp=self.damp, track=context.track
+        fitted, names, walked = refit(
+            before,
+            coupling,
+            plan,
+            context.calibration,
+            damp=self.damp,
+            track=context.track,
+            memory=None if self.memory is None else int(self.memory * 2**20),
         )
-        return Outcome(plan.apply(fitted), details={"refitted": names}, edited=True)
+        details = {
+            "refitted": names,
+            "calibration bytes": walked.peak_bytes,
+            "statistics bytes": walked.statistics_bytes,
+        }
+        return Outcome(plan.apply(fitted), details=details, edited=True)

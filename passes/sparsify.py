@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from graphprune.errors import SelectionError
@@ -54,10 +55,17 @@ class Sparsify(Pass):
         Which weights: layers (those of numbered layers, but routers), all, or a glob over names.
     skip
         Globs over weights that stay as they are.
+    statistics
+        A file of what was measured (safetensors): read where it exists, so that another pattern
+        takes seconds and no data; else written. With sequential=false.
+    memory
+        The most MiB that what is measured may take at once; a layer that takes more is run
+        several times.
 
     Requires
     --------
-    Calibration data, but for the criteria magnitude and random; the coupling of the program.
+    Calibration data, but for the criteria magnitude and random, and where the file of statistics
+    exists; the coupling of the program.
 
     Preserves
     ---------
@@ -66,7 +74,9 @@ class Sparsify(Pass):
     Refuses
     -------
     A pattern whose m does not divide the inputs of a matrix, a target or pattern that matches
-    nothing, a scope that the criterion does not have (`SelectionError`).
+    nothing, a scope that the criterion does not have, weights that are not finite, integers with
+    sparsegpt (`SelectionError`); statistics of another program, other weights or other data, and
+    such as do not fit the memory (`CalibrationError`).
 
     Reference
     ---------
@@ -88,6 +98,8 @@ class Sparsify(Pass):
     sequential: bool = True
     target: str = "layers"
     skip: tuple[str, ...] = ()
+    statistics: str | None = None
+    memory: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,42 +112,47 @@ class Sparsify(Pass):
             raise SelectionError(
                 f"sparsify: {self.pattern} is chosen block by block: give no scope"
             )
-        if self.scope == "global" and self.sequential and self.requires_calibration:
+        if self.scope == "global" and self.sequential and self._looks:
             raise SelectionError(
                 "sparsify: scope=global compares all matrices at once: give sequential=false"
             )
+        if self.statistics is not None and self.sequential:
+            raise SelectionError(
+                "sparsify: statistics are of the program as it is, not of what sparse layers give: "
+                "give sequential=false"
+            )
+        if not self._looks and (self.statistics is not None or self.memory is not None):
+            raise SelectionError(
+                f"sparsify: {self.criterion} measures nothing: give neither statistics nor memory"
+            )
+        if self.memory is not None and not self.memory > 0:
+            raise SelectionError(f"sparsify: memory {self.memory:g} is not positive")
+
+    @property
+    def _looks(self) -> bool:
+        return self.criterion not in ("magnitude", "random")
 
     @property
     def requires_calibration(self) -> bool:
-        """Whether the criterion looks at data."""
-        return self.criterion not in ("magnitude", "random")
+        """Whether the criterion looks at data that no file of statistics stands for."""
+        return self._looks and not (self.statistics and Path(self.statistics).exists())
 
     def run(self, program: Program, context: Context) -> Outcome:
         """Find the matrices, score them, and set zeros."""
         from graphprune.contractions import contractions
-        from graphprune.sparsity import Pattern
-        from graphprune.statistics import observe, walk
+        from graphprune.sparsity import Pattern, check_values
 
         pattern = Pattern.parse(self.pattern)
         found = contractions(program)
         matrices = self._targets(found.matrices, context.coupling(program))
         for matrix in matrices:
             pattern.check(matrix.name, matrix.channels)
+            moved = self.criterion == "sparsegpt"
+            check_values(matrix.name, program.weights[matrix.weight], moved=moved)
         if pattern.ratio == 0:
             return Outcome(program, details={"note": "ratio 0: nothing becomes zero"})
         work = _Work(self, program, pattern, context.seed)
-        peak = 0
-        if not self.requires_calibration:
-            new = dict(work((), matrices, {}))
-        else:
-            assert context.calibration is not None, "the pass manager has asked for it"
-            given = program, matrices, context.calibration, work.kind
-            if self.sequential:
-                walked = walk(*given, edit=work, track=context.track)
-                new, peak = dict(walked.weights), walked.peak_bytes
-            else:
-                new = dict(work((), matrices, observe(*given, track=context.track)))
-        sparse = program.with_weights(new)
+        new, taken = self._new(program, matrices, work, context)
         elements = sum(program.weights[name].numel() for name in new)
         zeros = sum(int((weight == 0).sum()) for weight in new.values())
         details = {
@@ -145,15 +162,49 @@ class Sparsify(Pass):
             "sparsity": round(zeros / elements, 4),
             "scored by magnitude": work.unseen,
             "untouched": dict(found.others),
+            **taken,
         }
-        if peak:
-            details["calibration bytes"] = peak
-        if pattern.of and 2 * pattern.kept == pattern.of:
-            details["note"] = (
-                "stored as dense zeros; in 16 bits, sparse tensor cores (2:4) hold 9/16 of the "
-                "bytes and multiply up to twice as fast"
-            )
-        return Outcome(sparse, details=details, edited=True)
+        if pattern.of and 4 % pattern.of == 0 and 2 * pattern.kept <= pattern.of:
+            details["hardware"] = _hardware(matrices, new)
+        return Outcome(program.with_weights(new), details=details, edited=True)
+
+    def _new(
+        self, program: Program, matrices: Sequence[Matrix], work: _Work, context: Context
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The sparse weights, and what finding them took."""
+        from graphprune.statistics import kept_statistics, observe, statistics_bytes, walk
+
+        if not self._looks:
+            return dict(work((), matrices, {})), {}
+        data, track = context.calibration, context.track
+        bound = None if self.memory is None else int(self.memory * 2**20)
+        needed = {"statistics bytes": statistics_bytes(matrices, work.kind)}
+        if self.statistics is not None:
+            read = "read from" if Path(self.statistics).exists() else "written to"
+            given = self.statistics, program, matrices, data, work.kind, track, bound
+            seen = kept_statistics(*given)
+            new: dict[str, Tensor] = {}
+            for held in track(self._together(matrices), "setting zeros"):
+                new |= work((), held, seen)
+            return new, {**needed, "statistics": f"{read} {self.statistics}"}
+        assert data is not None, "the pass manager has asked for it"
+        if self.scope == "global":
+            seen = observe(program, matrices, data, work.kind, track, bound)
+            return dict(work((), matrices, seen)), needed
+        walked = walk(
+            program, matrices, data, work.kind, work, track, replay=self.sequential, memory=bound
+        )
+        return dict(walked.weights), {
+            "calibration bytes": walked.peak_bytes,
+            "statistics bytes": walked.statistics_bytes,
+        }
+
+    def _together(self, matrices: Sequence[Matrix]) -> list[list[Matrix]]:
+        """The matrices that are compared with each other or lie in one weight."""
+        found: dict[str, list[Matrix]] = {}
+        for matrix in matrices:
+            found.setdefault("" if self.scope == "global" else matrix.weight, []).append(matrix)
+        return list(found.values())
 
     def _targets(self, matrices: Sequence[Matrix], coupling: Coupling) -> list[Matrix]:
         """The matrices that the options name."""
@@ -183,6 +234,35 @@ def _routers(coupling: Coupling) -> set[str]:
         if group.role == "expert"
         for member in group.members
         if weights[member.weight].ndim == 2 and member.dim == 0
+    }
+
+
+def _hardware(matrices: Sequence[Matrix], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What sparse tensor cores would gain in 16 bits, in theory."""
+    import torch
+
+    from graphprune.backends.semi_structured import SemiStructured
+
+    linear = torch.ops.aten.linear.default
+    others = {
+        matrix.name: "it is not the weight of a linear layer"
+        for matrix in matrices
+        if any(use.node.target is not linear for use in matrix.uses)
+    }
+    found = SemiStructured.of(
+        {
+            matrix.name: weights[matrix.weight].to(torch.bfloat16)
+            for matrix in matrices
+            if matrix.name not in others
+        }
+    )
+    return {
+        "note": "stored as dense zeros; graphprune.backends.semi_structured.to_semi_structured "
+        "converts a loaded model, whose 2:4 products are then up to twice as fast in theory",
+        "semi-structured": f"{len(found.layers)} of {len(matrices)} matrices, in 16 bits",
+        "dense bytes": found.dense_bytes,
+        "semi-structured bytes": found.bytes,
+        "others": {**found.others, **others},
     }
 
 

@@ -11,7 +11,8 @@ import torch
 from byte_llama import byte_llama, byte_tokenizer
 
 import graphprune as gp
-from graphprune.calibration import Calibration, next_token_loss
+import graphprune.calibration as calibration_module
+from graphprune.calibration import Calibration, inputs_of, next_token_loss, task_loss
 from graphprune.errors import CalibrationError
 
 WORDS = " ".join(str(number) for number in range(1000, 1400))
@@ -90,6 +91,24 @@ def test_json_lines_are_joined(tmp_path: Path, tokenizer: Any) -> None:
     path.write_text("\n".join(json.dumps({"text": part}) for part in ("ab", "cd")) + "\n\n")
     calibration = Calibration.from_text(path, tokenizer, samples=1, length=4)
     assert tokenizer.decode(ids_of(calibration)[0]) == "abcd"
+
+
+def test_only_so_many_characters_are_drawn_from(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "long.txt").write_text("a" * 64 + "b" * 640)
+    monkeypatch.setattr(calibration_module, "_MOST", 64)
+    drawn = Calibration.from_text(tmp_path / "long.txt", tokenizer, samples=4, length=16)
+    assert {tokenizer.decode(row) for row in ids_of(drawn)} == {"a" * 16}
+    with pytest.raises(CalibrationError, match="has 64 tokens; 5 samples of 16 need 80"):
+        Calibration.from_text(tmp_path / "long.txt", tokenizer, samples=5, length=16)
+
+
+def test_a_field_of_json_lines_is_a_source(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "text.jsonl").write_text(json.dumps({"body": "abcd"}) + "\n")
+    source = f"{tmp_path / 'text.jsonl'}:body"
+    drawn = Calibration.from_text(source, tokenizer, samples=1, length=4)
+    assert tokenizer.decode(ids_of(drawn)[0]) == "abcd"
 
 
 def test_a_directory_is_a_tokenizer(text: Path, tokenizer: Any, tmp_path: Path) -> None:
@@ -184,6 +203,25 @@ def test_check_refuses_what_the_program_cannot_take() -> None:
         Calibration.from_batches([{"pixels": torch.ones(1, 2)}]).check(program)
 
 
+@pytest.mark.parametrize(
+    ("x", "found"),
+    [
+        (torch.ones(3, 4, dtype=torch.float64), r"\(3, 4\) of torch.float64"),
+        (torch.ones(3, 4, dtype=torch.int64), r"\(3, 4\) of torch.int64"),
+        (torch.ones(4), r"\(4,\) of torch.float32"),
+        (torch.ones(3, 5), r"\(3, 5\) of torch.float32"),
+    ],
+)
+def test_check_refuses_another_dtype_rank_or_size(x: torch.Tensor, found: str) -> None:
+    program = gp.capture(torch.nn.Linear(4, 2), (torch.ones(2, 4),))
+    fits = {"input": torch.ones(3, 4)}
+    Calibration.from_batches([fits]).check(program)
+    with pytest.raises(
+        CalibrationError, match=rf"batch 1: 'input' is {found}; .* \(s\d+, 4\) of torch.float32"
+    ):
+        Calibration.from_batches([fits, {"input": x}]).check(program)
+
+
 # -- the loss -----------------------------------------------------------------------------------
 
 
@@ -232,3 +270,63 @@ def test_a_loss_that_makes_no_sense_is_refused(
 ) -> None:
     with pytest.raises(CalibrationError, match="next-token loss needs|no next token to predict"):
         next_token_loss(torch.zeros(shape), batch)
+
+
+# -- labels ----------------------------------------------------------------------------------------
+
+
+def test_labels_are_no_inputs_and_come_along_where_they_are_asked_for() -> None:
+    batches = [
+        {"x": torch.zeros(2, 3), "labels": torch.tensor([4, 1])},
+        {"x": torch.ones(1, 3), "labels": torch.tensor([0])},
+    ]
+    calibration = Calibration.from_batches(batches)
+    assert [list(batch) for batch in calibration] == [["x"], ["x"]]
+    assert [batch["labels"].tolist() for batch in calibration.labelled()] == [[4, 1], [0]]
+    assert [list(inputs_of(batch)) for batch in calibration.labelled()] == [["x"], ["x"]]
+    plain = Calibration.from_batches([inputs_of(batch) for batch in batches])
+    assert [list(batch) for batch in plain.labelled()] == [["x"], ["x"]]
+    assert plain.sha256 != calibration.sha256
+    assert plain.samples == calibration.samples == 3
+
+
+def test_the_loss_of_labels_is_their_cross_entropy_and_without_any_that_of_next_tokens() -> None:
+    logits = torch.randn(2, 3, 5)
+    labels = torch.tensor([[1, -100, 4], [0, 2, -100]])
+    counted = [(0, 0, 1), (0, 2, 4), (1, 0, 0), (1, 1, 2)]
+    expected = -torch.stack([logits[b, t].log_softmax(-1)[k] for b, t, k in counted]).mean()
+    assert torch.allclose(task_loss(logits, {"x": logits, "labels": labels}), expected)
+    tokens = {"input_ids": torch.tensor([[1, 2, 3], [0, 4, 2]])}
+    assert torch.equal(task_loss(logits, tokens), next_token_loss(logits, tokens))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.zeros(3, dtype=torch.int64), r"labels \(3,\) of torch.int64 do not fit its 2"),
+        (torch.zeros(2), r"labels \(2,\) of torch.float32 do not fit its 2 samples: int64 is"),
+        (None, "1 of 2 calibration batches have labels"),
+    ],
+)
+def test_labels_that_do_not_belong_to_the_batches_are_refused(
+    labels: torch.Tensor | None, message: str
+) -> None:
+    first = {"x": torch.zeros(2, 3), "labels": torch.zeros(2, dtype=torch.int64)}
+    second = {"x": torch.zeros(2, 3)} | ({} if labels is None else {"labels": labels})
+    with pytest.raises(CalibrationError, match=message):
+        Calibration.from_batches([first, second])
+
+
+@pytest.mark.parametrize(
+    ("shape", "last", "message"),
+    [
+        ((2, 4, 9), 8, r"labels \(2,\) do not fit logits \(2, 4, 9\)"),
+        ((2, 3), 3, "there is a label 3; the logits are of 3 classes"),
+        ((2, 3), -1, "there is a label -1; the logits are of 3 classes"),
+    ],
+)
+def test_labels_that_the_logits_know_nothing_of_are_refused(
+    shape: tuple[int, ...], last: int, message: str
+) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        task_loss(torch.zeros(shape), {"labels": torch.tensor([0, last])})

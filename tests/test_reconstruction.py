@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from architectures import coupling_of, inputs_of, program_of
 from torch import Tensor
 
-from graphprune.reconstruction import removal_errors
+from graphprune.calibration import Calibration
+from graphprune.errors import SelectionError
+from graphprune.plan import Cut, Plan, Step
+from graphprune.reconstruction import refit, removal_errors
+from graphprune.walking import Run
 
 
 def drawn(units: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,3 +70,17 @@ def test_columns_of_no_unit_stay() -> None:
     assert float(costs.min()) == pytest.approx(float(whole.min()), rel=1e-6) or (
         int(whole.argmin()) > 2
     )
+
+
+def test_weights_that_cannot_be_fitted_are_named_before_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    program, coupling = program_of("llama-gqa"), coupling_of("llama-gqa")
+    group = next(group for group in coupling.groups if group.role == "ffn")
+    name = next(member.weight for member in group.members if member.dim == 1)
+    broken = program.with_weights({name: torch.full_like(program.weights[name], torch.inf)})
+    cut = Cut(group.name, group.size, group.role, {(): (0,)}, (), tuple(group.members))
+    plan = Plan((Step(program.fingerprint(), (cut,)),))
+    monkeypatch.setattr(Run, "step", lambda *_: pytest.fail("something ran"))
+    with pytest.raises(SelectionError, match=f"{name}: it has values that are not finite"):
+        refit(broken, coupling, plan, Calibration.from_batches([inputs_of(program)]))

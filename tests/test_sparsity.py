@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from graphprune.errors import SelectionError
-from graphprune.sparsity import Pattern, SparseGpt, wanda_scores, zeros_by_score, zeros_by_share
+from graphprune.sparsity import (
+    Pattern,
+    SparseGpt,
+    check_values,
+    wanda_scores,
+    zeros_by_score,
+    zeros_by_share,
+)
 from graphprune.statistics import InputStatistics
 
 
@@ -189,3 +196,25 @@ def test_sparsegpt_sets_columns_without_input_to_zero_and_lives() -> None:
     new, _ = SparseGpt()(weight, statistics_of(inputs), Pattern(0.25))
     assert bool((new[..., 3] == 0).all())
     assert bool(torch.isfinite(new).all())
+
+
+@pytest.mark.parametrize("text", ["16:32", "3:32", "10:24"])
+def test_a_pattern_wider_than_the_block_of_sparsegpt_is_chosen_whole(text: str) -> None:
+    pattern = Pattern.parse(text)
+    weight, inputs = drawn(1, 8, 2 * pattern.of, 200)
+    new, zero = SparseGpt(block=16)(weight, statistics_of(inputs), pattern)
+    kept = (~zero).reshape(-1, pattern.of).sum(1)
+    assert set(kept.tolist()) == {pattern.kept}
+    assert torch.equal(new == 0, zero)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_values_that_are_not_finite_are_refused(value: float) -> None:
+    with pytest.raises(SelectionError, match="up: it has values that are not finite"):
+        check_values("up", torch.tensor([1.0, value]), moved=False)
+
+
+def test_integers_can_become_zero_but_not_be_fitted() -> None:
+    check_values("up", torch.tensor([1, 2], dtype=torch.int8), moved=False)
+    with pytest.raises(SelectionError, match="up: its values are int8, which cannot hold"):
+        check_values("up", torch.tensor([1, 2], dtype=torch.int8), moved=True)

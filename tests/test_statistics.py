@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,16 +13,18 @@ from torch import Tensor, nn
 
 from graphprune.calibration import Calibration
 from graphprune.contractions import Matrix, contractions
-from graphprune.errors import CalibrationError
+from graphprune.errors import CalibrationError, OutputError
 from graphprune.statistics import (
+    InputStatistics,
     Statistics,
+    kept_statistics,
     load_statistics,
     observe,
     save_statistics,
-    segments,
-    unpadded,
+    statistics_bytes,
     walk,
 )
+from graphprune.walking import Run, segments, unpadded
 
 
 def calibration_of(name: str, batches: int = 2) -> Calibration:
@@ -179,9 +182,46 @@ def test_they_can_be_kept(tmp_path: Path) -> None:
         assert each.gram is not None
     with pytest.raises(CalibrationError, match="of another program"):
         load_statistics(tmp_path / "kept.safetensors", program_of("bert"))
-    (tmp_path / "text").write_text("no")
-    with pytest.raises(CalibrationError, match="holds no statistics"):
-        load_statistics(tmp_path / "text", program)
+
+
+def test_kept_ones_are_measured_once(tmp_path: Path) -> None:
+    program, data = program_of("llama-gqa"), calibration_of("llama-gqa")
+    matrices = contractions(program).matrices
+    path = tmp_path / "kept.safetensors"
+    with pytest.raises(CalibrationError, match=r"kept\.safetensors does not exist, and no calib"):
+        kept_statistics(path, program, matrices, None)
+    first = kept_statistics(path, program, matrices[:3], data)
+    assert path.is_file()
+    again = kept_statistics(path, program, matrices[1:3], None)
+    assert again.keys() == {matrix.name for matrix in matrices[1:3]}
+    assert all(torch.equal(each.squares, first[name].squares) for name, each in again.items())
+    with pytest.raises(CalibrationError, match=f"lacks the statistics of {matrices[3].name}"):
+        kept_statistics(path, program, matrices, data)
+    with pytest.raises(CalibrationError, match=f"no products of pairs .* {matrices[0].name}"):
+        kept_statistics(path, program, matrices[:3], data, "gram")
+    with pytest.raises(CalibrationError, match="on other calibration data"):
+        kept_statistics(path, program, matrices[:3], calibration_of("llama-gqa", 1))
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = program_of("llama-gqa")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(Run, "step", lambda *_: pytest.fail("something ran"))
+    given = program, contractions(program).matrices, calibration_of("llama-gqa")
+    with pytest.raises(OutputError, match="cannot be written"):
+        kept_statistics(tmp_path / "file" / "kept", *given)
+
+
+def test_kept_ones_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    program = program_of("gpt2")
+    matrix = contractions(program).matrices[0]
+    broken = InputStatistics.empty(matrix, "moments")
+    broken.squares[0, 2] = torch.nan
+    save_statistics({matrix.name: broken}, tmp_path / "kept", program)
+    with pytest.raises(CalibrationError, match=f"{matrix.name}: its inputs .* not finite"):
+        load_statistics(tmp_path / "kept", program)
 
 
 def test_inputs_that_are_not_finite_are_refused() -> None:
@@ -190,3 +230,101 @@ def test_inputs_that_are_not_finite_are_refused() -> None:
     broken = program.with_weights({name: torch.full_like(program.weights[name], torch.nan)})
     with pytest.raises(CalibrationError, match=r"down_proj\.weight: its inputs .* not finite"):
         observe(broken, contractions(broken).matrices, calibration_of("llama-gqa"))
+
+
+# -- memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["moments", "gram"])
+@pytest.mark.parametrize("name", ["llama-gqa", "mixtral", "resnet"])
+def test_what_they_take_is_known_before(name: str, kind: Any) -> None:
+    program = program_of(name)
+    for matrix in contractions(program).matrices:
+        made = InputStatistics.empty(matrix, kind)
+        held = [tensor.nbytes for tensor in vars(made).values() if tensor is not None]
+        assert sum(held) == InputStatistics.needed(matrix, kind)
+
+
+def test_matrices_with_the_same_inputs_share_them(tmp_path: Path) -> None:
+    program = program_of("llama-gqa")
+    matrices = contractions(program).matrices
+    found = observe(program, matrices, calibration_of("llama-gqa"), "gram")
+    save_statistics(found, tmp_path / "kept", program)
+    for each in (found, load_statistics(tmp_path / "kept", program)):
+        at = {m.name.removeprefix("model.layers.0."): each[m.name] for m in matrices}
+        query, gate = at["self_attn.q_proj.weight"], at["mlp.gate_proj.weight"]
+        assert query is at["self_attn.k_proj.weight"] is at["self_attn.v_proj.weight"]
+        assert gate is at["mlp.up_proj.weight"]
+        assert len({id(value) for value in each.values()}) == 9  # four in two layers, and the head
+    alone = sum(InputStatistics.needed(matrix, "gram") for matrix in matrices)
+    assert statistics_bytes(matrices, "gram") < 0.7 * alone
+    assert (tmp_path / "kept").stat().st_size < 0.7 * alone + 20_000
+
+
+def recording(program: Any, scale: float, calls: list[list[str]], seen: Statistics) -> Any:
+    """An edit that scales every weight and notes what it was given."""
+
+    def edit(_: object, held: Sequence[Matrix], found: Statistics) -> Mapping[str, Tensor]:
+        calls.append([matrix.name for matrix in held])
+        seen.update(found)
+        return {m.weight: program.weights[m.weight] * scale for m in held}
+
+    return edit
+
+
+@pytest.mark.parametrize("replay", [True, False])
+@pytest.mark.parametrize("name", ["llama-gqa", "mixtral", "gpt2"])
+def test_with_less_memory_the_same_is_seen_in_more_runs(name: str, replay: bool) -> None:
+    program, data = program_of(name), calibration_of(name)
+    matrices = contractions(program).matrices
+    weights = {matrix.weight for matrix in matrices}
+    most = max(statistics_bytes([m for m in matrices if m.weight == w], "gram") for w in weights)
+    calls: list[list[list[str]]] = [[], []]
+    seen: list[Statistics] = [{}, {}]
+    given = program, matrices, data, "gram"
+    edits = [recording(program, 0.5, calls[at], seen[at]) for at in (0, 1)]
+    free = walk(*given, edits[0], replay=replay)
+    bound = walk(*given, edits[1], replay=replay, memory=most)
+    assert len(calls[1]) > len(calls[0])
+    assert sum(calls[1], []) == sum(calls[0], [])
+    assert bound.statistics_bytes <= most < free.statistics_bytes
+    assert bound.peak_bytes < free.peak_bytes
+    for key, each in seen[1].items():
+        assert torch.equal(each.squares, seen[0][key].squares), key
+    assert all(torch.equal(bound.weights[key], weight) for key, weight in free.weights.items())
+
+
+def test_without_replay_an_edit_is_not_seen() -> None:
+    program, data = program_of("llama-gqa"), calibration_of("llama-gqa")
+    matrices = contractions(program).matrices
+    seen: Statistics = {}
+    walk(program, matrices, data, edit=recording(program, 0.0, [], seen), replay=False)
+    for name, each in observe(program, matrices, data).items():
+        assert torch.equal(each.squares, seen[name].squares)
+
+
+def test_a_bound_that_nothing_fits_is_refused_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    program, data = program_of("llama-gqa"), calibration_of("llama-gqa")
+    matrices = contractions(program).matrices
+    monkeypatch.setattr(Run, "step", lambda *_: pytest.fail("something ran"))
+    down = "model.layers.0.mlp.down_proj.weight"
+    needed = statistics_bytes([m for m in matrices if m.name == down], "gram")
+    with pytest.raises(CalibrationError, match=rf"{down}: the statistics take 0\.\d+ MiB, and"):
+        walk(program, matrices, data, "gram", lambda *_: {}, memory=needed - 1)
+    total = statistics_bytes(matrices, "gram")
+    with pytest.raises(CalibrationError, match="all matrices together: the statistics take"):
+        observe(program, matrices, data, "gram", memory=total - 1)
+
+
+def test_of_all_batches_only_one_holds_the_inside_of_a_layer() -> None:
+    """What lies between layers is held for every batch; what a layer makes on the way is not."""
+    program = program_of("llama-gqa")
+    matrices = contractions(program).matrices
+    batch = inputs_of(program, batch=2, length=8)
+    one, four = (
+        walk(program, matrices, Calibration.from_batches([batch] * n), edit=lambda *_: {})
+        for n in (1, 4)
+    )
+    assert four.peak_bytes < 2 * one.peak_bytes

@@ -1,4 +1,4 @@
-"""Gradients of the next-token loss on calibration text."""
+"""Gradients of the loss on calibration data."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from graphprune.calibration import Calibration, next_token_loss
+from graphprune.calibration import Calibration, inputs_of, task_loss
 from graphprune.criteria.base import Evidence
-from graphprune.errors import CalibrationError
+from graphprune.errors import CalibrationError, SelectionError
 from graphprune.program import Program
 
 
 def loss_gradients(evidence: Evidence, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    """(name, gradient) of the mean next-token loss on the calibration batches.
+    """(name, gradient) of the mean `task_loss` on the calibration batches.
 
     Gradients are taken of the weights called `names` only, and given away one by one.
 
@@ -24,7 +24,7 @@ def loss_gradients(evidence: Evidence, names: Sequence[str]) -> Iterator[tuple[s
         Without calibration batches, or when they do not fit the program or the loss is not finite.
     """
     data = evidence.data()
-    batches = evidence.track(data, "taking gradients")
+    batches = evidence.track(list(data.labelled()), "taking gradients")
     yield from _gradients(evidence.program, batches, data.samples, names)
 
 
@@ -54,10 +54,13 @@ def _gradients(
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, gradient) of the mean loss on `batches`, which hold `samples` samples together."""
     weights = {name: weight.detach() for name, weight in program.weights.items()}
+    for name in names:
+        if not weights[name].is_floating_point():
+            raise SelectionError(f"{name} is of {weights[name].dtype}, which has no gradient")
     leaves = {name: weights[name].requires_grad_() for name in names}
     for batch in batches:
         with torch.enable_grad():
-            outputs = program.run(weights, batch)
+            outputs = program.run(weights, inputs_of(batch))
             rows = len(next(iter(batch.values())))
             loss = finite_loss(outputs[program.outputs[0].name], batch) * (rows / samples)
         loss.backward()
@@ -68,15 +71,15 @@ def _gradients(
 
 
 def finite_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """The next-token loss of a batch, refused (`CalibrationError`) when it is not finite."""
-    loss = next_token_loss(logits, batch)
+    """The `task_loss` of a batch, refused (`CalibrationError`) when it is not finite."""
+    loss = task_loss(logits, batch)
     if not bool(torch.isfinite(loss)):
         raise CalibrationError("the loss on the calibration data is not finite")
     return loss
 
 
 def samples(calibration: Calibration) -> Iterator[dict[str, Tensor]]:
-    """Every sample as a batch of one."""
-    for batch in calibration:
+    """Every sample as a batch of one, with its label if there are any."""
+    for batch in calibration.labelled():
         for row in range(len(next(iter(batch.values())))):
             yield {name: tensor[row : row + 1] for name, tensor in batch.items()}

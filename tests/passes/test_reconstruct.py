@@ -154,3 +154,21 @@ def test_it_needs_data_and_a_damping() -> None:
         run("llama-gqa", Prune("ffn", 0.25, "l2"), Reconstruct(), calibration=None)
     with pytest.raises(UsageError, match="damp 0 is not positive"):
         Reconstruct(damp=0.0)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2"])
+def test_with_less_memory_the_fit_is_the_same(name: str) -> None:
+    passes = Prune(("ffn", "head-dim"), 0.25, "l2"), Reconstruct()
+    free = run(name, *passes)
+    details = free.report.passes[1].details
+    assert 0 < details["statistics bytes"] < details["calibration bytes"]
+    memory = 0.95 * details["statistics bytes"] / 2**20  # of the two matrices of a layer one fits
+    bound = run(name, passes[0], Reconstruct(memory=memory), Verify())
+    assert bound.report.passes[1].details["statistics bytes"] <= memory * 2**20
+    assert bound.report.passes[1].details["refitted"] == details["refitted"]
+    for key, weight in free.program.weights.items():
+        assert torch.equal(weight, bound.program.weights[key]), key
+    with pytest.raises(CalibrationError, match=r"the statistics take .* MiB, and .* are allowed"):
+        run(name, passes[0], Reconstruct(memory=memory / 100))
+    with pytest.raises(UsageError, match="memory 0 is not positive"):
+        Reconstruct(memory=0.0)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,9 @@ import pytest
 import torch
 import transformers as tf
 from architectures import ARCHITECTURES, inputs_of, inputs_to, model_of, program_of
+from torch import nn
 
+from graphprune import capture, load
 from graphprune.calibration import Calibration
 from graphprune.contractions import contractions
 from graphprune.errors import CalibrationError, SelectionError
@@ -109,19 +112,86 @@ def test_the_report_counts_what_became_zero() -> None:
     assert details["weights"] == 14
     assert details["zeros"] * 2 == details["elements"]
     assert details["sparsity"] == 0.5
-    assert details["calibration bytes"] > 0
-    assert "9/16" in details["note"]
+    assert 0 < details["statistics bytes"] < details["calibration bytes"]
     assert details["untouched"] == {
         "model.embed_tokens.weight": "it is used by aten.embedding.default"
     }
 
 
-def test_zeros_survive_a_checkpoint(tmp_path: Path) -> None:
-    sparse = run("llama-gqa", Sparsify("2:4")).program
-    sparse.save_pretrained(tmp_path / "sparse")
-    model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
-    for name, weight in model.named_parameters():
-        assert torch.equal(weight, sparse.weight(name))
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "mixtral"])
+def test_zeros_survive_a_checkpoint_and_an_archive(tmp_path: Path, name: str) -> None:
+    sparse = run(name, Sparsify("2:4")).program
+    sparse.save_pretrained(tmp_path / "checkpoint")
+    sparse.save(tmp_path / "archive")
+    for kind in ("checkpoint", "archive"):
+        again = load(tmp_path / kind)
+        assert again.weights.keys() == sparse.weights.keys()
+        for key, weight in again.weights.items():
+            assert torch.equal(weight, sparse.weights[key]), (kind, key)
+
+
+def test_the_report_says_what_hardware_would_gain() -> None:
+    details = run("mixtral", Sparsify("2:4")).report.passes[0].details["hardware"]
+    others = details["others"]
+    assert others[f"{PREFIX}.mlp.experts.down_proj"] == "it is not the weight of a linear layer"
+    assert "no multiples of 32x64" in others[f"{PREFIX}.self_attn.k_proj.weight"]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 64))
+    wide = capture(model, (torch.ones(2, 64),))
+    sparse = Pipeline([Sparsify("2:4", "magnitude")]).run(wide)
+    found = sparse.report.passes[0].details["hardware"]
+    assert found["semi-structured"] == "1 of 2 matrices, in 16 bits"
+    assert found["semi-structured bytes"] / found["dense bytes"] == 9 / 16
+    assert list(found["others"]) == ["2.weight"]
+    for pattern in ("4:8", "3:4", "0.5"):  # no core multiplies these faster
+        result = Pipeline([Sparsify(pattern, "magnitude")]).run(wide)
+        assert "hardware" not in result.report.passes[0].details
+
+
+def test_kept_statistics_serve_another_pattern_without_data(tmp_path: Path) -> None:
+    path = str(tmp_path / "kept.safetensors")
+    kept = {"sequential": False, "statistics": path}
+    assert Sparsify("0.5", **kept).requires_calibration
+    written = run("llama-gqa", Sparsify("0.5", **kept))
+    assert written.report.passes[0].details["statistics"] == f"written to {path}"
+    assert not Sparsify("0.5", **kept).requires_calibration
+    for sparsify in (
+        Sparsify("2:4", **kept),
+        Sparsify("0.3", "wanda-variant", **kept),
+        Sparsify("0.4", scope="global", **kept),
+    ):
+        again = run("llama-gqa", sparsify, calibration=None)
+        assert again.report.passes[0].details["statistics"] == f"read from {path}"
+        fresh = run("llama-gqa", dataclasses.replace(sparsify, statistics=None)).program
+        for name, weight in fresh.weights.items():
+            assert torch.equal(weight, again.program.weights[name]), name
+
+
+def test_kept_statistics_of_something_else_are_refused(tmp_path: Path) -> None:
+    kept = {"sequential": False, "statistics": str(tmp_path / "kept")}
+    run("llama-gqa", Sparsify("0.5", **kept))
+    with pytest.raises(CalibrationError, match="statistics of this program with other weights"):
+        run("llama-gqa", Sparsify("0.5", "magnitude"), Sparsify("0.6", **kept))
+    with pytest.raises(CalibrationError, match="no products of pairs"):
+        run("llama-gqa", Sparsify("0.5", "sparsegpt", **kept))
+    with pytest.raises(CalibrationError, match="lacks the statistics of lm_head"):
+        run("llama-gqa", Sparsify("0.5", target="all", **kept))
+    other = Calibration.from_batches([inputs_of(program_of("llama-gqa"), seed=1)])
+    with pytest.raises(CalibrationError, match="statistics on other calibration data"):
+        run("llama-gqa", Sparsify("0.5", **kept), calibration=other)
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_with_less_memory_the_result_is_the_same(sequential: bool) -> None:
+    sparsify = Sparsify("0.5", "sparsegpt", sequential=sequential)
+    free = run("llama-gqa", sparsify)
+    bound = run("llama-gqa", dataclasses.replace(sparsify, memory=0.02))
+    details = [each.report.passes[0].details for each in (free, bound)]
+    assert details[1]["statistics bytes"] <= 0.02 * 2**20 < details[0]["statistics bytes"]
+    for name, weight in free.program.weights.items():
+        assert torch.equal(weight, bound.program.weights[name])
+    with pytest.raises(CalibrationError, match=r"down_proj\.weight: the statistics take 0.01832"):
+        run("llama-gqa", dataclasses.replace(sparsify, memory=0.01))
 
 
 def test_units_can_go_before_and_after_it_and_all_is_verified() -> None:
@@ -166,6 +236,12 @@ def test_ratio_zero_changes_nothing_and_says_so() -> None:
         ({"pattern": "2:4", "scope": "layer"}, "chosen block by block: give no scope"),
         ({"pattern": "2:4", "criterion": "wanda-variant"}, "chosen block by block"),
         ({"pattern": "0.5", "scope": "global"}, "give sequential=false"),
+        ({"pattern": "0.5", "statistics": "kept"}, "not of what sparse layers give: give seq"),
+        (
+            {"pattern": "0.5", "criterion": "magnitude", "memory": 1.0},
+            "magnitude measures nothing: give neither",
+        ),
+        ({"pattern": "0.5", "memory": 0.0}, "memory 0 is not positive"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
@@ -193,3 +269,11 @@ def test_calibration_is_asked_for_before_work() -> None:
     with pytest.raises(CalibrationError, match="needs calibration data"):
         run("llama-gqa", Sparsify("0.5"), calibration=None)
     assert run("llama-gqa", Sparsify("0.5", "magnitude"), calibration=None).program
+
+
+def test_weights_that_are_not_finite_are_named_before_work() -> None:
+    program = program_of("llama-gqa")
+    name = f"{PREFIX}.mlp.up_proj.weight"
+    broken = program.with_weights({name: torch.full_like(program.weights[name], torch.nan)})
+    with pytest.raises(SelectionError, match=rf"{name}: it has values that are not finite"):
+        Pipeline([Sparsify("0.5", "magnitude")]).run(broken)
