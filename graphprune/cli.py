@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from enum import StrEnum
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graphprune import __version__, reference
-from graphprune.errors import GraphPruneError, PlanError
+from graphprune.errors import EvaluationError, GraphPruneError, PlanError
 from graphprune.instruments import Instrument, Place
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ class Format(StrEnum):
     text = "text"
     json = "json"
     dot = "dot"
+    graphml = "graphml"
 
 
 def _print_version(asked: bool) -> None:
@@ -122,6 +123,29 @@ Tolerance = Annotated[
     float | None,
     typer.Option("--tolerance", help="The largest relative error; the verifier's own if left out."),
 ]
+HeldOutText = Annotated[
+    Path | None,
+    typer.Option(
+        "--text",
+        metavar="FILE",
+        help="A text, JSON lines or NAME:SPLIT:COLUMN of a data set; the packaged held-out text "
+        "if left out.",
+    ),
+]
+Length = Annotated[int, typer.Option("--length", help="Tokens of each window.")]
+MaxTokens = Annotated[
+    int | None, typer.Option("--max-tokens", help="Use no more of the text.", min=1)
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", help="Windows at once.", min=1)]
+CalibrationText = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE",
+        help="A text, JSON lines or NAME:SPLIT:COLUMN of a data set.",
+    ),
+]
+Samples = Annotated[int, typer.Option("--samples", help="Windows of calibration text.", min=1)]
 TokenizerDirectory = Annotated[
     str | None,
     typer.Option("--tokenizer", metavar="DIR", help="Where the tokenizer is, if not in DIR."),
@@ -154,24 +178,66 @@ def prepare(
 def inspect(
     directory: Checkpoint,
     format: Annotated[Format, typer.Option("--format", help="What to print.")] = Format.text,
+    html: Annotated[
+        Path | None, typer.Option(help="A page to write: all of it, to look into with a browser.")
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="A plan.json to show on the page: what goes, what is left.")
+    ] = None,
+    group: Annotated[str | None, typer.Option(help="Print one group.")] = None,
+    weight: Annotated[str | None, typer.Option(help="Print the dimensions of one weight.")] = None,
+    tree: Annotated[bool, typer.Option("--tree", help="Print the weights by module.")] = False,
     quiet: Quiet = False,
     traceback: Traceback = False,
 ) -> None:
     """Print what can be pruned: the coupled groups and the axis types of the weights."""
     from graphprune.coupling import analyze
-    from graphprune.overview import overview
+    from graphprune.errors import CaptureError
+    from graphprune.loading import shapes_of
+    from graphprune.overview import module_tree, overview
+    from graphprune.page import bare_page, page
     from graphprune.progress import maker
 
+    if plan is not None and html is None:
+        raise typer.BadParameter("a plan is shown on a page: give --html too")
     progress = maker(quiet=quiet)
-    program = _load(directory, progress)
+    try:
+        program = _load(directory, progress)
+    except CaptureError as error:
+        if html is None:
+            raise
+        _write_page(html, bare_page(directory, shapes_of(_resolve(directory)), str(error)))
+        print(f"graphprune: {error}", file=sys.stderr)
+        return
     with _working(progress, "analysing"):
         coupling = analyze(program)
-    if format is Format.json:
-        print(coupling.to_json())
-    elif format is Format.dot:
-        print(coupling.to_dot())
-    else:
+    if html is not None:
+        with _working(progress, "writing the page"):
+            _write_page(html, page(coupling, directory, _plan(plan) if plan else None))
+    elif group is not None:
+        print(coupling.group(group))
+    elif weight is not None:
+        for dim in range(program.weight(weight).ndim):
+            print(coupling.explain(weight, dim))
+    elif tree:
+        _show(module_tree(directory, program, coupling))
+    elif format is Format.text:
         _show(overview(directory, program, coupling))
+    else:
+        written = {
+            Format.json: coupling.to_json,
+            Format.dot: coupling.to_dot,
+            Format.graphml: coupling.to_graphml,
+        }
+        print(written[format]())
+
+
+def _write_page(path: Path, text: str) -> None:
+    from graphprune.output import staged_file
+
+    with staged_file(path) as staged:
+        staged.write_text(text, encoding="utf-8")
+    print(f"wrote {path}")
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -183,6 +249,7 @@ def explain(
     traceback: Traceback = False,
 ) -> None:
     """Say what one dimension of a weight is coupled with, or why it cannot be pruned."""
+    from graphprune.chains import chain_text
     from graphprune.coupling import analyze
     from graphprune.progress import maker
 
@@ -196,19 +263,19 @@ def explain(
     for group in coupling.groups:
         if any(member.weight == name and member.dim == dim for member in group.members):
             print(f"\n{group}")
+            other = next((each for each in reversed(group.weights()) if each != name), None)
+            if other is not None:
+                print(chain_text(coupling, group.name, name, other))
 
 
 @app.command()
 def evaluate(
     directory: Checkpoint,
-    text: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="A text; the packaged held-out text if left out."),
-    ] = None,
+    text: HeldOutText = None,
     tokenizer: TokenizerDirectory = None,
-    length: Annotated[int, typer.Option(help="Tokens of each window.")] = 256,
-    max_tokens: Annotated[int | None, typer.Option(help="Use no more of the text.", min=1)] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows at once.", min=1)] = 4,
+    length: Length = 256,
+    max_tokens: MaxTokens = None,
+    batch_size: BatchSize = 4,
     quiet: Quiet = False,
     traceback: Traceback = False,
 ) -> None:
@@ -230,6 +297,78 @@ def evaluate(
     print(f"perplexity {found.perplexity:.4f}")
     print(f"loss       {found.loss:.4f} nats per token")
     print(f"tokens     {found.tokens} of {path.name}, in windows of {found.length}")
+
+
+@app.command()
+def sensitivity(
+    directory: Checkpoint,
+    group: Annotated[
+        str,
+        typer.Option(
+            help="heads: the query heads of every attention. Or a target of 'prune', such as "
+            "kv-heads, ffn, experts or a glob over group names."
+        ),
+    ] = "heads",
+    blocks: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=2,
+            help="Remove units in N runs of neighbours; one by one if left out, and in 64 runs "
+            "where a group has more units than that.",
+        ),
+    ] = None,
+    keep_one: Annotated[
+        bool, typer.Option(help="Also remove all units of a group but the best one.")
+    ] = True,
+    json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the effects as JSON.")
+    ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw them as a heat map: .png, .svg or .pdf."),
+    ] = None,
+    text: HeldOutText = None,
+    tokenizer: TokenizerDirectory = None,
+    length: Length = 256,
+    max_tokens: MaxTokens = None,
+    batch_size: BatchSize = 4,
+    quiet: Quiet = False,
+    traceback: Traceback = False,
+) -> None:
+    """Measure what the model loses by each unit, such as each head, one at a time."""
+    from graphprune.coupling import analyze
+    from graphprune.evaluate import text_windows
+    from graphprune.output import staged_file
+    from graphprune.pictures import check_format
+    from graphprune.progress import maker
+    from graphprune.sensitivity import sensitivity, text_batches
+
+    progress = maker(quiet=quiet)
+    if picture is not None:
+        check_format(picture)
+    with ExitStack() as stack:  # places that cannot be written are refused first
+        json_file = stack.enter_context(staged_file(json)) if json else None
+        picture_file = stack.enter_context(staged_file(picture)) if picture else None
+        program = _load(directory, progress)
+        windows = text_windows(
+            program,
+            text or reference.heldout_text(),
+            _resolve(tokenizer or directory),
+            length=length,
+            max_tokens=max_tokens,
+        )
+        batches = text_batches(program, windows, batch_size)
+        with _working(progress, "analysing"):
+            coupling = analyze(program)
+        found = sensitivity(
+            coupling, batches, group, blocks=blocks, keep_one=keep_one, progress=progress
+        )
+        if json_file is not None:
+            json_file.write_text(found.to_json() + "\n", encoding="utf-8")
+        if picture_file is not None:
+            found.picture(picture_file)
+    _show(found)
 
 
 @app.command()
@@ -282,11 +421,9 @@ def run(
         ),
     ],
     output: Output,
-    calibration: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A text, or JSON lines with a field 'text'.")
-    ] = None,
+    calibration: CalibrationText = None,
     tokenizer: TokenizerDirectory = None,
-    samples: Annotated[int, typer.Option(help="Windows of calibration text.", min=1)] = 10,
+    samples: Samples = 10,
     length: Annotated[int, typer.Option(help="Tokens of each of them.", min=1)] = 64,
     seed: Annotated[int, typer.Option(help="Seed of whatever is random.")] = 0,
     verify_each: Annotated[
@@ -314,7 +451,7 @@ def run(
         result = pipeline.run(
             program,
             calibration=_calibration(
-                pipeline, directory, calibration, tokenizer, samples, length, seed
+                [pipeline], directory, calibration, tokenizer, samples, length, seed
             ),
             output=folder,
             seed=seed,
@@ -330,6 +467,75 @@ def run(
     if not quiet:
         _show(result.report)
         _say_written(output, kind)
+
+
+@app.command()
+def sweep(
+    directory: Checkpoint,
+    passes: Annotated[
+        list[str],
+        typer.Option(
+            help="A recipe such as 'prune{target=ffn ratio={ratio}}', or a .yaml file; may be "
+            "repeated."
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="OUT", help="A directory to make, or a sweep to go on with."
+        ),
+    ],
+    ratios: Annotated[
+        str, typer.Option(help="Numbers and ranges a..b or a..b..step, with commas between.")
+    ] = "0.1..0.6",
+    steps: Annotated[int, typer.Option(help="Ratios of a range a..b.", min=2)] = 6,
+    seeds: Annotated[int, typer.Option(help="Draws of calibration text, and seeds.", min=1)] = 1,
+    calibration: CalibrationText = None,
+    samples: Samples = 10,
+    calibration_length: Annotated[
+        int, typer.Option(help="Tokens of each window of calibration text.", min=1)
+    ] = 64,
+    text: HeldOutText = None,
+    tokenizer: TokenizerDirectory = None,
+    length: Length = 256,
+    max_tokens: MaxTokens = None,
+    batch_size: BatchSize = 4,
+    quiet: Quiet = False,
+    traceback: Traceback = False,
+) -> None:
+    """Measure perplexity against size for several recipes: a table, JSON and a picture."""
+    from graphprune.progress import maker
+    from graphprune.sweep import HeldOut, Recipe, read_ratios, sweep
+
+    chosen = read_ratios(ratios, steps)
+    recipes = [Recipe.read(text) for text in dict.fromkeys(passes)]
+    pipelines = [recipe.at(ratio) for recipe in recipes for ratio in chosen]
+    draws = [
+        _calibration(
+            pipelines, directory, calibration, tokenizer, samples, calibration_length, seed
+        )
+        for seed in range(seeds)
+    ]
+    heldout = HeldOut(
+        text or reference.heldout_text(),
+        _resolve(tokenizer or directory),
+        length,
+        batch_size,
+        max_tokens,
+    )
+    progress = maker(quiet=quiet)
+    found = sweep(
+        _load(directory, progress),
+        recipes,
+        chosen,
+        heldout,
+        output,
+        draws=draws,
+        progress=progress,
+    )
+    _show(found)
+    if not any(point.size for point in found.points):
+        raise EvaluationError(f"every point failed, the first with: {found.points[0].reason}")
 
 
 @app.command()
@@ -353,6 +559,18 @@ def apply(
         kind = _write(smaller, chosen, folder, progress)
     if not quiet:
         _say_written(output, kind)
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="PLAN_A", help="A plan.json.")],
+    second: Annotated[Path, typer.Argument(metavar="PLAN_B", help="Another for the same model.")],
+    traceback: Traceback = False,
+) -> None:
+    """Compare two plans: how many units of each group go, and how many of them in both."""
+    from graphprune.plan_diff import difference
+
+    _show(difference(_plan(first), _plan(second), first.name, second.name))
 
 
 @app.command()
@@ -424,7 +642,7 @@ def _pipeline(passes: str) -> Pipeline:
 
 
 def _calibration(
-    pipeline: Pipeline,
+    pipelines: Iterable[Pipeline],
     directory: str,
     path: Path | None,
     tokenizer: str | None,
@@ -434,7 +652,7 @@ def _calibration(
 ) -> Calibration | None:
     from graphprune.calibration import Calibration
 
-    needed = any(each.requires_calibration for each in pipeline.passes)
+    needed = any(each.requires_calibration for p in pipelines for each in p.passes)
     if path is None and needed and directory == reference.NAME:
         path = reference.calibration_text()
     if path is None:

@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import fx
 
-from graphprune.axes import Axis, Product, Sum
+from graphprune.axes import Atom, Axis, Product, Sum
 from graphprune.axes import Cut as AxisCut
 from graphprune.coupling import Coupling
 from graphprune.program import PAST
@@ -62,10 +62,36 @@ class Costs:
             for name, count in counts.items()
             if count
         }
-        terms = {"params": self._params, "macs": self._macs, "kv_bytes": self._kv_bytes}[cost]
+        return self._total(self._terms(cost), cuts)
+
+    def unit(self, cost: Cost, name: str) -> int:
+        """What the first unit of a group that goes saves (0 for a group of one unit)."""
+        atom = self.coupling.atom(name)
+        terms = self._by_atom[cost].get(atom, [])
+        if atom.size < 2:
+            return 0
+        cuts: dict[Axis, AxisCut] = {atom: AxisCut(removed=(0,))}
+        return self._total(terms, {}) - self._total(terms, cuts)
+
+    def _total(self, terms: Terms, cuts: Mapping[Axis, AxisCut]) -> int:
         return sum(
             factor * math.prod(self._size(axis, cuts) for axis in axes) for factor, axes in terms
         )
+
+    def _terms(self, cost: Cost) -> Terms:
+        return {"params": self._params, "macs": self._macs, "kv_bytes": self._kv_bytes}[cost]
+
+    @cached_property
+    def _by_atom(self) -> dict[Cost, dict[Atom, Terms]]:
+        """The terms that each atom has a part in."""
+        found: dict[Cost, dict[Atom, Terms]] = {}
+        axes, costs = self.coupling.types.axes, get_args(Cost)
+        for cost in costs:
+            found[cost] = {}
+            for term in self._terms(cost):
+                for atom in {atom for axis in term[1] for atom in axes.atoms(axis)}:
+                    found[cost].setdefault(atom, []).append(term)
+        return found
 
     def _size(self, axis: Axis, cuts: Mapping[Axis, AxisCut]) -> int:
         axis = self.coupling.types.axes.head(axis)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import networkx
 
     from graphprune.operators.base import Frozen
+    from graphprune.plan import Plan
 
 Exactness = Literal["exact", "rescaled", "approximate"]
 
@@ -377,6 +378,33 @@ class Coupling:
             dims = ",".join(map(str, data["dims"]))
             lines.append(f'  "{weight}" -- "{group}" [label="{dims}"];')
         return "\n".join([*lines, "}"])
+
+    def to_graphml(self) -> str:
+        """The bipartite graph as GraphML, with shapes and dimensions as text."""
+        import networkx
+
+        plain = self.graph.copy()
+        for _, data in plain.nodes(data=True):
+            if "shape" in data:
+                data["shape"] = "x".join(map(str, data["shape"]))
+        for _, _, data in plain.edges(data=True):
+            data["dims"] = ",".join(map(str, data["dims"]))
+        return "\n".join(networkx.generate_graphml(plain))
+
+    def to_html(self, title: str = "program", plan: Plan | None = None) -> str:
+        """One self-contained page to look into; see `graphprune.page.page`."""
+        from graphprune.page import page
+
+        return page(self, title, plan)
+
+    def _repr_html_(self) -> str:
+        """The page in a frame, for notebooks."""
+        import html
+
+        return (
+            f'<iframe srcdoc="{html.escape(self.to_html())}" '
+            'style="width: 100%; height: 45rem; border: 0"></iframe>'
+        )
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.groups))

@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from graphprune.calibration import (
     TokenizerLike,
     beyond_vocabulary,
     next_token_loss,
     predicted,
-    read_documents,
     token_batch,
     tokenize,
 )
 from graphprune.errors import EvaluationError
 from graphprune.program import Program
 from graphprune.progress import Maker, counted, maker
+from graphprune.text_sources import read_documents
 
 
 @dataclass(frozen=True)
@@ -93,15 +94,9 @@ def perplexity(
         When the program is no causal language model, the text cannot be read or is too short for
         one window, or a window is too long for the model.
     """
-    _check_causal(program)
-    _check_length(program, length)
-    ids = tokenize(_documents(text), tokenizer, EvaluationError)[:max_tokens]
-    if len(ids) < length:
-        limit = "" if max_tokens is None or max_tokens >= length else f" of {max_tokens} allowed"
-        raise EvaluationError(f"the text has {len(ids)} tokens{limit}; a window takes {length}")
-    if problem := beyond_vocabulary(program, ids):
-        raise EvaluationError(problem)
-    windows = ids[: len(ids) // length * length].view(-1, length)
+    if problem := why_not_causal(program):
+        raise EvaluationError(f"perplexity needs a causal language model{problem}")
+    windows = text_windows(program, text, tokenizer, length=length, max_tokens=max_tokens)
     show = maker() if progress is True else (progress or None)
     total, count = 0.0, 0
     with counted(show, "measuring perplexity", total=len(windows)) as advance:
@@ -114,6 +109,32 @@ def perplexity(
     loss = total / count
     digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
     return Perplexity(_exp(loss), loss, count, length, digest)
+
+
+def text_windows(
+    program: Program,
+    text: str | PathLike[str],
+    tokenizer: TokenizerLike,
+    *,
+    length: int = 256,
+    max_tokens: int | None = None,
+) -> Tensor:
+    """The windows of a text that `perplexity` measures, ``[windows, length]``.
+
+    Raises
+    ------
+    EvaluationError
+        When the text cannot be read or is too short for one window, or a window is too long for
+        the model.
+    """
+    _check_length(program, length)
+    ids = tokenize(_documents(text), tokenizer, EvaluationError)[:max_tokens]
+    if len(ids) < length:
+        limit = "" if max_tokens is None or max_tokens >= length else f" of {max_tokens} allowed"
+        raise EvaluationError(f"the text has {len(ids)} tokens{limit}; a window takes {length}")
+    if problem := beyond_vocabulary(program, ids):
+        raise EvaluationError(problem)
+    return ids[: len(ids) // length * length].view(-1, length)
 
 
 def _exp(loss: float) -> float:
@@ -133,19 +154,18 @@ def _is_file(text: str) -> bool:
     return len(text) < 1000 and "\n" not in text and Path(text).is_file()
 
 
-def _check_causal(program: Program) -> None:
+def why_not_causal(program: Program) -> str:
+    """What a program lacks of a causal language model, to follow the words; "" for nothing."""
     inputs = {value.name for value in program.inputs}
     logits = next((value for value in program.outputs if value.name == "logits"), None)
     if "input_ids" not in inputs or logits is None or len(logits.shape) != 3:
-        raise EvaluationError(
-            "perplexity needs a causal language model: input_ids in and logits "
-            f"[batch, length, vocabulary] out; this one takes {', '.join(sorted(inputs))}"
+        return (
+            ": input_ids in and logits [batch, length, vocabulary] out; this one takes "
+            f"{', '.join(sorted(inputs))}"
         )
     if not program.is_decoder and not _looks_back_only(program):
-        raise EvaluationError(
-            "perplexity needs a causal language model; in this one a token's logits depend on "
-            "the tokens after it"
-        )
+        return "; in this one a token's logits depend on the tokens after it"
+    return ""
 
 
 def _looks_back_only(program: Program) -> bool:

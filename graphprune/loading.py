@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,13 +130,25 @@ def _check_files(path: Path) -> torch.dtype | None:
         if not any(path.glob("pytorch_model*.bin")):
             raise CheckpointError(f"{path} holds no model.safetensors")
         return None
-    types = Counter(kind for file in files for kind in _tensor_types(file))
+    types = Counter(kind for file in files for kind, _ in _tensors(file).values())
     floating = [kind for kind, _ in types.most_common() if kind in _DTYPES]
     return _DTYPES[floating[0]] if floating else None
 
 
-def _tensor_types(file: Path) -> Iterator[str]:
-    """The type of every tensor in a safetensors file whose header fits its size."""
+def shapes_of(directory: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor in the safetensors files of a directory, from their headers.
+
+    Raises
+    ------
+    CheckpointError
+        When a file is cut short or malformed.
+    """
+    files = sorted(Path(directory).glob("*.safetensors"))
+    return {name: shape for file in files for name, (_, shape) in _tensors(file).items()}
+
+
+def _tensors(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of every tensor in a safetensors file whose header fits its size."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -147,7 +158,7 @@ def _tensor_types(file: Path) -> Iterator[str]:
             header = json.loads(stream.read(length))
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
         ends = [entry["data_offsets"][1] for entry in tensors.values()]
-        types = [str(entry["dtype"]) for entry in tensors.values()]
+        found = {n: (str(e["dtype"]), tuple(map(int, e["shape"]))) for n, e in tensors.items()}
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} is missing") from error
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
@@ -157,7 +168,7 @@ def _tensor_types(file: Path) -> Iterator[str]:
     expected = 8 + length + max(ends, default=0)
     if size != expected:
         raise CheckpointError(f"{file} is cut short or damaged: {size} bytes, not {expected}")
-    yield from types
+    return found
 
 
 # -- transformers -------------------------------------------------------------------------------

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
+import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from graphprune.errors import OutputError
 
@@ -114,6 +117,25 @@ def staged_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
             # The file itself comes last: whoever sees it finds what it refers to.
             entries = sorted(staged.iterdir(), key=lambda entry: (entry.name == target.name, entry))
             _move_up(staged, target.parent, entries, overwrite)
+
+
+def as_json(data: Any, indent: int | None = None) -> str:
+    """`data` as JSON text, with null for a number that is not finite, which JSON cannot say.
+
+    Examples
+    --------
+    >>> as_json({"perplexity": float("inf"), "sizes": (1, 2)})
+    '{"perplexity": null, "sizes": [1, 2]}'
+    """
+    return json.dumps(_finite(data), indent=indent, allow_nan=False)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, Mapping):
+        return {key: _finite(value) for key, value in data.items()}
+    return [_finite(value) for value in data] if isinstance(data, list | tuple) else data
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.tree import Tree
 
     from graphprune.coupling import Coupling, Group
     from graphprune.program import Program
@@ -53,10 +54,29 @@ def group_table(program: Program, coupling: Coupling) -> Table:
     table.add_column("removal is")
     rows: dict[tuple[str, ...], list[str]] = {}
     for group in coupling.groups:
-        rows.setdefault((_shape(group.name), *_cells(program, group)), []).append(group.name)
+        rows.setdefault((alike(group.name), *_cells(program, group)), []).append(group.name)
     for (_, *cells), names in rows.items():
         table.add_row(str(len(names)), *map(Text, (fold(names), *cells)))
     return table
+
+
+def module_tree(title: str, program: Program, coupling: Coupling) -> Tree:
+    """The weights by module with their axis types, repeated modules in one branch."""
+    from rich.tree import Tree
+
+    tree = Tree(Text(title, style="bold"))
+    branches: dict[str, Tree] = {"": tree}
+    rows: dict[tuple[str, str], list[str]] = {}
+    for name in program.weights:
+        rows.setdefault((alike(name), alike(str(coupling.type_of(name)))), []).append(name)
+    for (_, kind), names in rows.items():
+        *path, leaf = fold(names).split(".")
+        for depth in range(1, len(path) + 1):
+            here = ".".join(path[:depth])
+            if here not in branches:
+                branches[here] = branches[".".join(path[: depth - 1])].add(Text(path[depth - 1]))
+        branches[".".join(path)].add(Text.assemble(leaf, (f"  {kind}", "dim")))
+    return tree
 
 
 def fold(names: Iterable[str]) -> str:
@@ -88,7 +108,8 @@ def _ranges(numbers: set[int]) -> str:
     return f"{{{','.join(texts)}}}"
 
 
-def _shape(name: str) -> str:
+def alike(name: str) -> str:
+    """`name` with its standing numbers replaced: equal for the weights of repeated layers."""
     return _NUMBER.sub("#", name)
 
 
@@ -99,7 +120,7 @@ def _cells(program: Program, group: Group) -> tuple[str, ...]:
 
 def _reasons(coupling: Coupling) -> Iterator[Text]:
     """Why some groups are not exact, once for groups that differ in numbers only."""
-    inexact = {(_shape(g.name), _shape(g.why)): g for g in coupling.groups if g.why}
+    inexact = {(alike(g.name), alike(g.why)): g for g in coupling.groups if g.why}
     for group in reversed(inexact.values()):
         yield Text(f"{group.name} is {group.exactness}: {group.why}")
 
@@ -138,8 +159,8 @@ def _sizes(title: str, program: Program) -> Iterator[Text]:
         + (f", {cache:,} bytes of KV cache per token" if cache else "")
     )
     names = [value.name for value in program.inputs]
-    shown = list(dict.fromkeys(map(_shape, names)))
-    yield Text(f"takes {', '.join(fold(n for n in names if _shape(n) == each) for each in shown)}")
+    shown = list(dict.fromkeys(map(alike, names)))
+    yield Text(f"takes {', '.join(fold(n for n in names if alike(n) == each) for each in shown)}")
     for note in program.notes:
         yield Text(f"note: {note}")
 
@@ -153,7 +174,7 @@ def _types(program: Program, coupling: Coupling) -> Table:
     for name, weight in program.weights.items():
         shape = " x ".join(map(str, weight.shape))
         kind = str(coupling.type_of(name))
-        names, kinds = rows.setdefault((_shape(name), shape, _shape(kind)), ([], []))
+        names, kinds = rows.setdefault((alike(name), shape, alike(kind)), ([], []))
         names.append(name)
         kinds.append(kind)
     for (_, shape, _), (names, kinds) in rows.items():

@@ -48,6 +48,7 @@ def find_roles(types: Types, atoms: Collection[Atom]) -> dict[Atom, Role]:
     residual = _residual(types, atoms)
     convolved, linear = _marked(types, "convolved"), _marked(types, "linear")
     picked = _beside_picked(types)
+    multiplied = _multiplied(types)
     roles: dict[Atom, Role] = {}
     for atom in atoms:
         if atom in heads:
@@ -63,7 +64,7 @@ def find_roles(types: Types, atoms: Collection[Atom]) -> dict[Atom, Role]:
             roles[atom] = "expert-unit"
         elif atom in convolved:
             roles[atom] = "channel"
-        elif atom in linear:
+        elif atom in linear and atom not in multiplied:
             roles[atom] = "ffn"
         else:
             roles[atom] = "other"
@@ -96,6 +97,21 @@ def _beside_picked(types: Types) -> set[Atom]:
     for _, node in types.program.weight_nodes():
         if types.held[node] & picked:
             found |= types.held[node]
+    return found
+
+
+def _multiplied(types: Types) -> set[Atom]:
+    """Atoms in matrix products of two computed values: they mix places, as attention does."""
+    computed = {node for _, node in types.program.input_nodes()}
+    found: set[Atom] = set()
+    for node in types.program.graph.nodes:
+        if node.op != "call_function" or computed.isdisjoint(node.all_input_nodes):
+            continue
+        computed.add(node)
+        factors = [other for other in node.all_input_nodes if other in computed]
+        alone = len(node.all_input_nodes) == 1
+        if _kind(node) in _PRODUCTS and (alone or len(factors) > 1):
+            found = found.union(*(types.held[other] for other in factors))
     return found
 
 

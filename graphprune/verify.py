@@ -11,7 +11,7 @@ divisor, which zeroing does by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -132,6 +132,23 @@ def verify(
     )
 
 
+def masked(
+    original: Program, plan: Plan, types: Types | None = None
+) -> Callable[..., dict[str, Tensor]]:
+    """`original` with what `plan` removes zeroed, to be called as a program is.
+
+    Parameters
+    ----------
+    original
+        The program that the plan was made for.
+    plan
+        What goes; it need not be one that the rewriter can carry out.
+    types
+        The types of `original`, where they are known; inferred by default.
+    """
+    return torch.no_grad()(_Reference(original, plan, types).__call__)
+
+
 def _dtype(program: Program) -> torch.dtype:
     kinds = program.kinds
     return next(w.dtype for name, w in program.weights.items() if kinds[name] == "parameter")
@@ -184,7 +201,7 @@ class _Reference:
         The edited weights with what goes left out, which the program must hold.
     """
 
-    def __init__(self, original: Program, plan: Plan) -> None:
+    def __init__(self, original: Program, plan: Plan, types: Types | None = None) -> None:
         self.original = original
         self.narrow: dict[str, Tensor] = dict(original.weights)
         self.origin: dict[Place, Tensor] = {}
@@ -195,7 +212,7 @@ class _Reference:
         self.statistics: dict[fx.Node, list[Left]] = {}
         self.choices: dict[fx.Node, list[tuple[int, Tensor]]] = {}
         if self.origin:
-            self._find_statistics_and_choices()
+            self._find_statistics_and_choices(types or infer(original))
 
     # -- weights --------------------------------------------------------------------------------
 
@@ -252,9 +269,8 @@ class _Reference:
 
     # -- running --------------------------------------------------------------------------------
 
-    def _find_statistics_and_choices(self) -> None:
+    def _find_statistics_and_choices(self, types: Types) -> None:
         """Normalisations over, and choices from, axes that lost units, and which of them stay."""
-        types = infer(self.original)
         kept = self._kept(types)
 
         def stays(axis: Axis) -> Tensor | None:

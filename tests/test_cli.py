@@ -11,13 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import networkx
 import pytest
 from byte_llama import byte_tokenizer, save_checkpoint
 from safetensors.torch import load_file, save_file
 
 from graphprune import cli
 
-VERBS = ["inspect", "explain", "run", "apply", "verify", "evaluate", "passes", "operators"]
+VERBS = ["inspect", "explain", "run", "apply", "verify", "evaluate", "sensitivity", "sweep"]
+VERBS += ["passes", "operators"]
 TEXT = "".join(f"line {number} of a text that is long enough\n" for number in range(60))
 PRUNE = "prune{target=ffn ratio=0.25 criterion=magnitude}"
 
@@ -151,6 +153,9 @@ def test_help_names_every_verb(graphprune: Run) -> None:
         ["inspect", "somewhere", "--nonsense"],
         ["explain", "somewhere", "weight", "first"],
         ["verify", "somewhere"],
+        ["sensitivity", "somewhere", "--blocks", "1"],
+        ["sweep", "somewhere", "--passes", "prune{target=ffn ratio={ratio}}"],
+        ["sweep", "somewhere", "-o", "x"],
     ],
 )
 def test_a_command_line_that_makes_no_sense_exits_with_2(
@@ -195,6 +200,57 @@ def test_explain_says_what_a_dimension_is(graphprune: Run, checkpoint: Path, dim
     assert "model.layers.0.mlp.up_proj.weight" in done.out
 
 
+def test_inspect_prints_graphml_that_networkx_reads(graphprune: Run, checkpoint: Path) -> None:
+    done = graphprune("inspect", checkpoint, "--format", "graphml")
+    found = networkx.parse_graphml(done.out)
+    assert "model.layers.0.mlp:ffn" in found["model.layers.0.mlp.up_proj.weight"]
+
+
+def test_inspect_prints_one_group_one_weight_or_a_tree(graphprune: Run, checkpoint: Path) -> None:
+    group = graphprune("inspect", checkpoint, "--group", "model.layers.0.mlp:ffn").out
+    assert group.startswith("model.layers.0.mlp:ffn: ")
+    weight = graphprune("inspect", checkpoint, "--weight", "model.norm.weight").out
+    assert weight.startswith("model.norm.weight, dimension 0: hidden")
+    tree = graphprune("inspect", checkpoint, "--tree").out
+    assert "self_attn" in tree and "q_proj" in tree
+    assert_refused(
+        graphprune("inspect", checkpoint, "--group", "model.mlp"), "no group 'model.mlp'"
+    )
+
+
+def test_inspect_writes_a_page_and_never_over_a_file(
+    graphprune: Run, checkpoint: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.html"
+    assert graphprune("inspect", checkpoint, "--html", page).status == 0
+    assert page.read_text().startswith("<!doctype html>")
+    assert_refused(graphprune("inspect", checkpoint, "--html", page), str(page), "exists")
+
+
+def test_inspect_shows_a_plan_on_the_page(
+    graphprune: Run, checkpoint: Path, smaller: Path, tmp_path: Path
+) -> None:
+    page, plan = tmp_path / "page.html", smaller / "plan.json"
+    assert graphprune("inspect", checkpoint, "--html", page, "--plan", plan).status == 0
+    assert '"plan":{"shapes"' in page.read_text()
+    other = tmp_path / "other.html"
+    refused = graphprune("inspect", smaller, "--html", other, "--plan", plan)
+    assert_refused(refused, "the plan was made for program")
+    assert not other.exists()
+
+
+def test_explain_names_the_operators_that_couple(graphprune: Run, checkpoint: Path) -> None:
+    out = graphprune("explain", checkpoint, "model.layers.0.mlp.up_proj.weight", "0").out
+    assert "aten.mul.Tensor in model.layers.0.mlp" in out
+
+
+def test_diff_compares_two_plans(graphprune: Run, smaller: Path, tmp_path: Path) -> None:
+    plan = smaller / "plan.json"
+    done = graphprune("diff", plan, plan)
+    assert "mlp.up_proj.weight" in done.out
+    assert_refused(graphprune("diff", plan, tmp_path / "none.json"), "none.json")
+
+
 def test_explain_refuses_what_is_not_there(graphprune: Run, checkpoint: Path) -> None:
     assert_refused(graphprune("explain", checkpoint, "nonsense", 0), "nonsense")
     assert_refused(graphprune("explain", checkpoint, "lm_head.weight", 7), "7")
@@ -211,6 +267,45 @@ def test_evaluate_refuses_a_short_text(graphprune: Run, checkpoint: Path, tmp_pa
     (tmp_path / "short.txt").write_text("short")
     done = graphprune("evaluate", checkpoint, "--text", tmp_path / "short.txt", "--length", 64)
     assert_refused(done, "5 tokens", "64")
+
+
+def test_sensitivity_prints_a_table_and_writes_json_and_a_picture(
+    graphprune: Run, checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    files = ["--json", tmp_path / "heads.json", "--picture", tmp_path / "heads.png"]
+    options = ["--text", text, "--length", 64, "--max-tokens", 256]
+    done = graphprune("sensitivity", checkpoint, *options, *files)
+    assert done.status == 0, done
+    assert "model.layers.*.self_attn:kv-head" in done.out
+    assert all(len(line) <= 100 for line in done.out.splitlines())
+    data = json.loads((tmp_path / "heads.json").read_text())
+    assert [len(row["removed"]) for row in data["rows"]] == [4, 4]
+    assert data["samples"] == 4
+    assert (tmp_path / "heads.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--picture", "heads.doc"], ["heads.doc", ".png"]),
+        (["--json", "text.txt"], ["text.txt exists already"]),
+        (["--group", "experts"], ["'experts' matches no group", "ffn"]),
+        (["--text", "gone.txt"], ["gone.txt does not exist"]),
+        (["--length", "500"], ["500 tokens is longer than the model's 128"]),
+    ],
+)
+def test_sensitivity_refuses_bad_options(
+    graphprune: Run,
+    checkpoint: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    words: list[str],
+) -> None:
+    monkeypatch.chdir(text.parent)
+    done = graphprune("sensitivity", checkpoint, "--text", text, "--length", 64, *options)
+    assert_refused(done, *words)
+    assert [path.name for path in text.parent.iterdir()] == ["text.txt"]
 
 
 def test_passes_lists_options(graphprune: Run) -> None:
@@ -459,6 +554,73 @@ def test_the_input_is_never_changed(graphprune: Run, checkpoint: Path, tmp_path:
     assert graphprune("run", checkpoint, "--passes", PRUNE, "-o", tmp_path / "out").status == 0
     graphprune("run", checkpoint, "--passes", PRUNE, "-o", checkpoint)
     assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+
+
+def sweeping(checkpoint: Path, text: Path, *recipes: str) -> list[object]:
+    options: list[object] = ["sweep", checkpoint, "--text", text, "--length", 64]
+    for recipe in recipes:
+        options += ["--passes", recipe]
+    return options
+
+
+def test_sweep_writes_points_json_and_a_picture(
+    graphprune: Run, checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    recipes = [
+        "prune{target=ffn ratio={ratio}}",
+        "prune{target=kv-heads ratio={ratio} criterion=l1}",
+    ]
+    options = ["--ratios", "0.25,0.5", "--seeds", 2, "--calibration", text, "--samples", 4]
+    done = graphprune(*sweeping(checkpoint, text, *recipes), *options, "-o", tmp_path / "out")
+    assert done.status == 0, done
+    assert "(unpruned)" in done.out
+    assert done.out.count(" ± ") == 4
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "points.jsonl",
+        "sweep.json",
+        "sweep.png",
+    }
+    data = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert len(data["points"]) == 8
+    assert [row["measured"] for row in data["summary"]] == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "words"),
+    [
+        ("prune{target=ffn ratio=0.5}", [], ["has no {ratio}"]),
+        ("prune{target=ffn ratio={ratio}}", [], ["prune needs calibration data"]),
+        ("prune{target=ffn ratio={ratio}", [], ["recipe 'prune{", "at ratio 0.1"]),
+        ("prune{target=ffn ratio={ratio}}", ["--ratios", "0.5..2"], ["1.1 is not in [0, 1)"]),
+        ("prune{target=ffn ratio={ratio}}", ["--calibration", "gone"], ["gone does not exist"]),
+        (
+            "prune{target=ffn ratio={ratio} criterion=l1}",
+            ["--max-tokens", "8"],
+            ["has 8 tokens"],
+        ),
+    ],
+)
+def test_sweep_refuses_bad_options(
+    graphprune: Run,
+    checkpoint: Path,
+    text: Path,
+    tmp_path: Path,
+    recipe: str,
+    options: list[str],
+    words: list[str],
+) -> None:
+    done = graphprune(*sweeping(checkpoint, text, recipe), *options, "-o", tmp_path / "out")
+    assert_refused(done, *words)
+    assert not (tmp_path / "out" / "sweep.json").exists()
+
+
+def test_a_sweep_of_which_every_point_fails_shows_why_and_fails(
+    graphprune: Run, checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    recipe = "prune{target=experts ratio={ratio} criterion=l1}"
+    done = graphprune(*sweeping(checkpoint, text, recipe), "-o", tmp_path / "out")
+    assert_refused(done, "every point failed", "'experts' matches no group")
+    assert "failed: prune" in done.out
 
 
 # -- going wrong --------------------------------------------------------------------------------

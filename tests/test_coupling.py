@@ -98,6 +98,30 @@ def test_a_mean_of_rms_norm_is_told_from_the_statistics_of_layer_norm() -> None:
         assert group.exactness == exactness
 
 
+class Mixing(nn.Module):
+    """Attention without a softmax, and an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.query, self.key, self.value = (nn.Linear(5, width) for width in (6, 6, 8))
+        self.out, self.up, self.down = nn.Linear(8, 5), nn.Linear(5, 10), nn.Linear(10, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (
+            layer(x).unflatten(-1, (2, -1)).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        x = self.out((query @ (key.transpose(-1, -2) @ value)).transpose(1, 2).flatten(-2))
+        return self.down(self.up(x).relu())
+
+
+def test_units_of_products_of_two_values_are_none_of_an_mlp() -> None:
+    coupling = gp.analyze(gp.capture(Mixing(), example_inputs=(torch.randn(2, 4, 5),)))
+    roles = [(group.role, group.size) for group in coupling.groups]
+    assert sorted(roles) == [("ffn", 5), ("ffn", 10), ("other", 2), ("other", 3), ("other", 4)]
+
+
 def test_a_group_reads_like_its_members() -> None:
     assert str(coupling_of("llama-gqa").group(f"{LAYER}.self_attn:query-slot")).splitlines() == [
         "model.layers.0.self_attn:query-slot: 2 units, query-slot, exact",

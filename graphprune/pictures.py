@@ -1,0 +1,169 @@
+"""Pictures of tables: a heat map and curves, as PNG, SVG or PDF."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import wrap
+from typing import TYPE_CHECKING
+
+from graphprune.errors import OutputError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FORMATS = (".png", ".svg", ".pdf")
+"""Suffixes of the files that can be written."""
+
+_WRITTEN = 16
+"""Values are written into the cells of a heat map that has no more columns than this."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place of a curve: where, how high, and how far up and down that may be."""
+
+    x: float
+    y: float
+    spread: float = 0.0
+
+
+def check_format(path: Path) -> None:
+    """Refuse a file name that says no format.
+
+    Raises
+    ------
+    OutputError
+        Naming the formats there are.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise OutputError(f"{path}: a picture's name ends in {', '.join(FORMATS)}")
+
+
+def heat_map(
+    path: Path,
+    rows: Mapping[str, Sequence[float]],
+    *,
+    beside: Sequence[float | None] = (),
+    titles: tuple[str, str] = ("", ""),
+    columns: str = "",
+) -> None:
+    """Draw values in colour, blue below zero and red above.
+
+    Parameters
+    ----------
+    path
+        The file to write; its suffix is one of `FORMATS`.
+    rows
+        Values by name of the row, from the top; rows may differ in length.
+    beside
+        One more value for each row, in a column and a scale of its own; None where there is none.
+    titles
+        What stands above the map, and above what is beside it.
+    columns
+        What the columns are.
+
+    Raises
+    ------
+    OutputError
+        When the name says no format.
+    """
+    from matplotlib.figure import Figure
+
+    check_format(path)
+    width = max(map(len, rows.values()))
+    figure = Figure(
+        figsize=(4 + min(0.5 * width, 16) + bool(beside), 1.6 + 0.36 * len(rows)),
+        layout="constrained",
+    )
+    if beside:
+        main, side = figure.subplots(1, 2, width_ratios=(max(width, 3), 1.5), sharey=True)
+        _cells(side, [[math.nan if value is None else value] for value in beside], titles[1])
+        side.set_xticks([])
+    else:
+        main = figure.subplots()
+    _cells(main, list(rows.values()), titles[0])
+    main.set_yticks(range(len(rows)), list(rows))
+    main.set_xlabel(columns)
+    main.xaxis.get_major_locator().set_params(integer=True)
+    figure.savefig(path, dpi=150)
+
+
+def curves(
+    path: Path,
+    series: Mapping[str, Sequence[Point]],
+    *,
+    marks: Mapping[str, Point],
+    labels: tuple[str, str],
+) -> None:
+    """Draw curves through points, with the height on a logarithmic scale.
+
+    Parameters
+    ----------
+    path
+        The file to write; its suffix is one of `FORMATS`.
+    series
+        Points of each curve by its name.
+    marks
+        Single points by name.
+    labels
+        What the axes are.
+
+    Raises
+    ------
+    OutputError
+        When the name says no format.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, LogFormatter
+
+    check_format(path)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, points in series.items():
+        placed = sorted(points, key=lambda point: point.x)
+        # A bar that would reach below zero has no end on a logarithmic scale.
+        below = [min(point.spread, 0.99 * point.y) for point in placed]
+        axes.errorbar(
+            [point.x for point in placed],
+            [point.y for point in placed],
+            yerr=[below, [point.spread for point in placed]],
+            marker="o",
+            markersize=4,
+            capsize=3,
+            label=_plain(name),
+        )
+    for name, point in marks.items():
+        axes.plot(point.x, point.y, "k*", markersize=11, label=_plain(name))
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    axes.grid(True, which="both", alpha=0.3)
+    figure.legend(loc="outside lower center", fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def _cells(axes: Axes, rows: Sequence[Sequence[float]], title: str) -> None:
+    width = max(map(len, rows))
+    values = [[*row, *[math.nan] * (width - len(row))] for row in rows]
+    top = max((abs(v) for row in values for v in row if math.isfinite(v)), default=0.0) or 1.0
+    shown = axes.imshow(values, cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto")
+    axes.set_title(title, fontsize="medium")
+    if width > _WRITTEN:
+        axes.figure.colorbar(shown, ax=axes)
+        return
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            if math.isfinite(value):
+                colour = "white" if abs(value) > 0.6 * top else "black"
+                axes.text(x, y, f"{value:.3f}", ha="center", va="center", c=colour, size=8)
+
+
+def _plain(name: str) -> str:
+    """`name` in short lines, with nothing in it that matplotlib takes for mathematics."""
+    return "\n".join(wrap(name, 90)).replace("$", r"\$")
