@@ -9,6 +9,7 @@ verification, rewriting and export. Models on the meta device are captured witho
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -35,7 +36,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from graphprune.canonical import canonicalize
 from graphprune.errors import CaptureError, UsageError
-from graphprune.examples import BATCH, NEW, PAST_LENGTH, configs, example_of
+from graphprune.examples import BATCH, NEW, PAST_LENGTH, Example, configs, example_of
 from graphprune.program import PAST, PRESENT, Kind, Program, Source, Value, module_path
 
 _FIXED_BATCH, _FIXED_NEW, _FIXED_PAST = 101, 103, 107
@@ -233,14 +234,17 @@ def _capture_transformers(model: Any, cache: bool | None) -> Program:
     source = Source(
         model.config, type(model), generation_config=getattr(model, "generation_config", None)
     )
+    example = functools.cache(lambda: example_of(model))
     with _exportable_experts(model), _broadcast_masks() as broadcast:
-        program = _captured_with(model, cache, source)
+        program = _captured_with(model, cache, source, example)
     if broadcast and model.device.type != "meta":
-        _check_masks(program, model)
+        _check_masks(program, model, example())
     return program
 
 
-def _captured_with(model: Any, cache: bool | None, source: Source) -> Program:
+def _captured_with(
+    model: Any, cache: bool | None, source: Source, example: Callable[[], Example]
+) -> Program:
     """Capture `model` with its cache where it has one and where that is wanted."""
     if cache is not False:
         layers, why = _cache_layers(model)
@@ -256,7 +260,7 @@ def _captured_with(model: Any, cache: bool | None, source: Source) -> Program:
         notes = (f"captured without a cache: {why}",) if why and model.can_generate() else ()
     else:
         notes = ("captured without a cache, as asked",)
-    return _capture_whole(model, source, notes)
+    return _capture_whole(model, source, notes, example())
 
 
 @contextlib.contextmanager
@@ -288,11 +292,10 @@ def _broadcast_masks() -> Iterator[list[Any]]:
         masking_utils._vmap_expansion_sdpa, masking_utils.TransformGetItemToIndex = before
 
 
-def _check_masks(program: Program, model: Any) -> None:
+def _check_masks(program: Program, model: Any, example: Example) -> None:
     """Refuse a program that does not compute on the example what the model does with `vmap`."""
     names = [value.name for value in program.inputs]
-    example = example_of(model).inputs
-    inputs = {name: tensor for name, tensor in example.items() if name in names}
+    inputs = {name: tensor for name, tensor in example.inputs.items() if name in names}
     name = program.outputs[0].name
     with torch.no_grad():
         result = model(**inputs, return_dict=True)
@@ -310,23 +313,30 @@ _INNER = ("encoder_last_hidden_state", "past_key_values", "hidden_states", "loss
 """Outputs of transformers models that are not what they are run for."""
 
 
-def _capture_whole(model: Any, source: Source, notes: tuple[str, ...]) -> Program:
+def _capture_whole(model: Any, source: Source, notes: tuple[str, ...], example: Example) -> Program:
     """Capture a model as one call, with as many dynamic sizes as its graph holds for."""
-    example = example_of(model)
     first = {name: {0: of[0]} for name, of in example.dims.items()}
     fixed = dict.fromkeys(example.dims)
     attempts = ((example.dims, ""), (first, "a length"), (fixed, "a batch size and a length"))
+
+    def captured(shapes: Mapping[str, Any], notes: tuple[str, ...]) -> Program:
+        return _capture_call(
+            model,
+            example.inputs,
+            shapes,
+            keep=lambda name: name.split(".")[0] not in _INNER,
+            source=source,
+            notes=notes,
+        )
+
     for shapes, what in attempts:
         why = f"captured for {what} of its own: its graph holds for no other" if what else ""
+        said = (*notes, why) if why else notes
         try:
-            program = _capture_call(
-                model,
-                example.inputs,
-                shapes,
-                keep=lambda name: name.split(".")[0] not in _INNER,
-                source=source,
-                notes=(*notes, why) if why else notes,
-            )
+            program = captured(shapes, said)
+            if shared := _mask_dims(program):
+                with contextlib.suppress(CaptureError):
+                    program = captured({**shapes, **shared}, said)
         except CaptureError:
             if shapes is fixed:
                 raise
@@ -337,6 +347,30 @@ def _capture_whole(model: Any, source: Source, notes: tuple[str, ...]) -> Progra
         if longer is not None:
             return longer
     return program
+
+
+def _mask_dims(program: Program) -> dict[str, Any]:
+    """Dynamic dimensions for tokens and masks whose sizes are told apart though they are one.
+
+    A graph that only cuts its mask to length, or broadcasts it, does not say that they are equal.
+    """
+    shapes = {value.name: value.shape for value in program.inputs}
+    dims: dict[str, Any] = {}
+    for name, shape in shapes.items():
+        tokens = name.replace("attention_mask", "input_ids")
+        sizes = shapes.get(tokens, ())[: len(shape)]  # there may be several tokens at one place
+        if tokens == name or sizes == shape or len(sizes) < len(shape):
+            continue
+        shared = {
+            dim: Dim.AUTO
+            if size == other
+            else Dim(f"{tokens}_{dim}", min=2)
+            if isinstance(size, str)
+            else Dim.STATIC
+            for dim, (size, other) in enumerate(zip(sizes, shape, strict=True))
+        }
+        dims |= {tokens: shared, name: shared}
+    return dims
 
 
 def _from_lengths_on(program: Program, shapes: Sequence[Sequence[int]]) -> Program | None:
@@ -675,8 +709,8 @@ def as_exported_program(program: Program) -> ExportedProgram:
     in_spec = pytree.tree_flatten((arguments, {}))[1]
     out_spec = pytree.tree_flatten(tuple(range(len(program.outputs))))[1]
     root = ModuleCallSignature(
-        inputs=[spec.arg for spec in specs if spec.kind == InputKind.USER_INPUT],
-        outputs=[spec.arg for spec in outputs],
+        inputs=[],  # names do not survive decomposition
+        outputs=[],
         in_spec=in_spec,
         out_spec=out_spec,
     )

@@ -351,6 +351,23 @@ def test_a_mask_that_looks_at_all_places_at_once_is_refused() -> None:
         _masked(lambda batch, head, q, kv: q - kv < (q + kv).amax() - 4)
 
 
+class _Unbroadcast(_Masked):
+    """A stand-in for a model whose graph does not say that mask and tokens are of one size."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: None)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.weight * input_ids + attention_mask[:1, : input_ids.shape[1]]}
+
+
+def test_tokens_and_their_mask_share_their_sizes() -> None:
+    program = _capture_transformers(_Unbroadcast(), cache=False)
+    ids, mask = program.inputs
+    assert ids.shape == mask.shape
+    assert all(isinstance(size, str) for size in ids.shape)
+
+
 # -- weights ------------------------------------------------------------------------------------
 
 

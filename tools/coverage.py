@@ -47,13 +47,18 @@ from graphprune.coupling import Coupling, Group
 from graphprune.examples import example_of
 from graphprune.merge import find_heads, merge_of
 from graphprune.plan import Cut, Plan, Step, cut_of
-from graphprune.program import Program, module_path, source_line
+from graphprune.program import PRESENT, Program, module_path, source_line
+from graphprune.sampling import random_inputs
+from graphprune.verify import masked, verify
 
 for _name in ("loading", "rewrite", "verify", "backends.archive", "backends.onnx"):
     import_module(f"graphprune.{_name}")  # before any process is forked: all measure one state
 
 WIDTHS = (("ffn", "expert-unit"), ("kv-head",), ("expert",), ("channel",))
 """Kinds of groups that are cut for a checkpoint, in this order."""
+
+FORGIVEN = 1e-4
+"""The relative error that `verify` allows in float32."""
 
 RESULTS = Path("out/coverage")
 TABLE = Path(__file__).with_name("COVERAGE.md")
@@ -82,7 +87,8 @@ def measure(task: str, model_type: str) -> Row:
     plan = Plan((Step(program.fingerprint(), _cuts(coupling)),))
     pruned = _stage(row, "rewritten", lambda: plan.apply(program))
     if pruned is not None:
-        _stage(row, "verified", lambda: gp.verify(program, plan, pruned).max_relative_error)
+        _stage(row, "verified", lambda: verify(program, plan, pruned).max_relative_error)
+        _stage(row, "tested", lambda: _least_reaction(program, coupling, plan))
     _stage(row, "merged", lambda: _merge(program))
     _stage(row, "reloaded", lambda: _reload(program, coupling))
     if pruned is not None:
@@ -194,6 +200,32 @@ def _cut(group: Group, sizes: dict[str, int], chosen: random.Random) -> Cut:
     )
 
 
+def _least_reaction(program: Program, coupling: Coupling, plan: Plan) -> float:
+    """How far the outputs move, relative, for the cut that moves them least, each made alone.
+
+    A cut that moves them by no more than verification forgives is not tested by it: the random
+    weights lead nowhere.
+    """
+    inputs = random_inputs(program)
+    dense = program(**inputs)
+    least, where = float("inf"), ""
+    for cut in plan.steps[0].cuts:
+        alone = Plan((Step(program.fingerprint(), (cut,)),))
+        found = masked(program, alone, coupling.types)(**inputs)
+        moved = max(
+            float((found[name] - value).abs().max() / value.abs().max().clamp(min=1e-12))
+            for name, value in dense.items()
+            if not name.startswith(PRESENT) and value.is_floating_point()
+        )
+        if moved < least:
+            least, where = moved, cut.group
+    if least <= FORGIVEN:
+        raise ValueError(
+            f"cutting {where} moves the outputs by {least:.0e}: nothing is shown by it"
+        )
+    return least
+
+
 def _merge(program: Program) -> str:
     heads = [each for each in find_heads(program) if each.size > 1]
     if not heads:
@@ -209,7 +241,7 @@ def _merge(program: Program) -> str:
     if refused:
         raise ValueError(refused)
     plan = Plan((Step(program.fingerprint(), (), tuple(merges)),))
-    gp.verify(program, plan, plan.apply(program))
+    verify(program, plan, plan.apply(program))
     return f"{len(merges)} attentions"
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphprune.examples import example_of
+
 VOCABULARY = 96
 
 TASKS = {
@@ -224,6 +226,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "focalnet": {"embed_dim": 16, "focal_levels": [2] * 4},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
     "gemma3n_text": {
+        "intermediate_size": 48,
         "num_kv_shared_layers": 0,
         "num_hidden_layers": 5,
         "vocab_size_per_layer_input": VOCABULARY,
@@ -407,4 +410,27 @@ def tiny_model(task: str, model_type: str) -> nn.Module:
         for name, buffer in model.named_buffers():
             if "running" in name:
                 buffer.add_(torch.rand_like(buffer) * 0.2)
-    return model.eval()
+    _count_statistics(model.eval())
+    return model
+
+
+def _count_statistics(model: nn.Module) -> None:
+    """Give every batch normalisation the statistics of random inputs.
+
+    With any others signals fade from layer to layer, until the outputs depend on no weight.
+    """
+    norms = [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return
+    inputs = {name: torch.cat([of] * 8) for name, of in example_of(model).inputs.items()}
+    for value in inputs.values():
+        if value.is_floating_point():
+            value.normal_()
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train().momentum = None  # the mean over all calls, of which there is one
+        norm.reset_running_stats()
+    with torch.no_grad():
+        model(**inputs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.eval().momentum = momentum

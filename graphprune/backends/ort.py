@@ -230,7 +230,7 @@ def sample_inputs(program: Program, sizes: Mapping[str, int], seed: int = 0) -> 
         elif value.dtype.is_floating_point or value.dtype.is_complex:
             inputs[value.name] = torch.randn(shape, generator=generator).to(value.dtype)
         else:
-            bound = _rows(node) or 2
+            bound = _rows(node, shifted=False) or 2
             drawn = torch.randint(0, bound, shape, generator=generator)
             inputs[value.name] = drawn.to(value.dtype)
     return inputs
@@ -243,20 +243,32 @@ def _size(size: Any, sizes: Mapping[str, int]) -> int:
     return int(expression.subs({symbol: sizes[str(symbol)] for symbol in expression.free_symbols}))
 
 
-def _rows(node: fx.Node) -> int | None:
-    """Rows of the smallest table that the integers of `node` look into; None for no table."""
-    rows: list[int] = []
-    seen, queue = {node}, [node]
+_SHIFTS = ("aten.add.", "aten.sub.", "aten.mul.")
+"""Operators after which an index is another than what went in, by an offset say."""
+
+
+def _rows(node: fx.Node, *, shifted: bool = True) -> int | None:
+    """Rows of the smallest table that the integers of `node` look into; None for no table.
+
+    Where `shifted` is false, tables looked into by what arithmetic made of the integers, which
+    their rows do not bound, do not count.
+    """
+    rows: dict[fx.Node, int] = {}
+    moved: set[fx.Node] = set()
+    start = (node, False)
+    seen, queue = {start}, [start]
     while queue:
-        node = queue.pop()
+        node, changed = queue.pop()
         for user in node.users:
             value = user.meta.get("val")
+            after = (user, changed or str(user.target).startswith(_SHIFTS))
             if _looks_up(user, node):
-                rows.append(int(user.args[0].meta["val"].shape[0]))  # type: ignore[union-attr]
-            elif isinstance(value, Tensor) and not value.is_floating_point() and user not in seen:
-                seen.add(user)
-                queue.append(user)
-    return min(rows, default=None)
+                rows[user] = int(user.args[0].meta["val"].shape[0])  # type: ignore[union-attr]
+                moved |= {user} if changed else set()
+            elif isinstance(value, Tensor) and not value.is_floating_point() and after not in seen:
+                seen.add(after)
+                queue.append(after)
+    return min((n for user, n in rows.items() if shifted or user not in moved), default=None)
 
 
 def _looks_up(user: fx.Node, index: fx.Node) -> bool:

@@ -371,6 +371,25 @@ def test_random_inputs_stay_within_vocabulary_and_positions(llama: Program) -> N
     assert inputs["attention_mask"].eq(1).all()
 
 
+class Offset(nn.Module):
+    """Tokens of which all but one kind are looked up further on in their table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 4)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        found: Tensor = self.table(torch.where(codes == 8, codes, codes + 5))
+        return found
+
+
+def test_random_inputs_stay_within_a_table_that_is_read_at_an_offset() -> None:
+    program = capture(Offset(), (torch.zeros(2, 3, dtype=torch.int64),))
+    symbol = str(program.inputs[0].shape[0])
+    inputs = ort.sample_inputs(program, {symbol: 50})
+    assert program(**inputs)["output"].shape == (50, 3, 4)
+
+
 def test_the_tolerance_is_relative_to_the_largest_value() -> None:
     reference = torch.tensor([1000.0, 1e-3, float("-inf")])
     assert ort.relative_error(reference, reference) == 0.0
