@@ -28,4 +28,4 @@ stage imports lint-imports
 stage doctests python -m pytest -q --doctest-modules graphprune README.md
 printf '\n=== tests\n'
 # Each file in one process, since what it captures is kept for the tests of that file.
-exec python -m pytest -m "not slow and not network" -n 2 --dist loadfile "$@"
+exec python -m pytest -m "not slow and not network and not browser" -n 2 --dist loadfile "$@"
