@@ -61,3 +61,7 @@ class OutputError(GraphPruneError):
 
 class EvaluationError(GraphPruneError):
     """Text or a program that cannot be evaluated."""
+
+
+class TrainingError(GraphPruneError):
+    """A training that cannot start, go on or be resumed."""

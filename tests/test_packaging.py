@@ -21,6 +21,8 @@ PASSES = {
     "merge-kv-heads",
     "sparsify",
     "reconstruct",
+    "recover",
+    "reestimate-norms",
     "verify",
     "save-pretrained",
     "export-onnx",
