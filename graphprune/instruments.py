@@ -71,7 +71,9 @@ class VerifyEach(Instrument):
             return
         from graphprune.verify import verify
 
-        if outcome.edited:  # its new values are what later passes are compared with
+        if (
+            outcome.edited and outcome.base is None
+        ):  # its new values are what later passes are compared with
             return
         with context.bar(f"verifying {place}"):
             verify(*context.since_base(), outcome.program, tolerance=self.tolerance)

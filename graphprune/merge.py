@@ -13,7 +13,7 @@ rows are laid out part by part before; where they share their heads otherwise, t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,7 @@ from graphprune.plan import Merge, Order
 from graphprune.program import Program, module_path
 from graphprune.resize import Resize
 from graphprune.roles import attention_sites
-from graphprune.unfuse import unfuse
+from graphprune.unfuse import laid_out, unfuse
 
 _DYNAMIC = 10**6
 """Sizes from here on stand for dynamic ones, such as that of a batch."""
@@ -63,6 +63,14 @@ class Heads:
     atom: Atom
     sites: tuple[Attention, ...]
     orders: tuple[Order, ...] = ()
+
+    def slices(self) -> Iterator[tuple[str, int, list[list[int]]]]:
+        """(weight, dim, the indices of every head) of every member, as the program counts them."""
+        layout = {(order.weight, order.dim): order.places for order in self.orders}
+        for member in self.members:
+            places = layout.get((member.weight, member.dim), range(member.extent))
+            found = [[places[i] for i in member.indices(unit)] for unit in range(self.size)]
+            yield member.weight, member.dim, found
 
 
 class HeadAnalysis:
@@ -208,8 +216,8 @@ def find_heads(program: Program) -> tuple[Heads, ...]:
     return HeadAnalysis(program).heads
 
 
-def merge_of(heads: Heads, groups: int) -> Merge:
-    """The merge of `heads` into `groups`.
+def merge_of(heads: Heads, groups: int, moves: tuple[Order, ...] = ()) -> Merge:
+    """The merge of `heads` into `groups`, after `moves` that make those of a group neighbours.
 
     Raises
     ------
@@ -220,7 +228,7 @@ def merge_of(heads: Heads, groups: int) -> Merge:
         raise MergeError(f"{heads.name}: KV heads cannot be merged: {heads.refusal}")
     if groups < 1 or heads.size % groups:
         raise MergeError(f"{heads.name}: {groups} groups do not divide {heads.size} KV heads")
-    return Merge(heads.name, heads.size, groups, heads.members, heads.orders)
+    return Merge(heads.name, heads.size, groups, heads.members, heads.orders, moves)
 
 
 def merge_heads(program: Program, merges: tuple[Merge, ...]) -> Program:
@@ -234,6 +242,8 @@ def merge_heads(program: Program, merges: tuple[Merge, ...]) -> Program:
         When the heads cannot be merged.
     """
     fused = {order.weight for merge in merges for order in merge.orders}
+    moves = [order for merge in merges for order in merge.moves]
+    program = program.with_weights(laid_out(program.weights, moves)) if moves else program
     analysis = HeadAnalysis(program, fused)
     named = {heads.name: heads for heads in analysis.heads}
     cuts: dict[Axis, Cut | Growth] = {}
@@ -283,6 +293,41 @@ def _pool_member(weight: Tensor, member: Member, merge: Merge) -> Tensor:
         for place in places:
             weight.index_copy_(member.dim, place, mean)
     return weight
+
+
+def mean_of(weight: str, heads: Tensor) -> Tensor:
+    """The mean of ``[heads, ...]``, the slices of `weight` that become one."""
+    return heads.double().mean(0)
+
+
+def equal_heads(
+    weights: Mapping[str, Tensor],
+    heads: Heads,
+    groups: Iterable[Sequence[int]],
+    choose: Callable[[str, Tensor], Tensor] = mean_of,
+) -> dict[str, Tensor]:
+    """The weights of `heads` as they are when the heads of each group are equal.
+
+    Parameters
+    ----------
+    weights
+        Those of the program that `heads` were found in.
+    heads
+        The heads.
+    groups
+        Heads by number, those that are to be equal together.
+    choose
+        Makes the equal slice of the name of a weight and the slices of a group.
+    """
+    found: dict[str, Tensor] = {}
+    for name, dim, slices in heads.slices():
+        weight = found[name] if name in found else weights[name].detach().clone()
+        rows = weight.movedim(dim, 0)
+        for group in groups:
+            places = torch.tensor([slices[head] for head in group], device=weight.device)
+            rows[places] = choose(name, rows[places]).to(rows.dtype).expand_as(rows[places])
+        found[name] = weight
+    return found
 
 
 def _slots(types: Types, heads: Heads) -> list[Atom]:

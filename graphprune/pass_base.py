@@ -90,8 +90,8 @@ class Context:
     plan_so_far
         What the passes before this one removed and merged.
     base
-        The program that the last pass made which edited values, if any did, and `base_steps`: how
-        many steps of the plan led to it. What came after is verified against it.
+        The program with the values of the last pass which edited any, if one did, and `base_steps`:
+        how many steps of the plan led to it. What came after is verified against it.
     calibration
         Batches to run the program on, or None.
     output
@@ -161,12 +161,17 @@ class Outcome:
         What is worth reporting: anything that JSON can hold.
     edited
         Whether weights or graph changed in another way than by the plan.
+    base
+        Where that came before the plan: the edited program that the plan was then applied to, which
+        the new program is verified against. None where the new program is itself what later ones
+        are verified against.
     """
 
     program: Program
     plan: Plan | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
     edited: bool = False
+    base: Program | None = None
 
 
 @dataclass(frozen=True)

@@ -106,12 +106,15 @@ class PassManager:
             if self.audit:
                 audit_preserved(pass_, program, outcome.program, context)
             context.analyses.move(program, outcome.program, pass_.preserves)
+            plan, done = context.plan_so_far, len(context.plan_so_far.steps)
             if outcome.plan is not None:
-                plan = context.plan_so_far + outcome.plan
+                plan += outcome.plan
                 context = dataclasses.replace(context, plan_so_far=plan)
             if outcome.edited:
-                steps = len(context.plan_so_far.steps)
-                context = dataclasses.replace(context, base=outcome.program, base_steps=steps)
+                base, steps = outcome.base, done
+                if base is None:
+                    base, steps = outcome.program, len(plan.steps)
+                context = dataclasses.replace(context, base=base, base_steps=steps)
             for instrument in self.instruments:
                 instrument.after_pass(place, outcome, context)
         except Exception as error:

@@ -109,6 +109,9 @@ class Merge:
     orders
         How weights in which queries, keys and values were interleaved are laid out before that;
         the index maps count what is so laid out.
+    moves
+        How heads change their places first, in every weight that they reach into, so that those
+        that become one are neighbours.
     """
 
     group: str
@@ -116,6 +119,7 @@ class Merge:
     groups: int
     members: tuple[Member, ...] = ()
     orders: tuple[Order, ...] = ()
+    moves: tuple[Order, ...] = ()
 
     @property
     def width(self) -> int:
@@ -147,7 +151,13 @@ class Step:
 
     @property
     def orders(self) -> tuple[Order, ...]:
-        """How weights are laid out anew between cuts and merges, each once."""
+        """How weights are laid out anew between cuts and merges, one after the other."""
+        moves = (order for merge in self.merges for order in merge.moves)
+        return (*moves, *self.layouts)
+
+    @property
+    def layouts(self) -> tuple[Order, ...]:
+        """How interleaved weights are laid out between cuts and merges, each once."""
         return tuple(dict.fromkeys(order for merge in self.merges for order in merge.orders))
 
 
@@ -322,9 +332,9 @@ class Plan:
                 share = f"{cut.count} of {cut.size}"
                 lines.append(f"  remove {share:>12} {cut.role} of {cut.group}{each}")
             for merge in step.merges:
-                lines.append(
-                    f"  merge {merge.size:>6} into {merge.groups} KV heads of {merge.group}"
-                )
+                moved = ", reordered" if merge.moves else ""
+                share = f"{merge.size:>6} into {merge.groups}"
+                lines.append(f"  merge {share} KV heads of {merge.group}{moved}")
         return "\n".join(lines)
 
 
@@ -367,7 +377,7 @@ def check_change(change: Cut | Merge) -> None:
         return
     if change.groups < 1 or size % change.groups:
         raise PlanError(f"{name}: {change.groups} groups do not divide {size} KV heads")
-    for order in change.orders:
+    for order in (*change.orders, *change.moves):
         if sorted(order.places) != list(range(len(order.places))):
             raise PlanError(f"{name}: {order.weight} is not laid out with every place once")
 
@@ -404,13 +414,14 @@ def _match(changes: Iterable[Cut | Merge], sizes: Mapping[Place, int]) -> None:
 
 
 def _match_orders(step: Step, sizes: Mapping[Place, int]) -> None:
-    """Refuse orders of other dimensions, and two orders of one."""
-    seen: set[Place] = set()
+    """Refuse orders of other dimensions, and two layouts of one."""
     for order in step.orders:
-        place = (order.weight, order.dim)
-        if sizes.get(place) != len(order.places):
-            found = f"dimension {order.dim} of {order.weight} is {sizes.get(place)}"
+        if (size := sizes.get((order.weight, order.dim))) != len(order.places):
+            found = f"dimension {order.dim} of {order.weight} is {size}"
             raise PlanError(f"{found}, not {len(order.places)}")
+    seen: set[Place] = set()
+    for order in step.layouts:
+        place = (order.weight, order.dim)
         if place in seen:
             raise PlanError(f"{order.weight} is laid out in two ways in one step")
         seen.add(place)
@@ -475,7 +486,14 @@ _CUT = {
     "members": _MEMBERS,
 }
 _ORDERS = [{"weight": str, "dim": int, "places": [int]}]
-_MERGE = {"group": str, "size": int, "groups": int, "members": _MEMBERS, "orders": _ORDERS}
+_MERGE = {
+    "group": str,
+    "size": int,
+    "groups": int,
+    "members": _MEMBERS,
+    "orders": _ORDERS,
+    "moves": _ORDERS,
+}
 _STEPS = [{"fingerprint": str, "cuts": [_CUT], "merges": [_MERGE]}]
 
 
@@ -525,6 +543,7 @@ def _step_from_data(data: dict[str, Any]) -> Step:
                 merge["groups"],
                 tuple(map(_member_from_data, merge["members"])),
                 tuple(map(_order_from_data, merge["orders"])),
+                tuple(map(_order_from_data, merge["moves"])),
             )
             for merge in data["merges"]
         ),

@@ -96,15 +96,15 @@ def unfuse(
     for projection, taken in found.items():
         _cut_off(graph, new, projection, taken)
     every = [order for several in orders.values() for order in several]
-    return rebuild(program, graph, _laid_out(program.weights, every), {}), orders
+    return rebuild(program, graph, laid_out(program.weights, every), {}), orders
 
 
-def _laid_out(weights: Mapping[str, Tensor], orders: Collection[Order]) -> dict[str, Tensor]:
-    """`weights` with the places of some in another order."""
+def laid_out(weights: Mapping[str, Tensor], orders: Collection[Order]) -> dict[str, Tensor]:
+    """`weights` with the places of some in another order, one order after the other."""
     found = dict(weights)
     for order in dict.fromkeys(orders):
         if order.places != tuple(range(len(order.places))):
-            weight = weights[order.weight].detach()
+            weight = found[order.weight].detach()
             places = torch.tensor(order.places, device=weight.device)
             found[order.weight] = weight.index_select(order.dim, places)
     return found

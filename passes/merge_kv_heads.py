@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from graphprune.errors import MergeError
 from graphprune.pass_base import Context, Outcome, Pass
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor
+
     from graphprune.merge import Heads
+    from graphprune.plan import Order
     from graphprune.program import Program
 
 
 @dataclass(frozen=True)
 class MergeKvHeads(Pass):
-    """Pool neighbouring key and value heads into their mean.
+    """Make fewer key and value heads of many, each shared by the queries of several.
 
     Before
     ------
@@ -34,13 +39,26 @@ class MergeKvHeads(Pass):
     -------
     groups
         KV heads that are left in each attention; 1 is multi-query attention.
+    init
+        What the new heads are. "mean": the mean of a group's heads, as in the paper; "first", the
+        first of them, and "random", drawn anew with the spread of the old, are its ablation.
+        "aligned": the head that all can share at the least cost on calibration data, with queries
+        and outputs refitted to it.
+    order
+        Which heads form a group. "contiguous": neighbours; "similarity": those that cost the least
+        to share (with "aligned" on the data, else by distance of their weights), whose queries and
+        outputs change places with them. None: "similarity" with "aligned", else "contiguous".
+    damp
+        Of the refit of output projections in "aligned": what is added to the diagonal of its second
+        moments, as a part of their mean.
     skip
         Globs over names of KV-head groups or of weights whose attention stays as it is.
 
     Requires
     --------
     Attention whose key and value heads have an axis of their own, or are interleaved with those of
-    the queries in one projection, whose rows are then laid out part by part.
+    the queries in one projection, whose rows are then laid out part by part. Calibration data, for
+    "aligned".
 
     Preserves
     ---------
@@ -50,33 +68,63 @@ class MergeKvHeads(Pass):
     -------
     Heads that `groups` does not divide, heads that more than attention ties to those of the
     queries, a `skip` pattern that matches nothing, and a program in which nothing would be merged
-    (`MergeError`).
+    (`MergeError`). Where "aligned" or "similarity" can do nothing for an attention (keys with a
+    norm of their own, heads that are not alike), the report has the reason, and its heads are
+    averaged, or stay in order.
 
     Reference
     ---------
-    Ainslie et al., GQA, 2305.13245, section 2.1 (mean pooling); Shazeer, 1911.02150 (multi-query).
+    Ainslie et al., GQA, 2305.13245, section 2.1 (mean pooling) and figure 4 (first, random);
+    Shazeer, 1911.02150 (multi-query). "aligned" is not of the paper: `graphprune.alignment` has
+    its forms.
 
     Example
     -------
-    >>> str(MergeKvHeads(groups=2))
-    'merge-kv-heads{groups=2}'
+    >>> str(MergeKvHeads(groups=2, init="aligned"))
+    'merge-kv-heads{groups=2 init=aligned}'
     """
 
     name: ClassVar[str] = "merge-kv-heads"
 
     groups: int
+    init: Literal["mean", "first", "random", "aligned"] = "mean"
+    order: Literal["contiguous", "similarity"] | None = None
+    damp: float = 0.01
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.groups < 1:
             raise MergeError(f"merge-kv-heads: groups {self.groups} is not positive")
+        if not self.damp > 0:
+            raise MergeError(f"merge-kv-heads: damp {self.damp:g} is not positive")
+
+    @property
+    def requires_calibration(self) -> bool:
+        """Whether heads are aligned."""
+        return self.init == "aligned"
 
     def run(self, program: Program, context: Context) -> Outcome:
-        """Find the KV heads of every attention and pool them."""
-        from graphprune.merge import find_heads, merge_of
+        """Find the KV heads of every attention, make those of each group equal, and merge them."""
+        from graphprune.merge import merge_of
         from graphprune.plan import Plan, Step
         from graphprune.rewrite import carry_out
+
+        chosen = self._chosen(program, context)
+        for heads in chosen:
+            merge_of(heads, self.groups)
+        edited, moves, details = self._equal(program, context, chosen)
+        merges = tuple(merge_of(heads, self.groups, moves[heads.name]) for heads in chosen)
+        step = Step(edited.fingerprint(), (), merges)
+        with context.bar("merging KV heads"):
+            merged = carry_out(edited, step)
+        details = {"merged": {m.group: f"{m.size} into {m.groups}" for m in merges}} | details
+        base = None if edited is program else edited
+        return Outcome(merged, Plan((step,)), details, edited=base is not None, base=base)
+
+    def _chosen(self, program: Program, context: Context) -> list[Heads]:
+        """The KV heads to merge."""
+        from graphprune.merge import find_heads
 
         with context.bar("finding KV heads"):
             found = find_heads(program)
@@ -91,15 +139,70 @@ class MergeKvHeads(Pass):
             raise MergeError(
                 f"nothing to merge: {sizes} KV heads are at most {self.groups} or skipped"
             )
-        merges = tuple(merge_of(heads, self.groups) for heads in chosen)
-        step = Step(program.fingerprint(), (), merges)
-        with context.bar("merging KV heads"):
-            merged = carry_out(program, step)
-        details = {"merged": {m.group: f"{m.size} into {m.groups}" for m in merges}}
-        return Outcome(merged, Plan((step,)), details=details)
+        return chosen
 
     def _skips(self, heads: Heads) -> bool:
         return any(_matches(heads, pattern) for pattern in self.skip)
+
+    def _equal(
+        self, program: Program, context: Context, chosen: list[Heads]
+    ) -> tuple[Program, Mapping[str, tuple[Order, ...]], dict[str, Any]]:
+        """`program` with the heads of each group equal, how they come together, and what to say.
+
+        The mean makes them equal by itself when they are merged.
+        """
+        from graphprune.aligning import align, grouping
+        from graphprune.merge import equal_heads
+
+        aligned = self.init == "aligned"
+        similar = aligned if self.order is None else self.order == "similarity"
+        if aligned:
+            assert context.calibration is not None, "the pass manager has asked for it"
+            made = align(
+                program,
+                context.coupling(program).types,
+                chosen,
+                self.groups,
+                context.calibration,
+                similar=similar,
+                damp=self.damp,
+                track=context.track,
+            )
+            return made.program, made.moves, {"errors": made.errors, "not aligned": made.notes}
+        choose = _choice(self.init, context.seed)
+        moves: dict[str, tuple[Order, ...]] = {}
+        weights = dict(program.weights)
+        stay: dict[str, str] = {}
+        for heads in chosen:
+            types = context.coupling(program).types if similar else None
+            way, moves[heads.name], why = grouping(program, types, heads, self.groups)
+            if why:
+                stay[heads.name] = why
+            if choose is not None:
+                weights |= equal_heads(weights, heads, way, choose)
+        details = {"in order": stay} if stay else {}
+        if choose is None:
+            return program, moves, details
+        return program.with_weights(weights), moves, details
+
+
+def _choice(init: str, seed: int) -> Callable[[str, Tensor], Tensor] | None:
+    """What makes one head of ``[heads, ...]``, the slices of a weight; None for the mean."""
+    import torch
+
+    from graphprune.merge import mean_of
+
+    if init == "mean":
+        return None
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(weight: str, heads: Tensor) -> Tensor:
+        if heads.ndim < 3:  # a bias or a gain has no direction to draw
+            return mean_of(weight, heads)
+        drawn = torch.randn(heads.shape[1:], generator=generator, dtype=torch.float64)
+        return drawn.to(heads.device) * heads.double().std()
+
+    return random if init == "random" else lambda weight, heads: heads[0]
 
 
 def _matches(heads: Heads, pattern: str) -> bool:

@@ -1,0 +1,285 @@
+"""Key and value heads that agree: closed forms for sharing one head among several.
+
+Heads whose keys or values differ by an invertible map that their queries or outputs can undo are
+one head already. For any others, the forms here give the shared head and the maps of its users that
+come nearest, from second moments of what the heads computed on calibration data. Keys that are
+rotated by their position admit only maps that rotation lets through: within a plane exactly those
+that multiply by a complex number, and between planes what is left of a map averaged over distances.
+
+All moments are float64. A head has ``d`` coordinates, a group ``m`` heads.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Groups = tuple[tuple[int, ...], ...]
+"""Heads by number, those that become one together."""
+
+_EXACT = 10_000
+"""Ways to form groups up to which all are tried."""
+
+_ROUNDS = 3
+"""Rounds of alternating least squares; more change the loss by less than draws of text do."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """One head for several.
+
+    Parameters
+    ----------
+    pool
+        ``[d, m d]``: makes the shared head of the heads of the group, one after the other.
+    factors
+        ``[m, d, d]``: head ``u`` is nearly ``factors[u]`` times the shared one.
+    error
+        What is lost, a sum of squares.
+    total
+        The sum of squares that there was.
+    """
+
+    pool: Tensor
+    factors: Tensor
+    error: float
+    total: float
+
+
+def shared_subspace(moments: Tensor, weights: Tensor) -> Shared:
+    """The best shared head: low-rank approximation of the stacked maps that use the heads.
+
+    Minimises the sum over heads ``u`` of ``E |L_u (x_u - F_u P x)|²`` over P and F_u, where x is
+    what all heads computed and ``weights[u] = L_uᵀ L_u``: the Eckart-Young theorem in the metric of
+    `moments`.
+
+    Parameters
+    ----------
+    moments
+        ``[m d, m d]``: second moments of what the heads computed, symmetric or Hermitian.
+    weights
+        ``[m, d, d]``: what the users of each head make of it, as above.
+    """
+    heads, width = weights.shape[:2]
+    values, vectors = torch.linalg.eigh(moments)
+    values = values.clamp(min=0)
+    roots = values.sqrt()
+    inverse = torch.where(values > values.max() * 1e-10, 1 / roots.clamp(min=1e-150), 0)
+    root = (vectors * roots) @ vectors.mH
+    gains, directions = torch.linalg.eigh(root @ torch.block_diag(*weights) @ root)
+    kept = directions[:, -width:]
+    pool = kept.mH @ ((vectors * inverse) @ vectors.mH)
+    factors = (root @ kept).reshape(heads, width, width)
+    gains = gains.clamp(min=0)
+    return Shared(pool, factors, float(gains[:-width].sum()), float(gains.sum()))
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How positions rotate the coordinates of keys and queries.
+
+    Parameters
+    ----------
+    planes
+        ``[n, 2]``: pairs of coordinates that are rotated together.
+    fixed
+        ``[d - 2 n]``: the coordinates that are not rotated.
+    turns
+        ``[distances, n + d - 2 n]``, complex: what each plane and each fixed coordinate of a key is
+        multiplied by, seen from a query so many positions later.
+    shares
+        ``[distances]``: how often each distance occurs; the sum is 1.
+    """
+
+    planes: Tensor
+    fixed: Tensor
+    turns: Tensor
+    shares: Tensor
+
+    @classmethod
+    def of(cls, planes: Tensor, fixed: Tensor, turns: Tensor) -> Rotation:
+        """With every distance as often as it occurs in a window of so many positions."""
+        shares = torch.arange(len(turns), 0, -1, dtype=torch.float64)
+        return cls(planes, fixed, turns, shares / shares.sum())
+
+    @property
+    def matrices(self) -> Tensor:
+        """``[distances, d, d]``: the rotations."""
+        count, width = len(self.planes), 2 * len(self.planes) + len(self.fixed)
+        found = torch.zeros(len(self.turns), width, width, dtype=torch.float64)
+        first, second = self.planes.unbind(1)
+        turns = self.turns[:, :count]
+        found[:, first, first] = found[:, second, second] = turns.real
+        found[:, second, first] = turns.imag
+        found[:, first, second] = -turns.imag
+        found[:, self.fixed, self.fixed] = self.turns[:, count:].real
+        return found
+
+
+def shared_keys(moments: Tensor, queries: Tensor, rotation: Rotation) -> Shared:
+    """The best shared key head, each query absorbing its own factor before rotation.
+
+    The start is the best complex rank-one fit of every plane, weighted by the queries' magnitudes
+    in it, and the joint low-rank fit of what is not rotated. Then alternating least squares of the
+    products of queries and keys, averaged over distances; each half-step is in closed form. Slow
+    planes may so stand in for each other.
+
+    Parameters
+    ----------
+    moments
+        ``[m d, m d]``: second moments of the keys before rotation.
+    queries
+        ``[m, d, d]``: second moments of the queries of each head before rotation.
+    rotation
+        How positions rotate both.
+    """
+    heads, width = queries.shape[:2]
+    pool = _start(moments, queries, rotation)
+    turns, shares = rotation.matrices, rotation.shares[:, None, None]
+
+    def seen(inner: Tensor) -> Tensor:
+        return (shares * (turns @ inner @ turns.mT)).sum(0)
+
+    def back(inner: Tensor) -> Tensor:
+        return (shares * (turns.mT @ inner @ turns)).sum(0)
+
+    def factors_of(pool: Tensor) -> tuple[Tensor, Tensor]:
+        crossed = moments @ pool.mT
+        gram = _regular(seen(pool @ crossed))
+        each = torch.stack([seen(part) for part in crossed.split(width)])
+        return torch.linalg.solve(gram, each.mT).mT, each
+
+    for _ in range(_ROUNDS if len(rotation.planes) else 0):
+        factors, _ = factors_of(pool)
+        weighed = factors.mT @ queries
+        gram = _regular(back((weighed @ factors).sum(0)))
+        pool = torch.linalg.solve(gram, torch.cat([back(part) for part in weighed], 1))
+        pool = pool / pool.norm().clamp(min=1e-150)
+    factors, each = factors_of(pool)
+    blocks = [moments[i : i + width, i : i + width] for i in range(0, heads * width, width)]
+    total = sum(float((queries[u] * seen(block)).sum()) for u, block in enumerate(blocks))
+    kept = float((queries * (factors @ each.mT)).sum())
+    return Shared(pool, factors, max(total - kept, 0.0), total)
+
+
+def rotated_cost(moments: Tensor, queries: Tensor, rotation: Rotation) -> tuple[float, float]:
+    """What sharing keys costs before the planes help each other, and the sum of squares in all."""
+    parts = [part for _, part in _by_plane(moments, queries, rotation)]
+    return sum(part.error for part in parts), sum(part.total for part in parts)
+
+
+def _by_plane(
+    moments: Tensor, queries: Tensor, rotation: Rotation
+) -> Iterator[tuple[Tensor, Shared]]:
+    """(coordinates, fit) of every plane, complex, and of what is not rotated."""
+    heads, width = queries.shape[:2]
+    whole = moments.reshape(heads, width, heads, width)
+    for plane in rotation.planes:
+        a, b = plane.tolist()
+        real = whole[:, a, :, a] + whole[:, b, :, b]
+        crossed = torch.complex(real, whole[:, b, :, a] - whole[:, a, :, b])
+        power = queries[:, a, a] + queries[:, b, b]
+        # A query and a key of one plane multiply to half the product of their magnitudes, squared.
+        yield plane, shared_subspace(crossed, power[:, None, None].to(crossed.dtype) / 2)
+    if len(fixed := rotation.fixed):
+        inside = whole[:, fixed][:, :, :, fixed].reshape(heads * len(fixed), -1)
+        yield fixed, shared_subspace(inside, queries[:, fixed][:, :, fixed])
+
+
+def _start(moments: Tensor, queries: Tensor, rotation: Rotation) -> Tensor:
+    heads, width = queries.shape[:2]
+    pool = torch.zeros(width, heads, width, dtype=torch.float64)
+    for at, fit in _by_plane(moments, queries, rotation):
+        if fit.pool.is_complex():
+            a, b = at.tolist()
+            pool[a, :, a] = pool[b, :, b] = fit.pool[0].real
+            pool[b, :, a] = fit.pool[0].imag
+            pool[a, :, b] = -fit.pool[0].imag
+        else:
+            pool[at[:, None], :, at] = fit.pool.reshape(len(at), heads, len(at)).permute(0, 2, 1)
+    return pool.reshape(width, heads * width)
+
+
+def _regular(gram: Tensor) -> Tensor:
+    """`gram` with so much more on its diagonal that it can be inverted."""
+    more = gram.diagonal().mean().clamp(min=1e-150) * 1e-6
+    return gram + more * torch.eye(len(gram), dtype=gram.dtype)
+
+
+# -- which heads go together ----------------------------------------------------------------------
+
+
+def neighbours(heads: int, groups: int) -> Groups:
+    """Runs of neighbouring heads, as many as `groups`."""
+    width = heads // groups
+    return tuple(tuple(range(first, first + width)) for first in range(0, heads, width))
+
+
+def cheapest(costs: Tensor, groups: int) -> Groups:
+    """Equal groups whose heads cost the least to share, pair by pair.
+
+    Parameters
+    ----------
+    costs
+        ``[heads, heads]``: what it costs that two heads become one, symmetric.
+    groups
+        How many groups.
+
+    Returns
+    -------
+    tuple
+        Groups in order of their first heads. All ways are compared where there are at most ten
+        thousand (8 heads have at most 105); else heads of neighbours are exchanged while that
+        helps.
+    """
+    heads = len(costs)
+    width = heads // groups
+    table = costs.tolist()
+
+    def cost(group: tuple[int, ...]) -> float:
+        return sum(table[a][b] for a, b in itertools.combinations(group, 2))
+
+    ways = math.factorial(heads) // (math.factorial(width) ** groups * math.factorial(groups))
+    if ways <= _EXACT:
+        every = _divided(tuple(range(heads)), width)
+        return min(every, key=lambda way: sum(map(cost, way)))
+    return _exchanged(neighbours(heads, groups), table)
+
+
+def _divided(heads: tuple[int, ...], width: int) -> Iterator[Groups]:
+    """Every way to divide `heads` into groups of `width`."""
+    if not heads:
+        yield ()
+        return
+    first, *rest = heads
+    for others in itertools.combinations(rest, width - 1):
+        left = tuple(head for head in rest if head not in others)
+        for more in _divided(left, width):
+            yield ((first, *others), *more)
+
+
+def _exchanged(start: Groups, table: list[list[float]]) -> Groups:
+    """`start` with heads of two groups exchanged, the best exchange first, while one helps."""
+    groups = [list(group) for group in start]
+
+    def beside(head: int, group: list[int], leaving: int) -> float:
+        return sum(table[head][other] for other in group if other not in (head, leaving))
+
+    while True:
+        best: tuple[float, tuple[int, int, int, int]] | None = None
+        for a, b in itertools.combinations(range(len(groups)), 2):
+            for i, j in itertools.product(range(len(groups[a])), range(len(groups[b]))):
+                one, two = groups[a][i], groups[b][j]
+                change = beside(two, groups[a], one) - beside(one, groups[a], one)
+                change += beside(one, groups[b], two) - beside(two, groups[b], two)
+                if change < -1e-12 and (best is None or change < best[0]):
+                    best = change, (a, i, b, j)
+        if best is None:
+            return tuple(sorted(tuple(sorted(group)) for group in groups))
+        a, i, b, j = best[1]
+        groups[a][i], groups[b][j] = groups[b][j], groups[a][i]
