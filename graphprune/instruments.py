@@ -71,10 +71,8 @@ class VerifyEach(Instrument):
             return
         from graphprune.verify import verify
 
-        if (
-            outcome.edited and outcome.base is None
-        ):  # its new values are what later passes are compared with
-            return
+        if outcome.edited and outcome.base is None:
+            return  # its new values are what later passes are compared with
         with context.bar(f"verifying {place}"):
             verify(*context.since_base(), outcome.program, tolerance=self.tolerance)
 

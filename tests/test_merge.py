@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import graphprune as gp
 from graphprune.errors import MergeError, PlanError
 from graphprune.merge import find_heads, merge_of
-from graphprune.plan import Plan, Step, cut_of
+from graphprune.plan import Order, Plan, Step, cut_of
 from graphprune.program import PAST, Program
 
 WIDTH = 8
@@ -412,3 +412,21 @@ def test_a_merge_of_other_heads_is_refused() -> None:
     for wrong in (replace(first, group="nowhere:kv-head"), replace(first, members=second.members)):
         with pytest.raises(PlanError, match="the plan's KV heads and the program's differ"):
             Plan((replace(step, merges=(wrong,)),)).apply(program)
+
+
+def test_moves_that_lose_a_place_are_refused() -> None:
+    program = captured("llama-mha")
+    (step,) = merging(program, 2).steps
+    moves = (Order("model.layers.0.self_attn.q_proj.weight", 0, (0,) * 32),)
+    wrong = Plan((replace(step, merges=(replace(step.merges[0], moves=moves),)),))
+    with pytest.raises(PlanError, match=r"q_proj\.weight is not laid out with every place once"):
+        Plan.from_json(wrong.to_json())
+
+
+def test_moves_of_another_size_are_refused() -> None:
+    program = captured("llama-mha")
+    (step,) = merging(program, 2).steps
+    moves = (Order("model.layers.0.self_attn.q_proj.weight", 0, (1, 0)),)
+    wrong = Plan((replace(step, merges=(replace(step.merges[0], moves=moves),)),))
+    with pytest.raises(PlanError, match=r"q_proj\.weight is 32, not 2"):
+        wrong.check(program)

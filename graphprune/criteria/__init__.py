@@ -7,7 +7,7 @@ slice of a unit in each member, and combining members, is done once for any axis
 
 from __future__ import annotations
 
-from graphprune.criteria import gates, obs, taylor, wanda, weights
+from graphprune.criteria import gates, obs, scop, taylor, wanda, weights
 from graphprune.criteria.base import (
     CRITERIA,
     Aggregate,
@@ -31,6 +31,7 @@ __all__ = [
     "criterion",
     "gates",
     "obs",
+    "scop",
     "taylor",
     "wanda",
     "weights",

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, fx
 
+from graphprune.calibration import inputs_of
 from graphprune.criteria.base import Criterion, Evidence, Scores
 from graphprune.criteria.gradients import finite_loss, samples
 from graphprune.program import Program
@@ -43,7 +44,7 @@ class Gate(Criterion):
             for group in evidence.groups
         }
         sources = {use.source for each in held.values() for m, _ in each for use in m.uses}
-        batches = list(samples(data) if self.absolute == "sample" else data)
+        batches = list(samples(data) if self.absolute == "sample" else data.labelled())
         for batch in evidence.track(batches, "taking gradients of gates"):
             values = _activations(evidence.program, batch, sources)
             for name, consumers in held.items():
@@ -78,7 +79,7 @@ def _activations(
     program: Program, batch: Mapping[str, Tensor], sources: Collection[fx.Node]
 ) -> dict[fx.Node, Any]:
     """Values of the graph's nodes; those of `sources` are multiplied with the loss's gradient."""
-    filled = program.fill(batch)
+    filled = program.fill(inputs_of(batch))
     inputs = [*program.weights.values(), *(filled[value.name] for value in program.inputs)]
     interpreter = _Keeping(program.graph_module, sources)
     with torch.enable_grad():

@@ -1,0 +1,352 @@
+"""SCOP: features beside those of a knockoff input, told apart by factors that are learned."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.axes import Atom, Axis
+from graphprune.batch_norms import BATCH_NORM
+from graphprune.calibration import Calibration, inputs_of
+from graphprune.coupling import Coupling, Group
+from graphprune.criteria.base import Criterion, Evidence, Scores
+from graphprune.criteria.gradients import finite_loss
+from graphprune.errors import SelectionError
+from graphprune.knockoffs import permuted
+from graphprune.nodes import arguments_of
+from graphprune.program import Program, module_path
+from graphprune.walking import unpadded
+
+
+class Scop(Criterion):
+    """The scale of a unit times what its real features have over knockoff ones.
+
+    SCOP (Tang et al. 2010.10732) mixes the features of every unit with those that the same network
+    has on a knockoff input, ``beta A + (1 - beta) A~``, before the batch norm, and trains all beta
+    at once on the `task_loss` with the weights frozen, by Adam at the paper's moments (0.5, 0.9)
+    over `epochs` runs through the data. A unit whose real features are worth no more than those of
+    the control keeps a beta of a half. Its score is ``|gamma| (2 beta - 1)`` with the batch norm's
+    weight gamma, summed over the channels of the unit. What is trained is the argument of a sigmoid
+    that gives beta, where the published code clamps beta itself.
+
+    Departures: the knockoff is another sample's input (`graphprune.knockoffs.permuted`), where the
+    paper trains a generator; batch norms keep their statistics, so that beta = 1 gives the
+    program's own outputs and nothing real comes into the knockoff features.
+
+    An adaptation, where no batch norm is on the group: the features are mixed where the unit's
+    activations come into what sums over them (as gates stand), and in the place of gamma is the
+    standard deviation of the activations on the calibration data, which is what |gamma| is behind
+    a batch norm.
+    """
+
+    name = "scop"
+    requires_calibration = True
+    epochs: ClassVar[int] = 20
+    rate: ClassVar[float] = 0.02
+    """Adam's learning rate for the argument of the sigmoid."""
+
+    def scores(self, evidence: Evidence) -> Scores:
+        """Gamma times the difference of the factors.
+
+        Raises
+        ------
+        SelectionError
+            When nothing sums over a group, or which of its units stand where depends on the data.
+        CalibrationError
+            As `loss_gradients` does, or when a sample has no other of its shapes.
+        """
+        places = find_places(evidence, self.name)
+        beta = self.factors(evidence, places)
+        gamma = scales(evidence, places)
+        return {name: gamma[name] * (2 * each - 1) for name, each in beta.items()}
+
+    @staticmethod
+    def controls(calibration: Calibration, generator: torch.Generator) -> list[dict[str, Tensor]]:
+        """The knockoff inputs of an epoch, of the shapes of the batches."""
+        return permuted(calibration, generator)
+
+    def factors(self, evidence: Evidence, places: Sequence[Place]) -> Scores:
+        """Beta of every unit after training, in (0, 1)."""
+        data, program = evidence.data(), evidence.program
+        sizes = {group.name: evidence.sizes(group) for group in evidence.groups}
+        inner = {name: torch.zeros(math.prod(size)) for name, size in sizes.items()}
+        optimiser = torch.optim.Adam(
+            [each.requires_grad_() for each in inner.values()], lr=self.rate, betas=(0.5, 0.9)
+        )
+        generator = torch.Generator().manual_seed(evidence.seed)
+        batches = list(data.labelled())
+        for _ in evidence.track(range(self.epochs), "learning what is real"):
+            knockoffs = self.controls(data, generator)
+            for at in torch.randperm(len(batches), generator=generator).tolist():
+                controls = features(program, places, knockoffs[at])
+                with torch.enable_grad():
+                    beta = {name: each.sigmoid() for name, each in inner.items()}
+                    logits = mixed(program, places, batches[at], beta, controls)
+                    loss = finite_loss(logits, batches[at])
+                    optimiser.zero_grad()
+                    loss.backward()
+                optimiser.step()
+        return {n: each.detach().sigmoid().double().view(sizes[n]) for n, each in inner.items()}
+
+
+class ScopGamma(Scop):
+    """The scale of a unit alone, ``|gamma|``: a control for `Scop` (network slimming's score).
+
+    Calibration data is needed where no batch norm is on a group.
+    """
+
+    name = "scop-gamma"
+    requires_calibration = False
+
+    def scores(self, evidence: Evidence) -> Scores:
+        """Gamma of every unit.
+
+        Raises
+        ------
+        SelectionError, CalibrationError
+            As `Scop.scores` does.
+        """
+        return scales(evidence, find_places(evidence, self.name))
+
+
+class ScopBeta(Scop):
+    """What a unit's real features have over knockoff ones alone, ``2 beta - 1``: a control."""
+
+    name = "scop-beta"
+
+    def scores(self, evidence: Evidence) -> Scores:
+        """The difference of the factors of every unit.
+
+        Raises
+        ------
+        SelectionError, CalibrationError
+            As `Scop.scores` does.
+        """
+        beta = self.factors(evidence, find_places(evidence, self.name))
+        return {name: 2 * each - 1 for name, each in beta.items()}
+
+
+# -- where features are mixed ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where the features of a group's units are read.
+
+    Parameters
+    ----------
+    group
+        The group's name.
+    node
+        The operator that reads them.
+    source
+        The node whose value they are.
+    units
+        Which unit (counted over all parents) is at each place of the value, or -1; of a shape that
+        broadcasts to the value's.
+    gamma
+        The batch norm's weight, of a shape that broadcasts so too; None where there is none.
+    """
+
+    group: str
+    node: fx.Node
+    source: fx.Node
+    units: Tensor
+    gamma: Tensor | None = None
+
+    def total(self, values: Tensor, count: int) -> Tensor:
+        """``[count]``: the sum over the places of each unit of values of the shape of `units`."""
+        at = torch.where(self.units < 0, count, self.units).flatten()
+        found = torch.zeros(count + 1, dtype=torch.float64)
+        return found.index_add_(0, at, values.double().flatten())[:count]
+
+
+def find_places(evidence: Evidence, criterion: str) -> list[Place]:
+    """Where the features of each group are mixed: at its batch norms, else at what sums over it.
+
+    Raises
+    ------
+    SelectionError
+        When nothing sums over a group, or which of its units stand where depends on the data.
+    """
+    program, found, rest = evidence.program, list[Place](), list[Group]()
+    names = {node: name for name, node in program.weight_nodes()}
+    norms = program.graph.find_nodes(op="call_function", target=BATCH_NORM)
+    for group in evidence.groups:
+        here = []
+        for node in norms:
+            args = arguments_of(node)
+            units = units_at(evidence.coupling, group, args["input"])
+            if units is None or units.shape[0] != units.numel():  # it is not over the channels
+                continue
+            gamma = torch.ones(units.shape)
+            if args["weight"] is not None:
+                gamma = program.weights[names[args["weight"]]].detach().view(units.shape)
+            here.append(Place(group.name, node, args["input"], units, gamma))
+        found += here
+        if not here:
+            rest.append(group)
+    held = dataclasses.replace(evidence, groups=rest).consumers(criterion)
+    for group in rest:
+        uses = [(use.node, use.source) for matrix, _ in held[group.name] for use in matrix.uses]
+        for node, source in dict.fromkeys(uses):
+            units = units_at(evidence.coupling, group, source)
+            if units is None:
+                raise SelectionError(
+                    f"{group.name}: {criterion} needs to know which unit stands where in what "
+                    f"{_where(node)} sums over, and that depends on the data"
+                )
+            found.append(Place(group.name, node, source, units))
+    return found
+
+
+def units_at(coupling: Coupling, group: Group, node: fx.Node) -> Tensor | None:
+    """Which unit of `group` is at each place of a node's value, or -1; broadcasts to the value.
+
+    Units are counted over all parents. None where the value has no, or more than one, axis of the
+    group or of a parent.
+    """
+    type_ = coupling.types.of[node]
+    numbers: Tensor | None = None
+    for atom in map(coupling.atom, (*group.parents, group.name)):
+        lines = [(dim, _line(coupling, axis, atom)) for dim, axis in enumerate(type_)]
+        held = [(dim, line) for dim, line in lines if line is not None]
+        if len(held) != 1:
+            return None
+        ((dim, line),) = held
+        line = line.view(-1, *(1 for _ in type_[dim + 1 :]))
+        if numbers is None:
+            numbers = line
+        else:
+            numbers = torch.where((numbers < 0) | (line < 0), -1, numbers * atom.size + line)
+    return numbers
+
+
+def _line(coupling: Coupling, axis: Axis, atom: Atom) -> Tensor | None:
+    """Which unit of `atom` is at each place of an axis, or -1; None where it is at none."""
+    places = [place for place in coupling.types.axes.occurrences(axis) if place.atom is atom]
+    if not places:
+        return None
+    line = torch.full((axis.size,), -1)
+    for place in places:
+        loops = [(each.size, stride) for each, stride in place.outer]
+        loops += [(atom.size, place.inner), (place.inner, 1)]
+        sizes, strides = zip(*loops, strict=True)
+        line.as_strided(sizes, strides, place.offset).copy_(torch.arange(atom.size)[:, None])
+    return line
+
+
+def _where(node: fx.Node) -> str:
+    return f"{node.target} in {module_path(node) or 'the model'}"
+
+
+# -- reading them ----------------------------------------------------------------------------------
+
+
+def features(
+    program: Program, places: Sequence[Place], batch: Mapping[str, Tensor]
+) -> dict[Place, Tensor]:
+    """What is read at each place when the program runs on a batch, without gradients."""
+    found: dict[Place, Tensor] = {}
+
+    def keep(place: Place, value: Tensor) -> Tensor:
+        found[place] = value.clone()
+        return value
+
+    with torch.no_grad():
+        _Reading(program, places, keep).outputs(batch)
+    return found
+
+
+def mixed(
+    program: Program,
+    places: Sequence[Place],
+    batch: Mapping[str, Tensor],
+    beta: Mapping[str, Tensor],
+    controls: Mapping[Place, Tensor],
+) -> Tensor:
+    """The program's first output on a batch with its features mixed with the `controls`.
+
+    `beta` is ``[units]`` by the name of the group; what belongs to no unit stays as it is.
+    """
+
+    def mix(place: Place, value: Tensor) -> Tensor:
+        control = controls[place]
+        if control.shape != value.shape:
+            raise SelectionError(
+                f"{place.group}: its activations at {_where(place.node)} are "
+                f"{tuple(value.shape)} on the data and {tuple(control.shape)} on its knockoff: "
+                "they cannot be mixed"
+            )
+        part = beta[place.group][place.units.clamp(min=0)].masked_fill(place.units < 0, 1)
+        return torch.lerp(control, value, part.to(value.dtype))
+
+    return _Reading(program, places, mix).outputs(batch)[0]
+
+
+class _Reading(fx.Interpreter):
+    """Runs a graph; what is read at each place is what `read` gives for it."""
+
+    def __init__(
+        self, program: Program, places: Sequence[Place], read: Callable[[Place, Tensor], Tensor]
+    ) -> None:
+        super().__init__(program.graph_module)
+        self.program, self.read = program, read
+        self.places = {p.node: [q for q in places if q.node is p.node] for p in places}
+
+    def outputs(self, batch: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        filled = self.program.fill(inputs_of(batch))
+        weights = (weight.detach() for weight in self.program.weights.values())
+        return self.run(*weights, *(filled[value.name] for value in self.program.inputs))
+
+    def run_node(self, n: fx.Node) -> object:
+        places = self.places.get(n, ())
+        held = {place.source: self.env[place.source] for place in places}
+        for place in places:
+            self.env[place.source] = self.read(place, self.env[place.source])
+        result = super().run_node(n)
+        self.env.update(held)
+        return result
+
+
+def scales(evidence: Evidence, places: Sequence[Place]) -> Scores:
+    """``|gamma|`` of every unit, summed over its places; without a batch norm the deviation.
+
+    Raises
+    ------
+    CalibrationError
+        Where data is needed, and there is none or it does not fit the program.
+    """
+    rest = [place for place in places if place.gamma is None]
+    deviation = _deviations(evidence, rest) if rest else {}
+    found: Scores = {}
+    for group in evidence.groups:
+        sizes = evidence.sizes(group)
+        count = math.prod(sizes)
+        here = (place for place in places if place.group == group.name)
+        values = (p.total(deviation[p] if p.gamma is None else p.gamma.abs(), count) for p in here)
+        found[group.name] = torch.stack(list(values)).sum(0).view(sizes)
+    return found
+
+
+def _deviations(evidence: Evidence, places: Sequence[Place]) -> dict[Place, Tensor]:
+    """The standard deviation of what is read at each place, over all that has no units."""
+    total = {place: torch.zeros(place.units.shape, dtype=torch.float64) for place in places}
+    squares = {place: torch.zeros_like(each) for place, each in total.items()}
+    count = dict.fromkeys(places, 0)
+    for batch in evidence.track(unpadded(evidence.data()), "measuring activations"):
+        for place, value in features(evidence.program, places, batch).items():
+            wide = value.double()
+            total[place] += wide.sum_to_size(place.units.shape)
+            squares[place] += wide.square().sum_to_size(place.units.shape)
+            count[place] += value.numel() // place.units.numel()
+    return {
+        place: (squares[place] / n - (total[place] / n).square()).clamp(min=0).sqrt()
+        for place, n in count.items()
+    }
