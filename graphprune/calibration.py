@@ -264,7 +264,9 @@ def task_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     classes = logits.shape[-1]
     odd = labels[(labels != -100) & ((labels < 0) | (labels >= classes))]
     if len(odd):
-        raise CalibrationError(f"there is a label {int(odd[0])}; the logits are of {classes} classes")
+        raise CalibrationError(
+            f"there is a label {int(odd[0])}; the logits are of {classes} classes"
+        )
     return functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten())
 
 

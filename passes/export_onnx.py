@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from graphprune.errors import UsageError
 from graphprune.pass_base import COUPLING, Analysis, Context, Outcome, Pass
@@ -28,8 +28,12 @@ class ExportOnnx(Pass):
     -------
     path
         The file, under the output folder of the run unless it is absolute.
+    target
+        What runs it: "cpu" or "cuda" (ONNX Runtime with its own operators for attention),
+        "portable" or "tensorrt" (ONNX's own). Without one, the file has no fused operators.
     opset
-        The version of ONNX's operator set to write.
+        The version of ONNX's operator set to write; by default 20, or what the target is best
+        served with.
     check
         Whether to check the file with `onnx.checker` once it is written.
 
@@ -44,7 +48,8 @@ class ExportOnnx(Pass):
     Refuses
     -------
     A program that cannot be exported (`BackendError`), a file that exists or cannot be written
-    (`OutputError`), an empty path, an opset below 18 (the first that torch's exporter writes).
+    (`OutputError`), a type that the target has no kernels for (`BackendError`), an empty path, an
+    opset below 18 (the first that torch's exporter writes).
 
     Reference
     ---------
@@ -61,18 +66,24 @@ class ExportOnnx(Pass):
     preserves: ClassVar[frozenset[Analysis[Any]]] = frozenset({COUPLING})
 
     path: str = "model.onnx"
-    opset: int = 20
+    target: Literal["portable", "cpu", "cuda", "tensorrt"] | None = None
+    opset: int | None = None
     check: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.path:
             raise UsageError("export-onnx: the path is empty")
-        if self.opset < 18:
+        if self.opset is not None and self.opset < 18:
             raise UsageError(f"export-onnx: opset {self.opset} is below 18")
 
     def run(self, program: Program, context: Context) -> Outcome:
         """Write the file, and return `program` as it is."""
         with context.bar(f"exporting {self.path}"):
-            program.export_onnx(context.path(self.path), opset=self.opset, check=self.check)
-        return Outcome(program, details={"path": self.path, "opset": self.opset})
+            report = program.export_onnx(
+                context.path(self.path), target=self.target, opset=self.opset, check=self.check
+            )
+        details: dict[str, Any] = {"path": self.path, "opset": report.opset}
+        if self.target is not None:
+            details |= {"target": self.target, "attention": dict(report.attention)}
+        return Outcome(program, details=details)
