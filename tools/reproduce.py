@@ -25,6 +25,7 @@ from typing import Annotated
 
 import torch
 import typer
+from bench_scop import RATIOS, STATES, of_digits
 from heldout import Study, held_out
 from rich.console import Console
 from rich.progress import Progress
@@ -47,7 +48,9 @@ TRAINING_BYTES = 1_500_000
 Measure = partial[float]
 """What a cell measures: a function of this module that is called with a seed, and its arguments."""
 
-_DRAWN = re.compile("recover|reconstruct|taylor|wanda|sparsegpt|obs|gate|random|aligned|loss|heads")
+_DRAWN = re.compile(
+    "recover|reconstruct|taylor|wanda|sparsegpt|obs|gate|random|aligned|loss|heads|accur"
+)
 """What depends on the draw of calibration text; all else is measured once."""
 
 
@@ -249,6 +252,9 @@ def gqa() -> Section:
             merge = f"merge-kv-heads{{groups={groups} init={init}}}"
             cells[init, f"to {groups}"] = partial(after, merge)
             cells[init, f"to {groups}, uptrained"] = partial(after, f"{merge},{train}")
+        for init, order in (("mean", "similarity"), ("aligned", "contiguous")):
+            merge = f"merge-kv-heads{{groups={groups} init={init} order={order}}}"
+            cells[f"{init}, {order}", f"to {groups}"] = partial(after, merge)
     cells = dict(sorted(cells.items(), key=lambda cell: "uptrained" in cell[0][1]))
     for groups in (4, 2, 1):
         cells["not merged", f"to {groups}, uptrained"] = partial(after, train)
@@ -277,6 +283,44 @@ def gqa() -> Section:
             ),
         ),
         base="mean",
+    )
+
+
+@cache
+def digits(seed: int) -> dict[str, float]:
+    """Accuracies of one network without channels, by criterion, ratio and state."""
+    return of_digits(seed)
+
+
+def accuracy(row: str, column: str, seed: int) -> float:
+    """Per cent of held-out digits told right."""
+    return digits(seed)[f"{row} | {column}"]
+
+
+def scop() -> Section:
+    """Channels of a network for digits."""
+    rows = ("scop", "scop-gamma", "scop-beta", "l2", "random", "scop, reversed")
+    columns = [f"-{ratio:.0%} {state}" for ratio in RATIOS for state in STATES[1:]]
+    cells = {(row, column): partial(accuracy, row, column) for row in rows for column in columns}
+
+    def falls(*rows: str) -> Relation:
+        claim = " over ".join(rows)
+        return Relation(
+            f"{claim} at -50%, norms anew",
+            lambda means: (
+                (found := [means[row, "-50% norms anew"] for row in rows])
+                == sorted(found, reverse=True)
+            ),
+        )
+
+    return Section(
+        "SCOP: channels of a network for digits",
+        "Tang et al. 2010.10732, tables 1 and 4: accuracy in per cent on held-out digits, every "
+        "seed with a network of its own; norms taken anew, and after an epoch of training. The "
+        "published controls are |gamma| and beta alone.",
+        cells,
+        (falls("scop", "l2"), falls("scop", "random"), falls("scop", "scop-gamma")),
+        unit="{:.1f}",
     )
 
 
@@ -320,6 +364,7 @@ SECTIONS: dict[str, Callable[[], Section]] = {
     "wanda": wanda,
     "llm-pruner": llm_pruner,
     "heads": heads,
+    "scop": scop,
     "gqa": gqa,
     "better": better,
 }
