@@ -49,7 +49,7 @@ Measure = partial[float]
 """What a cell measures: a function of this module that is called with a seed, and its arguments."""
 
 _DRAWN = re.compile(
-    "recover|reconstruct|taylor|wanda|sparsegpt|obs|gate|random|aligned|loss|heads|accur"
+    "recover|reconstruct|taylor|wanda|sparsegpt|obs|gate|random|aligned|loss|without|accur"
 )
 """What depends on the draw of calibration text; all else is measured once."""
 
@@ -120,10 +120,36 @@ def training_text() -> Path:
 
 @dataclass(frozen=True)
 class Relation:
-    """What a paper found, and whether the means here say so."""
+    """What a paper found or what is aimed at: means that rise, or one at most a part of another."""
 
     claim: str
-    holds: Callable[[Mapping[tuple[str, str], float]], bool]
+    terms: tuple[tuple[str, str], ...]
+    """Row and column of each mean."""
+    most: float | None = None
+    """The first is at most so many times the second; None: they rise in this order."""
+    falling: bool = False
+
+    def holds(self, means: Mapping[tuple[str, str], float]) -> bool:
+        """Whether the means say so."""
+        values = [means[term] for term in self.terms]
+        if self.most is not None:
+            return values[0] <= self.most * values[1]
+        return values == sorted(values, reverse=self.falling)
+
+    def told(self, means: Mapping[tuple[str, str], float], unit: str) -> str:
+        """The means side by side, and the verdict."""
+        if any(term not in means for term in self.terms):
+            return "not measured |"
+        names = [row if len({r for r, _ in self.terms}) > 1 else c for row, c in self.terms]
+        found = [
+            f"{name} {unit.format(means[term])}"
+            for name, term in zip(names, self.terms, strict=True)
+        ]
+        text = ", ".join(found)
+        if self.most is not None:
+            first, second = (means[term] for term in self.terms)
+            text += f": {first / second:.2f}"
+        return f"{text} | {'yes' if self.holds(means) else 'no'}"
 
 
 @dataclass(frozen=True)
@@ -147,21 +173,15 @@ class Section:
         return list(dict.fromkeys(column for _, column in self.cells))
 
 
-def below(column: str, *rows: str) -> Callable[[Mapping[tuple[str, str], float]], bool]:
-    """Whether the means of `rows` rise in this order."""
-
-    def holds(means: Mapping[tuple[str, str], float]) -> bool:
-        values = [means[row, column] for row in rows]
-        return values == sorted(values)
-
-    return holds
+def below(claim: str, column: str, *rows: str) -> Relation:
+    """The means of `rows` rise in this order."""
+    return Relation(claim, tuple((row, column) for row in rows))
 
 
 def share(column: str, row: str, of: str, most: float, at: str = "") -> Relation:
     """A target: the mean of a row is at most so much of another's, `at` a column of its own."""
-    base = at or column
-    claim = f"`{row}` ({column}) at most {most:g} times `{of}` ({base})"
-    return Relation(claim, lambda means: means[row, column] <= most * means[of, base])
+    claim = f"target: {row} ({column}) at most {most:g} times {of} ({at or column})"
+    return Relation(claim, ((row, column), (of, at or column)), most)
 
 
 def wanda() -> Section:
@@ -174,18 +194,17 @@ def wanda() -> Section:
         for column, pattern in patterns.items()
         if not (row == "wanda-variant" and ":" in pattern)
     }
-    order = ("sparsegpt", "wanda", "magnitude", "random")
     return Section(
         "Wanda: single weights set to zero",
         "Sun et al. 2306.11695, tables 3 and 4. Nothing is trained afterwards.",
         cells,
         (
-            Relation("Wanda below magnitude below random at 50 %", below("50 %", *order[1:])),
-            Relation("the same at 2:4", below("2:4", *order[1:])),
-            Relation("SparseGPT, which updates weights, no worse", below("50 %", *order[:2])),
+            below("Wanda below magnitude below random", "50 %", "wanda", "magnitude", "random"),
+            below("the same at 2:4", "2:4", "wanda", "magnitude", "random"),
+            below("SparseGPT, which updates weights, below Wanda", "50 %", "sparsegpt", "wanda"),
             Relation(
-                "unstructured below 4:8 below 2:4",
-                lambda m: m["wanda", "50 %"] < m["wanda", "4:8"] < m["wanda", "2:4"],
+                "Wanda: unstructured below 4:8 below 2:4",
+                (("wanda", "50 %"), ("wanda", "4:8"), ("wanda", "2:4")),
             ),
         ),
         base="magnitude",
@@ -202,7 +221,6 @@ def llm_pruner() -> Section:
             cells[row, f"-{float(ratio):.0%}"] = partial(after, prune)
             cells[row, f"-{float(ratio):.0%}, LoRA"] = partial(after, prune + tune)
     cells = dict(sorted(cells.items(), key=lambda cell: "LoRA" in cell[0][1]))
-    order = ("taylor", "l2", "random")
     return Section(
         "LLM-Pruner: whole units, before and after LoRA",
         "Ma et al. 2305.11627, tables 1 and 8 and section 4.3: FFN units and KV heads with their "
@@ -210,8 +228,12 @@ def llm_pruner() -> Section:
         "8 for 50 steps of 2,048 tokens.",
         cells,
         tuple(
-            Relation(f"Taylor below L2 and random at {column}", below(column, *order[:2]))
+            below(f"Taylor below L2 ({column})", column, "taylor", "l2")
             for column in ("-20%", "-40%", "-20%, LoRA", "-40%, LoRA")
+        )
+        + tuple(
+            Relation(f"LoRA recovers ({ratio})", (("taylor", f"{ratio}, LoRA"), ("taylor", ratio)))
+            for ratio in ("-20%", "-40%")
         ),
         base="taylor",
     )
@@ -230,9 +252,10 @@ def heads() -> Section:
         "gates (criterion `gate`), at random, and the most important first.",
         cells,
         tuple(
-            Relation(
-                f"importance below random below reverse at {count} of 8",
-                below(f"{count} of 8", "importance", "random", "reverse"),
+            below(
+                f"importance below random below reverse ({count} of 8)",
+                f"{count} of 8",
+                *("importance", "random", "reverse"),
             )
             for count in (2, 4)
         ),
@@ -265,9 +288,10 @@ def gqa() -> Section:
         cells,
         (
             *(
-                Relation(
-                    f"mean below first below random, uptrained, to {groups}",
-                    below(f"to {groups}, uptrained", "mean", "first", "random"),
+                below(
+                    f"mean below first below random (to {groups}, uptrained)",
+                    f"to {groups}, uptrained",
+                    *("mean", "first", "random"),
                 )
                 for groups in (4, 2, 1)
             ),
@@ -275,9 +299,10 @@ def gqa() -> Section:
             share("to 2", "aligned", "mean", 0.3),
             share("to 1", "aligned", "mean", 0.35),
             *(
-                Relation(
-                    f"aligned no worse than mean, uptrained, to {groups}",
-                    below(f"to {groups}, uptrained", "aligned", "mean"),
+                below(
+                    f"target: aligned no worse than mean (to {groups}, uptrained)",
+                    f"to {groups}, uptrained",
+                    *("aligned", "mean"),
                 )
                 for groups in (4, 2, 1)
             ),
@@ -303,15 +328,9 @@ def scop() -> Section:
     columns = [f"-{ratio:.0%} {state}" for ratio in RATIOS for state in STATES[1:]]
     cells = {(row, column): partial(accuracy, row, column) for row in rows for column in columns}
 
-    def falls(*rows: str) -> Relation:
-        claim = " over ".join(rows)
-        return Relation(
-            f"{claim} at -50%, norms anew",
-            lambda means: (
-                (found := [means[row, "-50% norms anew"] for row in rows])
-                == sorted(found, reverse=True)
-            ),
-        )
+    def over(other: str) -> Relation:
+        terms = (("scop", "-50% norms anew"), (other, "-50% norms anew"))
+        return Relation(f"SCOP over {other} (-50%, norms anew)", terms, falling=True)
 
     return Section(
         "SCOP: channels of a network for digits",
@@ -319,7 +338,7 @@ def scop() -> Section:
         "seed with a network of its own; norms taken anew, and after an epoch of training. The "
         "published controls are |gamma| and beta alone.",
         cells,
-        (falls("scop", "l2"), falls("scop", "random"), falls("scop", "scop-gamma")),
+        (over("random"), over("l2"), over("scop-gamma")),
         unit="{:.1f}",
     )
 
@@ -418,6 +437,29 @@ def seeds_of(cell: Measure, seeds: int) -> range:
     return range(seeds if _DRAWN.search(" ".join(map(str, identity(cell)))) else 1)
 
 
+def means_of(name: str, section: Section, rows: Rows, seeds: int) -> dict[tuple[str, str], float]:
+    """The mean of every cell that was measured."""
+    found = {}
+    for (row, column), cell in section.cells.items():
+        drawn = (rows.values.get((name, row, column, seed)) for seed in seeds_of(cell, seeds))
+        if values := [value for value in drawn if value is not None]:
+            found[row, column] = statistics.mean(values)
+    return found
+
+
+def headline(rows: Rows, seeds: int) -> list[str]:
+    """Every relation with its means, for the README."""
+    lines = ["| | relation of the paper, or target | here | holds |", "|---|---|---|---|"]
+    for name, make in SECTIONS.items():
+        section = make()
+        means = means_of(name, section, rows, seeds)
+        title = section.title.partition(":")[0]
+        for relation in section.relations:
+            lines.append(f"| {title} | {relation.claim} | {relation.told(means, section.unit)} |")
+            title = ""
+    return lines
+
+
 def table(name: str, section: Section, rows: Rows, seeds: int) -> list[str]:
     """A section in Markdown."""
     found: dict[tuple[str, str], list[float]] = {}
@@ -425,7 +467,7 @@ def table(name: str, section: Section, rows: Rows, seeds: int) -> list[str]:
         drawn = seeds_of(section.cells[row, column], seeds)
         values = [rows.values.get((name, row, column, seed)) for seed in drawn]
         found[row, column] = [value for value in values if value is not None]
-    means = {key: statistics.mean(values) for key, values in found.items() if values}
+    means = means_of(name, section, rows, seeds)
 
     def cell(row: str, column: str) -> str:
         values = found.get((row, column), [])
@@ -444,13 +486,6 @@ def table(name: str, section: Section, rows: Rows, seeds: int) -> list[str]:
         f"| {row} | {' | '.join(cell(row, column) for column in columns)} |"
         for row in section.rows()
     ]
-    lines += ["", "| the paper's relation, or the target | here |", "|---|---|"]
-    for relation in section.relations:
-        try:
-            verdict = "holds" if relation.holds(means) else "does not hold"
-        except KeyError:
-            verdict = "not measured"
-        lines.append(f"| {relation.claim} | {verdict} |")
     return [*lines, ""]
 
 
@@ -465,6 +500,7 @@ def report(rows: Rows, seeds: int) -> str:
         "table. Digits: accuracy.",
         "",
     ]
+    lines += [*headline(rows, seeds), ""]
     for name, section in SECTIONS.items():
         lines += table(name, section(), rows, seeds)
     return "\n".join(lines)
@@ -473,11 +509,12 @@ def report(rows: Rows, seeds: int) -> str:
 def main(
     seeds: Annotated[int, typer.Option(min=1, max=3, help="How many seeds.")] = 3,
     only: Annotated[str, typer.Option(help="Sections, joined by commas; all by default.")] = "",
+    only_report: Annotated[bool, typer.Option("--report", help="Only make the tables.")] = False,
     again: Annotated[bool, typer.Option(help="Measure the chosen sections anew.")] = False,
     workers: Annotated[int, typer.Option(help="Processes.")] = os.cpu_count() or 1,
 ) -> None:
     """Measure what is missing, and write the tables."""
-    chosen = only.split(",") if only else list(SECTIONS)
+    chosen = [] if only_report else only.split(",") if only else list(SECTIONS)
     if unknown := [name for name in chosen if name not in SECTIONS]:
         raise typer.BadParameter(f"no section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
     rows = Rows.read(OUT / "reproduce.jsonl")
