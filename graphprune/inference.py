@@ -378,9 +378,7 @@ class _Inference:
                 self.types[node] = None
         self._interface()
         written, dynamic = frozenset(self.written), self._primes.expressions()
-        return Types(
-            self.program, self.axes, self.types, self.facts, self.laws, written, dynamic
-        )
+        return Types(self.program, self.axes, self.types, self.facts, self.laws, written, dynamic)
 
     def _interface(self) -> None:
         """Inputs and outputs are promises to the caller, but for the sizes of a KV cache."""

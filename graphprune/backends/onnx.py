@@ -1,20 +1,25 @@
 """The ONNX back end: one file for prompts and single tokens alike, checked, run and compared.
 
-A program goes through `torch.onnx.export` as it is. Inputs and outputs keep their names, weights
-their dotted ones (a tied weight is stored once), and dynamic sizes get names that people know.
+A program goes through `torch.onnx.export` as it is, or for a target with attention lowered to one
+operator. Inputs and outputs keep their names, weights their dotted ones (a tied weight is stored
+once), and dynamic sizes get names that people know.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphprune.backends import ort
+from graphprune.backends.onnx_attention import OPSETS, Choice, Target, check_target, lower
 from graphprune.backends.onnx_convert import convert, simplify
+from graphprune.backends.onnx_fusions import as_checked, fuse_norms
 from graphprune.backends.onnx_names import apply_names, dimension_names
 from graphprune.errors import BackendError, UsageError
 from graphprune.output import staged_file
@@ -51,6 +56,13 @@ class OnnxReport:
         The version of ONNX Runtime that ran it, if one is installed.
     notes
         What was left out, for people.
+    target
+        What runs it, as it was asked for.
+    attention
+        For a target, every module that attends with the form that its attention is written in, and
+        why not in a better one.
+    operators
+        How often each operator stands in the graph.
     """
 
     path: str
@@ -61,6 +73,9 @@ class OnnxReport:
     seconds: float
     onnxruntime: str | None
     notes: tuple[str, ...] = ()
+    target: Target | None = None
+    attention: Mapping[str, str] = field(default_factory=dict)
+    operators: Mapping[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it."""
@@ -71,7 +86,8 @@ def export(
     program: Program,
     path: str | PathLike[str],
     *,
-    opset: int = 20,
+    target: Target | None = None,
+    opset: int | None = None,
     check: bool = True,
     external_data: bool | None = None,
     overwrite: bool = False,
@@ -85,12 +101,20 @@ def export(
         The program; its weights may be on any device but meta.
     path
         The file to write. External data goes beside it, as ``<name>.data``.
+    target
+        What runs the model: "cpu" or "cuda", the providers of ONNX Runtime with its own operators;
+        "portable" or "tensorrt", with those of ONNX alone. Attention becomes one operator then, and
+        norms do for "cpu" and "cuda". A decoder of these two takes masks that pad on the right
+        (rows padded on the left come out as NaN), and several tokens on a filled cache for a batch
+        of one. None writes what any runtime reads.
     opset
-        The version of ONNX's operator set, 18 or later.
+        The version of ONNX's operator set, 18 or later; by default 20, or 23 for the targets but
+        "cuda", as their attention needs it.
     check
         Whether to run the model in ONNX Runtime, if that is installed, and compare: a decoder on
         two prompts and ten decoded tokens, anything else on batches of three and one. The model
-        goes through `onnx.checker` in any case.
+        goes through `onnx.checker` in any case. Attention or norms that change outputs by more
+        than is allowed, or fail, are written as for no target, and the report says so.
     external_data
         Whether weights go to a file of their own; by default they do where one file cannot hold
         them (2 GB).
@@ -107,43 +131,91 @@ def export(
     Raises
     ------
     BackendError
-        When an operator has no ONNX counterpart, a check fails, or ONNX Runtime's outputs differ
-        by more than 1e-4. No file is left then.
+        When an operator has no ONNX counterpart, a check fails, ONNX Runtime's outputs differ by
+        more than 1e-4, the target has no kernels for the program's type, or ONNX Runtime does not
+        read the opset. No file is left then.
     OutputError
         When `path` exists or cannot be written.
     UsageError
-        When `opset` is below 18.
+        When `opset` is below 18 or unknown to ONNX, or there is no such target.
     """
+    opset = OPSETS[target] if opset is None and target in OPSETS else opset or 20
     if opset < 18:
         raise UsageError(f"opset {opset} is below 18, the first that can be written")
+    check_target(program, target, opset)
     if any(weight.is_meta for weight in program.weights.values()):
         raise BackendError(
             "the program's weights are on the meta device: there is nothing to write"
         )
+    if check:
+        ort.check_opset(opset)
     start = time.perf_counter()
     names = dimension_names(program)
     show = maker() if progress is True else (progress or None)
     stages = 3 if check else 2
+    lowered, choices = lower(program, target, opset) if target else (program, ())
+    notes = list(program.notes)
     with staged_file(path, overwrite=overwrite) as staged, counted(show, "ONNX", stages) as advance:
-        model = convert(program, opset)
-        simplify(model, set(program.weights))
-        apply_names(model, names)
-        advance(1)
-        _save(model, staged, external_data)
-        _check(staged)
-        advance(1)
-        ran = ort.compare(program, staged, names) if check else ort.Comparison(None, None)
+
+        def write(form: Program, counts: bool, norms: bool) -> tuple[onnx_ir.Model, Any]:
+            model = convert(form, opset)
+            simplify(model, set(program.weights))
+            apply_names(model, names)
+            if norms:
+                fuse_norms(model)
+            advance(1)
+            _save(model, staged, external_data)
+            _check(staged)
+            advance(1)
+            if not check:
+                return model, ort.Comparison(None, None)
+            return model, ort.compare(program, staged, names, counts=counts)
+
+        norms = target in ("cpu", "cuda")
+        attempts = dict.fromkeys([(lowered, norms), (lowered, False), (program, False)])
+        failed: list[str] = []
+        for form, norms in attempts:
+            counts = form is lowered and any(choice.form == "gqa" for choice in choices)
+            try:
+                model, ran = write(form, counts, norms)
+                break
+            except BackendError as error:
+                failed.append(str(error))
+                if form is program and not norms:
+                    raise BackendError("; with fused operators: ".join(failed[::-1])) from error
+        if failed:
+            what = "norms are" if form is lowered else "attention and norms are"
+            notes.append(f"{what} not fused: {failed[-1]}")
+        if form is not lowered:
+            choices = tuple(Choice(c.module, "decomposed", f"{c.form} failed") for c in choices)
+        notes += _limits(choices)
         size = sum(entry.stat().st_size for entry in staged.parent.iterdir())
+    operators = Counter(
+        f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph
+    )
     return OnnxReport(
         path=str(path),
         bytes=size,
         opset=model.opset_imports.get("", opset),
-        nodes=sum(1 for _ in model.graph),
+        nodes=operators.total(),
         max_relative_error=ran.max_relative_error,
         seconds=time.perf_counter() - start,
         onnxruntime=ran.version,
-        notes=(*program.notes, *ran.notes),
+        notes=(*notes, *ran.notes),
+        target=target,
+        attention={choice.module: str(choice) for choice in choices},
+        operators=dict(sorted(operators.items())),
     )
+
+
+def _limits(choices: Sequence[Choice]) -> list[str]:
+    """What a graph with GroupQueryAttention does not take, for people."""
+    if all(choice.form != "gqa" for choice in choices):
+        return []
+    return [
+        "masks may pad on the right: rows that are padded on the left come out as NaN",
+        "on a filled cache, several rows take one token at a time",
+    ]
 
 
 def _save(model: onnx_ir.Model, path: Path, external_data: bool | None) -> None:
@@ -160,7 +232,15 @@ def _save(model: onnx_ir.Model, path: Path, external_data: bool | None) -> None:
 def _check(path: Path) -> None:
     import onnx
 
+    model = onnx.load(path, load_external_data=False)
+    moved = as_checked(model)
+    checked = path.with_name(f"{path.name}.checked") if moved else path
     try:
-        onnx.checker.check_model(str(path), full_check=True)
+        if moved:
+            onnx.save(model, checked)
+        onnx.checker.check_model(str(checked), full_check=True)
     except Exception as error:  # its exceptions share no base but Exception
         raise BackendError(f"onnx.checker refuses the model: {ort.first_line(error)}") from error
+    finally:
+        if moved:
+            checked.unlink(missing_ok=True)

@@ -50,7 +50,9 @@ class Comparison:
     notes: tuple[str, ...] = ()
 
 
-def compare(program: Program, path: Path, names: Mapping[str, str]) -> Comparison:
+def compare(
+    program: Program, path: Path, names: Mapping[str, str], *, counts: bool = False
+) -> Comparison:
     """Run the ONNX model at `path` and `program` on the same random inputs.
 
     A decoder answers two prompts and then ten single tokens; any other program gets a batch of
@@ -64,6 +66,9 @@ def compare(program: Program, path: Path, names: Mapping[str, str]) -> Compariso
         The ONNX model.
     names
         The name of every dynamic size, by its symbol.
+    counts
+        Whether the model counts a mask's ones, in place of looking where they are. It is then run
+        on prompts padded on the right, tokens after them and a chunk on a filled cache too.
 
     Raises
     ------
@@ -94,11 +99,46 @@ def compare(program: Program, path: Path, names: Mapping[str, str]) -> Compariso
     pair = _Pair(program, session)
     if program.is_decoder and {"sequence", "past_sequence"} <= set(names.values()):
         notes = _compare_decoder(pair, names)
+        if counts:
+            notes += _compare_padded(pair, names)
     else:
         for batch in (3, 1):
             pair.run(sample_inputs(program, sizes_for(program, names, batch)))
         notes = ()
     return Comparison(pair.worst, version, notes)
+
+
+def check_opset(opset: int) -> None:
+    """Refuse an `opset` that the ONNX Runtime that is installed, if any, does not read.
+
+    Raises
+    ------
+    BackendError
+        When it does not load a model of one operator.
+    """
+    import onnx
+
+    try:
+        import onnxruntime
+    except ImportError:
+        return
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    other = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    graph = onnx.helper.make_graph([node], "probe", [value], [other])
+    imports = [onnx.helper.make_opsetid("", opset)]
+    model = onnx.helper.make_model(graph, opset_imports=imports, ir_version=8)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # its exceptions share no base but Exception
+        raise BackendError(
+            f"ONNX Runtime {onnxruntime.__version__} reads no opset {opset}: a newer one does, "
+            "or an older opset"
+        ) from error
 
 
 class _Pair:
@@ -115,20 +155,29 @@ class _Pair:
         self, inputs: Mapping[str, Tensor], theirs: Mapping[str, Tensor] | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The outputs of the program and of ONNX Runtime, the latter on `inputs` with `theirs`."""
+        reference = self.ours(inputs)
+        found = self.theirs({**inputs, **(theirs or {})})
+        for name in reference:
+            self.compare(name, reference[name], found[name])
+        return reference, found
+
+    def ours(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs of the program."""
         ours = self.program(**{name: tensor.to(self.device) for name, tensor in inputs.items()})
-        feeds = {name: tensor.numpy() for name, tensor in {**inputs, **(theirs or {})}.items()}
+        return {name: tensor.cpu() for name, tensor in ours.items()}
+
+    def theirs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs of ONNX Runtime."""
+        feeds = {name: tensor.numpy() for name, tensor in inputs.items()}
         try:
             arrays = self.session.run(self.wanted, feeds)
         except Exception as error:  # its exceptions share no base but Exception
             sizes = ", ".join(f"{name} {tuple(feed.shape)}" for name, feed in feeds.items())
             raise BackendError(f"ONNX Runtime fails on {sizes}: {first_line(error)}") from error
-        reference = {name: tensor.cpu() for name, tensor in ours.items()}
-        found = {name: torch.from_numpy(a) for name, a in zip(reference, arrays, strict=True)}
-        for name in reference:
-            self._compare(name, reference[name], found[name])
-        return reference, found
+        names = [value.name for value in self.program.outputs]
+        return {name: torch.from_numpy(a) for name, a in zip(names, arrays, strict=True)}
 
-    def _compare(self, name: str, reference: Tensor, found: Tensor) -> None:
+    def compare(self, name: str, reference: Tensor, found: Tensor) -> None:
         if reference.shape != found.shape or reference.dtype != found.dtype:
             raise BackendError(
                 f"ONNX Runtime gives {name} as {found.dtype} {tuple(found.shape)}, "
@@ -178,6 +227,43 @@ def _compare_decoder(pair: _Pair, names: Mapping[str, str]) -> tuple[str, ...]:
             inputs = sample_inputs(program, {s: sizes[name] for s, name in names.items()}, step + 1)
             ours, theirs = pair.run({**inputs, **_caches(ours)}, _caches(theirs))
     return tuple(notes)
+
+
+def _compare_padded(pair: _Pair, names: Mapping[str, str]) -> tuple[str, ...]:
+    """Rows of several lengths, padded on the right, must be what each row is alone."""
+    program, room = pair.program, _positions(pair.program, names)
+    length = min(PROMPTS[0][1], room - 3)
+    own = [value.name for value in program.inputs if not value.name.startswith(PAST)]
+    if length < 3 or own != ["input_ids", "attention_mask"]:
+        return ("not run on padded prompts",)
+    logits = program.outputs[0].name
+    held = (length // 2, length, 1)
+
+    def sample(batch: int, new: int, past: int) -> dict[str, Tensor]:
+        sizes = {"batch": batch, "sequence": new, "past_sequence": past}
+        sizes["total_sequence"] = past + new
+        return sample_inputs(program, {symbol: sizes[name] for symbol, name in names.items()}, past)
+
+    inputs = sample(len(held), length, 0)
+    mask = torch.arange(length)[None] < torch.tensor(held)[:, None]
+    inputs["attention_mask"] = mask.to(inputs["attention_mask"].dtype)
+    theirs = pair.theirs(inputs)
+    alone = []
+    for row, size in enumerate(held):
+        ids = inputs["input_ids"][row : row + 1, :size]
+        alone.append(pair.ours({**sample(1, size, 0), "input_ids": ids}))
+        pair.compare(logits, alone[row][logits], theirs[logits][row : row + 1, :size])
+    for step in range(2):
+        inputs = {**sample(len(held), 1, length + step), **_caches(theirs)}
+        inputs["attention_mask"][:, :length] = mask
+        theirs = pair.theirs(inputs)
+        for row, size in enumerate(held):
+            one = {**sample(1, 1, size + step), "input_ids": inputs["input_ids"][row : row + 1]}
+            alone[row] = pair.ours({**one, **_caches(alone[row])})
+            pair.compare(logits, alone[row][logits], theirs[logits][row : row + 1])
+    ours, theirs = pair.run(sample(1, length, 0))
+    pair.run({**sample(1, 3, length), **_caches(ours)}, _caches(theirs))
+    return ()
 
 
 def _caches(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

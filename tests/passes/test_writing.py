@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +21,9 @@ from graphprune.pipeline import Pipeline
 def written(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     written: list[Any] = []
 
-    def note(self: Any, path: Path, **options: Any) -> None:
+    def note(self: Any, path: Path, **options: Any) -> Any:
         written.append((path, options))
+        return SimpleNamespace(opset=options.get("opset"), attention={"layer": "gqa"})
 
     for method in ("save_pretrained", "export_onnx"):
         monkeypatch.setattr(f"fakes.FakeProgram.{method}", note, raising=False)
@@ -51,7 +53,16 @@ def test_the_report_says_the_path_as_it_was_given(written: list[Any], tmp_path: 
 
 def test_options_reach_the_exporter(written: list[Any], tmp_path: Path) -> None:
     run(tmp_path, ExportOnnx(opset=18, check=False))
-    assert written[0][1] == {"opset": 18, "check": False}
+    assert written[0][1] == {"target": None, "opset": 18, "check": False}
+
+
+def test_the_report_of_a_target_says_what_attention_became(
+    written: list[Any], tmp_path: Path
+) -> None:
+    (step,) = run(tmp_path, ExportOnnx(target="cpu", opset=23)).report.passes
+    assert written[0][1] == {"target": "cpu", "opset": 23, "check": True}
+    details = {"path": "model.onnx", "opset": 23, "target": "cpu", "attention": {"layer": "gqa"}}
+    assert step.details == details
 
 
 @pytest.mark.parametrize(
