@@ -67,12 +67,11 @@ class VerifyEach(Instrument):
 
     def after_pass(self, place: Place, outcome: Outcome, context: Context) -> None:
         """Raise `VerificationError` when the program is not what its plan says."""
-        if outcome.plan is None or not outcome.plan.steps:
-            return
+        resized = outcome.plan is not None and outcome.plan.steps
+        if outcome.base is None and (outcome.edited or not resized):
+            return  # nothing new, or new values that later passes are compared with
         from graphprune.verify import verify
 
-        if outcome.edited and outcome.base is None:
-            return  # its new values are what later passes are compared with
         with context.bar(f"verifying {place}"):
             verify(*context.since_base(), outcome.program, tolerance=self.tolerance)
 

@@ -162,9 +162,11 @@ class Outcome:
     edited
         Whether weights or graph changed in another way than by the plan.
     base
-        Where that came before the plan: the edited program that the plan was then applied to, which
-        the new program is verified against. None where the new program is itself what later ones
-        are verified against.
+        Where values were edited before sizes: the edited program that the plan was then applied to,
+        which the new program is verified against. None where the new program is itself what later
+        ones are verified against.
+    base_steps
+        How many steps of the plan so far led to `base`; None: all of them.
     """
 
     program: Program
@@ -172,6 +174,7 @@ class Outcome:
     details: Mapping[str, Any] = field(default_factory=dict)
     edited: bool = False
     base: Program | None = None
+    base_steps: int | None = None
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,8 @@ class PassManager:
                 base, steps = outcome.base, done
                 if base is None:
                     base, steps = outcome.program, len(plan.steps)
+                elif outcome.base_steps is not None:
+                    steps = outcome.base_steps
                 context = dataclasses.replace(context, base=base, base_steps=steps)
             for instrument in self.instruments:
                 instrument.after_pass(place, outcome, context)

@@ -102,4 +102,5 @@ class Reconstruct(Pass):
             "calibration bytes": walked.peak_bytes,
             "statistics bytes": walked.statistics_bytes,
         }
-        return Outcome(plan.apply(fitted), details=details, edited=True)
+        smaller, steps = plan.apply(fitted), context.base_steps
+        return Outcome(smaller, None, details, edited=True, base=fitted, base_steps=steps)

@@ -160,7 +160,7 @@ def test_aligned_needs_calibration_before_anything_runs() -> None:
 
 
 def test_a_trained_model_loses_less_with_aligned_heads_by_the_promised_factors() -> None:
-    """Measured by `tools/bench_merge.py` on more text: 0.12, 0.20 and 0.32 of what mean loses."""
+    """Measured by `tools/reproduce.py` on more text: 0.12, 0.20 and 0.32 of what mean loses."""
     program = gp.load(reference.checkpoint_dir())
     text, directory = reference.calibration_text(), reference.checkpoint_dir()
     data = gp.Calibration.from_text(text, directory, samples=24, length=64)

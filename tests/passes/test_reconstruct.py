@@ -9,13 +9,15 @@ from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune.calibration import Calibration
-from graphprune.errors import CalibrationError, PlanError, UsageError
+from graphprune.errors import CalibrationError, PlanError, UsageError, VerificationError
 from graphprune.pass_manager import Result
 from graphprune.passes.merge_kv_heads import MergeKvHeads
 from graphprune.passes.prune import Prune
 from graphprune.passes.reconstruct import Reconstruct
 from graphprune.passes.verify import Verify
 from graphprune.pipeline import Pipeline
+from graphprune.plan import Plan
+from graphprune.program import Program
 
 DOWN = "model.layers.0.mlp.down_proj"
 
@@ -143,10 +145,28 @@ def test_what_cannot_be_refitted_is_refused(passes: tuple[Any, ...], message: st
 
 
 def test_where_nothing_was_pruned_it_says_so() -> None:
-    result = run("llama-gqa", Prune("ffn", 0.25, "l2"), Reconstruct(), Reconstruct())
+    result = run("llama-gqa", Reconstruct())
     details = result.report.passes[-1].details
     assert details == {"note": "nothing was pruned before: nothing to refit"}
-    assert run("llama-gqa", Reconstruct()).program is program_of("llama-gqa")
+    assert result.program is program_of("llama-gqa")
+
+
+def test_it_is_verified_against_what_was_refitted_before_the_cut(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    passes = Prune("ffn", 0.25, "l2"), Reconstruct(), Verify()
+    details = run("llama-gqa", *passes).report.passes[-1].details
+    assert details["max_relative_error"] < 1e-4
+
+    def slightly_off(plan: Plan, program: Program) -> Program:
+        smaller = rewritten(plan, program)
+        name = next(name for name in smaller.weights if "down_proj" in name)
+        return smaller.with_weights({name: smaller.weights[name] * 1.01})
+
+    rewritten = Plan.apply
+    monkeypatch.setattr(Plan, "apply", slightly_off)
+    with pytest.raises(VerificationError, match=r"down_proj.* away from the masked original"):
+        run("llama-gqa", *passes)
 
 
 def test_it_needs_data_and_a_damping() -> None:
