@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from graphprune.calibration import Calibration, next_token_loss, predicted
+from graphprune.calibration import LABELS, Calibration, inputs_of, predicted, task_loss
 from graphprune.errors import TrainingError
 from graphprune.output import staged_file
 from graphprune.program import Program
@@ -98,7 +98,7 @@ def _without(zero: Tensor) -> Callable[[Tensor], Tensor]:
 
 @dataclass(frozen=True)
 class Objective:
-    """The next-token loss, the divergence from a teacher, or a mix of both.
+    """The loss of labels or next tokens, the divergence from a teacher, or a mix of both.
 
     ``(1 - distil) CE + distil KL(teacher || student)``, in nats, both means over tokens (Hinton et
     al. 1503.02531 at temperature 1). Where the output is not called ``logits``, the divergence is
@@ -112,11 +112,14 @@ class Objective:
         The program to distil from, of the same inputs and outputs.
     distil
         The weight of the teacher, in [0, 1].
+    labelled
+        Whether batches hold labels, whose cross entropy then takes the place of next tokens'.
     """
 
     output: str
     teacher: Program | None = None
     distil: float = 0.0
+    labelled: bool = False
 
     def __post_init__(self) -> None:
         if (self.teacher is None) != (self.distil == 0):
@@ -125,29 +128,31 @@ class Objective:
     @property
     def name(self) -> str:
         """What `measure` gives."""
-        return "next-token loss" if self.distil < 1 else "divergence from the unpruned program"
+        if self.distil == 1:
+            return "divergence from the unpruned program"
+        return "cross entropy of the labels" if self.labelled else "next-token loss"
 
     def __call__(self, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """What is trained on, a differentiable scalar in nats."""
         logits = outputs[self.output]
         if self.distil == 0:
-            return next_token_loss(logits, _of_tokens(batch))
+            return _task_loss(logits, batch)
         divergence = self._divergence(logits, batch)
         if self.distil == 1:
             return divergence
-        loss = next_token_loss(logits, _of_tokens(batch))
+        loss = _task_loss(logits, batch)
         return (1 - self.distil) * loss + self.distil * divergence
 
     def measure(self, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """The next-token loss, or the divergence where that is all that is trained on."""
         if self.distil == 1:
             return self._divergence(outputs[self.output], batch)
-        return next_token_loss(outputs[self.output], _of_tokens(batch))
+        return _task_loss(outputs[self.output], batch)
 
     def size(self, batch: Batch) -> int:
         """How much a batch counts among others: its predicted tokens, or its samples."""
         tokens = _of_tokens(batch)
-        if self.distil == 1 or "input_ids" not in tokens:
+        if self.distil == 1 or self.labelled or "input_ids" not in tokens:
             return len(next(iter(batch.values())))
         return int(predicted(tokens).sum())
 
@@ -161,15 +166,18 @@ class Objective:
             it, or the teacher's logits are of other shape.
         """
         with torch.no_grad():
-            logits = student.run(batch, training=False)[self.output]
+            logits = student.run(inputs_of(batch), training=False)[self.output]
             if self.teacher is not None:
-                given = self.teacher(**batch)[self.output]
+                given = self.teacher(**inputs_of(batch))[self.output]
                 if given.shape != logits.shape:
                     raise TrainingError(
                         f"the unpruned program gives {self.output} {tuple(given.shape)}, this one "
                         f"{tuple(logits.shape)}: there is nothing to distil"
                     )
             if self.distil == 1:
+                return
+            if self.labelled:
+                _task_loss(logits, batch)  # refuses labels that do not fit
                 return
             tokens = _of_tokens(batch)
             ids = tokens.get("input_ids")
@@ -181,7 +189,7 @@ class Objective:
             name = next(name for name, value in batch.items() if value is ids)
             other = ids.clone()
             other[:, -1] = (ids[:, -1] + 1) % logits.shape[-1]
-            changed = student.run({**batch, name: other}, training=False)[self.output]
+            changed = student.run({**inputs_of(batch), name: other}, training=False)[self.output]
         if not torch.allclose(logits[:, :-1], changed[:, :-1], rtol=1e-3, atol=1e-3):
             raise TrainingError(
                 "the logits of this program depend on the tokens after them, so that predicting "
@@ -190,7 +198,7 @@ class Objective:
 
     def _divergence(self, logits: Tensor, batch: Batch) -> Tensor:
         assert self.teacher is not None
-        given = self.teacher(**batch)[self.output]
+        given = self.teacher(**inputs_of(batch))[self.output]
         mask = _of_tokens(batch).get("attention_mask")
         if mask is not None and mask.shape == logits.shape[:2]:
             logits, given = logits[mask.bool()], given[mask.bool()]
@@ -198,6 +206,12 @@ class Objective:
             return (logits - given).float().square().mean() / given.float().square().mean()
         found, wanted = (each.flatten(0, -2).float().log_softmax(-1) for each in (logits, given))
         return functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
+
+
+def _task_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """The cross entropy of the labels where there are any, of the next tokens elsewhere."""
+    labels = {LABELS: batch[LABELS]} if LABELS in batch else {}
+    return task_loss(logits, {**_of_tokens(batch), **labels})
 
 
 def _of_tokens(batch: Batch) -> dict[str, Tensor]:
@@ -236,7 +250,7 @@ class Samples:
         """
         rows = [
             {name: tensor[at : at + 1] for name, tensor in batch.items()}
-            for batch in calibration
+            for batch in calibration.labelled()
             for at in range(len(next(iter(batch.values()))))
         ]
         if not held_out:
@@ -526,7 +540,7 @@ class _Loop:
         sizes = [self.objective.size(batch) for batch in batches]
         for batch, size in zip(batches, sizes, strict=True):
             with torch.enable_grad():
-                loss = self.objective(self.student.run(batch, training=True), batch)
+                loss = self.objective(self.student.run(inputs_of(batch), training=True), batch)
                 (loss * (size / sum(sizes))).backward()
             self._check_finite(loss.item())
         if recipe.clip:
@@ -544,7 +558,7 @@ class _Loop:
         total, count = 0.0, 0
         for batch in self.held.all(self.recipe.micro):
             size = self.objective.size(batch)
-            outputs = self.student.run(batch, training=False)
+            outputs = self.student.run(inputs_of(batch), training=False)
             total += self.objective.measure(outputs, batch).item() * size
             count += size
         self._check_finite(total)

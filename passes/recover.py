@@ -190,11 +190,12 @@ class Recover(Pass):
         """Train, and take the weights over where they have changed."""
         import torch
 
+        from graphprune.calibration import LABELS
         from graphprune.training import Samples, train
 
         data = self._data(program, context)
         samples, held = Samples.split(data, self.held_out, context.seed)
-        objective = self._objective(program, context)
+        objective = self._objective(program, context, LABELS in samples.rows[0])
         recipe = self._recipe(samples, context.seed)
         student, details = self._student(program, context.seed)
         with context.bar("recovering", recipe.steps) as advance:
@@ -247,14 +248,15 @@ class Recover(Pass):
         data.check(program)
         return data
 
-    def _objective(self, program: Program, context: Context) -> Objective:
+    def _objective(self, program: Program, context: Context, labelled: bool) -> Objective:
         from graphprune.training import Objective
 
         if self.distil and program is context.original:
             raise TrainingError("distil: no pass has changed the program, which is its own teacher")
         names = [value.name for value in program.outputs]
         output = "logits" if "logits" in names else names[0]
-        return Objective(output, context.original if self.distil else None, self.distil)
+        teacher = context.original if self.distil else None
+        return Objective(output, teacher, self.distil, labelled)
 
     def _recipe(self, samples: Samples, seed: int) -> Recipe:
         from graphprune.training import Recipe

@@ -17,7 +17,7 @@ import graphprune as gp
 from graphprune.adapters import Adapters
 from graphprune.calibration import Calibration
 from graphprune.contractions import contractions
-from graphprune.errors import OutputError, TrainingError
+from graphprune.errors import CalibrationError, OutputError, TrainingError
 from graphprune.program import Program
 from graphprune.training import (
     AllWeights,
@@ -467,3 +467,27 @@ def test_digests_tell_values_names_and_types_apart() -> None:
     ]
     assert len({digest(each) for each in (zeros, *others)}) == 6
     assert digest(zeros) == digest({"a": torch.ones(8)[::2] * 0})
+
+
+def test_labels_are_trained_on_where_there_are_any() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(64, 1, 8, 8)
+    labels = (images.mean((1, 2, 3)) > 0).long()
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 16), torch.nn.Linear(16, 2))
+    program = gp.capture(net.eval(), (images[:2],))
+    (name,) = (value.name for value in program.inputs)
+    data = Calibration.from_batches([{name: images, "labels": labels}])
+    recover = gp.Pipeline.parse("recover{method=full steps=30 lr=0.01 batch=16}")
+    result = recover.run(program, calibration=data)
+    before, after = (
+        functional.cross_entropy(p(images)["output"], labels) for p in (program, result.program)
+    )
+    assert after < 0.7 * before
+
+
+def test_labels_that_do_not_fit_are_refused() -> None:
+    program = gp.capture(torch.nn.Linear(4, 2).eval(), (torch.zeros(2, 4),))
+    (name,) = (value.name for value in program.inputs)
+    data = Calibration.from_batches([{name: torch.zeros(8, 4), "labels": torch.zeros(8, 3).long()}])
+    with pytest.raises(CalibrationError, match="do not fit logits"):
+        gp.Pipeline.parse("recover{method=full steps=2}").run(program, calibration=data)
