@@ -184,6 +184,13 @@ def inspect(
     plan: Annotated[
         Path | None, typer.Option(help="A plan.json to show on the page: what goes, what is left.")
     ] = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="A file of 'prune{scores=FILE}' to draw histograms of.")
+    ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="A .png, .svg or .pdf: layers around --plan, or histograms of --scores."),
+    ] = None,
     group: Annotated[str | None, typer.Option(help="Print one group.")] = None,
     weight: Annotated[str | None, typer.Option(help="Print the dimensions of one weight.")] = None,
     tree: Annotated[bool, typer.Option("--tree", help="Print the weights by module.")] = False,
@@ -191,6 +198,7 @@ def inspect(
     traceback: Traceback = False,
 ) -> None:
     """Print what can be pruned: the coupled groups and the axis types of the weights."""
+    from graphprune.charts import draw_scores, draw_sizes
     from graphprune.coupling import analyze
     from graphprune.errors import CaptureError
     from graphprune.loading import shapes_of
@@ -198,8 +206,10 @@ def inspect(
     from graphprune.page import bare_page, page
     from graphprune.progress import maker
 
-    if plan is not None and html is None:
-        raise typer.BadParameter("a plan is shown on a page: give --html too")
+    if plan is not None and html is None and picture is None:
+        raise typer.BadParameter("a plan is shown on a page or picture: give --html or --picture")
+    if picture is not None and (plan is None) == (scores is None):
+        raise typer.BadParameter("a picture is of a --plan or of --scores: give one of them")
     progress = maker(quiet=quiet)
     try:
         program = _load(directory, progress)
@@ -209,6 +219,15 @@ def inspect(
         _write_page(html, bare_page(directory, shapes_of(_resolve(directory)), str(error)))
         print(f"graphprune: {error}", file=sys.stderr)
         return
+    if picture is not None:
+        if plan is not None:
+            draw_sizes(picture, program, _plan(plan))
+        else:
+            assert scores is not None
+            draw_scores(picture, scores, program)
+        print(f"wrote {picture}")
+        if html is None:
+            return
     with _working(progress, "analysing"):
         coupling = analyze(program)
     if html is not None:

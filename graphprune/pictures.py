@@ -1,4 +1,4 @@
-"""Pictures of tables: a heat map and curves, as PNG, SVG or PDF."""
+"""Pictures of tables: a heat map, curves, bars and histograms, as PNG, SVG or PDF."""
 
 from __future__ import annotations
 
@@ -145,6 +145,85 @@ def curves(
     axes.set_ylabel(labels[1])
     axes.grid(True, which="both", alpha=0.3)
     figure.legend(loc="outside lower center", fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def bars(path: Path, pairs: Mapping[str, tuple[float, float]], *, labels: tuple[str, str]) -> None:
+    """Draw two bars for each name, the first empty and the second filled.
+
+    Parameters
+    ----------
+    path
+        The file to write; its suffix is one of `FORMATS`.
+    pairs
+        What was before and what is after, by name, from the top.
+    labels
+        What the bars measure, and what the names are.
+
+    Raises
+    ------
+    OutputError
+        When the name says no format.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    check_format(path)
+    figure = Figure(figsize=(8, 1.4 + 0.3 * len(pairs)), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(pairs))
+    before, after = zip(*pairs.values(), strict=True)
+    axes.barh(places, before, 0.75, fill=False, edgecolor="0.35", hatch="///", label="before")
+    axes.barh(places, after, 0.75, color="0.3", label="after")
+    axes.set_yticks(places, list(pairs))
+    axes.invert_yaxis()
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    axes.grid(True, axis="x", alpha=0.3)
+    figure.legend(loc="outside upper right", ncols=2, fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def histograms(path: Path, values: Mapping[str, Sequence[float]], *, label: str) -> None:
+    """Draw one histogram for each name, all on one scale.
+
+    Parameters
+    ----------
+    path
+        The file to write; its suffix is one of `FORMATS`.
+    values
+        Values by name; on a logarithmic scale where none is zero or below.
+    label
+        What the values are.
+
+    Raises
+    ------
+    OutputError
+        When the name says no format.
+    """
+    from matplotlib.figure import Figure
+
+    check_format(path)
+    columns = min(4, len(values))
+    rows = -(-len(values) // columns)
+    figure = Figure(figsize=(3.2 * columns, 0.6 + 1.9 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
+    low = min(min(each) for each in values.values())
+    high = max(max(each) for each in values.values())
+    log = 0 < low < high
+    edges = [low + (high - low) * at / 40 for at in range(41)]
+    if log:
+        edges = [low * (high / low) ** (at / 40) for at in range(41)]
+    for axes, (name, each) in zip(grid.flat, values.items(), strict=False):
+        axes.hist(each, bins=edges if high > low else 1, color="0.4")
+        axes.set_title(_plain(name), fontsize="x-small")
+        axes.set_ylabel("units", fontsize="small")
+        if log:
+            axes.set_xscale("log")
+    for axes in list(grid.flat)[len(values) :]:
+        axes.set_axis_off()
+    figure.supxlabel(label, fontsize="medium")
     figure.savefig(path, dpi=150)
 
 

@@ -239,6 +239,23 @@ def test_inspect_shows_a_plan_on_the_page(
     assert not other.exists()
 
 
+def test_inspect_draws_layers_around_a_plan_and_scores_of_groups(
+    graphprune: Run, checkpoint: Path, smaller: Path, tmp_path: Path
+) -> None:
+    sizes, plan = tmp_path / "sizes.svg", smaller / "plan.json"
+    assert graphprune("inspect", checkpoint, "--plan", plan, "--picture", sizes).status == 0
+    drawn = sizes.read_text()
+    assert all(f"<!-- {text} -->" in drawn for text in ("model.layers.0", "before", "parameters"))
+    scores, picture = tmp_path / "scores.safetensors", tmp_path / "scores.svg"
+    passes = f"prune{{target=ffn ratio=0.125 criterion=magnitude scores={scores}}}"
+    assert graphprune("run", checkpoint, "--passes", passes, "-o", tmp_path / "out").status == 0
+    assert graphprune("inspect", checkpoint, "--scores", scores, "--picture", picture).status == 0
+    assert "<!-- model.layers.1.mlp:ffn -->" in picture.read_text()
+    odd = graphprune("inspect", checkpoint, "--plan", plan, "--picture", tmp_path / "sizes.txt")
+    assert_refused(odd, "sizes.txt", ".png")
+    assert graphprune("inspect", checkpoint, "--picture", sizes).status == 2
+
+
 def test_explain_names_the_operators_that_couple(graphprune: Run, checkpoint: Path) -> None:
     out = graphprune("explain", checkpoint, "model.layers.0.mlp.up_proj.weight", "0").out
     assert "aten.mul.Tensor in model.layers.0.mlp" in out
