@@ -39,7 +39,7 @@ from graphprune.errors import CaptureError, UsageError
 from graphprune.examples import BATCH, NEW, PAST_LENGTH, Example, configs, example_of
 from graphprune.program import PAST, PRESENT, Kind, Program, Source, Value, module_path
 
-_FIXED_BATCH, _FIXED_NEW, _FIXED_PAST = 101, 103, 107
+FIXED_BATCH, FIXED_NEW, FIXED_PAST = 101, 103, 107
 """Sizes of a decoder captured on the meta device, where dynamic ones would cost four times the
 time for a graph that can only be analysed: primes, so that no other size is taken for them."""
 
@@ -476,7 +476,7 @@ def _capture_decoder(
     fixed = model.device.type == "meta"
     rows, new, held = BATCH, NEW, PAST_LENGTH
     if fixed:
-        rows, new, held = _FIXED_BATCH, _FIXED_NEW, _FIXED_PAST
+        rows, new, held = FIXED_BATCH, FIXED_NEW, FIXED_PAST
     ids = torch.zeros((rows, new), dtype=torch.int64, device=model.device)
     mask = torch.ones((rows, held + new), dtype=torch.int64, device=model.device)
     past, names = [], []

@@ -12,6 +12,7 @@ from torch import fx
 
 from graphprune.axes import Atom, Axis, Product, Sum
 from graphprune.axes import Cut as AxisCut
+from graphprune.capture import FIXED_BATCH, FIXED_NEW, FIXED_PAST
 from graphprune.coupling import Coupling
 from graphprune.program import PAST
 
@@ -106,6 +107,8 @@ class Costs:
     def _dynamic(self, size: int) -> int:
         """The size of an atom; for a dynamic one, what its symbols are taken for."""
         expressions, result = self.coupling.types.dynamic, 1
+        if size in self._fixed:
+            return self._fixed[size]
         if size in expressions:
             return int(expressions[size].xreplace(self._symbols))
         for number, expression in expressions.items():  # a part of a flattened axis
@@ -113,6 +116,17 @@ class Costs:
                 size //= number
                 result *= int(expression.xreplace(self._symbols))
         return size * result
+
+    @cached_property
+    def _fixed(self) -> dict[int, int]:
+        """What the sizes stand for with which a decoder is captured on the meta device."""
+        caches = [v.shape for v in self.coupling.program.inputs if v.name.startswith(PAST)]
+        if not caches or (caches[0][0], caches[0][2]) != (FIXED_BATCH, FIXED_PAST):
+            return {}
+        total = FIXED_NEW + FIXED_PAST
+        lengths = {FIXED_NEW: self.tokens, FIXED_PAST: 0, total: self.tokens}
+        flattened = {FIXED_BATCH * size: meant for size, meant in lengths.items()}
+        return {FIXED_BATCH: 1, **lengths, **flattened}
 
     @cached_property
     def _symbols(self) -> dict[object, int]:

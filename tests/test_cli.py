@@ -227,6 +227,25 @@ def test_inspect_writes_a_page_and_never_over_a_file(
     assert_refused(graphprune("inspect", checkpoint, "--html", page), str(page), "exists")
 
 
+def test_what_cannot_be_captured_has_a_page_of_its_weights_and_the_reason(
+    graphprune: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from graphprune import loading
+    from graphprune.errors import CaptureError
+
+    def refuse(directory: str) -> Any:
+        raise CaptureError("model.layers.0: it branches on data (modeling.py:7)")
+
+    monkeypatch.setattr(loading, "load", refuse)
+    page = tmp_path / "page.html"
+    done = graphprune("inspect", checkpoint, "--html", page)
+    assert done.status == 0
+    assert "it branches on data" in done.err
+    assert '"problem":"model.layers.0: it branches on data (modeling.py:7)"' in page.read_text()
+    assert '"model.norm.weight"' in page.read_text()
+    assert_refused(graphprune("inspect", checkpoint), "it branches on data")
+
+
 def test_inspect_shows_a_plan_on_the_page(
     graphprune: Run, checkpoint: Path, smaller: Path, tmp_path: Path
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import coupling_of, program_of, random_plan
+from architectures import build, coupling_of, program_of, random_plan
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -43,6 +43,15 @@ def test_costs_after_cuts_are_those_of_the_rewritten_program(name: str, seed: in
     assert costs.after("macs", counts) == counted(pruned)
     assert costs.after("params", counts) == pruned.parameter_count()
     assert costs.after("kv_bytes", counts) == pruned.kv_bytes_per_token()
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "mixtral", "gemma3"])
+def test_a_decoder_captured_without_weights_costs_the_same(name: str) -> None:
+    with torch.device("meta"):
+        coupling = gp.analyze(gp.capture(build(name)))
+    for cost in ("params", "macs", "kv_bytes"):
+        real = Costs(coupling_of(name), tokens=TOKENS).after(cost, {})
+        assert Costs(coupling, tokens=TOKENS).after(cost, {}) == real
 
 
 class Mixed(nn.Module):
