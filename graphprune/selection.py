@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -98,20 +98,54 @@ def outer_layers(coupling: Coupling, first: int, last: int) -> set[str]:
     SelectionError
         When the program has no numbered layers.
     """
+    stacks = _stacks(coupling)
+    if not stacks:
+        raise SelectionError("the program has no numbered layers to protect")
+    return {name for layers in stacks for name in _outer(layers, first, last)}
+
+
+def outer_groups(coupling: Coupling) -> set[str]:
+    """Groups that lie in one of the outer layers of a deep stack, and are parts of blocks.
+
+    The first eighth and the last sixteenth of the layers, rounded down: of 32 the first four and
+    the last two, as LLM-Pruner keeps them (see `outer_layers`); of less than eight none.
+    """
+    outer = {
+        name
+        for layers in _stacks(coupling)
+        for name in _outer(layers, len(layers) // 8, len(layers) // 16)
+    }
+    return {
+        group.name
+        for group in coupling.groups
+        if group.role in _BLOCK_ROLES and outer.issuperset(group.weights())
+    }
+
+
+_BLOCK_ROLES: tuple[Role, ...] = (
+    "ffn",
+    "expert",
+    "expert-unit",
+    "kv-head",
+    "query-slot",
+    "head-dim",
+)
+
+
+def _stacks(coupling: Coupling) -> list[dict[int, list[str]]]:
+    """The weights of every stack of numbered layers, by the number of the layer."""
     stacks: dict[str, dict[int, list[str]]] = {}
     for name in coupling.program.weights:
         stack, _, number = layer_of(name.rpartition(".")[0]).rpartition(".")
         if number:
             stacks.setdefault(stack, {}).setdefault(int(number), []).append(name)
-    if not stacks:
-        raise SelectionError("the program has no numbered layers to protect")
-    return {
-        name
-        for layers in stacks.values()
-        for at, number in enumerate(sorted(layers))
-        if at < first or at >= len(layers) - last
-        for name in layers[number]
-    }
+    return list(stacks.values())
+
+
+def _outer(layers: Mapping[int, list[str]], first: int, last: int) -> Iterator[str]:
+    for at, number in enumerate(sorted(layers)):
+        if at < first or at >= len(layers) - last:
+            yield from layers[number]
 
 
 # -- how many and which units ---------------------------------------------------------------------

@@ -62,7 +62,9 @@ class Prune(Pass):
         In how many equal parts the ratio is removed, with scores taken anew before each.
     protect
         How many of the first and of the last layers stay whole, such as 4,2: groups that hold a
-        weight of theirs.
+        weight of theirs. None: where every group of a kind is to lose the same part, the parts of
+        blocks in the first eighth and the last sixteenth of the layers stay (4 and 2 of 32, as the
+        paper has it; of less than 8 none); 0,0 keeps none.
     params
         The part of the program's parameters that goes, in [0, 1). All budgets that are given are
         met.
@@ -110,7 +112,7 @@ class Prune(Pass):
     round_to: int = 1
     skip: tuple[str, ...] = ()
     steps: int = 1
-    protect: tuple[int, ...] = ()
+    protect: tuple[int, ...] | None = None
     params: float | None = None
     macs: float | None = None
     kv_bytes: float | None = None
@@ -133,9 +135,10 @@ class Prune(Pass):
             raise SelectionError(f"prune: steps {self.steps} is not positive")
         if self.scores is not None and self.steps > 1:
             raise SelectionError("prune: scores are taken anew before each of several steps")
-        if len(self.protect) not in (0, 2) or min(self.protect, default=0) < 0:
+        kept = self.protect or ()
+        if len(kept) not in (0, 2) or min(kept, default=0) < 0:
             raise SelectionError(
-                f"prune: protect {','.join(map(str, self.protect))} is not a number of first "
+                f"prune: protect {','.join(map(str, kept))} is not a number of first "
                 "layers and one of last layers, such as 4,2"
             )
 
@@ -160,16 +163,18 @@ class Prune(Pass):
         """Score the target's groups, select units, and rewrite; once for each step."""
         from graphprune.plan import Plan, Step
         from graphprune.rewrite import carry_out
-        from graphprune.selection import outer_layers, target_groups
+        from graphprune.selection import outer_groups, outer_layers, target_groups
 
         first = coupling = context.coupling(program)
         protected = outer_layers(first, *self.protect) if self.protect else set()
-        names = {
+        kept = outer_groups(first) if self._keeps_outer_layers() else set()
+        meant = {
             group.name
             for target in self.target
             for group in target_groups(first, target, self.skip)
             if not protected.intersection(group.weights())
         }
+        names = meant - kept
         if not names:
             targets = ", ".join(map(repr, self.target))
             raise SelectionError(f"every group of target {targets} is in a protected layer")
@@ -193,7 +198,16 @@ class Prune(Pass):
             "removed": {name: f"{n} of {first.group(name).size}" for name, n in removed.items()},
             "unchanged": [g.name for g in first.groups if g.name in names - removed.keys()],
         }
+        if meant & kept:
+            details["protected"] = sorted(meant & kept)
         return Outcome(program, Plan(tuple(steps)), details=details)
+
+    def _keeps_outer_layers(self) -> bool:
+        """Whether nothing is said about them, and every group of a kind is to lose the same."""
+        from graphprune.selection import TARGETS
+
+        by_kind = all(target in TARGETS or target == "all" for target in self.target)
+        return self.protect is None and self.scope == "group" and by_kind
 
     def _cuts(
         self,

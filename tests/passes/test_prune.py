@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from architectures import coupling_of, inputs_of, model_of, program_of
 from torch import Tensor
 
@@ -326,6 +328,40 @@ def test_steps_score_what_is_left() -> None:
     finally:
         del criteria.CRITERIA["seen"]
     assert seen == [48, 42, 36, 30]
+
+
+@cache
+def deep() -> gp.Program:
+    """A decoder of sixteen layers."""
+    config = tf.LlamaConfig(
+        num_hidden_layers=16,
+        hidden_size=16,
+        intermediate_size=24,
+        num_attention_heads=2,
+        vocab_size=32,
+    )
+    return gp.capture(tf.LlamaForCausalLM(config).eval())
+
+
+def removed_by(**options: Any) -> set[int]:
+    """The layers of the deep decoder that lose FFN units."""
+    given = {"target": "ffn", "ratio": 0.25, "criterion": "l2", **options}
+    removed = run(deep(), Prune(**given)).report.passes[0].details["removed"]
+    return {int(name.split(".")[2]) for name in removed}
+
+
+def test_outer_layers_of_a_deep_stack_are_protected_unless_told_otherwise() -> None:
+    assert removed_by() == set(range(2, 15))
+    assert removed_by(protect=(0, 0)) == set(range(16))
+    assert removed_by(target="model.layers.*.mlp:ffn") == set(range(16))
+    assert 0 in removed_by(scope="global", ratio=0.9)
+    details = run(deep(), Prune("ffn", 0.25, "l2")).report.passes[0].details
+    assert details["protected"] == [f"model.layers.{n}.mlp:ffn" for n in (0, 1, 15)]
+
+
+def test_the_residual_stream_is_not_protected_by_its_outer_layers() -> None:
+    details = run(deep(), Prune("hidden", 0.25, "l2")).report.passes[0].details
+    assert "protected" not in details
 
 
 def test_outer_layers_stay_whole() -> None:
