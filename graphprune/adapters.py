@@ -76,11 +76,7 @@ class Adapters:
     def run(self, batch: Batch, training: bool) -> dict[str, Tensor]:
         """The outputs of the program with its adapters."""
         self._modules.train(training)
-        weights, filled = self._with(self._inside), self._program.fill(batch)
-        outputs = self._interpreter.run(
-            *(weights[name] for name in self._program.weights),
-            *(filled[value.name] for value in self._program.inputs),
-        )
+        outputs = self._interpreter.run(*self._program.placed(self._with(self._inside), batch))
         named = zip(self._program.outputs, outputs, strict=True)
         return {value.name: output for value, output in named}
 

@@ -135,8 +135,7 @@ def align(
         for found in maps
         for projection in found.projections
     ]
-    last = {used: node for node in program.graph.nodes for used in node.all_input_nodes}
-    runs = [Run(program, batch, last) for batch in unpadded(calibration)]
+    runs = Run.all(program, unpadded(calibration))
     changed: dict[str, Tensor] = {}
     moves: dict[str, tuple[Order, ...]] = {}
     for heads in chosen:
@@ -160,9 +159,7 @@ def align(
             for run in runs:
                 run.replace(changed)
         for run in runs:
-            for node in nodes:
-                run.step(node, run.values)
-            run.forget(nodes)
+            run.advance(nodes)
     for fit in fits:
         name = fit.map.heads.name
         moves[name] = fit.moves

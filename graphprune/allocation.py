@@ -52,17 +52,17 @@ def loss_margins(evidence: Evidence, scores: Scores, levels: int = LEVELS) -> di
     """
     data, program = evidence.data(), evidence.program
     for group in evidence.groups:
-        if group.exactness != "exact" or group.role == "expert":
+        if not group.is_zeroing:
             raise SelectionError(
                 f"{group.name} ({group.role}, {group.exactness}): its removal is no zeroing of "
                 "weights, so its loss cannot be measured by masking"
             )
-    whole = _loss(program, data)
+    whole, fingerprint = _loss(program, data), program.fingerprint()
     runs = [(group, count) for group in evidence.groups for count in _counts(group, levels)]
     points: dict[str, list[tuple[int, float]]] = {g.name: [(0, 0.0)] for g in evidence.groups}
     for group, count in evidence.track(runs, "measuring the loss of groups"):
         cut = cut_of(group, lowest(scores[group.name], count))
-        plan = Plan((Step(program.fingerprint(), (cut,)),))
+        plan = Plan((Step(fingerprint, (cut,)),))
         masked = program.with_weights(plan.masked(program.weights))
         points[group.name].append((count, _loss(masked, data) - whole))
     return {group.name: _slopes(points[group.name], group.size) for group in evidence.groups}

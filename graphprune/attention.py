@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from graphprune.nodes import arguments_of
+from graphprune.nodes import arguments_of, size_of
 from graphprune.program import PAST, PRESENT, Program, module_path
 
 MaskKind = Literal["none", "causal", "window", "bias"]
@@ -598,12 +598,7 @@ class _Trials:
     def shape(self, node: fx.Node, sizes: _Sizes) -> list[int]:
         """The sizes of `node`."""
         symbols = self.symbols(sizes)
-        return [
-            size
-            if isinstance(size, int)
-            else int(size.node.expr.subs({s: symbols[str(s)] for s in size.node.expr.free_symbols}))
-            for size in node.meta["val"].shape
-        ]
+        return [size_of(size, symbols) for size in node.meta["val"].shape]
 
     def inputs(self, sizes: _Sizes, pad: str = "") -> dict[fx.Node, Tensor]:
         """Inputs of these sizes: zeros, and masks that pad the first row on the side of `pad`."""

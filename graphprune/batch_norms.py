@@ -50,8 +50,7 @@ def reestimate(
     norms = dict(_kept(program))
     if not norms:
         return {}
-    last = {used: node for node in program.graph.nodes for used in node.all_input_nodes}
-    runs = [Run(program, batch, last) for batch in calibration]
+    runs = Run.all(program, calibration)
     found: dict[str, Tensor] = {}
     for node in track(list(program.graph.nodes), "taking statistics of batch norms"):
         if node in norms:
@@ -64,8 +63,7 @@ def reestimate(
                 found[name] = moment.to(program.weights[name].dtype)
         for run in runs:
             run.replace({name: found[name] for name in norms.get(node, ())})
-            run.step(node, run.values)
-            run.forget([node])
+            run.advance([node])
     return found
 
 

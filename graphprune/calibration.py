@@ -170,6 +170,12 @@ class Calibration:
         for index, batch in enumerate(self.batches):
             yield {**batch, **({LABELS: self.labels[index]} if self.labels else {})}
 
+    def singly(self) -> Iterator[dict[str, Tensor]]:
+        """Every sample as a batch of one, with its label if there are any."""
+        for batch in self.labelled():
+            for row in range(_rows(batch)):
+                yield {name: tensor[row : row + 1] for name, tensor in batch.items()}
+
     def __len__(self) -> int:
         return len(self.batches)
 
@@ -426,5 +432,5 @@ def digest(batches: Sequence[Mapping[str, Tensor]]) -> str:
         for name, tensor in sorted(batch.items()):
             found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             flat = tensor.detach().cpu().contiguous().flatten()
-            found.update(flat.view(torch.uint8).numpy().tobytes())
+            found.update(flat.view(torch.uint8).numpy().data)
     return found.hexdigest()

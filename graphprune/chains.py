@@ -11,7 +11,7 @@ from torch import fx
 from graphprune.axes import Atom
 from graphprune.coupling import Coupling
 from graphprune.errors import UsageError
-from graphprune.program import module_path, source_line
+from graphprune.program import whereabouts
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,5 @@ def chain_text(coupling: Coupling, group: str, first: str, second: str) -> str:
         steps = Chains(coupling).between(group, first, second)
     except UsageError as error:
         return f"  {error}"
-    lines = [f"  from {first} to {second}:"]
-    for step in steps:
-        path, line = module_path(step.operator), source_line(step.operator)
-        where = (f" in {path}" if path else "") + (f" ({line})" if line else "")
-        lines.append(f"    {step.operator.target}{where}")
-    return "\n".join(lines)
+    lines = (f"    {whereabouts(step.operator)}" for step in steps)
+    return "\n".join([f"  from {first} to {second}:", *lines])

@@ -8,12 +8,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from graphprune.axes import Atom, Axis, Occurrence, Product
 from graphprune.errors import UsageError
 from graphprune.inference import Types, infer
-from graphprune.program import Program, module_path, source_line
+from graphprune.program import Program, whereabouts
 from graphprune.roles import LABELS, Role, find_roles
 
 if TYPE_CHECKING:
@@ -100,6 +100,11 @@ class Group:
     parents: tuple[str, ...] = ()
     least: int = 1
 
+    @property
+    def is_zeroing(self) -> bool:
+        """Whether removing units equals zeroing their slices of the weights."""
+        return self.exactness == "exact" and self.role != "expert"
+
     def weights(self) -> list[str]:
         """The names of the weights it reaches into, each once."""
         return list(dict.fromkeys(member.weight for member in self.members))
@@ -156,6 +161,10 @@ class Coupling:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UsageError(f"the program has no group {name!r}{hint}")
         return self._by_name[name]
+
+    def sizes(self, group: Group) -> tuple[int, ...]:
+        """The sizes of the parents of `group`, and its own."""
+        return (*(self.group(parent).size for parent in group.parents), group.size)
 
     def atom(self, name: str) -> Atom:
         """The axis behind the group called `name`."""
@@ -224,11 +233,11 @@ class Coupling:
         facts, axes = self.types.facts, self.types.axes
         for entry in facts.statistics:
             for atom in axes.atoms(entry.axis):
-                why = f"mean and variance over it at {_where(entry.node)}"
+                why = f"mean and variance over it at {whereabouts(entry.node)}"
                 found.setdefault(atom, ("approximate", why))
         for mean in facts.means:
             for atom in axes.atoms(mean.axis):
-                found.setdefault(atom, ("rescaled", f"mean over it at {_where(mean.node)}"))
+                found.setdefault(atom, ("rescaled", f"mean over it at {whereabouts(mean.node)}"))
         return found
 
     # -- weights --------------------------------------------------------------------------------
@@ -278,7 +287,7 @@ class Coupling:
                 if group.why:
                     lines.append(f"    {group.why}")
             elif reason is not None:
-                lines.append(f"  {atom.size} frozen: {reason.why}, at {_where(reason.node)}")
+                lines.append(f"  {atom.size} frozen: {reason.why}, at {whereabouts(reason.node)}")
             else:
                 lines.append(f"  {atom.size} frozen: no parameter holds it")
         if len(lines) == 1:
@@ -359,7 +368,7 @@ class Coupling:
                 for name, weight in self.program.weights.items()
             },
             "frozen": [
-                {"weight": weight, "dim": dim, "why": reason.why, "where": _where(reason.node)}
+                {"weight": weight, "dim": dim, "why": reason.why, "where": whereabouts(reason.node)}
                 for weight, dim, reason in self.frozen()
             ],
         }
@@ -421,13 +430,6 @@ def analyze(program: Program) -> Coupling:
         Groups, printable types of weights, reasons to freeze, and the dependency graph.
     """
     return Coupling(infer(program))
-
-
-def _where(node: Any) -> str:
-    """``operator in module (file:line)`` of a node."""
-    target = node.name if node.op == "placeholder" else node.target
-    path, line = module_path(node), source_line(node)
-    return f"{target}" + (f" in {path}" if path else "") + (f" ({line})" if line else "")
 
 
 def _names(members: Mapping[Atom, list[str]], roles: Mapping[Atom, Role]) -> dict[Axis, str]:

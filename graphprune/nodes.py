@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 
@@ -45,10 +46,21 @@ def made_from(origin: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Nod
     return made
 
 
-def valued(node: fx.Node) -> fx.Node:
-    """`node`, with the value that it has on those of its arguments."""
+def valued(node: fx.Node, mode: FakeTensorMode | None = None) -> fx.Node:
+    """`node`, with the value that it has on those of its arguments.
+
+    `mode` is what makes the value where no argument is a tensor.
+    """
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda other: other.meta["val"])
     tensors = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor))
-    with next(tensors).fake_mode, torch.no_grad():
+    with mode or next(tensors).fake_mode, torch.no_grad():
         node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
     return node
+
+
+def size_of(size: Any, sizes: Mapping[str, int]) -> int:
+    """A dimension's size, where its symbols have the `sizes` by their names."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression.subs({symbol: sizes[str(symbol)] for symbol in expression.free_symbols}))

@@ -20,7 +20,7 @@ from graphprune.chains import Chains
 from graphprune.cost import TOKENS, Cost, Costs
 from graphprune.coupling import Coupling, Group
 from graphprune.plan import Plan
-from graphprune.program import module_path, source_line
+from graphprune.program import module_path, source_line, whereabouts
 from graphprune.roles import LABELS
 
 MARK = "__DOCUMENT__"
@@ -145,7 +145,11 @@ class _Document:
         if group is not None:
             return {"g": self.numbers[group.name]}
         reason = self.coupling.types.frozen.get(axis)
-        key = ("no parameter holds it", "") if reason is None else (reason.why, _where(reason.node))
+        key = (
+            ("no parameter holds it", "")
+            if reason is None
+            else (reason.why, whereabouts(reason.node))
+        )
         return {"f": self.reasons.setdefault(key, len(self.reasons)), "s": axis.size}
 
     # -- groups ---------------------------------------------------------------------------------
@@ -258,9 +262,3 @@ def _runs(places: list[int]) -> list[int]:
 
 def _operator(node: fx.Node) -> list[str]:
     return [str(node.target), module_path(node), source_line(node)]
-
-
-def _where(node: fx.Node) -> str:
-    target = node.name if node.op == "placeholder" else str(node.target)
-    path, line = module_path(node), source_line(node)
-    return f"{target}" + (f" in {path}" if path else "") + (f" ({line})" if line else "")

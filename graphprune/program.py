@@ -216,12 +216,14 @@ class Program:
 
     def run(self, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the graph on other `weights` of the same shapes, in the caller's grad mode."""
-        filled = self.fill(inputs)
-        outputs = self.graph_module(
-            *(weights[name] for name in self.weights),
-            *(filled[value.name] for value in self.inputs),
-        )
+        outputs = self.graph_module(*self.placed(weights, inputs))
         return {value.name: out for value, out in zip(self.outputs, outputs, strict=True)}
+
+    def placed(self, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """What the graph's placeholders are, in order: `weights`, and `inputs` filled in."""
+        filled = self.fill(inputs)
+        held = [weights[name] for name in self.weights]
+        return [*held, *(filled[value.name] for value in self.inputs)]
 
     def fill(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`inputs` with what may be left out filled in.
@@ -329,6 +331,18 @@ def layer_of(path: str) -> str:
     """
     found = _LAYER.match(path)
     return found[0] if found else ""
+
+
+def operator_of(node: fx.Node) -> str:
+    """``operator in module`` of a node."""
+    return f"{node.target} in {module_path(node) or 'the model'}"
+
+
+def whereabouts(node: fx.Node) -> str:
+    """``operator in module (file:line)`` of a node, or the name of an input or weight."""
+    target = node.name if node.op == "placeholder" else node.target
+    path, line = module_path(node), source_line(node)
+    return f"{target}" + (f" in {path}" if path else "") + (f" ({line})" if line else "")
 
 
 def source_line(node: fx.Node) -> str:

@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from graphprune.capture import value_of
 from graphprune.errors import RewriteError
-from graphprune.program import Program, module_path
+from graphprune.program import Program, operator_of
 from graphprune.sampling import random_inputs
 
 # -- arguments ----------------------------------------------------------------------------------
@@ -198,16 +198,15 @@ class _Proof(fx.Interpreter):
             result = super().run_node(n)
         except Exception as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise RewriteError(f"{_place(n)} does not accept its new sizes: {first}") from error
+            raise RewriteError(
+                f"{operator_of(n)} does not accept its new sizes: {first}"
+            ) from error
         if isinstance(result, Tensor) and n.op == "call_function":
             promised = n.meta["val"].shape
             for size, due in zip(result.shape, promised, strict=True):
                 if isinstance(due, int) and isinstance(size, int) and due != size:
                     raise RewriteError(
-                        f"{_place(n)} came out as {tuple(result.shape)}, not as {tuple(promised)}"
+                        f"{operator_of(n)} came out as {tuple(result.shape)}, not as "
+                        f"{tuple(promised)}"
                     )
         return result
-
-
-def _place(node: fx.Node) -> str:
-    return f"{node.target} in {module_path(node) or 'the model'}"

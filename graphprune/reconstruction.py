@@ -124,7 +124,7 @@ def _check(coupling: Coupling, plan: Plan) -> None:
         raise PlanError("merged heads cannot be refitted: refit before merging")
     for cut in (cut for step in plan.steps for cut in step.cuts):
         group = coupling.group(cut.group)
-        if group.exactness != "exact" or group.role == "expert":
+        if not group.is_zeroing:
             raise PlanError(
                 f"{cut.group} ({group.role}, {group.exactness}): its removal is no zeroing of "
                 "weights, so what stays cannot be refitted"

@@ -276,7 +276,7 @@ class _Choice:
     ) -> None:
         self.selector, self.groups = selector, groups
         self.costs = Costs(coupling)
-        self.before = Costs(selector.first or coupling)
+        self.before = self.costs if selector.first is None else Costs(selector.first)
         self.margins = [
             margins[group.name] if group.name in margins else self._ranked(group, scores)
             for group in groups

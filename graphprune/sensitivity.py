@@ -27,11 +27,11 @@ from graphprune.coupling import Coupling, Group
 from graphprune.criteria import Evidence
 from graphprune.errors import EvaluationError, SelectionError
 from graphprune.evaluate import why_not_causal
+from graphprune.head_maps import sites_of
 from graphprune.output import as_json
 from graphprune.plan import Cut, Plan, Step
 from graphprune.program import PAST, PRESENT, Program
 from graphprune.progress import Maker, counted
-from graphprune.roles import attention_sites
 from graphprune.selection import target_groups
 from graphprune.verify import masked
 
@@ -320,8 +320,7 @@ class _Part:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        parents = (self.coupling.group(parent).size for parent in self.group.parents)
-        return (*parents, self.group.size)
+        return self.coupling.sizes(self.group)
 
     @property
     def total(self) -> int:
@@ -379,13 +378,7 @@ def _parts(coupling: Coupling, target: str) -> list[_Part]:
 
 def _by_attention(coupling: Coupling, group: Group) -> list[_Part]:
     """A part for each attention of those that have to lose the same heads, as by a shared bias."""
-    types, atom = coupling.types, coupling.atom(group.name)
-    sites = [
-        site
-        for site in (*types.facts.attentions, *attention_sites(types))
-        if any(atom in types.axes.atoms(axis) for axis in site.heads)
-    ]
-    if len(sites) < 2:
+    if len(sites_of(coupling.types, coupling.atom(group.name))) < 2:
         return [_Part(coupling, group)]
     readers = Evidence(coupling.program, coupling, [group]).consumers(HEADS)[group.name]
     return [_Part(coupling, group, reader) for reader in readers]

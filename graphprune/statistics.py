@@ -206,8 +206,7 @@ def walk(
     sums = [statistics_bytes(share, kind) for each in shares for share in each]
     most = sum(sums) if edit is None else max(sums)
     _fit("all matrices together", most, memory)
-    last = {used: node for node in program.graph.nodes for used in node.all_input_nodes}
-    runs = [Run(program, batch, last) for batch in unpadded(calibration)]
+    runs = Run.all(program, unpadded(calibration))
     changed: dict[str, Tensor] = {}
     statistics: Statistics = {}
     peak = kept = 0
@@ -238,9 +237,7 @@ def walk(
         changed |= new
         for run in runs if again else ():
             run.replace(new)
-            for node in nodes:
-                run.step(node, run.values)
-            run.forget(nodes)
+            run.advance(nodes)
     return Walk(changed, statistics, peak, most)
 
 

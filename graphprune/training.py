@@ -248,11 +248,7 @@ class Samples:
         TrainingError
             When there are too few for both.
         """
-        rows = [
-            {name: tensor[at : at + 1] for name, tensor in batch.items()}
-            for batch in calibration.labelled()
-            for at in range(len(next(iter(batch.values()))))
-        ]
+        rows = list(calibration.singly())
         if not held_out:
             return cls(rows), cls(())
         count = max(1, round(len(rows) * held_out))
@@ -597,16 +593,6 @@ class _Loop:
         with torch.no_grad():
             for name, each in self.parameters.items():
                 each.copy_(parameters[name])
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """A digest of names, element types, shapes and values."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
-        found.update(flat.view(torch.uint8).numpy().data)
-    return found.hexdigest()[:16]
 
 
 def kept_zeros(program: Program, names: Sequence[str]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,12 +29,24 @@ class Run:
         self.values |= {node: filled[value.name] for value, node in program.input_nodes()}
         self.last = last
 
+    @classmethod
+    def all(cls, program: Program, batches: Iterable[Mapping[str, Tensor]]) -> list[Run]:
+        """One for each of `batches`."""
+        last = {used: node for node in program.graph.nodes for used in node.all_input_nodes}
+        return [cls(program, batch, last) for batch in batches]
+
     @torch.no_grad()
     def step(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
         """Compute `node` from `values`, and add it to them."""
         if node.op not in ("placeholder", "output"):
             self.interpreter.env = values
             values[node] = self.interpreter.run_node(node)
+
+    def advance(self, nodes: Sequence[fx.Node]) -> None:
+        """Compute `nodes` for good, and drop what none after them needs."""
+        for node in nodes:
+            self.step(node, self.values)
+        self.forget(nodes)
 
     def copied(self, nodes: Sequence[fx.Node]) -> dict[fx.Node, Any]:
         """Values for a trial run; copies, where an operator of `nodes` writes into its input."""

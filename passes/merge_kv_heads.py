@@ -112,7 +112,7 @@ class MergeKvHeads(Pass):
 
         chosen = self._chosen(program, context)
         for heads in chosen:
-            merge_of(heads, self.groups)
+            merge_of(heads, self.groups)  # refuses what cannot be merged before any work
         edited, moves, details = self._equal(program, context, chosen)
         merges = tuple(merge_of(heads, self.groups, moves[heads.name]) for heads in chosen)
         step = Step(edited.fingerprint(), (), merges)

@@ -333,7 +333,8 @@ class Recover(Pass):
         return found
 
     def _checkpoint(self, program: Program, data: Calibration, context: Context) -> Any:
-        from graphprune.training import Checkpoint, digest
+        from graphprune.calibration import digest
+        from graphprune.training import Checkpoint
 
         if self.checkpoint is None:
             return None
@@ -342,9 +343,10 @@ class Recover(Pass):
             for name in self.options()
             if name not in ("text", "checkpoint")
         }
-        identity |= {"seed": context.seed, "data": data.sha256, "program": digest(program.weights)}
+        weights = digest([program.weights])
+        identity |= {"seed": context.seed, "data": data.sha256, "program": weights}
         if self.distil:
-            identity["original"] = digest(context.original.weights)
+            identity["original"] = digest([context.original.weights])
         return Checkpoint(context.path(self.checkpoint) / "checkpoint.pt", identity)
 
 

@@ -12,7 +12,7 @@ from byte_llama import byte_llama, byte_tokenizer
 
 import graphprune as gp
 import graphprune.calibration as calibration_module
-from graphprune.calibration import Calibration, inputs_of, next_token_loss, task_loss
+from graphprune.calibration import Calibration, digest, inputs_of, next_token_loss, task_loss
 from graphprune.errors import CalibrationError
 
 WORDS = " ".join(str(number) for number in range(1000, 1400))
@@ -330,3 +330,16 @@ def test_labels_that_the_logits_know_nothing_of_are_refused(
 ) -> None:
     with pytest.raises(CalibrationError, match=message):
         task_loss(torch.zeros(shape), {"labels": torch.tensor([0, last])})
+
+
+def test_digests_tell_values_names_and_types_apart() -> None:
+    zeros = {"a": torch.zeros(4)}
+    others: list[dict[str, torch.Tensor]] = [
+        {"b": torch.zeros(4)},
+        {"a": torch.zeros(2, 2)},
+        {"a": torch.zeros(4, dtype=torch.int32)},
+        {"a": torch.tensor([0.0, 0.0, 0.0, 1.0])},
+        {"a": torch.zeros(4, dtype=torch.bfloat16)},
+    ]
+    assert len({digest([each]) for each in (zeros, *others)}) == 6
+    assert digest([zeros]) == digest([{"a": torch.ones(8)[::2] * 0}])

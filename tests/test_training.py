@@ -27,7 +27,6 @@ from graphprune.training import (
     Samples,
     Trainable,
     Trained,
-    digest,
     kept_zeros,
     train,
 )
@@ -454,19 +453,6 @@ def test_a_teacher_of_another_vocabulary_is_refused() -> None:
 
     with pytest.raises(TrainingError, match=r"gives logits \(1, 4, 61\), this one \(1, 4, 60\)"):
         few.check(Fewer(program, parameters_of(program)), batch)
-
-
-def test_digests_tell_values_names_and_types_apart() -> None:
-    zeros = {"a": torch.zeros(4)}
-    others: list[dict[str, Tensor]] = [
-        {"b": torch.zeros(4)},
-        {"a": torch.zeros(2, 2)},
-        {"a": torch.zeros(4, dtype=torch.int32)},
-        {"a": torch.tensor([0.0, 0.0, 0.0, 1.0])},
-        {"a": torch.zeros(4, dtype=torch.bfloat16)},
-    ]
-    assert len({digest(each) for each in (zeros, *others)}) == 6
-    assert digest(zeros) == digest({"a": torch.ones(8)[::2] * 0})
 
 
 def test_labels_are_trained_on_where_there_are_any() -> None:

@@ -41,6 +41,7 @@ from graphprune.selection import lowest, target_groups
 HERE = Path(__file__).resolve().parent
 OUT = HERE.parent / "out"
 TABLES = HERE / "REPRODUCE.md"
+SEEDS = 3
 SAMPLES = 32
 """Windows of 128 tokens in each draw of calibration text."""
 TRAINING_BYTES = 1_500_000
@@ -58,20 +59,20 @@ _DRAWN = re.compile(
 
 
 @cache
-def study(seeds: int) -> Study:
+def study() -> Study:
     """The packaged checkpoint with its draws of calibration text, once for each process."""
-    return Study.of_reference(seeds, SAMPLES)
+    return Study.of_reference(SEEDS, SAMPLES)
 
 
 @cache
 def dense() -> float:
     """The held-out loss of the packaged checkpoint, nats per token."""
-    return math.log(held_out(study(3).program))
+    return math.log(held_out(study().program))
 
 
 def after(passes: str, seed: int) -> float:
     """How much a pipeline raises the held-out loss."""
-    given = study(3)
+    given = study()
     pipeline = gp.Pipeline.parse(passes)
     result = pipeline.run(given.program, calibration=given.draws[seed], seed=seed, quiet=True)
     return math.log(held_out(result.program)) - dense()
@@ -79,7 +80,7 @@ def after(passes: str, seed: int) -> float:
 
 def without_heads(order: str, count: int, seed: int) -> float:
     """How much the loss rises when `count` heads of each attention go in an order."""
-    given = study(3)
+    given = study()
     coupling = gp.analyze(given.program)
     groups = target_groups(coupling, "kv-heads")
     evidence = Evidence(given.program, coupling, groups, calibration=given.draws[seed], seed=seed)
@@ -92,7 +93,7 @@ def without_heads(order: str, count: int, seed: int) -> float:
 
 def parameters_of(ratio: float) -> float:
     """The part of the parameters that the same ratio of all FFN units and KV heads holds."""
-    coupling = gp.analyze(study(3).program)
+    coupling = gp.analyze(study().program)
     groups = [g for target in ("ffn", "kv-heads") for g in target_groups(coupling, target)]
     costs = Costs(coupling)
     left = costs.after("params", {group.name: int(group.size * ratio) for group in groups})
@@ -507,7 +508,7 @@ def report(rows: Rows, seeds: int) -> str:
 
 
 def main(
-    seeds: Annotated[int, typer.Option(min=1, max=3, help="How many seeds.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, max=SEEDS, help="How many seeds.")] = SEEDS,
     only: Annotated[str, typer.Option(help="Sections, joined by commas; all by default.")] = "",
     only_report: Annotated[bool, typer.Option("--report", help="Only make the tables.")] = False,
     again: Annotated[bool, typer.Option(help="Measure the chosen sections anew.")] = False,

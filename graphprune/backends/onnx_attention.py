@@ -21,7 +21,7 @@ from torch import fx
 
 from graphprune.attention import AttentionSite, Cached, Unread, plain, read_attention
 from graphprune.errors import BackendError, UsageError
-from graphprune.nodes import arguments_of, copy_of, made_from
+from graphprune.nodes import arguments_of, copy_of, made_from, valued
 from graphprune.program import Program
 
 Target = Literal["portable", "cpu", "cuda", "tensorrt"]
@@ -209,23 +209,24 @@ def _not_mha(site: AttentionSite) -> str:
     """Why MultiHeadAttention does not compute what `site` does; "" where it does."""
     if site.heads != site.kv_heads:
         return f"{site.kv_heads} KV heads would have to be repeated"
-    if site.sink is not None:
-        return "it has a sink"
-    if site.softcap is not None:
-        return "its scores are capped"
-    if site.mask.node is None and site.mask.kind == "causal":
-        return "it is causal without a mask"
-    return ""
+    return _more_than_masked(site, "its scores are capped")
 
 
 def _not_standard(site: AttentionSite, opset: int) -> str:
     """Why ONNX's own Attention does not compute what `site` does; "" where it does."""
     if opset < STANDARD_OPSET:
         return f"opset {opset} has no Attention, {STANDARD_OPSET} has"
+    return _more_than_masked(
+        site, "runtimes differ in whether they cap scores before they mask them"
+    )
+
+
+def _more_than_masked(site: AttentionSite, capped: str) -> str:
+    """What there is beside scores and a mask tensor, `capped` for a soft cap; "" for nothing."""
     if site.sink is not None:
         return "it has a sink"
     if site.softcap is not None:
-        return "runtimes differ in whether they cap scores before they mask them"
+        return capped
     if site.mask.node is None and site.mask.kind == "causal":
         return "it is causal without a mask"
     return ""
@@ -452,11 +453,8 @@ class _Lowering:
         return [self._call(operator.getitem, made, index) for index in range(len(shapes))]
 
     def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        node = made_from(self.at, target, *args, **kwargs)
-        values = fx.map_arg((args, kwargs), lambda other: other.meta["val"])
-        with self.at.meta["val"].fake_mode, torch.no_grad():
-            node.meta["val"] = target(*values[0], **values[1])
-        return node
+        made = made_from(self.at, target, *args, **kwargs)
+        return valued(made, self.at.meta["val"].fake_mode)
 
     def _size(self, node: fx.Node, dim: int) -> Any:
         size = node.meta["val"].shape[dim]

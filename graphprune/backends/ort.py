@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from graphprune.backends.onnx_names import output_names
 from graphprune.errors import BackendError
+from graphprune.nodes import size_of
 from graphprune.program import PAST, PRESENT, Program
 
 PROMPTS = ((3, 7), (1, 1))
@@ -310,7 +311,7 @@ def sample_inputs(program: Program, sizes: Mapping[str, int], seed: int = 0) -> 
     generator = torch.Generator().manual_seed(seed)
     inputs = {}
     for value, node in program.input_nodes():
-        shape = [_size(size, sizes) for size in node.meta["val"].shape]
+        shape = [size_of(size, sizes) for size in node.meta["val"].shape]
         if value.name.endswith("attention_mask") or value.dtype == torch.bool:
             inputs[value.name] = torch.ones(shape, dtype=value.dtype)
         elif value.dtype.is_floating_point or value.dtype.is_complex:
@@ -320,13 +321,6 @@ def sample_inputs(program: Program, sizes: Mapping[str, int], seed: int = 0) -> 
             drawn = torch.randint(0, bound, shape, generator=generator)
             inputs[value.name] = drawn.to(value.dtype)
     return inputs
-
-
-def _size(size: Any, sizes: Mapping[str, int]) -> int:
-    if isinstance(size, int):
-        return size
-    expression = size.node.expr
-    return int(expression.subs({symbol: sizes[str(symbol)] for symbol in expression.free_symbols}))
 
 
 _SHIFTS = ("aten.add.", "aten.sub.", "aten.mul.")

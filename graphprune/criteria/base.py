@@ -56,7 +56,7 @@ class Evidence:
 
     def sizes(self, group: Group) -> tuple[int, ...]:
         """The shape of the scores of `group`: the sizes of its parents, and its own."""
-        return (*(self.coupling.group(parent).size for parent in group.parents), group.size)
+        return self.coupling.sizes(group)
 
     def data(self) -> Calibration:
         """The calibration batches.

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from graphprune.calibration import inputs_of
 from graphprune.criteria.base import Criterion, Evidence, Scores
-from graphprune.criteria.gradients import finite_loss, samples
+from graphprune.criteria.gradients import finite_loss
 from graphprune.program import Program
 
 
@@ -44,7 +44,7 @@ class Gate(Criterion):
             for group in evidence.groups
         }
         sources = {use.source for each in held.values() for m, _ in each for use in m.uses}
-        batches = list(samples(data) if self.absolute == "sample" else data.labelled())
+        batches = list(data.singly() if self.absolute == "sample" else data.labelled())
         for batch in evidence.track(batches, "taking gradients of gates"):
             values = _activations(evidence.program, batch, sources)
             for name, consumers in held.items():
@@ -79,8 +79,7 @@ def _activations(
     program: Program, batch: Mapping[str, Tensor], sources: Collection[fx.Node]
 ) -> dict[fx.Node, Any]:
     """Values of the graph's nodes; those of `sources` are multiplied with the loss's gradient."""
-    filled = program.fill(inputs_of(batch))
-    inputs = [*program.weights.values(), *(filled[value.name] for value in program.inputs)]
+    inputs = program.placed(program.weights, inputs_of(batch))
     interpreter = _Keeping(program.graph_module, sources)
     with torch.enable_grad():
         outputs = interpreter.run(*(tensor.detach() for tensor in inputs))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from graphprune.calibration import Calibration, inputs_of, task_loss
+from graphprune.calibration import inputs_of, task_loss
 from graphprune.criteria.base import Evidence
 from graphprune.errors import CalibrationError, SelectionError
 from graphprune.program import Program
@@ -41,7 +41,7 @@ def sample_gradients(
     data, weights = evidence.data(), evidence.program.weights
     total = {name: torch.zeros_like(weights[name]) for name in names}
     squares = {name: torch.zeros_like(weights[name]) for name in names}
-    for sample in evidence.track(list(samples(data)), "taking gradients"):
+    for sample in evidence.track(list(data.singly()), "taking gradients"):
         for name, gradient in _gradients(evidence.program, [sample], 1, names):
             total[name].add_(gradient, alpha=1 / data.samples)
             squares[name].addcmul_(gradient, gradient, value=1 / data.samples)
@@ -76,10 +76,3 @@ def finite_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     if not bool(torch.isfinite(loss)):
         raise CalibrationError("the loss on the calibration data is not finite")
     return loss
-
-
-def samples(calibration: Calibration) -> Iterator[dict[str, Tensor]]:
-    """Every sample as a batch of one, with its label if there are any."""
-    for batch in calibration.labelled():
-        for row in range(len(next(iter(batch.values())))):
-            yield {name: tensor[row : row + 1] for name, tensor in batch.items()}

@@ -11,16 +11,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from graphprune.axes import Atom, Axis
 from graphprune.batch_norms import BATCH_NORM
 from graphprune.calibration import Calibration, inputs_of
 from graphprune.coupling import Coupling, Group
 from graphprune.criteria.base import Criterion, Evidence, Scores
 from graphprune.criteria.gradients import finite_loss
 from graphprune.errors import SelectionError
+from graphprune.head_maps import units_along
 from graphprune.knockoffs import permuted
 from graphprune.nodes import arguments_of
-from graphprune.program import Program, module_path
+from graphprune.program import Program, operator_of
 from graphprune.walking import unpadded
 
 
@@ -200,7 +200,7 @@ def find_places(evidence: Evidence, criterion: str) -> list[Place]:
             if units is None:
                 raise SelectionError(
                     f"{group.name}: {criterion} needs to know which unit stands where in what "
-                    f"{_where(node)} sums over, and that depends on the data"
+                    f"{operator_of(node)} sums over, and that depends on the data"
                 )
             found.append(Place(group.name, node, source, units))
     return found
@@ -212,38 +212,19 @@ def units_at(coupling: Coupling, group: Group, node: fx.Node) -> Tensor | None:
     Units are counted over all parents. None where the value has no, or more than one, axis of the
     group or of a parent.
     """
-    type_ = coupling.types.of[node]
+    types, type_ = coupling.types, coupling.types.of[node]
     numbers: Tensor | None = None
     for atom in map(coupling.atom, (*group.parents, group.name)):
-        lines = [(dim, _line(coupling, axis, atom)) for dim, axis in enumerate(type_)]
-        held = [(dim, line) for dim, line in lines if line is not None]
+        held = [dim for dim, axis in enumerate(type_) if atom in types.axes.atoms(axis)]
         if len(held) != 1:
             return None
-        ((dim, line),) = held
-        line = line.view(-1, *(1 for _ in type_[dim + 1 :]))
+        (dim,) = held
+        line = units_along(types, type_[dim], atom).view(-1, *(1 for _ in type_[dim + 1 :]))
         if numbers is None:
             numbers = line
         else:
             numbers = torch.where((numbers < 0) | (line < 0), -1, numbers * atom.size + line)
     return numbers
-
-
-def _line(coupling: Coupling, axis: Axis, atom: Atom) -> Tensor | None:
-    """Which unit of `atom` is at each place of an axis, or -1; None where it is at none."""
-    places = [place for place in coupling.types.axes.occurrences(axis) if place.atom is atom]
-    if not places:
-        return None
-    line = torch.full((axis.size,), -1)
-    for place in places:
-        loops = [(each.size, stride) for each, stride in place.outer]
-        loops += [(atom.size, place.inner), (place.inner, 1)]
-        sizes, strides = zip(*loops, strict=True)
-        line.as_strided(sizes, strides, place.offset).copy_(torch.arange(atom.size)[:, None])
-    return line
-
-
-def _where(node: fx.Node) -> str:
-    return f"{node.target} in {module_path(node) or 'the model'}"
 
 
 # -- reading them ----------------------------------------------------------------------------------
@@ -280,7 +261,7 @@ def mixed(
         control = controls[place]
         if control.shape != value.shape:
             raise SelectionError(
-                f"{place.group}: its activations at {_where(place.node)} are "
+                f"{place.group}: its activations at {operator_of(place.node)} are "
                 f"{tuple(value.shape)} on the data and {tuple(control.shape)} on its knockoff: "
                 "they cannot be mixed"
             )
@@ -301,9 +282,8 @@ class _Reading(fx.Interpreter):
         self.places = {p.node: [q for q in places if q.node is p.node] for p in places}
 
     def outputs(self, batch: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        filled = self.program.fill(inputs_of(batch))
-        weights = (weight.detach() for weight in self.program.weights.values())
-        return self.run(*weights, *(filled[value.name] for value in self.program.inputs))
+        given = self.program.placed(self.program.weights, inputs_of(batch))
+        return self.run(*(tensor.detach() for tensor in given))
 
     def run_node(self, n: fx.Node) -> object:
         places = self.places.get(n, ())

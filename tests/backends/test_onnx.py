@@ -11,8 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from byte_llama import byte_llama
-from torch import Tensor, nn
-from torch.library import custom_op
+from torch import Tensor, library, nn
 
 from graphprune.backends import onnx as backend
 from graphprune.backends import ort
@@ -265,7 +264,7 @@ def test_a_stride_of_an_input_is_read_from_its_sizes(tmp_path: Path) -> None:
     assert report.max_relative_error < 1e-5
 
 
-@custom_op("graphprune_tests::mystery", mutates_args=())
+@library.custom_op("graphprune_tests::mystery", mutates_args=())
 def mystery(x: Tensor) -> Tensor:
     return x * 2
 
