@@ -596,17 +596,34 @@ def diff(
 def verify(
     directory: Checkpoint,
     output: Annotated[
-        Path, typer.Argument(metavar="OUT", help="What 'run' or 'apply' wrote, with its plan.json.")
-    ],
+        Path | None,
+        typer.Argument(
+            metavar="OUT",
+            help="What 'run', 'apply' or 'export-onnx' wrote, with its plan.json.",
+            show_default=False,
+        ),
+    ] = None,
     tolerance: Tolerance = None,
+    provider: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="What runs an ONNX package: a provider of ONNX Runtime, as 'cuda'."
+        ),
+    ] = "cpu",
     quiet: Quiet = False,
     traceback: Traceback = False,
 ) -> None:
-    """Prove that OUT equals DIR with the removed units set to zero."""
+    """Prove that OUT equals DIR with the removed units set to zero.
+
+    Without OUT, DIR is an ONNX package: its model must give what its program gives.
+    """
     from graphprune.progress import maker
     from graphprune.verify import verify as prove
 
     progress = maker(quiet=quiet)
+    if output is None:
+        _parity(directory, provider, progress)
+        return
     plan = _plan(output / "plan.json")
     original, smaller = _load(directory, progress), _load(str(output), progress)
     with _working(progress, "verifying"):
@@ -633,6 +650,20 @@ class _Spinner(Instrument):
 
     def on_error(self, place: Place, error: Exception) -> None:
         self.stack.close()
+
+
+def _parity(directory: str, provider: str, progress: Maker | None) -> None:
+    """Run the model of an ONNX package beside its program, and print a line for each check."""
+    from graphprune.backends import onnx_package, ort
+
+    with _working(progress, f"running {directory}"):
+        ran = onnx_package.verify(directory, provider=ort.provider_name(provider))
+    if progress is None:
+        return
+    for check, error in ran.errors.items():
+        print(f"{check}: max relative error {error:.2e}")
+    for note in ran.notes:
+        print(note)
 
 
 def _resolve(directory: str) -> str:

@@ -55,6 +55,10 @@ class BackendError(GraphPruneError):
     """A program that a back end cannot represent."""
 
 
+class ParityError(BackendError):
+    """An ONNX model fails where its program runs, or gives something else."""
+
+
 class OutputError(GraphPruneError):
     """A place that cannot be written to."""
 

@@ -1,4 +1,4 @@
-"""Write the program as an ONNX model."""
+"""Write the program as an ONNX model, or as a package with everything that runs one."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ if TYPE_CHECKING:
 class ExportOnnx(Pass):
     """Write an ONNX model with the program's inputs and outputs by the same names.
 
+    A path that ends in ``.onnx`` names a file. Any other names a directory, which gets all that
+    runs the model: tokenizer, configs (of onnxruntime-genai too), the plan and a parity record.
+
     Before
     ------
     Any program.
 
     After
     -----
-    The same program; the file is complete, or was not written at all.
+    The same program; file or directory is complete, or was not written at all.
 
     Options
     -------
     path
-        The file, under the output folder of the run unless it is absolute.
+        The file or directory, under the output folder of the run unless it is absolute.
     target
         What runs it: "cpu" or "cuda" (ONNX Runtime with its own operators for attention),
         "portable" or "tensorrt" (ONNX's own). Without one, the file has no fused operators.
@@ -35,7 +38,8 @@ class ExportOnnx(Pass):
         The version of ONNX's operator set to write; by default 20, or what the target is best
         served with.
     check
-        Whether to check the file with `onnx.checker` once it is written.
+        Whether to check the file with `onnx.checker` once it is written, and to run it in ONNX
+        Runtime; a directory by the whole protocol of `graphprune.backends.onnx_parity`.
 
     Requires
     --------
@@ -47,8 +51,8 @@ class ExportOnnx(Pass):
 
     Refuses
     -------
-    A program that cannot be exported (`BackendError`), a file that exists or cannot be written
-    (`OutputError`), a type that the target has no kernels for (`BackendError`), an empty path, an
+    A program that cannot be exported, a type that the target has no kernels for (`BackendError`), a
+    file that exists, a directory in use, what cannot be written (`OutputError`), an empty path, an
     opset below 18 (the first that torch's exporter writes).
 
     Reference
@@ -79,10 +83,15 @@ class ExportOnnx(Pass):
 
     def run(self, program: Program, context: Context) -> Outcome:
         """Write the file, and return `program` as it is."""
+        from graphprune.backends import onnx_package
+
+        path = context.path(self.path)
+        options: dict[str, Any] = {"target": self.target, "opset": self.opset, "check": self.check}
         with context.bar(f"exporting {self.path}"):
-            report = program.export_onnx(
-                context.path(self.path), target=self.target, opset=self.opset, check=self.check
-            )
+            if path.suffix == ".onnx":
+                report = program.export_onnx(path, **options)
+            else:
+                report = onnx_package.write(program, path, plan=context.plan_so_far, **options)
         details: dict[str, Any] = {"path": self.path, "opset": report.opset}
         if self.target is not None:
             details |= {"target": self.target, "attention": dict(report.attention)}

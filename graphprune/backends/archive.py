@@ -5,7 +5,8 @@
 ``graph.json``
     The graph as `torch.export` serialises it, with the provenance of every node.
 ``weights.safetensors``
-    Every weight, constants included, under its own name.
+    Every weight, constants included, under its own name; where an ONNX model lies beside, only
+    those that it does not hold (`graphprune.backends.onnx_package`).
 
 Nothing in an archive is unpickled, and no expression in it is read but plain arithmetic.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from graphprune.backends.archive_graph import deserialize_graph, error_line, serialize_graph
 from graphprune.backends.hf_files import copy_along, share
+from graphprune.backends.onnx_weights import MODEL, held_weights
 from graphprune.capture import value_of
 from graphprune.errors import BackendError, CheckpointError
 from graphprune.output import staged_directory
@@ -58,14 +60,30 @@ def save(program: Program, directory: str | PathLike[str]) -> None:
     OutputError
         When `directory` is not empty or cannot be written.
     """
-    from safetensors.torch import save_file
-
-    from graphprune import __version__
-
     if any(weight.is_meta for weight in program.weights.values()):
         raise BackendError(
             "the program's weights are on the meta device: there is nothing to write"
         )
+    write = describe(program)
+    with staged_directory(directory) as staged:
+        write(staged, program.weights)
+
+
+def describe(program: Program) -> Callable[[Path, Mapping[str, Tensor]], None]:
+    """What writes an archive of `program` into a directory, beside whatever else goes there.
+
+    It takes the directory and the weights to write, which may be fewer than the program has where
+    an ONNX model beside them holds the rest.
+
+    Raises
+    ------
+    BackendError
+        When the graph cannot be serialised.
+    """
+    from safetensors.torch import save_file
+
+    from graphprune import __version__
+
     graph = serialize_graph(program)
     described = {
         "format": _FORMAT,
@@ -81,13 +99,16 @@ def save(program: Program, directory: str | PathLike[str]) -> None:
         "notes": list(program.notes),
         "source": _describe_source(program.source),
     }
-    with staged_directory(directory) as staged:
-        (staged / _GRAPH).write_bytes(graph)
-        save_file(_own_storage(program.weights), staged / _WEIGHTS, metadata={"format": "pt"})
+
+    def write(folder: Path, weights: Mapping[str, Tensor]) -> None:
+        (folder / _GRAPH).write_bytes(graph)
+        save_file(_own_storage(weights), folder / _WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(described, indent=1, ensure_ascii=False, default=str)
-        (staged / _PROGRAM).write_text(text + "\n", encoding="utf-8")
-        share([staged / _WEIGHTS], like=staged / _PROGRAM)
-        copy_along(program.source, staged)
+        (folder / _PROGRAM).write_text(text + "\n", encoding="utf-8")
+        share([folder / _WEIGHTS], like=folder / _PROGRAM)
+        copy_along(program.source, folder)
+
+    return write
 
 
 def load(directory: str | PathLike[str]) -> Program:
@@ -106,6 +127,9 @@ def load(directory: str | PathLike[str]) -> Program:
     folder = Path(directory)
     described = _read_description(folder / _PROGRAM)
     weights = _read_weights(folder / _WEIGHTS)
+    if (model := folder / MODEL).is_file():
+        with _naming(model):
+            weights = {**dict(held_weights(model)), **weights}
     with _naming(folder / _PROGRAM):
         kinds = {entry["name"]: entry["kind"] for entry in described["weights"]}
         aliases, notes = dict(described["aliases"]), tuple(described["notes"])

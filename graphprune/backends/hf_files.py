@@ -35,10 +35,7 @@ def write(program: Program, model: Any, directory: Path, cast: torch.dtype | Non
     """Write `model`, which holds the weights of `program`, into an empty directory."""
     source = program.source
     assert source is not None
-    base = getattr(type(model), "graphprune_base", None)
-    if base is not None:
-        _name_modelling_file(model.config, base)
-        (directory / FILE).write_text(modelling_text(base), encoding="utf-8")
+    write_config(model, directory)
     # The model was loaded from weights as they are in memory; on disk they take the form in which
     # the checkpoints of its kind are published.
     model._weight_conversions = None
@@ -51,7 +48,17 @@ def write(program: Program, model: Any, directory: Path, cast: torch.dtype | Non
     if cast is not None:
         _name_dtype(directory / "config.json", cast)
     copy_along(source, directory)
-    _write_generation_config(source, directory / "generation_config.json")
+    write_generation_config(source, directory / "generation_config.json")
+
+
+def write_config(model: Any, directory: Path) -> None:
+    """Write the config of `model`, and the modelling file where its layers are of their own."""
+    base = getattr(type(model), "graphprune_base", None)
+    if base is not None:
+        _name_modelling_file(model.config, base)
+        (directory / FILE).write_text(modelling_text(base), encoding="utf-8")
+    with quiet():
+        model.config.save_pretrained(directory)
 
 
 def share(files: Iterable[Path], like: Path) -> None:
@@ -114,7 +121,7 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _write_generation_config(source: Source, path: Path) -> None:
+def write_generation_config(source: Source, path: Path) -> None:
     """Write it as it was, even where transformers would now find fault with what it says."""
     original = source.directory / path.name if source.directory is not None else None
     if original is not None and original.is_file():

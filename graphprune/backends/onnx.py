@@ -21,6 +21,7 @@ from graphprune.backends.onnx_attention import OPSETS, Choice, Target, check_tar
 from graphprune.backends.onnx_convert import convert, simplify
 from graphprune.backends.onnx_fusions import as_checked, fuse_norms
 from graphprune.backends.onnx_names import apply_names, dimension_names
+from graphprune.backends.onnx_parity import Comparison, compare
 from graphprune.errors import BackendError, UsageError
 from graphprune.output import staged_file
 from graphprune.program import Program
@@ -168,8 +169,8 @@ def export(
             _check(staged)
             advance(1)
             if not check:
-                return model, ort.Comparison(None, None)
-            return model, ort.compare(program, staged, names, counts=counts)
+                return model, Comparison(None, None)
+            return model, compare(program, staged, names, counts=counts)
 
         norms = target in ("cpu", "cuda")
         attempts = dict.fromkeys([(lowered, norms), (lowered, False), (program, False)])

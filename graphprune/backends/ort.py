@@ -1,9 +1,8 @@
-"""ONNX Runtime on the CPU: models are run on sizes that were never traced, and compared."""
+"""ONNX Runtime: sessions that run where they were asked to, and models run beside programs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.backends.onnx_names import output_names
-from graphprune.errors import BackendError
+from graphprune.errors import BackendError, ParityError
 from graphprune.nodes import size_of
 from graphprune.program import PAST, PRESENT, Program
-
-PROMPTS = ((3, 7), (1, 1))
-"""Batch and length of the prompts a decoder is compared on."""
-
-STEPS = 10
-"""Tokens decoded after the first prompt, each side fed from its own caches."""
 
 TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest relative error allowed, where it is not `DEFAULT_TOLERANCE`."""
@@ -30,83 +23,63 @@ _LENGTHS = (7, 11, 13, 17, 19)
 _SPARE = 4
 """Rows of a position table left unused: some models start counting at 2."""
 
+CPU = "CPUExecutionProvider"
 
-@dataclass(frozen=True)
-class Comparison:
-    """What running a model beside its program showed.
-
-    Parameters
-    ----------
-    max_relative_error
-        The largest difference over the largest absolute value of the output concerned; None when
-        the model was not run.
-    version
-        The version of ONNX Runtime, if it is installed.
-    notes
-        What was not compared, and why.
-    """
-
-    max_relative_error: float | None
-    version: str | None
-    notes: tuple[str, ...] = ()
+_PROVIDERS = {
+    "cpu": CPU,
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
 
 
-def compare(
-    program: Program, path: Path, names: Mapping[str, str], *, counts: bool = False
-) -> Comparison:
-    """Run the ONNX model at `path` and `program` on the same random inputs.
+def provider_name(name: str) -> str:
+    """An execution provider by its short name, such as "cuda"; any other name is one as it is."""
+    return _PROVIDERS.get(name, name)
 
-    A decoder answers two prompts and then ten single tokens; any other program gets a batch of
-    three and a batch of one.
+
+def open_session(path: Path, provider: str = CPU, threads: int | None = None) -> Any:
+    """A session of ONNX Runtime on the model at `path`.
 
     Parameters
     ----------
-    program
-        The program that was exported.
     path
         The ONNX model.
-    names
-        The name of every dynamic size, by its symbol.
-    counts
-        Whether the model counts a mask's ones, in place of looking where they are. It is then run
-        on prompts padded on the right, tokens after them and a chunk on a filled cache too.
+    provider
+        The execution provider that must run it; nodes that it has no kernel for go to the CPU.
+    threads
+        Threads of the CPU provider; by default as many as torch has.
 
     Raises
     ------
     BackendError
-        When ONNX Runtime cannot load or run the model, or its outputs differ by more than the
-        tolerance of their type (1e-4 for float32).
+        When ONNX Runtime refuses the model, or another provider would run it than was asked for.
     """
-    try:
-        import onnxruntime
-    except ImportError:
-        note = "ONNX Runtime is not installed, so the model was checked but not run"
-        return Comparison(None, None, (note,))
-    version = str(onnxruntime.__version__)
-    values = (*program.inputs, *program.outputs)
-    if any(value.dtype == torch.bfloat16 for value in values):
-        return Comparison(None, version, ("not run: bfloat16 has no kernels on the CPU",))
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    built = onnxruntime.get_available_providers()
+    if provider not in built:
+        raise BackendError(
+            f"ONNX Runtime {onnxruntime.__version__} was built without {provider}: it has "
+            + ", ".join(built)
+        )
     try:
         session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
+            str(path), options, providers=list(dict.fromkeys([provider, CPU]))
         )
     except Exception as error:  # its exceptions share no base but Exception
         raise BackendError(
-            f"ONNX Runtime {version} refuses the model: {first_line(error)}"
+            f"ONNX Runtime {onnxruntime.__version__} refuses the model: {first_line(error)}"
         ) from error
-    pair = _Pair(program, session)
-    if program.is_decoder and {"sequence", "past_sequence"} <= set(names.values()):
-        notes = _compare_decoder(pair, names)
-        if counts:
-            notes += _compare_padded(pair, names)
-    else:
-        for batch in (3, 1):
-            pair.run(sample_inputs(program, sizes_for(program, names, batch)))
-        notes = ()
-    return Comparison(pair.worst, version, notes)
+    if provider not in session.get_providers():
+        # It falls back by itself, and says so in its log alone.
+        raise BackendError(
+            f"{provider} does not run here, so ONNX Runtime {onnxruntime.__version__} would use "
+            f"{session.get_providers()[0]}: a driver or library that it needs is missing"
+        )
+    return session
 
 
 def check_opset(opset: int) -> None:
@@ -142,14 +115,15 @@ def check_opset(opset: int) -> None:
         ) from error
 
 
-class _Pair:
-    """A program and its ONNX model, compared on every run."""
+class Pair:
+    """A program and its ONNX model, compared on every run; errors are kept by the check at hand."""
 
     def __init__(self, program: Program, session: Any) -> None:
         self.program = program
         self.session = session
         self.wanted = output_names(program)
-        self.worst = 0.0
+        self.check = "run"
+        self.errors: dict[str, float] = {}
         self.device = next((w.device for w in program.weights.values()), torch.device("cpu"))
 
     def run(
@@ -174,23 +148,66 @@ class _Pair:
             arrays = self.session.run(self.wanted, feeds)
         except Exception as error:  # its exceptions share no base but Exception
             sizes = ", ".join(f"{name} {tuple(feed.shape)}" for name, feed in feeds.items())
-            raise BackendError(f"ONNX Runtime fails on {sizes}: {first_line(error)}") from error
+            raise ParityError(f"ONNX Runtime fails on {sizes}: {first_line(error)}") from error
         names = [value.name for value in self.program.outputs]
         return {name: torch.from_numpy(a) for name, a in zip(names, arrays, strict=True)}
 
+    def in_place(
+        self, inputs: Mapping[str, Tensor], caches: Mapping[str, Tensor], room: int
+    ) -> dict[str, Tensor]:
+        """The outputs of ONNX Runtime where each past and present are one buffer of `room` places.
+
+        `inputs` are all but the caches, which `caches` hold by the names of the outputs.
+        """
+        import onnxruntime
+
+        binding, held = self.session.io_binding(), {}
+        filled = int(inputs["attention_mask"].shape[1])
+        for value, wanted in zip(self.program.outputs, self.wanted, strict=True):
+            if value.name not in caches:
+                binding.bind_output(wanted)
+                continue
+            cache = caches[value.name]
+            buffer = torch.zeros(*cache.shape[:2], room, cache.shape[3], dtype=cache.dtype)
+            buffer[:, :, : cache.shape[2]] = cache
+            held[wanted] = onnxruntime.OrtValue.ortvalue_from_numpy(buffer.numpy())
+            past = PAST + value.name.removeprefix(PRESENT)
+            binding.bind_ortvalue_input(past, held[wanted])
+            binding.bind_ortvalue_output(wanted, held[wanted])
+        for name, tensor in inputs.items():
+            if not name.startswith(PAST):
+                binding.bind_cpu_input(name, tensor.numpy())
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as error:  # its exceptions share no base but Exception
+            raise ParityError(f"ONNX Runtime fails: {first_line(error)}") from error
+        arrays = dict(zip(self.wanted, binding.copy_outputs_to_cpu(), strict=True))
+        found = {
+            v.name: torch.from_numpy(arrays[w])
+            for v, w in zip(self.program.outputs, self.wanted, strict=True)
+        }
+        return {n: t[:, :, :filled] if n in caches else t for n, t in found.items()}
+
     def compare(self, name: str, reference: Tensor, found: Tensor) -> None:
+        """Note how far `found` is from `reference`, and refuse it past the tolerance of its type.
+
+        Raises
+        ------
+        ParityError
+            When type or shape differ, or the relative error is too large.
+        """
         if reference.shape != found.shape or reference.dtype != found.dtype:
-            raise BackendError(
+            raise ParityError(
                 f"ONNX Runtime gives {name} as {found.dtype} {tuple(found.shape)}, "
                 f"the program as {reference.dtype} {tuple(reference.shape)}"
             )
         error = relative_error(reference, found)
-        self.worst = max(self.worst, error)
+        self.errors[self.check] = max(self.errors.get(self.check, 0.0), error)
         tolerance = TOLERANCE.get(reference.dtype, DEFAULT_TOLERANCE)
         if not error <= tolerance:
-            raise BackendError(
-                f"ONNX Runtime differs from the program in {name}: relative error {error:.1e}, "
-                f"and {tolerance:.0e} is allowed"
+            raise ParityError(
+                f"ONNX Runtime differs from the program in {name} ({self.check}): relative error "
+                f"{error:.1e}, and {tolerance:.0e} is allowed"
             )
 
 
@@ -210,72 +227,12 @@ def relative_error(reference: Tensor, found: Tensor) -> float:
     return difference / scale if scale and difference == difference else float("inf")
 
 
-def _compare_decoder(pair: _Pair, names: Mapping[str, str]) -> tuple[str, ...]:
-    program = pair.program
-    room = _positions(program, names)
-    notes = []
-    for index, (batch, length) in enumerate(PROMPTS):
-        length = min(length, room)
-        sizes = {"batch": batch, "sequence": length, "past_sequence": 0, "total_sequence": length}
-        inputs = sample_inputs(program, {symbol: sizes[name] for symbol, name in names.items()})
-        ours, theirs = pair.run(inputs)
-        steps = min(STEPS, room - length) if index == 0 else 0
-        if index == 0 and steps < STEPS:
-            notes.append(f"{steps} decode steps: the model has {room} positions to try")
-        for step in range(steps):
-            sizes = {"batch": batch, "sequence": 1, "past_sequence": length + step}
-            sizes["total_sequence"] = length + step + 1
-            inputs = sample_inputs(program, {s: sizes[name] for s, name in names.items()}, step + 1)
-            ours, theirs = pair.run({**inputs, **_caches(ours)}, _caches(theirs))
-    return tuple(notes)
+def positions(program: Program, names: Mapping[str, str], wanted: int) -> int:
+    """How many positions may be tried, `wanted` at most.
 
-
-def _compare_padded(pair: _Pair, names: Mapping[str, str]) -> tuple[str, ...]:
-    """Rows of several lengths, padded on the right, must be what each row is alone."""
-    program, room = pair.program, _positions(pair.program, names)
-    length = min(PROMPTS[0][1], room - 3)
-    own = [value.name for value in program.inputs if not value.name.startswith(PAST)]
-    if length < 3 or own != ["input_ids", "attention_mask"]:
-        return ("not run on padded prompts",)
-    logits = program.outputs[0].name
-    held = (length // 2, length, 1)
-
-    def sample(batch: int, new: int, past: int) -> dict[str, Tensor]:
-        sizes = {"batch": batch, "sequence": new, "past_sequence": past}
-        sizes["total_sequence"] = past + new
-        return sample_inputs(program, {symbol: sizes[name] for symbol, name in names.items()}, past)
-
-    inputs = sample(len(held), length, 0)
-    mask = torch.arange(length)[None] < torch.tensor(held)[:, None]
-    inputs["attention_mask"] = mask.to(inputs["attention_mask"].dtype)
-    theirs = pair.theirs(inputs)
-    alone = []
-    for row, size in enumerate(held):
-        ids = inputs["input_ids"][row : row + 1, :size]
-        alone.append(pair.ours({**sample(1, size, 0), "input_ids": ids}))
-        pair.compare(logits, alone[row][logits], theirs[logits][row : row + 1, :size])
-    for step in range(2):
-        inputs = {**sample(len(held), 1, length + step), **_caches(theirs)}
-        inputs["attention_mask"][:, :length] = mask
-        theirs = pair.theirs(inputs)
-        for row, size in enumerate(held):
-            one = {**sample(1, 1, size + step), "input_ids": inputs["input_ids"][row : row + 1]}
-            alone[row] = pair.ours({**one, **_caches(alone[row])})
-            pair.compare(logits, alone[row][logits], theirs[logits][row : row + 1])
-    ours, theirs = pair.run(sample(1, length, 0))
-    pair.run({**sample(1, 3, length), **_caches(ours)}, _caches(theirs))
-    return ()
-
-
-def _caches(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The caches among `outputs`, by the names of the inputs that take them."""
-    present = {name for name in outputs if name.startswith(PRESENT)}
-    return {PAST + name.removeprefix(PRESENT): outputs[name] for name in present}
-
-
-def _positions(program: Program, names: Mapping[str, str]) -> int:
-    """How many positions may be tried, by the sizes' ranges and the model's position table."""
-    room = PROMPTS[0][1] + STEPS
+    The ranges of sizes and the model's position table say so.
+    """
+    room = wanted
     for symbol, limits in program.ranges.items():
         if names.get(str(symbol)) not in (None, "batch") and limits.upper.is_Integer:
             room = min(room, int(limits.upper))

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from graphprune.attention import read_attention
 from graphprune.backends import onnx as backend
-from graphprune.backends import onnx_attention, onnx_fusions, ort
+from graphprune.backends import onnx_attention, onnx_fusions, onnx_parity
 from graphprune.backends.onnx_attention import lower
 from graphprune.backends.onnx_names import dimension_names
+from graphprune.backends.ort import relative_error
 from graphprune.capture import capture
 from graphprune.errors import BackendError, UsageError
 from graphprune.pass_base import Context
@@ -112,7 +113,7 @@ def test_rows_padded_on_the_left_come_out_as_no_number(
     found = run(exported.path, llama, input_ids=ids, attention_mask=mask)["logits"]
     assert found[0].isnan().all()
     expected = llama(input_ids=ids, attention_mask=mask)["logits"]
-    assert ort.relative_error(expected[1], found[1]) < 1e-5
+    assert relative_error(expected[1], found[1]) < 1e-5
 
 
 def test_past_and_present_may_share_one_buffer(
@@ -120,12 +121,12 @@ def test_past_and_present_may_share_one_buffer(
 ) -> None:
     ids = torch.randint(0, 256, (1, 9), generator=torch.Generator().manual_seed(1))
     first = llama(input_ids=ids[:, :8])
-    expected = llama(input_ids=ids[:, 8:], **ort._caches(first))
+    expected = llama(input_ids=ids[:, 8:], **onnx_parity.caches_of(first))
     session = session_of(exported.path)
     binding = session.io_binding()
     logits = np.zeros((1, 1, 256), np.float32)
     held: dict[str, Any] = {}
-    for name, cache in ort._caches(first).items():
+    for name, cache in onnx_parity.caches_of(first).items():
         room = np.zeros((1, cache.shape[1], 32, cache.shape[3]), np.float32)
         room[:, :, :8] = cache.numpy()
         held[name] = onnxruntime.OrtValue.ortvalue_from_numpy(room)
@@ -137,10 +138,10 @@ def test_past_and_present_may_share_one_buffer(
     binding.bind_ortvalue_output("logits", held["logits"])
     session.run_with_iobinding(binding)
     found = torch.from_numpy(held["logits"].numpy())
-    assert ort.relative_error(expected["logits"], found) < 1e-5
-    for name in ort._caches(first):
+    assert relative_error(expected["logits"], found) < 1e-5
+    for name in onnx_parity.caches_of(first):
         present = expected[name.replace("past_key_values.", "present.")]
-        assert ort.relative_error(present, torch.from_numpy(held[name].numpy())[:, :, :9]) < 1e-5
+        assert relative_error(present, torch.from_numpy(held[name].numpy())[:, :, :9]) < 1e-5
 
 
 def test_an_unread_mask_takes_its_subgraph_along(llama: Program) -> None:
@@ -351,7 +352,7 @@ def test_padded_rows_are_compared_with_each_row_alone(tmp_path: Path) -> None:
     backend.export(program, path, check=False)
     names = dimension_names(program)
     with pytest.raises(BackendError, match="differs from the program in logits"):
-        ort.compare(program, path, names, counts=True)
+        onnx_parity.compare(program, path, names, counts=True)
 
 
 def test_a_half_precision_program_is_written_for_cuda_and_compared_on_the_cpu(
