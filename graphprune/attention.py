@@ -1,38 +1,25 @@
 """Attention in a program's graph, read as one thing with its meaning.
 
 Fused and spelled-out attention are read alike: queries, keys and values before KV heads are
-repeated, the cache that is joined with them, scale, soft cap, and the mask. What a mask means is
-tried, not guessed: its part of the graph is run on prompts, single tokens and chunks, with padding
-on either side and on lengths around every number in it, and compared with what it may mean.
+repeated, the cache that is joined with them, scale, soft cap, and the mask.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
-from graphprune.nodes import arguments_of, size_of
+from graphprune.attention_masks import Mask, meaning_of
+from graphprune.nodes import arguments_of
 from graphprune.program import PAST, PRESENT, Program, module_path
-
-MaskKind = Literal["none", "causal", "window", "bias"]
+from graphprune.trials import SAMPLE, Trials, run_part
 
 _ATEN = torch.ops.aten
 _PRODUCTS = (_ATEN.matmul.default, _ATEN.bmm.default)
-_LONGEST, _LONGEST_SQUARE = 2**20, 2**12
-"""Lengths up to which a mask is tried on a cache, and where it is square."""
-
-_MOST_NODES = 400
-"""A mask of more nodes than this is computed from hidden states: it is not run."""
-
-LEAST = -1e4
-"""An addend from which on a score has no weight: its exponential vanishes beside any other's."""
 
 # fmt: off
 _CARRYING = {
@@ -41,36 +28,6 @@ _CARRYING = {
     "to", "_to_copy",
 }
 # fmt: on
-
-
-@dataclass(frozen=True)
-class Mask:
-    """Which keys a query attends to.
-
-    Parameters
-    ----------
-    node
-        The tensor that goes into the attention: where it is true, or what is added; None for none.
-    kind
-        All keys ("none"), those up to the query's own ("causal"), the last `window` of those
-        ("window"), or what only the tensor tells ("bias").
-    padded
-        Whether keys are left out where the input `padding` is zero.
-    window
-        The number of keys of a window, the query's own among them.
-    padding
-        The node of the input that says what is padding, where `padded`.
-    """
-
-    node: fx.Node | None
-    kind: MaskKind
-    padded: bool = False
-    window: int | None = None
-    padding: fx.Node | None = None
-
-    def __str__(self) -> str:
-        kind = f"window {self.window}" if self.window else self.kind
-        return f"{kind} and padding" if self.padded else kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,8 +153,8 @@ class _Reader:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.masks: dict[fx.Node, Mask] = {}
-        self.trials = _Trials(program)
-        self.given = self.trials.inputs(_SAMPLE)
+        self.trials = Trials(program)
+        self.given = self.trials.inputs(SAMPLE)
         self.pasts = {
             node: value.name.removeprefix(PAST)
             for value, node in program.input_nodes()
@@ -283,7 +240,7 @@ class _Reader:
         groups = node.meta["val"].shape[1]
         if heads % groups:
             return False
-        shape = self.trials.shape(node, _SAMPLE)
+        shape = self.trials.shape(node, SAMPLE)
         sample = torch.arange(math.prod(shape)).reshape(shape).to(node.meta["val"].dtype)
         (repeated,) = run_part(self.program, (operand,), {**self.given, node: sample})
         return torch.equal(repeated, sample.repeat_interleave(heads // groups, 1))
@@ -310,7 +267,7 @@ class _Reader:
                 raise _Refused("its causal mask counts from the first key, not from the last")
             return Mask(None, "causal")
         if parts.mask not in self.masks:
-            self.masks[parts.mask] = self.trials.meaning(parts.mask)
+            self.masks[parts.mask] = meaning_of(self.trials, parts.mask)
         return self.masks[parts.mask]
 
 
@@ -492,217 +449,3 @@ def plain(node: fx.Node) -> fx.Node:
             break
         node = inner
     return node
-
-
-# -- trying parts of a graph ----------------------------------------------------------------------
-
-
-def run_part(
-    program: Program, wanted: Sequence[fx.Node], given: Mapping[fx.Node, Any]
-) -> tuple[Any, ...]:
-    """The values of the nodes `wanted`, from weights and the `given` values of other nodes."""
-    needed = ancestors(wanted, given)
-    weights = {node: name for name, node in program.weight_nodes() if node in needed}
-    held: dict[fx.Node, Any] = dict(given)
-    with torch.no_grad():
-        for node in program.graph.nodes:
-            if node not in needed or node in held:
-                continue
-            if node.op == "placeholder":
-                held[node] = program.weights[weights[node]]
-            else:
-                args, kwargs = fx.map_arg((node.args, node.kwargs), held.__getitem__)
-                held[node] = node.target(*args, **kwargs)
-    return tuple(held[node] for node in wanted)
-
-
-def ancestors(nodes: Sequence[fx.Node], stop: Collection[fx.Node] = ()) -> set[fx.Node]:
-    """`nodes` and all that they are computed from, up to the nodes `stop`."""
-    pending, found = list(nodes), set(nodes)
-    while pending:
-        node = pending.pop()
-        for other in () if node in stop else node.all_input_nodes:
-            if other not in found:
-                found.add(other)
-                pending.append(other)
-    return found
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """Sizes to try a graph on."""
-
-    batch: int
-    new: int
-    past: int
-
-
-_SAMPLE = _Sizes(2, 3, 4)
-
-
-@dataclass(frozen=True)
-class _Meaning:
-    """What a mask may mean."""
-
-    kind: MaskKind
-    padded: bool
-    window: int | None = None
-
-    def allowed(self, queries: int, keys: int, padding: Tensor | None) -> Tensor:
-        """Where it lets attend, ``[batch or 1, queries, keys]``; the last query is the last key."""
-        at = torch.arange(keys - queries, keys)[:, None]
-        key = torch.arange(keys)[None]
-        found = torch.ones(queries, keys, dtype=torch.bool)
-        if self.kind != "none":
-            found = key <= at
-        if self.window is not None:
-            found = found & (key > at - self.window)
-        if self.padded and padding is not None:
-            return found[None] & padding.bool()[:, None]
-        return found[None]
-
-
-class _Trials:
-    """Runs parts of a program on sizes of its inputs."""
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self._symbols: dict[_Sizes, dict[str, int]] = {}
-        self.device = next((w.device for w in program.weights.values()), torch.device("cpu"))
-        self.paddings = {
-            node for value, node in program.input_nodes() if value.name.endswith("attention_mask")
-        }
-
-    def symbols(self, sizes: _Sizes) -> dict[str, int]:
-        """Every dynamic size of the inputs."""
-        if sizes not in self._symbols:
-            self._symbols[sizes] = self._symbols_of(sizes)
-        return self._symbols[sizes]
-
-    def _symbols_of(self, sizes: _Sizes) -> dict[str, int]:
-        found: dict[str, int] = {}
-        for value in self.program.inputs:
-            for dim, symbol in enumerate(value.shape):
-                if not isinstance(symbol, str) or symbol in found:
-                    continue
-                if dim == 0:
-                    found[symbol] = sizes.batch
-                elif value.name.startswith(PAST):
-                    found[symbol] = sizes.past
-                elif value.name.endswith("attention_mask") and self.program.is_decoder:
-                    found[symbol] = sizes.new + sizes.past
-                else:
-                    found[symbol] = sizes.new + 2 * value.name.startswith("decoder")
-        return found
-
-    def shape(self, node: fx.Node, sizes: _Sizes) -> list[int]:
-        """The sizes of `node`."""
-        symbols = self.symbols(sizes)
-        return [size_of(size, symbols) for size in node.meta["val"].shape]
-
-    def inputs(self, sizes: _Sizes, pad: str = "") -> dict[fx.Node, Tensor]:
-        """Inputs of these sizes: zeros, and masks that pad the first row on the side of `pad`."""
-        found = {}
-        for value, node in self.program.input_nodes():
-            shape = self.shape(node, sizes)
-            if node not in self.paddings:
-                zero = torch.zeros((), dtype=value.dtype, device=self.device)
-                found[node] = zero.expand(shape)
-                continue
-            found[node] = torch.ones(shape, dtype=value.dtype, device=self.device)
-            if pad == "left":
-                found[node][0, :2] = 0
-            elif pad == "right":  # of the prompt: what was decoded since stands after its padding
-                end = sizes.past or shape[1]
-                found[node][0, end - 2 : end] = 0
-        return found
-
-    def meaning(self, mask: fx.Node) -> Mask:
-        """What `mask` means, if it means anything but itself on all sizes that are tried."""
-        part = ancestors([mask])
-        if len(part) > _MOST_NODES or not self._tells_sizes_only(part):
-            return Mask(mask, "bias")
-        paddings = self.paddings & part
-        numbers = self._numbers(part)
-        if not self.program.is_decoder and any(number >= _LONGEST_SQUARE for number in numbers):
-            return Mask(mask, "bias")
-        windows = sorted({near for n in numbers for near in (n - 1, n, n + 1) if near > 0})
-        left = [
-            *(_Meaning(kind, padded) for padded in (False, True) for kind in ("none", "causal")),
-            *(_Meaning("window", padded, w) for padded in (False, True) for w in windows),
-        ]
-        for sizes, pad, must in self._scenarios(numbers, bool(paddings)):
-            try:
-                given = self.inputs(sizes, pad)
-                (found,) = run_part(self.program, (mask,), given)
-                padding = given[next(iter(paddings))].cpu() if paddings else None
-                found = found.cpu()
-                left = [each for each in left if _agrees(each, found, padding, sizes.new)]
-            except Exception:  # noqa: BLE001 - a part of a graph fails in any way
-                if must:
-                    return Mask(mask, "bias")
-        if not left or len(paddings) > 1:
-            return Mask(mask, "bias")
-        best = left[0]
-        return Mask(
-            mask, best.kind, best.padded, best.window, next(iter(paddings)) if best.padded else None
-        )
-
-    def _tells_sizes_only(self, part: Collection[fx.Node]) -> bool:
-        """Whether inputs other than the padding have a say by their sizes alone."""
-        for _, node in self.program.input_nodes():
-            users = () if node in self.paddings else (user for user in node.users if user in part)
-            if node in part and any(user.target is not _ATEN.sym_size.int for user in users):
-                return False
-        return True
-
-    def _numbers(self, part: Collection[fx.Node]) -> list[int]:
-        """Whole numbers that stand in a part of the graph, or in constants of one element."""
-        found: set[int] = set()
-        for node in part:
-            for leaf in pytree.tree_leaves((node.args, node.kwargs)):
-                if type(leaf) is int and 1 < abs(leaf) < _LONGEST:
-                    found.add(abs(leaf))
-        for name, node in self.program.weight_nodes():
-            weight = self.program.weights[name]
-            if node in part and weight.numel() == 1 and not weight.is_meta:
-                number = abs(float(weight))
-                if number.is_integer() and 1 < number < _LONGEST:
-                    found.add(int(number))
-        return sorted(found)
-
-    def _scenarios(
-        self, numbers: Sequence[int], padded: bool
-    ) -> Iterator[tuple[_Sizes, str, bool]]:
-        """Sizes, the side that is padded, and whether the graph must hold for them."""
-        cached = self.program.is_decoder
-        pads = ("", "right", "left") if padded else ("",)
-        for past, new in ((0, 5), (6, 1), (6, 3)) if cached else ((0, 5), (0, 9)):
-            for pad in pads:
-                yield _Sizes(2, new, past), pad, True
-        for number in numbers:
-            long = _Sizes(1, 3, number + 2) if cached else _Sizes(1, number + 3, 0)
-            yield long, "", False
-
-
-def _agrees(meaning: _Meaning, found: Tensor, padding: Tensor | None, new: int) -> bool:
-    """Whether a mask's values are what `meaning` says, wherever the query is no padding."""
-    if found.dtype != torch.bool:
-        if not ((found == 0) | (found <= LEAST)).all():
-            return False
-        found = found == 0
-    while found.dim() < 4:
-        found = found[None]
-    queries, keys = found.shape[-2:]
-    if queries == 1 and keys > 1:
-        queries = new
-    aside = padding is None or padding.shape[1] != keys
-    expected = meaning.allowed(queries, keys, None if aside else padding)
-    if meaning.padded and aside:
-        return False
-    found, expected = torch.broadcast_tensors(found, expected[:, None])
-    valid = torch.ones(found.shape[0], queries, dtype=torch.bool)
-    if not aside and keys >= queries:
-        assert padding is not None
-        valid = padding[:, keys - queries :].bool().expand_as(valid)
-    return bool(((found == expected) | ~valid[:, None, :, None]).all())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -154,41 +154,42 @@ def export(
     names = dimension_names(program)
     show = maker() if progress is True else (progress or None)
     stages = 3 if check else 2
-    lowered, choices = lower(program, target, opset) if target else (program, ())
     notes = list(program.notes)
+    wanted = _parts(target)
+    tried: list[frozenset[str]] = []
+    failed: list[str] = []
+    undone: tuple[Choice, ...] = ()
     with staged_file(path, overwrite=overwrite) as staged, counted(show, "ONNX", stages) as advance:
-
-        def write(form: Program, counts: bool, norms: bool) -> tuple[onnx_ir.Model, Any]:
-            model = convert(form, opset)
-            simplify(model, set(program.weights))
-            apply_names(model, names)
-            if norms:
-                fuse_norms(model)
-            advance(1)
-            _save(model, staged, external_data)
-            _check(staged)
-            advance(1)
-            if not check:
-                return model, Comparison(None, None)
-            return model, compare(program, staged, names, counts=counts)
-
-        norms = target in ("cpu", "cuda")
-        attempts = dict.fromkeys([(lowered, norms), (lowered, False), (program, False)])
-        failed: list[str] = []
-        for form, norms in attempts:
-            counts = form is lowered and any(choice.form == "gqa" for choice in choices)
+        for fused in _attempts(wanted):
+            form, choices = program, tuple[Choice, ...]()
+            if target is not None and "attention" in fused:
+                form, choices = lower(program, target, opset, rotary="rotary" in fused)
+                undone = choices
+                if all(choice.positions is None for choice in choices):
+                    fused -= {"rotary"}
+            if fused in tried:
+                continue
+            tried.append(fused)
             try:
-                model, ran = write(form, counts, norms)
+                model = _written(form, program, names, opset, "norms" in fused)
+                _save(model, staged, external_data)
+                _check(staged)
+                advance(1)
+                ran = Comparison(None, None)
+                if check:
+                    counts = any(choice.form == "gqa" for choice in choices)
+                    ran = compare(program, staged, names, counts=counts)
                 break
             except BackendError as error:
                 failed.append(str(error))
-                if form is program and not norms:
+                if not fused:
                     raise BackendError("; with fused operators: ".join(failed[::-1])) from error
-        if failed:
-            what = "norms are" if form is lowered else "attention and norms are"
-            notes.append(f"{what} not fused: {failed[-1]}")
-        if form is not lowered:
-            choices = tuple(Choice(c.module, "decomposed", f"{c.form} failed") for c in choices)
+        if lost := [part for part in wanted if part in tried[0] - fused]:
+            what = " and ".join(lost)
+            verb = "are" if what == "norms" or len(lost) > 1 else "is"
+            notes.append(f"{what} {verb} not fused: {failed[-1]}")
+        if not choices:
+            choices = tuple(Choice(c.module, "decomposed", f"{c.form} failed") for c in undone)
         notes += _limits(choices)
         size = sum(entry.stat().st_size for entry in staged.parent.iterdir())
     operators = Counter(
@@ -209,14 +210,47 @@ def export(
     )
 
 
+def _parts(target: Target | None) -> tuple[str, ...]:
+    """What is fused for `target`, in the order in which it is given up last to first."""
+    if target is None:
+        return ()
+    return ("attention", "rotary", "norms") if target in ("cpu", "cuda") else ("attention",)
+
+
+def _attempts(parts: Sequence[str]) -> Iterator[frozenset[str]]:
+    """All of `parts`, then ever fewer: a rotary embedding goes inside attention alone."""
+    whole = frozenset(parts)
+    for lost in ((), ("norms",), ("rotary",), ("rotary", "norms"), parts):
+        yield whole.difference(lost)
+
+
+def _written(
+    form: Program,
+    program: Program,
+    names: Mapping[str, str],
+    opset: int,
+    norms: bool,
+) -> onnx_ir.Model:
+    """`form`, which stands for `program`, in ONNX."""
+    model = convert(form, opset)
+    simplify(model, set(program.weights))
+    apply_names(model, names)
+    if norms:
+        fuse_norms(model)
+    return model
+
+
 def _limits(choices: Sequence[Choice]) -> list[str]:
     """What a graph with GroupQueryAttention does not take, for people."""
     if all(choice.form != "gqa" for choice in choices):
         return []
-    return [
+    limits = [
         "masks may pad on the right: rows that are padded on the left come out as NaN",
         "on a filled cache, several rows take one token at a time",
     ]
+    if positions := {c.positions for c in choices if c.positions is not None}:
+        limits.append(f"there are {min(positions)} positions, as many as the config names")
+    return limits
 
 
 def _save(model: onnx_ir.Model, path: Path, external_data: bool | None) -> None:

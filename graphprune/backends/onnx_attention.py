@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from graphprune.attention import AttentionSite, Cached, Unread, plain, read_attention
 from graphprune.errors import BackendError, UsageError
 from graphprune.nodes import arguments_of, copy_of, made_from, valued
 from graphprune.program import Program
+from graphprune.rotary import Rotary, RotaryReader
 
 Target = Literal["portable", "cpu", "cuda", "tensorrt"]
 Form = Literal["gqa", "mha", "standard", "decomposed"]
@@ -58,11 +59,14 @@ class Choice:
         The form.
     why
         What it is, or why it has no better form.
+    positions
+        Positions that its rotary embedding has angles for, where that is inside.
     """
 
     module: str
     form: Form
     why: str
+    positions: int | None = None
 
     def __str__(self) -> str:
         return f"{self.form}: {self.why}"
@@ -105,8 +109,13 @@ def check_target(program: Program, target: Target | None, opset: int) -> None:
         raise BackendError(f"target cpu has no kernels for {said}: load the model in float32")
 
 
-def lower(program: Program, target: Target, opset: int) -> tuple[Program, tuple[Choice, ...]]:
+def lower(
+    program: Program, target: Target, opset: int, *, rotary: bool = True
+) -> tuple[Program, tuple[Choice, ...]]:
     """`program` with every attention in the best form that is legal for `target` and `opset`.
+
+    Where `rotary` says so, a rotary embedding of queries and keys goes into `gqa`, with the angles
+    of as many positions as the model's config names.
 
     The result is for the exporter alone: operators of ONNX stand in its graph, which give zeros
     when they are run. A decoder with attention of the form `gqa` takes masks that pad on the right,
@@ -129,7 +138,9 @@ def lower(program: Program, target: Target, opset: int) -> tuple[Program, tuple[
         ]
         if not fused:
             return program, tuple(choices)
-        lowering = _Lowering(graph, copies)
+        rotations = _rotations(program, [s for s, form in fused if form == "gqa"] if rotary else [])
+        first = copies[next(node for _, node in program.input_nodes())]
+        lowering = _Lowering(graph, copies, rotations, first)
         for site, form in fused:
             lowering.replace(site, form)
         graph.eliminate_dead_code(_is_kept)
@@ -138,9 +149,20 @@ def lower(program: Program, target: Target, opset: int) -> tuple[Program, tuple[
         if not alive:
             break
         shared |= alive
+    tables = lowering.place_tables()
     graph.lint()
-    module = fx.GraphModule(torch.nn.Module(), graph)
-    return dataclasses.replace(program, graph_module=module), tuple(choices)
+    for index, found in enumerate(sites):
+        if found in rotations:
+            positions = rotations[found][0].positions
+            why = f"{choices[index].why}, rotary inside"
+            choices[index] = dataclasses.replace(choices[index], why=why, positions=positions)
+    lowered = dataclasses.replace(
+        program,
+        graph_module=fx.GraphModule(torch.nn.Module(), graph),
+        weights={**program.weights, **tables},
+        kinds={**program.kinds, **dict.fromkeys(tables, "constant")},
+    )
+    return lowered, tuple(choices)
 
 
 # -- what is legal --------------------------------------------------------------------------------
@@ -232,6 +254,27 @@ def _more_than_masked(site: AttentionSite, capped: str) -> str:
     return ""
 
 
+def _rotations(
+    program: Program, sites: Sequence[AttentionSite]
+) -> dict[AttentionSite | Unread, tuple[Rotary, Rotary]]:
+    """The rotary embedding of queries and new keys, where GroupQueryAttention has the like."""
+    config = program.source and program.source.config.get_text_config(decoder=True)
+    positions = getattr(config, "max_position_embeddings", None)
+    if not sites or not isinstance(positions, int):
+        return {}
+    reader = RotaryReader(program, positions)
+    found: dict[AttentionSite | Unread, tuple[Rotary, Rotary]] = {}
+    for site in sites:
+        assert site.caches is not None
+        query, key = reader.read(site.query), reader.read(site.caches[0].new)
+        if query is None or key is None or site.sizes[0] % 16 or query.width % 16:
+            continue
+        alike = query.interleaved == key.interleaved and query.cos.shape == key.cos.shape
+        if alike and torch.equal(query.cos, key.cos) and torch.equal(query.sin, key.sin):
+            found[site] = query, key
+    return found
+
+
 def _twice_read(sites: Sequence[AttentionSite | Unread]) -> set[fx.Node]:
     """Joined keys and values that several attentions read."""
     read = (site for site in sites if isinstance(site, AttentionSite))
@@ -245,11 +288,28 @@ def _twice_read(sites: Sequence[AttentionSite | Unread]) -> set[fx.Node]:
 class _Lowering:
     """Puts operators of ONNX into a graph in place of its attentions."""
 
-    def __init__(self, graph: fx.Graph, copies: dict[fx.Node, fx.Node]) -> None:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        copies: dict[fx.Node, fx.Node],
+        rotations: Mapping[AttentionSite | Unread, tuple[Rotary, Rotary]],
+        first_input: fx.Node,
+    ) -> None:
         self.graph = graph
+        self.first_input = first_input
         self.copies = copies
+        self.rotations = rotations
         self.at: fx.Node = next(iter(graph.nodes))
         self.lengths: dict[Any, tuple[fx.Node, fx.Node]] = {}
+        self.tables: list[tuple[Tensor, Tensor, fx.Node, fx.Node]] = []
+
+    def place_tables(self) -> dict[str, Tensor]:
+        """The angles that operators read, by the names of weights that their nodes stand for."""
+        return {
+            f"rotary.{index}.{name}": table
+            for index, (cos, sin, *_) in enumerate(self.tables)
+            for name, table in (("cos", cos), ("sin", sin))
+        }
 
     def replace(self, site: AttentionSite, form: Form) -> None:
         """Put an operator in the place of `site`."""
@@ -266,7 +326,10 @@ class _Lowering:
     def _gqa(self, site: AttentionSite) -> fx.Node:
         assert site.caches is not None
         keys, values = site.caches
-        rows = [self._rows(node) for node in (site.query, keys.new, values.new)]
+        query, key = (self._rows(node) for node in (site.query, keys.new))
+        if site in self.rotations:
+            query, key = map(self._rows_before, self.rotations[site])
+        rows = [query, key, self._rows(values.new)]
         if site.mask.padding is not None and not self.lengths:
             rows[0] = self._spoiled(rows[0], self.copies[site.mask.padding])
         batch, new = (self._size(rows[0], dim) for dim in (0, 1))
@@ -277,8 +340,10 @@ class _Lowering:
             "num_heads": site.heads,
             "kv_num_heads": site.kv_heads,
             "scale": site.scale,
-            "do_rotary": 0,
+            "do_rotary": int(site in self.rotations),
         }
+        if site in self.rotations:
+            attributes["rotary_interleaved"] = int(self.rotations[site][0].interleaved)
         if site.mask.window is not None:
             attributes["local_window_size"] = site.mask.window
         if site.softcap is not None:
@@ -286,7 +351,7 @@ class _Lowering:
         held = [batch, site.kv_heads, total, width]
         out, key, value = self._operator(
             "com.microsoft::GroupQueryAttention",
-            [*rows, *past, *self._lengths(site, batch, total), *self._sink(site)],
+            [*rows, *past, *self._lengths(site, batch, total), *self._further(site)],
             attributes,
             [[batch, new, site.heads * width], held, held],
         )
@@ -294,9 +359,37 @@ class _Lowering:
             self._replace_cache(cached, made)
         return self._heads_first(out, site)
 
-    def _sink(self, site: AttentionSite) -> list[fx.Node | None]:
-        """The last input, after rotary caches, positions and a bias, if there is a sink."""
-        return [None] * 4 + [self.copies[site.sink]] if site.sink is not None else []
+    def _further(self, site: AttentionSite) -> list[fx.Node | None]:
+        """Angles, positions, a bias and a sink, as far as there are any."""
+        further: list[fx.Node | None] = [None] * 5
+        if site in self.rotations:
+            further[:2] = self._angles(self.rotations[site][0])
+        if site.sink is not None:
+            further[4] = self.copies[site.sink]
+        while further and further[-1] is None:
+            further.pop()
+        return further
+
+    def _angles(self, rotary: Rotary) -> tuple[fx.Node, fx.Node]:
+        """Nodes of its cosines and sines, which layers share."""
+        for cos, sin, *nodes in self.tables:
+            if cos is rotary.cos or (torch.equal(cos, rotary.cos) and torch.equal(sin, rotary.sin)):
+                return nodes[0], nodes[1]
+        made = []
+        # They stand for weights, which come before inputs.
+        with self.graph.inserting_before(self.first_input):
+            for name, table in (("cos", rotary.cos), ("sin", rotary.sin)):
+                node = self.graph.placeholder(f"rotary_{len(self.tables)}_{name}")
+                node.meta["val"] = self.at.meta["val"].fake_mode.from_tensor(table)
+                made.append(node)
+        self.tables.append((rotary.cos, rotary.sin, made[0], made[1]))
+        return made[0], made[1]
+
+    def _rows_before(self, rotary: Rotary) -> fx.Node:
+        """What is rotated, as ``[batch, length, heads * size]``."""
+        if rotary.heads_first:
+            return self._rows(rotary.source)
+        return self._joined(self.copies[rotary.source])
 
     def _spoiled(self, query: fx.Node, padding: fx.Node) -> fx.Node:
         """`query` without a number in the rows that are padded on the left.
@@ -359,9 +452,13 @@ class _Lowering:
             copy = self.copies[inner.all_input_nodes[0]]
         else:
             copy = self._call(_ATEN.transpose.int, copy, 1, 2)
-        _, _, heads, width = copy.meta["val"].shape
-        sizes = [self._size(copy, 0), self._size(copy, 1), heads * width]
-        return self._call(_ATEN.reshape.default, copy, sizes)
+        return self._joined(copy)
+
+    def _joined(self, node: fx.Node) -> fx.Node:
+        """``[batch, length, heads, size]`` with heads and sizes in one dimension."""
+        _, _, heads, width = node.meta["val"].shape
+        sizes = [self._size(node, 0), self._size(node, 1), heads * width]
+        return self._call(_ATEN.reshape.default, node, sizes)
 
     def _keys(self, node: fx.Node) -> fx.Node:
         """Keys or values for MultiHeadAttention: cached ones have their heads first."""

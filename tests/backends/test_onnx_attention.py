@@ -302,8 +302,8 @@ def test_a_fusion_that_changes_outputs_is_undone_and_reported(
 ) -> None:
     program = capture(byte_llama(num_hidden_layers=1))
 
-    def wrong(program: Program, *args: Any) -> Any:
-        lowered, choices = lower(program, *args)
+    def wrong(program: Program, *args: Any, **options: Any) -> Any:
+        lowered, choices = lower(program, *args, **options)
         for node in lowered.graph.nodes:
             if "attr_floats" in node.kwargs:
                 node.update_kwarg("attr_floats", [2 * node.kwargs["attr_floats"][0]])
