@@ -17,6 +17,7 @@ _HOMES = {
     "Calibration": "graphprune.calibration",
     "Coupling": "graphprune.coupling",
     "GraphPruneError": "graphprune.errors",
+    "OnnxRunner": "graphprune.backends.onnx_runner",
     "Pipeline": "graphprune.pipeline",
     "Plan": "graphprune.plan",
     "Program": "graphprune.program",

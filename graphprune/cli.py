@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from enum import StrEnum
 from pathlib import Path
@@ -25,6 +25,7 @@ from graphprune.instruments import Instrument, Place
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+    from graphprune.backends.onnx_runner import Generation
     from graphprune.calibration import Calibration
     from graphprune.pass_base import Context, Outcome
     from graphprune.pipeline import Pipeline
@@ -202,7 +203,7 @@ def inspect(
     from graphprune.coupling import analyze
     from graphprune.errors import CaptureError
     from graphprune.loading import shapes_of
-    from graphprune.overview import module_tree, overview
+    from graphprune.overview import module_tree, overview, overview_json
     from graphprune.page import bare_page, page
     from graphprune.progress import maker
 
@@ -244,7 +245,7 @@ def inspect(
         _show(overview(directory, program, coupling))
     else:
         written = {
-            Format.json: coupling.to_json,
+            Format.json: lambda: overview_json(coupling),
             Format.dot: coupling.to_dot,
             Format.graphml: coupling.to_graphml,
         }
@@ -632,6 +633,74 @@ def verify(
         print(f"verified: max relative error {report.max_relative_error:.2e}")
 
 
+@app.command()
+def generate(
+    directory: Annotated[
+        str, typer.Argument(metavar="DIR", help="An ONNX package, as 'export-onnx' writes it.")
+    ],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="A text to continue; may be repeated."),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="A file that is one prompt, or JSON lines with a prompt each."
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The most tokens of a text.", min=1)] = 64,
+    temperature: Annotated[
+        float, typer.Option(help="0 chooses the likeliest token; else one is drawn.", min=0)
+    ] = 0.0,
+    top_k: Annotated[
+        int | None, typer.Option(help="Draw from so many of the likeliest tokens.", min=1)
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the likeliest tokens of this probability.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of what is drawn.")] = 0,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="A string that ends a text; may be repeated."),
+    ] = None,
+    provider: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A provider of ONNX Runtime, as 'cuda'; the package's own if left out.",
+        ),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the CPU.", min=1)] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing of speed.")] = False,
+    traceback: Traceback = False,
+) -> None:
+    """Continue prompts by the model of an ONNX package; one prompt alone is shown as it grows."""
+    from graphprune.backends.onnx_runner import OnnxRunner
+    from graphprune.errors import UsageError
+    from graphprune.text_sources import read_documents
+
+    prompts = list(prompt or ())
+    if prompt_file is not None:
+        prompts += read_documents(prompt_file, UsageError)
+    if not prompts:
+        raise typer.BadParameter("there is nothing to continue: give --prompt or --prompt-file")
+    runner = OnnxRunner(directory, provider=provider, threads=threads)
+    alone = len(prompts) == 1
+    found = runner.generate(
+        prompts,
+        max_new_tokens=max_new_tokens,
+        stop=stop or (),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        on_text=(lambda _, piece: print(piece, end="", flush=True)) if alone else None,
+    )
+    print("" if alone else "\n\n".join(str(generation.text) for generation in found))
+    if not quiet:
+        _say_speed(found)
+
+
 # -- parts of verbs -----------------------------------------------------------------------------
 
 
@@ -755,6 +824,20 @@ def _show(what: RenderableType) -> None:
 
 def _say_written(output: Path, kind: str) -> None:
     print(f"{output}: {kind}")
+
+
+def _say_speed(found: Sequence[Generation]) -> None:
+    """Say on standard error how fast a batch was; the first new tokens count with the prompts."""
+    for what, count, seconds in (
+        ("prompt", sum(each.prompt_tokens for each in found), found[0].prompt_seconds),
+        (
+            "new",
+            sum(len(each.tokens) - 1 for each in found),
+            max(each.decode_seconds for each in found),
+        ),
+    ):
+        if count:
+            print(f"{what}: {count} tokens, {count / seconds:.1f} per second", file=sys.stderr)
 
 
 def _wants_traceback() -> bool:

@@ -1,7 +1,8 @@
-"""What ``graphprune inspect`` shows: coupled groups and axis types, repeated layers folded."""
+"""What ``graphprune inspect`` shows: coupled groups, speed hints and axis types, layers folded."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -10,11 +11,14 @@ from rich.console import Group as Stack
 from rich.table import Table
 from rich.text import Text
 
+from graphprune.kernels import RUNTIMES, speed_hints
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.tree import Tree
 
     from graphprune.coupling import Coupling, Group
+    from graphprune.kernels import Hint
     from graphprune.program import Program
 
 _NUMBER = re.compile(r"(?<![A-Za-z0-9_])\d+(?![A-Za-z0-9_])")
@@ -22,7 +26,7 @@ _NUMBER = re.compile(r"(?<![A-Za-z0-9_])\d+(?![A-Za-z0-9_])")
 
 
 def overview(title: str, program: Program, coupling: Coupling) -> RenderableType:
-    """The sizes of `program`, its coupled groups, and the axis types of its weights.
+    """The sizes of `program`, its coupled groups, speed hints, and the axis types of its weights.
 
     Parameters
     ----------
@@ -40,8 +44,23 @@ def overview(title: str, program: Program, coupling: Coupling) -> RenderableType
         *_reasons(coupling),
         *_unruled(program, coupling),
         "",
+        *_hints(coupling),
+        "",
         _types(program, coupling),
     )
+
+
+def overview_json(coupling: Coupling) -> str:
+    """What `Coupling.to_json` has, and the speed hints of every runtime, as JSON text."""
+    hints = [
+        {
+            "where": hint.where,
+            "what": hint.what.format(hint.size),
+            "reasons": {why: list(runtimes) for why, runtimes in hint.reasons},
+        }
+        for hint in speed_hints(coupling)
+    ]
+    return json.dumps(json.loads(coupling.to_json()) | {"speed_hints": hints}, indent=1)
 
 
 def group_table(program: Program, coupling: Coupling) -> Table:
@@ -58,6 +77,22 @@ def group_table(program: Program, coupling: Coupling) -> Table:
     for (_, *cells), names in rows.items():
         table.add_row(str(len(names)), *map(Text, (fold(names), *cells)))
     return table
+
+
+def hint_lines(hints: Iterable[Hint]) -> list[str]:
+    """Speed hints as lines, those of repeated layers in one; of many sizes it names three."""
+    rows: dict[tuple[str, str, str], list[Hint]] = {}
+    for hint in hints:
+        rows.setdefault((alike(hint.where), hint.what, hint.why), []).append(hint)
+    lines = []
+    for (_, what, why), found in rows.items():
+        sizes = list(dict.fromkeys(hint.size for hint in found))
+        if len(sizes) > 3:
+            sizes[3:] = [f"{len(sizes) - 3} more"]
+        *first, last = sizes
+        size = f"{', '.join(first)} or {last}" if first else last
+        lines.append(f"{fold(hint.where for hint in found)}: {what.format(size)} {why}")
+    return lines
 
 
 def module_tree(title: str, program: Program, coupling: Coupling) -> Tree:
@@ -123,6 +158,14 @@ def _reasons(coupling: Coupling) -> Iterator[Text]:
     inexact = {(alike(g.name), alike(g.why)): g for g in coupling.groups if g.why}
     for group in reversed(inexact.values()):
         yield Text(f"{group.name} is {group.exactness}: {group.why}")
+
+
+def _hints(coupling: Coupling) -> Iterator[Text]:
+    lines = hint_lines(speed_hints(coupling))
+    yield Text("speed hints", style="italic")
+    if not lines:
+        yield Text(f"every size is on the fast path ({', '.join(RUNTIMES)})")
+    yield from map(Text, lines)
 
 
 def _unruled(program: Program, coupling: Coupling) -> Iterator[Text]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -181,6 +182,9 @@ class Selector:
         How scores of a group are made comparable with those of others, in scope "global".
     round_to
         Every group keeps a multiple of this many units (rounded up), where it has that many.
+    sizes
+        Group name -> the numbers of units that it may keep beside all of them, ascending, in place
+        of the multiples of `round_to` (see `graphprune.kernels.liked_sizes`).
     params, macs, kv_bytes
         The part of the program's parameters, multiply-accumulates (of a prompt of
         `graphprune.cost.TOKENS` tokens) and KV cache.
@@ -197,6 +201,7 @@ class Selector:
     macs: float | None = None
     kv_bytes: float | None = None
     first: Coupling | None = None
+    sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.budgets:
@@ -206,6 +211,13 @@ class Selector:
                 raise SelectionError(f"{name} {part:g} is not in [0, 1)")
         if self.round_to < 1:
             raise SelectionError(f"round_to {self.round_to} is not positive")
+
+    def kept(self, group: Group, wanted: int) -> int:
+        """How many units a group keeps where it should keep at least `wanted`."""
+        step = min(self.round_to, group.size)
+        sizes = self.sizes.get(group.name, range(step, group.size + 1, step))
+        at = bisect_left(sizes, max(wanted, group.least))
+        return min(sizes[at], group.size) if at < len(sizes) else group.size
 
     @property
     def budgets(self) -> dict[Amount, float]:
@@ -256,11 +268,19 @@ class Selector:
         if not cuts:
             sizes = ", ".join(sorted({str(group.size) for group in groups}))
             asked = " and ".join(f"{part:g} of the {_NOUNS[b]}" for b, part in self.budgets.items())
+            kept = sorted({self._said(group) for group in groups})
             raise NothingToPrune(
-                f"nothing to prune: {asked}, in groups of {sizes} units, kept in multiples of "
-                f"{self.round_to}, is less than one unit"
+                f"nothing to prune: {asked}, in groups of {sizes} units, kept in "
+                f"{' and '.join(kept)}, is less than one unit"
             )
         return cuts
+
+    def _said(self, group: Group) -> str:
+        """What the units of a group are kept in."""
+        sizes = self.sizes.get(group.name, ())
+        if sizes and not isinstance(sizes, range):
+            return f"one of {', '.join(map(str, sizes))}"
+        return f"multiples of {sizes.step if isinstance(sizes, range) else self.round_to}"
 
 
 class _Choice:
@@ -394,16 +414,12 @@ class _Choice:
 
     def _most(self, group: Group) -> int:
         """How many units a group can lose at most."""
-        return group.size - max(min(self.selector.round_to, group.size), group.least)
+        return group.size - self.selector.kept(group, 1)
 
     def _rounded(self, counts: Sequence[int]) -> list[int]:
-        """At most `counts`, so that a positive multiple of `round_to` stays in every group."""
-        found = []
-        for group, count in zip(self.groups, counts, strict=True):
-            step = min(self.selector.round_to, group.size)
-            kept = max(step, group.least, math.ceil((group.size - count) / step) * step)
-            found.append(max(0, group.size - kept))
-        return found
+        """At most `counts`, so that every group keeps a number of units that it may keep."""
+        pairs = zip(self.groups, counts, strict=True)
+        return [group.size - self.selector.kept(group, group.size - n) for group, n in pairs]
 
 
 class _Taken:

@@ -53,6 +53,10 @@ class MergeKvHeads(Pass):
         moments, as a part of their mean.
     skip
         Globs over names of KV-head groups or of weights whose attention stays as it is.
+    runtime
+        What the program is to run on: cpu, cuda, tensorrt, or portable for any of them. The report
+        then has attentions of which so many query heads on a KV head leave the fast path ("speed
+        hints"); what is merged stays the same.
 
     Requires
     --------
@@ -91,6 +95,7 @@ class MergeKvHeads(Pass):
     order: Literal["contiguous", "similarity"] | None = None
     damp: float = 0.01
     skip: tuple[str, ...] = ()
+    runtime: Literal["cpu", "cuda", "tensorrt", "portable"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,6 +124,8 @@ class MergeKvHeads(Pass):
         with context.bar("merging KV heads"):
             merged = carry_out(edited, step)
         details = {"merged": {m.group: f"{m.size} into {m.groups}" for m in merges}} | details
+        if hints := self._hints(program, chosen):
+            details["speed hints"] = hints
         base = None if edited is program else edited
         return Outcome(merged, Plan((step,)), details, edited=base is not None, base=base)
 
@@ -140,6 +147,19 @@ class MergeKvHeads(Pass):
                 f"nothing to merge: {sizes} KV heads are at most {self.groups} or skipped"
             )
         return chosen
+
+    def _hints(self, program: Program, chosen: list[Heads]) -> list[str]:
+        """Which query groups are off the fast path of `runtime` once the heads are merged."""
+        from graphprune.kernels import query_group_hints
+        from graphprune.overview import hint_lines
+
+        if self.runtime is None:
+            return []
+        groups = [
+            (heads.name.rpartition(":")[0], heads.queries * heads.size // self.groups)
+            for heads in chosen
+        ]
+        return hint_lines(query_group_hints(program, groups, self.runtime))
 
     def _skips(self, heads: Heads) -> bool:
         return any(_matches(heads, pattern) for pattern in self.skip)

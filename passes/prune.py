@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from graphprune.errors import NothingToPrune, SelectionError
 from graphprune.pass_base import Context, Outcome, Pass
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from graphprune.coupling import Coupling, Group
     from graphprune.plan import Cut
@@ -55,7 +55,8 @@ class Prune(Pass):
         word says of a group's scores, or in their place the increase of the loss on the calibration
         data, measured as ever more of each group is masked (loss).
     round_to
-        Every group keeps a multiple of this many units.
+        Every group keeps a multiple of this many units (rounded up). None: 1, or what `runtime`
+        likes.
     skip
         Globs over names of groups or weights that stay whole.
     steps
@@ -75,6 +76,12 @@ class Prune(Pass):
     scores
         A file that holds the scores, or that they are written to: another budget takes seconds
         then. It is refused for another program, other data or another criterion.
+    runtime
+        What the program is to run on: cpu, cuda, tensorrt, or portable for any of them. Groups then
+        keep sizes that its kernels like, rounded up, where they are large enough (FFN widths,
+        hidden sizes and channels in multiples of 64 on cuda and tensorrt and of 16 on cpu; head
+        sizes in multiples of 16; 1, 2, 4, 8, 16 or 32 query heads on a KV head on cuda), unless
+        `round_to` is given; and the report has what leaves the fast path ("speed hints").
 
     Requires
     --------
@@ -109,7 +116,7 @@ class Prune(Pass):
     aggregate: Literal["sum", "mean", "max", "product", "last"] = "sum"
     scope: Literal["group", "global"] = "group"
     normalise: Literal["none", "mean", "max", "sum", "l2", "loss"] = "none"
-    round_to: int = 1
+    round_to: int | None = None
     skip: tuple[str, ...] = ()
     steps: int = 1
     protect: tuple[int, ...] | None = None
@@ -117,6 +124,7 @@ class Prune(Pass):
     macs: float | None = None
     kv_bytes: float | None = None
     scores: str | None = None
+    runtime: Literal["cpu", "cuda", "tensorrt", "portable"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,7 +137,7 @@ class Prune(Pass):
                 raise SelectionError(f"prune: {name} {part:g} is not in [0, 1)")
         if self.normalise == "loss" and self.scope == "group":
             raise SelectionError("prune: normalise=loss decides between groups: add scope=global")
-        if self.round_to < 1:
+        if self.round_to is not None and self.round_to < 1:
             raise SelectionError(f"prune: round_to {self.round_to} is not positive")
         if self.steps < 1:
             raise SelectionError(f"prune: steps {self.steps} is not positive")
@@ -194,12 +202,14 @@ class Prune(Pass):
         for step in steps:
             for cut in step.cuts:
                 removed[cut.group] = removed.get(cut.group, 0) + cut.count
-        details = {
+        details: dict[str, Any] = {
             "removed": {name: f"{n} of {first.group(name).size}" for name, n in removed.items()},
             "unchanged": [g.name for g in first.groups if g.name in names - removed.keys()],
         }
         if meant & kept:
             details["protected"] = sorted(meant & kept)
+        if hints := self._hints(first, removed):
+            details["speed hints"] = hints
         return Outcome(program, Plan(tuple(steps)), details=details)
 
     def _keeps_outer_layers(self) -> bool:
@@ -208,6 +218,17 @@ class Prune(Pass):
 
         by_kind = all(target in TARGETS or target == "all" for target in self.target)
         return self.protect is None and self.scope == "group" and by_kind
+
+    def _hints(self, first: Coupling, removed: Mapping[str, int]) -> list[str]:
+        """What is off the fast path of `runtime` now, and was not before."""
+        from graphprune.kernels import speed_hints
+        from graphprune.overview import hint_lines
+
+        if self.runtime is None:
+            return []
+        before = speed_hints(first, self.runtime)
+        after = speed_hints(first, self.runtime, removed)
+        return hint_lines(hint for hint in after if hint not in before)
 
     def _cuts(
         self,
@@ -222,6 +243,7 @@ class Prune(Pass):
         from graphprune.allocation import loss_margins
         from graphprune.criteria import Evidence, check_scores, criterion
         from graphprune.criteria.cache import kept_scores
+        from graphprune.kernels import liked_sizes
         from graphprune.selection import Selector
 
         evidence = Evidence(
@@ -238,11 +260,15 @@ class Prune(Pass):
         else:
             scores = criterion(self.criterion).scores(evidence)
             check_scores(scores, evidence)
+        sizes: Mapping[str, Sequence[int]] = {}
+        if self.runtime is not None and self.round_to is None:
+            sizes = liked_sizes((first.group(group.name) for group in groups), self.runtime)
         selector = Selector(
             scope=self.scope,
             normalise="none" if self.normalise == "loss" else self.normalise,
-            round_to=self.round_to,
+            round_to=self.round_to or 1,
             first=first,
+            sizes=sizes,
             **{name: share * part for name, share in self.budgets.items()},
         )
         margins = loss_margins(evidence, scores) if self.normalise == "loss" else None

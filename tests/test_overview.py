@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from byte_llama import byte_llama
@@ -9,7 +11,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.overview import fold, overview
+from graphprune.overview import fold, overview, overview_json
 
 
 @pytest.mark.parametrize(
@@ -40,6 +42,9 @@ def test_the_overview_of_a_llama() -> None:
     assert "2 model.layers.{0-1}.self_attn:kv-head 4 4 1,024 exact" in rows
     assert "model.layers.{0-1}.mlp.down_proj.weight 32 x 48 [hidden, ffn]" in rows
     assert "residual is rescaled: mean over it" in text
+    hint = "model.layers.{0-1}.mlp: FFN width 48 is no multiple of 64 (cuda, tensorrt)"
+    assert [line for line in rows if "FFN width" in line] == [hint]
+    assert "speed hints" in rows
 
 
 def test_a_model_of_no_family_has_an_overview_too() -> None:
@@ -53,6 +58,32 @@ def test_a_model_of_no_family_has_an_overview_too() -> None:
         console.print(overview("net", program, gp.analyze(program)))
     assert "net: program" in captured.get()
     assert "KV cache" not in captured.get()
+
+
+def test_speed_hints_are_data_too_and_a_program_may_have_none() -> None:
+    def analyzed(width: int) -> gp.Coupling:
+        layers = nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3)
+        return gp.analyze(gp.capture(nn.Sequential(*layers), (torch.ones(2, 4),)))
+
+    odd, even = analyzed(24), analyzed(64)
+    assert json.loads(overview_json(odd)) == {
+        **json.loads(odd.to_json()),
+        "speed_hints": [
+            {
+                "where": "ffn",
+                "what": "FFN width 24",
+                "reasons": {
+                    "is no multiple of 16": ["cpu"],
+                    "is no multiple of 64": ["cuda", "tensorrt"],
+                },
+            }
+        ],
+    }
+    assert json.loads(overview_json(even))["speed_hints"] == []
+    console = Console(width=100, color_system=None)
+    with console.capture() as captured:
+        console.print(overview("net", even.program, even))
+    assert "every size is on the fast path (cpu, cuda, tensorrt)" in captured.get()
 
 
 class Exponential(nn.Module):

@@ -278,6 +278,26 @@ def test_round_to_beyond_a_group_leaves_it_whole() -> None:
     assert counts(Selector(0.5, round_to=8), groups) == [24, 24, 0, 0]
 
 
+@pytest.mark.parametrize("scope", ["group", "global"])
+def test_a_group_keeps_one_of_the_sizes_that_it_may_keep(scope: Any) -> None:
+    groups = groups_of("ffn")
+    sizes = {groups[0].name: (3, 30, 45), groups[1].name: range(7, 49, 7)}
+    for ratio in (0.1, 0.3, 0.5, 0.9):
+        left = [48 - n for n in counts(Selector(ratio, scope, sizes=sizes), groups)]
+        assert left[0] in (3, 30, 45, 48)
+        assert left[1] % 7 == 0 or left[1] == 48
+        assert sum(left) >= 96 * (1 - ratio)
+    assert removed_share(Selector(scope=scope, params=0.2, sizes=sizes), groups) >= 0.2
+
+
+def test_sizes_count_for_the_groups_that_have_them_only() -> None:
+    groups = groups_of("ffn")
+    selector = Selector(0.5, round_to=10, sizes={groups[1].name: (40,)})
+    assert counts(selector, groups) == [18, 8]
+    with pytest.raises(SelectionError, match="kept in multiples of 10 and one of 40, is less"):
+        counts(Selector(0.05, round_to=10, sizes={groups[1].name: (40,)}), groups)
+
+
 NORMALISERS: dict[str, Callable[[list[float]], float]] = {
     "none": lambda scores: 1.0,
     "mean": lambda scores: sum(scores) / len(scores),

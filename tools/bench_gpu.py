@@ -311,9 +311,7 @@ def rates(
 
 def _batch(session: Any, package: Path, rows: int, capacity: int) -> Batch:
     read = onnx_package.read(package)
-    # What was not checked when it was written is known by its form: one operator keeps each cache.
-    forms = {form.partition(":")[0] for form in read.attention.values()}
-    shares = read.shares_buffers or forms == {"gqa"}
+    shares = read.shares_buffers
     return Batch(
         session,
         layout_of(session),

@@ -167,7 +167,9 @@ def write(
         if check:
             ran = _prove(program, staged / MODEL, counts)
         notes = [*report.notes, *ran.notes, *_write_config(program, staged)]
-        shares = SHARED in ran.errors
+        # Where it was not run, it is known by its form: one operator keeps every cache.
+        forms = {form.partition(":")[0] for form in report.attention.values()}
+        shares = SHARED in ran.errors if ran.errors else forms == {"gqa"}
         genai, why = genai_config(program, shares_buffers=shares, target=target)
         if genai is None:
             notes.append(f"no genai_config.json: {why}")

@@ -37,7 +37,12 @@ def provider_name(name: str) -> str:
     return _PROVIDERS.get(name, name)
 
 
-def open_session(path: Path, provider: str = CPU, threads: int | None = None) -> Any:
+def open_session(
+    path: Path,
+    provider: str = CPU,
+    threads: int | None = None,
+    provider_options: Mapping[str, str] | None = None,
+) -> Any:
     """A session of ONNX Runtime on the model at `path`.
 
     Parameters
@@ -48,14 +53,21 @@ def open_session(path: Path, provider: str = CPU, threads: int | None = None) ->
         The execution provider that must run it; nodes that it has no kernel for go to the CPU.
     threads
         Threads of the CPU provider; by default as many as torch has.
+    provider_options
+        Options of `provider`, as ONNX Runtime names them.
 
     Raises
     ------
     BackendError
-        When ONNX Runtime refuses the model, or another provider would run it than was asked for.
+        When ONNX Runtime is not installed or refuses the model, or another provider would run it
+        than was asked for.
     """
-    import onnxruntime
-
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError("ONNX Runtime is not installed: graphprune[ort] brings it") from error
+    # It logs the fallback that is refused here, in several lines of its own.
+    onnxruntime.set_default_logger_severity(4)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads or torch.get_num_threads()
@@ -66,9 +78,9 @@ def open_session(path: Path, provider: str = CPU, threads: int | None = None) ->
             + ", ".join(built)
         )
     try:
-        session = onnxruntime.InferenceSession(
-            str(path), options, providers=list(dict.fromkeys([provider, CPU]))
-        )
+        chosen = (provider, dict(provider_options or {}))
+        providers = [chosen] if provider == CPU else [chosen, (CPU, {})]
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # its exceptions share no base but Exception
         raise BackendError(
             f"ONNX Runtime {onnxruntime.__version__} refuses the model: {first_line(error)}"

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from architectures import inputs_of, program_of, relative_error
+from byte_llama import byte_llama
 
 import graphprune as gp
 from graphprune import reference
@@ -275,3 +277,32 @@ def test_options_that_make_no_sense_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         Pipeline.parse(f"merge-kv-heads{{{options}}}")
+
+
+# -- for a runtime --------------------------------------------------------------------------------
+
+
+@cache
+def six_heads() -> Program:
+    """A decoder of six query heads and six KV heads."""
+    return gp.capture(byte_llama(hidden_size=48, num_attention_heads=6, num_key_value_heads=6))
+
+
+@pytest.mark.parametrize(
+    ("options", "hinted"),
+    [
+        ("groups=2 runtime=cuda", True),
+        ("groups=2 runtime=portable", True),
+        ("groups=2 runtime=cpu", False),
+        ("groups=2", False),
+        ("groups=3 runtime=cuda", False),
+    ],
+)
+def test_query_groups_that_leave_the_fast_path_are_in_the_report(
+    options: str, hinted: bool
+) -> None:
+    result = Pipeline.parse(f"merge-kv-heads{{{options}}}").run(six_heads())
+    found = result.report.passes[0].details.get("speed hints", [])
+    assert [line.partition(" leave")[0] for line in found] == (
+        ["model.layers.{0-1}.self_attn: 3 query heads on a KV head"] if hinted else []
+    )

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers as tf
 from architectures import coupling_of, inputs_of, model_of, program_of
+from byte_llama import byte_llama
 from torch import Tensor
 
 import graphprune as gp
@@ -115,6 +116,7 @@ def test_every_target_is_pruned_and_verified(name: str, target: str) -> None:
         {"criterion": "magnitude", "scope": "global", "macs": 0.1, "normalise": "max"},
         {"criterion": "l1", "scope": "global", "normalise": "loss"},
         {"criterion": "random", "round_to": 8},
+        {"criterion": "l1", "runtime": "portable"},
     ],
 )
 def test_every_option_gives_a_verified_program(options: dict[str, Any]) -> None:
@@ -143,6 +145,7 @@ def chosen(**options: Any) -> dict[str, Any]:
         {"params": 0.25},
         {"macs": 0.1},
         {"round_to": 5},
+        {"runtime": "cuda"},
         {"skip": ("*.0.*",)},
         {"ratio": 0.5},
         {"target": "*"},
@@ -237,6 +240,7 @@ def test_pruning_the_residual_stream_again_keeps_the_divisor() -> None:
         ("target=ffn ratio=a", PipelineError, "option 'ratio' wants a number, not 'a'"),
         ("target=ffn ratio=0.5 round_to=0", SelectionError, "round_to 0 is not positive"),
         ("target=ffn ratio=0.5 round_to=2.5", PipelineError, "wants a whole number"),
+        ("target=ffn ratio=0.5 runtime=gpu", PipelineError, "wants one of cpu, cuda, tensorrt"),
         ("target=ffn ratio=0.5 scope=globl", PipelineError, "did you mean 'global'"),
         ("target=ffn params=2", SelectionError, r"params 2 is not in \[0, 1\)"),
         ("target= ratio=0.5", SelectionError, "no target"),
@@ -387,3 +391,71 @@ def test_steps_and_protected_layers_that_make_no_sense_are_refused(
 ) -> None:
     with pytest.raises(SelectionError, match=message):
         Prune("ffn", 0.5, **options)
+
+
+# -- for a runtime --------------------------------------------------------------------------------
+
+
+@cache
+def wide() -> gp.Program:
+    """A decoder of FFN widths of 320, with four query heads on a KV head."""
+    sizes = {"intermediate_size": 320, "num_attention_heads": 8, "num_key_value_heads": 2}
+    return gp.capture(byte_llama(**sizes, head_dim=8))
+
+
+def run_wide(*target: str, **options: Any) -> tuple[list[int], dict[str, Any], gp.Program]:
+    """FFN widths that are left, the details, and the program."""
+    given: dict[str, Any] = {"target": target or ("ffn",), "criterion": "l2", **options}
+    result = run(wide(), Prune(**given))
+    widths = [result.program.weights[f"model.layers.{n}.mlp.up_proj.weight"] for n in (0, 1)]
+    return [len(width) for width in widths], dict(result.report.passes[0].details), result.program
+
+
+def test_a_runtime_rounds_widths_to_what_its_kernels_like() -> None:
+    assert run_wide(ratio=0.3)[0] == [224, 224]
+    assert run_wide(ratio=0.3, runtime="cuda")[0] == [256, 256]
+    assert run_wide(ratio=0.3, runtime="tensorrt", steps=3)[0] == [256, 256]
+    assert run_wide(ratio=0.33, runtime="cpu")[0] == [224, 224]
+    widths, details, _ = run_wide(ratio=0.5, runtime="cuda", scope="global")
+    assert all(width % 64 == 0 for width in widths)
+    assert "speed hints" not in details
+
+
+@pytest.mark.parametrize("scope", ["group", "global"])
+def test_a_budget_of_parameters_is_met_by_sizes_that_a_runtime_likes(scope: Any) -> None:
+    widths, _, program = run_wide(params=0.3, runtime="cuda", scope=scope)
+    assert all(width % 64 == 0 for width in widths)
+    before, left = wide().parameter_count(), program.parameter_count()
+    assert 0.7 * before - 64 * 96 * len(widths) < left <= 0.7 * before
+
+
+def test_a_multiple_that_is_given_wins_over_that_of_the_runtime() -> None:
+    widths, details, _ = run_wide(ratio=0.3, runtime="cuda", round_to=10)
+    assert widths == [230, 230]
+    # Heads of 8 are off the fast path too, but were so before.
+    assert details["speed hints"] == [
+        "model.layers.{0-1}.mlp: FFN width 230 is no multiple of 64 (cuda)"
+    ]
+    assert run_wide(ratio=0.3, runtime="cuda", round_to=1)[0] == [224, 224]
+    assert "speed hints" not in run_wide(ratio=0.3, round_to=10)[1]
+
+
+def test_query_groups_stay_on_the_fast_path_or_the_report_says_so() -> None:
+    both = ("ffn", "query-heads")
+    _, details, _ = run_wide(*both, ratio=0.3, runtime="cuda")
+    assert details["unchanged"] == [f"model.layers.{n}.self_attn:query-slot" for n in (0, 1)]
+    assert "speed hints" not in details
+    _, details, _ = run_wide(*both, ratio=0.5, runtime="cuda")
+    assert details["removed"]["model.layers.1.self_attn:query-slot"] == "2 of 4"
+    _, details, _ = run_wide("query-heads", ratio=0.3, runtime="cuda", round_to=1)
+    (hint,) = details["speed hints"]
+    assert hint.startswith("model.layers.{0-1}.self_attn: 3 query heads on a KV head leave the")
+
+
+def test_what_a_runtime_has_no_smaller_size_for_is_refused_and_says_the_sizes() -> None:
+    with pytest.raises(SelectionError, match="kept in one of 1, 2, 4, is less than one unit"):
+        run_wide("query-heads", ratio=0.3, runtime="cuda")
+    with pytest.raises(SelectionError, match="kept in multiples of 64, is less than one unit"):
+        run_wide(ratio=0.1, runtime="cuda")
+    with pytest.raises(SelectionError, match="these groups hold at most"):
+        run_wide(params=0.7, runtime="cuda")
