@@ -13,13 +13,15 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._export.verifier import load_verifier
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._functorch import config as functorch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import (
@@ -30,7 +32,7 @@ from torch.export.graph_signature import (
     OutputSpec,
     TensorArgument,
 )
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.value_ranges import ValueRanges
 
@@ -42,6 +44,10 @@ from graphprune.program import PAST, PRESENT, Kind, Program, Source, Value, modu
 FIXED_BATCH, FIXED_NEW, FIXED_PAST = 101, 103, 107
 """Sizes of a decoder captured on the meta device, where dynamic ones would cost four times the
 time for a graph that can only be analysed: primes, so that no other size is taken for them."""
+
+_BRANCHES: ContextVar[bool] = ContextVar("branches", default=False)
+_BRANCH = "graphprune_branch"
+_ALONG = "captured along the way that its example takes at"
 
 
 def capture(
@@ -235,10 +241,17 @@ def _capture_transformers(model: Any, cache: bool | None) -> Program:
         model.config, type(model), generation_config=getattr(model, "generation_config", None)
     )
     example = functools.cache(lambda: example_of(model))
-    with _exportable_experts(model), _broadcast_masks() as broadcast:
+    on_meta = model.device.type == "meta"
+    with _exportable_experts(model), _broadcast_masks() as broadcast, _branches(not on_meta):
         program = _captured_with(model, cache, source, example)
-    if broadcast and model.device.type != "meta":
-        _check_masks(program, model, example())
+    branched = any(note.startswith(_ALONG) for note in program.notes)
+    if (broadcast or branched) and not on_meta:
+        what = (
+            "branches on data in more ways than one"
+            if branched
+            else "makes a mask that is no function of each place alone"
+        )
+        _check_outputs(program, model, example(), what)
     return program
 
 
@@ -292,21 +305,39 @@ def _broadcast_masks() -> Iterator[list[Any]]:
         masking_utils._vmap_expansion_sdpa, masking_utils.TransformGetItemToIndex = before
 
 
-def _check_masks(program: Program, model: Any, example: Example) -> None:
-    """Refuse a program that does not compute on the example what the model does with `vmap`."""
+def _check_outputs(program: Program, model: Any, example: Example, what: str) -> None:
+    """Refuse a program that does not compute what the model does, which `what` would explain.
+
+    It is run on the example, and on other tokens that the model takes.
+    """
     names = [value.name for value in program.inputs]
     inputs = {name: tensor for name, tensor in example.inputs.items() if name in names}
     name = program.outputs[0].name
-    with torch.no_grad():
-        result = model(**inputs, return_dict=True)
+    for each in (inputs, _other_tokens(model, inputs)):
+        try:
+            with torch.no_grad():
+                result = model(**each, return_dict=True)
+        except Exception:  # noqa: BLE001 - tokens drawn at random may mean anything
+            continue
         expected = result[name] if name in result else result["last_hidden_state"]
-    found = program(**inputs)[name]
-    off = (found - expected).abs().max() / expected.abs().max().clamp(min=1e-12)
-    if not off <= torch.finfo(found.dtype).eps ** 0.5:
-        raise CaptureError(
-            f"{type(model).__name__} makes a mask that is no function of each place alone: "
-            f"{name} differs by {off:.1e}"
-        )
+        try:
+            found = program(**each)[name]
+        except Exception as error:  # a graph of another way fails in any way
+            raise CaptureError(f"{type(model).__name__} {what}: {_first_line(error)}") from error
+        off = (found - expected).abs().max() / expected.abs().max().clamp(min=1e-12)
+        if not off <= torch.finfo(found.dtype).eps ** 0.5:
+            raise CaptureError(f"{type(model).__name__} {what}: {name} differs by {off:.1e}")
+
+
+def _other_tokens(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None) or 2
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randint(0, vocabulary, tensor.shape, generator=generator).to(tensor)
+        if name.endswith("input_ids")
+        else tensor
+        for name, tensor in inputs.items()
+    }
 
 
 _INNER = ("encoder_last_hidden_state", "past_key_values", "hidden_states", "loss")
@@ -543,11 +574,61 @@ def _export(
             warnings.simplefilter("ignore")
             return torch.export.export(module.eval(), args, dynamic_shapes=shapes, strict=False)
     except Exception as error:
+        if isinstance(error, GuardOnDataDependentSymNode) and _BRANCHES.get():
+            with contextlib.suppress(Exception):  # then the first error says more
+                return _export_along_example(module, args, shapes, error)
         if fallback is not None:
             return _export(module, args, fallback, name)
         raise CaptureError(
             f"torch.export could not capture {name}: {_first_line(error)}"
         ) from error
+
+
+def _export_along_example(
+    module: nn.Module, args: tuple[Any, ...], shapes: Any, error: Exception
+) -> ExportedProgram:
+    """The graph of the way that the values of `args` take where `error` met a branch on data."""
+    with (
+        torch.no_grad(),
+        warnings.catch_warnings(),
+        _without_partial_graph(),
+        functorch.patch(fake_tensor_propagate_real_tensors=True),
+    ):
+        warnings.simplefilter("ignore")
+        exported = torch.export.export(module.eval(), args, dynamic_shapes=shapes, strict=False)
+    for node in exported.graph.nodes:
+        for value in pytree.tree_leaves(node.meta.get("val")):
+            if isinstance(value, FakeTensor):
+                value.real_tensor = None  # as large as what it stands for
+    _check_dynamic(exported, shapes)
+    exported.graph_module.meta[_BRANCH] = _first_line(error).rpartition(" (at ")[2].rstrip(")")
+    return exported
+
+
+def _check_dynamic(exported: ExportedProgram, shapes: Any) -> None:
+    """Refuse a graph that took a size for a constant which was to be dynamic."""
+    kinds = exported.graph_signature.input_specs
+    nodes = exported.graph.find_nodes(op="placeholder")
+    inputs = [
+        node for node, spec in zip(nodes, kinds, strict=True) if spec.kind == InputKind.USER_INPUT
+    ]
+    wanted = pytree.tree_leaves(shapes, is_leaf=lambda tree: tree is None or isinstance(tree, dict))
+    for node, dims in zip(inputs, wanted, strict=True):
+        for dim, how in (dims or {}).items():
+            size = node.meta["val"].shape[dim]
+            constant = type(size) is int or size.node.maybe_as_int() is not None
+            if constant and how not in (None, Dim.STATIC):
+                raise CaptureError(f"dimension {dim} of {node.name} became a constant")
+
+
+@contextlib.contextmanager
+def _branches(allowed: bool) -> Iterator[None]:
+    """Whether a model that branches on data may be captured along the way of its example."""
+    token = _BRANCHES.set(allowed)
+    try:
+        yield
+    finally:
+        _BRANCHES.reset(token)
 
 
 @contextlib.contextmanager
@@ -584,6 +665,8 @@ def _program(
     dynamic: Collection[int] = (),
 ) -> Program:
     graph_module = exported.graph_module
+    if where := graph_module.meta.pop(_BRANCH, ""):
+        notes = (*notes, f"{_ALONG} {where}: inputs that go another way there are computed wrongly")
     graph = graph_module.graph
     canonical, aliases = _ties(model)
     originals: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))

@@ -18,8 +18,10 @@ from architectures import (
     program_of,
     relative_error,
 )
+from byte_llama import byte_llama
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 from transformers import masking_utils
 
 import graphprune as gp
@@ -636,3 +638,32 @@ def test_the_exported_program_runs_equal(name: str) -> None:
     called = program.exported().module()(*(filled[value.name] for value in program.inputs))
     for value, found in zip(program.outputs, called, strict=True):
         assert torch.equal(found, program(**filled)[value.name]), value.name
+
+
+# -- branches on data ------------------------------------------------------------------------------
+
+
+def test_a_branch_on_data_is_followed_as_the_example_does_and_said() -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    model = byte_llama(num_hidden_layers=1, rope_parameters=rope)
+    program = gp.capture(model)
+    ids = torch.randint(0, 256, (3, 11), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    assert (program(input_ids=ids)["logits"] - expected).abs().max() < 1e-4
+    assert any("the way that its example takes at transformers" in n for n in program.notes)
+    for node in program.graph.nodes:
+        for value in pytree.tree_leaves(node.meta.get("val")):
+            assert getattr(value, "real_tensor", None) is None
+
+
+def test_a_model_that_goes_two_ways_on_its_own_inputs_is_refused() -> None:
+    class Fork(transformers.LlamaForCausalLM):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Any:
+            result = super().forward(input_ids=input_ids, attention_mask=attention_mask)
+            if input_ids[0, 0] > input_ids[0, -1]:
+                result.logits = -result.logits
+            return result
+
+    with pytest.raises(CaptureError, match="branches on data in more ways than one"):
+        gp.capture(Fork(byte_llama(num_hidden_layers=1).config).eval())
