@@ -143,6 +143,7 @@ def lower(
         lowering = _Lowering(graph, copies, rotations, first)
         for site, form in fused:
             lowering.replace(site, form)
+        _drop_round_trips(graph)
         graph.eliminate_dead_code(_is_kept)
         held = {cached.joined for s, form in fused if form == "gqa" for cached in s.caches or ()}
         alive = {node for node in held if copies[node].users}
@@ -172,6 +173,19 @@ def _is_kept(node: fx.Node) -> bool:
     """Whether a node stays though nothing uses it; dropout, which does nothing here, does not."""
     schema = getattr(node.target, "_schema", None)
     return node.op in ("placeholder", "output") or (schema is not None and schema.is_mutable)
+
+
+def _drop_round_trips(graph: fx.Graph) -> None:
+    """Let what takes rows of heads take them as they were before heads came apart."""
+    shaping = (_ATEN.view.default, _ATEN.reshape.default, _ATEN._unsafe_view.default)
+    for node in graph.nodes:
+        source = node
+        while source.target in (*shaping, _ATEN.clone.default, _ATEN.contiguous.default):
+            source = source.all_input_nodes[0]
+            before, after = source.meta["val"], node.meta["val"]
+            if node.target in shaping and str(before.shape) == str(after.shape):
+                node.replace_all_uses_with(source)
+                break
 
 
 def _choice(
