@@ -21,7 +21,7 @@ from graphprune.backends.onnx_attention import OPSETS, Choice, Target, check_tar
 from graphprune.backends.onnx_convert import convert, simplify
 from graphprune.backends.onnx_fusions import as_checked, fuse_norms
 from graphprune.backends.onnx_names import apply_names, dimension_names
-from graphprune.backends.onnx_parity import Comparison, compare
+from graphprune.backends.onnx_parity import QUICK, Comparison, Protocol, compare
 from graphprune.errors import BackendError, UsageError
 from graphprune.output import staged_file
 from graphprune.program import Program
@@ -64,6 +64,8 @@ class OnnxReport:
         why not in a better one.
     operators
         How often each operator stands in the graph.
+    parity
+        The largest relative error of each check in ONNX Runtime.
     """
 
     path: str
@@ -77,6 +79,7 @@ class OnnxReport:
     target: Target | None = None
     attention: Mapping[str, str] = field(default_factory=dict)
     operators: Mapping[str, int] = field(default_factory=dict)
+    parity: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it."""
@@ -89,7 +92,7 @@ def export(
     *,
     target: Target | None = None,
     opset: int | None = None,
-    check: bool = True,
+    check: bool | Protocol = True,
     external_data: bool | None = None,
     overwrite: bool = False,
     progress: bool | Maker = False,
@@ -113,9 +116,10 @@ def export(
         "cuda", as their attention needs it.
     check
         Whether to run the model in ONNX Runtime, if that is installed, and compare: a decoder on
-        two prompts and ten decoded tokens, anything else on batches of three and one. The model
-        goes through `onnx.checker` in any case. Attention or norms that change outputs by more
-        than is allowed, or fail, are written as for no target, and the report says so.
+        two prompts and ten decoded tokens or by the protocol that is given, anything else on
+        batches of three and one. The model goes through `onnx.checker` in any case. What is fused
+        and changes outputs by more than is allowed, or fails, is written as for no target, and the
+        report says so.
     external_data
         Whether weights go to a file of their own; by default they do where one file cannot hold
         them (2 GB).
@@ -178,7 +182,8 @@ def export(
                 ran = Comparison(None, None)
                 if check:
                     counts = any(choice.form == "gqa" for choice in choices)
-                    ran = compare(program, staged, names, counts=counts)
+                    protocol = QUICK if check is True else check
+                    ran = compare(program, staged, names, counts=counts, protocol=protocol)
                 break
             except BackendError as error:
                 failed.append(str(error))
@@ -207,6 +212,7 @@ def export(
         target=target,
         attention={choice.module: str(choice) for choice in choices},
         operators=dict(sorted(operators.items())),
+        parity=dict(ran.errors),
     )
 
 

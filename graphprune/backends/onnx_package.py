@@ -145,7 +145,8 @@ def write(
         What was removed and merged to come to `program`.
     target, opset, check, progress
         As for `graphprune.backends.onnx.export`. With `check`, the whole protocol of
-        `graphprune.backends.onnx_parity` is run in ONNX Runtime on the CPU, whatever the target.
+        `graphprune.backends.onnx_parity` is run in ONNX Runtime on the CPU, whatever the target,
+        and what changes outputs there is not fused.
 
     Raises
     ------
@@ -159,17 +160,18 @@ def write(
     with staged_directory(directory) as staged:
         describe = archive.describe(program)
         report = export(
-            program, staged / MODEL, target=target, opset=opset, check=check, progress=progress
+            program,
+            staged / MODEL,
+            target=target,
+            opset=opset,
+            check=FULL if check else False,
+            progress=progress,
         )
         describe(staged, _not_in_model(program, staged / MODEL))
-        counts = any(form.startswith("gqa") for form in report.attention.values())
-        ran = Comparison(None, report.onnxruntime)
-        if check:
-            ran = _prove(program, staged / MODEL, counts)
-        notes = [*report.notes, *ran.notes, *_write_config(program, staged)]
-        # Where it was not run, it is known by its form: one operator keeps every cache.
+        notes = [*report.notes, *_write_config(program, staged)]
         forms = {form.partition(":")[0] for form in report.attention.values()}
-        shares = SHARED in ran.errors if ran.errors else forms == {"gqa"}
+        # Where it was not run, it is known by its form: one operator keeps every cache.
+        shares = SHARED in report.parity if report.parity else forms == {"gqa"}
         genai, why = genai_config(program, shares_buffers=shares, target=target)
         if genai is None:
             notes.append(f"no genai_config.json: {why}")
@@ -177,7 +179,6 @@ def write(
             _write_json(staged / "genai_config.json", genai)
         if plan is not None and plan.steps:
             plan.save(staged / "plan.json")
-        notes = list(dict.fromkeys(notes))
         record = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -185,26 +186,19 @@ def write(
             "provider": ort.provider_name(_PROVIDERS[target]),
             "dtype": str(program.outputs[0].dtype).removeprefix("torch."),
             "opset": report.opset,
-            "padding": "right" if counts else "both",
+            "padding": "right" if "gqa" in forms else "both",
             "shares_buffers": shares,
             "attention": dict(report.attention),
             "operators": dict(report.operators),
-            "parity": dict(ran.errors),
+            "parity": dict(report.parity),
             "tolerance": ort.TOLERANCE.get(program.outputs[0].dtype, ort.DEFAULT_TOLERANCE),
-            "run_on": ran.provider,
             "versions": _versions(),
             "notes": notes,
         }
         _write_json(staged / PARITY, record)
         size = sum(path.stat().st_size for path in staged.glob(f"{MODEL}*"))
-    worst = max(filter(None, (report.max_relative_error, ran.max_relative_error)), default=None)
-    return dataclasses.replace(
-        report,
-        path=str(Path(directory) / MODEL),
-        bytes=size,
-        max_relative_error=worst,
-        notes=tuple(notes),
-    )
+    path = str(Path(directory) / MODEL)
+    return dataclasses.replace(report, path=path, bytes=size, notes=tuple(notes))
 
 
 def verify(directory: str | PathLike[str], *, provider: str | None = None) -> Comparison:
@@ -235,14 +229,12 @@ def verify(directory: str | PathLike[str], *, provider: str | None = None) -> Co
     """
     package = read(directory)
     program = archive.load(package.directory)
+    names, provider = dimension_names(program), provider or ort.CPU
     counts = package.padding == "right"
-    return _prove(program, package.model, counts, provider or ort.CPU)
-
-
-def _prove(program: Program, model: Path, counts: bool, provider: str = ort.CPU) -> Comparison:
-    names = dimension_names(program)
     try:
-        return compare(program, model, names, counts=counts, protocol=FULL, provider=provider)
+        return compare(
+            program, package.model, names, counts=counts, protocol=FULL, provider=provider
+        )
     except ParityError as error:
         raise ParityError(f"{error}; {_without_fused(program, names, provider)}") from error
 
