@@ -37,6 +37,9 @@ class ExportOnnx(Pass):
     opset
         The version of ONNX's operator set to write; by default 20, or what the target is best
         served with.
+    logits
+        Of which tokens a decoder gives logits: all, or each row's last one, which is all that
+        generating text needs.
     check
         Whether to check the file with `onnx.checker` once it is written, and to run it in ONNX
         Runtime; a directory by the whole protocol of `graphprune.backends.onnx_parity`.
@@ -72,6 +75,7 @@ class ExportOnnx(Pass):
     path: str = "model.onnx"
     target: Literal["portable", "cpu", "cuda", "tensorrt"] | None = None
     opset: int | None = None
+    logits: Literal["all", "last"] = "all"
     check: bool = True
 
     def __post_init__(self) -> None:
@@ -86,7 +90,12 @@ class ExportOnnx(Pass):
         from graphprune.backends import onnx_package
 
         path = context.path(self.path)
-        options: dict[str, Any] = {"target": self.target, "opset": self.opset, "check": self.check}
+        options: dict[str, Any] = {
+            "target": self.target,
+            "opset": self.opset,
+            "logits": self.logits,
+            "check": self.check,
+        }
         with context.bar(f"exporting {self.path}"):
             if path.suffix == ".onnx":
                 report = program.export_onnx(path, **options)

@@ -14,12 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from graphprune.backends import ort
 from graphprune.backends.onnx_attention import OPSETS, Choice, Target, check_target, lower
 from graphprune.backends.onnx_convert import convert, simplify
 from graphprune.backends.onnx_fusions import as_checked, fuse_norms
+from graphprune.backends.onnx_logits import last_only
 from graphprune.backends.onnx_names import apply_names, dimension_names
 from graphprune.backends.onnx_parity import QUICK, Comparison, Protocol, compare
 from graphprune.errors import BackendError, UsageError
@@ -92,6 +93,7 @@ def export(
     *,
     target: Target | None = None,
     opset: int | None = None,
+    logits: Literal["all", "last"] = "all",
     check: bool | Protocol = True,
     external_data: bool | None = None,
     overwrite: bool = False,
@@ -114,6 +116,9 @@ def export(
     opset
         The version of ONNX's operator set, 18 or later; by default 20, or 23 for the targets but
         "cuda", as their attention needs it.
+    logits
+        Of which tokens a decoder gives logits: of all, or of each row's last one ("last"), as
+        generating text needs them; a prompt then does without the largest product for the others.
     check
         Whether to run the model in ONNX Runtime, if that is installed, and compare: a decoder on
         two prompts and ten decoded tokens or by the protocol that is given, anything else on
@@ -155,6 +160,7 @@ def export(
     if check:
         ort.check_opset(opset)
     start = time.perf_counter()
+    program = last_only(program) if logits == "last" else program
     names = dimension_names(program)
     show = maker() if progress is True else (progress or None)
     stages = 3 if check else 2

@@ -54,6 +54,8 @@ class Layout:
     """What a decoder's model takes and gives, by its names."""
 
     logits: str
+    every: bool
+    """Whether there are logits of every token, or of each row's last one alone."""
     vocabulary: int
     element: int
     caches: tuple[Cache, ...]
@@ -89,7 +91,8 @@ def layout_of(session: Any) -> Layout:
         if present not in outputs or not isinstance(heads, int) or not isinstance(size, int):
             raise BackendError(f"{name} is no cache of keys or values: its sizes are {value.shape}")
         caches.append(Cache(name, present, heads, size, _ELEMENTS[value.type]))
-    return Layout(logits.name, int(logits.shape[2]), _ELEMENTS[logits.type], tuple(caches))
+    every = logits.shape[1] != 1
+    return Layout(logits.name, every, int(logits.shape[2]), _ELEMENTS[logits.type], tuple(caches))
 
 
 class Batch:
@@ -158,12 +161,14 @@ class Batch:
             start = self.width - len(prompt) if self.left else 0
             ids[row, start : start + len(prompt)] = prompt
             self.mask[row, start : start + len(prompt)] = 1
-        logits = self._logits(self.width)
+        logits = self._logits(self.width if self.layout.every else 1)
         self.caches.take(0, self.width)
         self.binding.bind_ortvalue_output(self.layout.logits, logits)
         self._bind_on_host(ids)
         self._run(self.options[0])
         last = np.full(self.rows, self.width - 1) if self.left else self.held - 1
+        if not self.layout.every:
+            last = np.zeros(self.rows, np.int64)
         found = self._read(logits, last)
         self.binding.bind_ortvalue_output(self.layout.logits, self.next_logits)
         if self.fixed is not None:

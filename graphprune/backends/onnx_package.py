@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -36,6 +36,7 @@ from graphprune.backends.genai import genai_config
 from graphprune.backends.hf_model import quiet
 from graphprune.backends.onnx import OnnxReport, export
 from graphprune.backends.onnx_attention import Target
+from graphprune.backends.onnx_logits import last_only
 from graphprune.backends.onnx_names import dimension_names
 from graphprune.backends.onnx_parity import FULL, SHARED, Comparison, compare
 from graphprune.backends.onnx_weights import MODEL, held_weights
@@ -130,6 +131,7 @@ def write(
     plan: Plan | None = None,
     target: Target | None = None,
     opset: int | None = None,
+    logits: Literal["all", "last"] = "all",
     check: bool = True,
     progress: bool | Maker = False,
 ) -> OnnxReport:
@@ -143,8 +145,9 @@ def write(
         The directory to make; it may exist if it is empty.
     plan
         What was removed and merged to come to `program`.
-    target, opset, check, progress
-        As for `graphprune.backends.onnx.export`. With `check`, the whole protocol of
+    target, opset, logits, check, progress
+        As for `graphprune.backends.onnx.export`; the program that the package holds has the same
+        logits as its model. With `check`, the whole protocol of
         `graphprune.backends.onnx_parity` is run in ONNX Runtime on the CPU, whatever the target,
         and what changes outputs there is not fused.
 
@@ -157,6 +160,7 @@ def write(
     UsageError
         When there is no such target or opset.
     """
+    program = last_only(program) if logits == "last" else program
     with staged_directory(directory) as staged:
         describe = archive.describe(program)
         report = export(

@@ -246,7 +246,9 @@ class _Decoder:
     def _rows_together(self, inputs: dict[str, Tensor], mask: Tensor) -> None:
         """Both sides on the same rows, and two tokens more; what is at padding does not count."""
         ours, theirs = self.pair.ours(inputs), self.pair.theirs(inputs)
-        self.pair.compare(self.logits, ours[self.logits][mask], theirs[self.logits][mask])
+        found = [side[self.logits] for side in (ours, theirs)]
+        real = mask if found[0].shape[1] == mask.shape[1] else slice(None)
+        self.pair.compare(self.logits, *(each[real] for each in found))
         rows, length = mask.shape
         for step in range(2):
             inputs = self._sample(rows, 1, length + step)

@@ -11,7 +11,7 @@ import onnx_ir
 import pytest
 import torch
 import transformers as tf
-from architectures import program_of
+from architectures import program_of, relative_error
 from byte_llama import byte_llama
 from torch import nn
 
@@ -19,6 +19,7 @@ import graphprune as gp
 from graphprune import reference
 from graphprune.backends import onnx_package
 from graphprune.backends.genai import genai_config
+from graphprune.backends.onnx_logits import last_only
 from graphprune.backends.onnx_parity import REFUSED, SHARED
 from graphprune.capture import capture
 from graphprune.errors import BackendError, CheckpointError, OutputError, ParityError
@@ -222,3 +223,46 @@ def test_what_takes_other_inputs_is_told_why_not(name: str) -> None:
     found, why = genai_config(program, shares_buffers=False)
     assert found is None
     assert why
+
+
+# -- logits of the last token ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gemma3", "gpt2", "opt"])
+def test_logits_of_the_last_token_are_those_of_all(name: str) -> None:
+    program: Any = program_of(name)
+    last = last_only(program)
+    assert last.outputs[0].shape[1] == 1
+    ids = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1] * 7, [1, 1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1, 1]])
+    logits = program.outputs[0].name
+    whole = program(input_ids=ids, attention_mask=mask)
+    found = last(input_ids=ids, attention_mask=mask)
+    for row, place in enumerate((6, 2, 6)):
+        assert relative_error(whole[logits][row, place], found[logits][row, 0]) < 1e-5
+    caches = {f"past{name.removeprefix('present')}" for name in found if name != logits}
+    past = {n: found[n.replace("past", "present", 1)] for n in caches}
+    past = {n.replace("past.", "past_key_values."): tensor for n, tensor in past.items()}
+    step = {"input_ids": ids[:, :1], "attention_mask": torch.cat((mask, mask[:, :1] | 1), 1)}
+    assert relative_error(program(**step, **past)[logits], last(**step, **past)[logits]) < 1e-5
+
+
+@pytest.mark.parametrize("target", ["cpu", "portable"])
+def test_a_package_of_last_logits_generates_the_same(target: Any, tmp_path: Path) -> None:
+    program = capture(byte_llama(num_hidden_layers=1))
+    found = []
+    for logits in ("all", "last"):
+        onnx_package.write(program, tmp_path / logits, target=target, logits=logits)  # type: ignore[arg-type]
+        runner = gp.OnnxRunner(tmp_path / logits)
+        runner.ends = frozenset()
+        prompts = [[72, 101, 108], [7, 250, 31, 0, 5, 9]]
+        found.append([row.tokens for row in runner.generate(prompts, max_new_tokens=12)])
+    assert found[0] == found[1]
+    shape = onnx_ir.load(tmp_path / "last" / "model.onnx").graph.outputs[0].shape
+    assert shape is not None
+    assert shape[1] == 1
+
+
+def test_what_is_no_decoder_has_no_last_token() -> None:
+    with pytest.raises(BackendError, match="for a decoder with a cache"):
+        last_only(program_of("bert"))
