@@ -8,6 +8,7 @@ can.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.complex_numbers import write_in_reals
-from graphprune.nodes import made_from, valued
+from graphprune.nodes import arguments_of, made_from, valued
 
 _ATEN = torch.ops.aten
 
@@ -236,10 +237,15 @@ def _is_written(node: fx.Node) -> bool:
 # -- sizes --------------------------------------------------------------------------------------
 
 
+_SPLITTING = {_ATEN.split.Tensor, _ATEN.split_with_sizes.default, _ATEN.chunk.default}
+
+
 def _spell_out(node: fx.Node, values: Values) -> None:
     """Write down what an operator would derive from a size, so that it can follow the size."""
-    if node.target in (_ATEN.split.Tensor, _ATEN.chunk.default):
+    if node.target in _SPLITTING:
         _spell_out_split(node)
+    elif node.target is _ATEN.unbind.int:
+        _take_one_by_one(node, _ATEN.select.int)
     elif node.target is _ATEN.index.Tensor:
         _spell_out_index(node, values)
     elif node.target is _ATEN.scaled_dot_product_attention.default:
@@ -266,11 +272,24 @@ def _value(argument: object) -> Tensor:
 
 def _spell_out_split(node: fx.Node) -> None:
     """Pieces of one size, or so many of them, as pieces of the sizes that they have."""
-    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    dim: Any = arguments_of(node)["dim"]
     sizes = [piece.shape[dim] for piece in node.meta["val"]]
-    if all(isinstance(size, int) for size in sizes):
+    if all(type(size) is int and size == 1 for size in sizes):
+        _take_one_by_one(node, _ATEN.slice.Tensor)
+    elif all(isinstance(size, int) for size in sizes):
         node.target = _ATEN.split_with_sizes.default
         node.args, node.kwargs = (node.args[0], sizes, dim), {}
+
+
+def _take_one_by_one(node: fx.Node, target: Any) -> None:
+    """Single places, each taken by itself: one of them may then go without the others."""
+    given = arguments_of(node)
+    for user in list(node.users):
+        assert user.target is operator.getitem
+        place = user.args[1]
+        end = (place + 1,) if target is _ATEN.slice.Tensor else ()  # type: ignore[operator]
+        user.target, user.args = target, (given["self"], given["dim"], place, *end)
+    node.graph.erase_node(node)
 
 
 def _spell_out_squeeze(node: fx.Node) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
 
+import sympy
+import torch
 from torch import fx
 
 from graphprune.axes import Atom, Axis, Product, Sum
 from graphprune.axes import Cut as AxisCut
 from graphprune.capture import FIXED_BATCH, FIXED_NEW, FIXED_PAST
 from graphprune.coupling import Coupling
+from graphprune.operators.base import Type
 from graphprune.program import PAST
 
 Cost = Literal["params", "macs", "kv_bytes"]
@@ -22,8 +26,11 @@ Cost = Literal["params", "macs", "kv_bytes"]
 TOKENS = 512
 """Length of the prompt whose multiply-accumulates are counted, where a length is dynamic."""
 
-Terms = list[tuple[int, tuple[Axis, ...]]]
-"""A sum of products: a factor, and the axes whose sizes it is multiplied by."""
+Owners = tuple[tuple[Atom, int], ...]
+"""Units (axis, index) without any one of which a product is not there."""
+
+Terms = list[tuple[int, tuple[Axis, ...], Owners]]
+"""A sum of products: a factor, the axes whose sizes it is multiplied by, and who owns it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +39,9 @@ class Costs:
 
     They are exact for what the rewriter leaves, so that a budget is met before anything is built.
     Multiply-accumulates are those of matrix products, attention and convolutions for a batch of one
-    and `tokens` tokens on an empty cache; the mask of causal attention saves none.
+    and `tokens` tokens on an empty cache; the mask of causal attention saves none. Where experts
+    run only on the tokens that chose them, each has an equal share, and the others take over that
+    of one that goes.
 
     Parameters
     ----------
@@ -56,13 +65,17 @@ class Costs:
     coupling: Coupling
     tokens: int = TOKENS
 
-    def after(self, cost: Cost, counts: Mapping[str, int]) -> int:
-        """The cost when groups (by name) have lost `counts` units under each parent."""
-        cuts: dict[Axis, AxisCut] = {
-            self.coupling.atom(name): AxisCut(removed=tuple(range(count)))
-            for name, count in counts.items()
-            if count
-        }
+    def after(self, cost: Cost, lost: Mapping[str, int | Sequence[int]]) -> int:
+        """The cost when groups (by name) have lost units under each parent.
+
+        How many is all that matters, but for units that own whole weights, which may be of
+        different sizes: there a sequence says which ones, and a number means the first.
+        """
+        cuts: dict[Axis, AxisCut] = {}
+        for name, units in lost.items():
+            removed = tuple(range(units)) if isinstance(units, int) else tuple(units)
+            if removed:
+                cuts[self.coupling.atom(name)] = AxisCut(removed=removed)
         return self._total(self._terms(cost), cuts)
 
     def unit(self, cost: Cost, name: str) -> int:
@@ -76,7 +89,9 @@ class Costs:
 
     def _total(self, terms: Terms, cuts: Mapping[Axis, AxisCut]) -> int:
         return sum(
-            factor * math.prod(self._size(axis, cuts) for axis in axes) for factor, axes in terms
+            factor * math.prod(self._size(axis, cuts) for axis in axes)
+            for factor, axes, owners in terms
+            if not any(atom in cuts and unit in cuts[atom].removed for atom, unit in owners)
         )
 
     def _terms(self, cost: Cost) -> Terms:
@@ -90,7 +105,8 @@ class Costs:
         for cost in costs:
             found[cost] = {}
             for term in self._terms(cost):
-                for atom in {atom for axis in term[1] for atom in axes.atoms(axis)}:
+                atoms = {atom for axis in term[1] for atom in axes.atoms(axis)}
+                for atom in atoms.union(atom for atom, _ in term[2]):
                     found[cost].setdefault(atom, []).append(term)
         return found
 
@@ -139,7 +155,28 @@ class Costs:
                     sizes.setdefault(symbol, program.within(symbol, wanted))
         expressions = self.coupling.types.dynamic.values()
         symbols = {symbol for expression in expressions for symbol in expression.free_symbols}
-        return {symbol: sizes.get(str(symbol), self.tokens) for symbol in symbols}
+        given = {symbol: sizes.get(str(symbol), self.tokens) for symbol in symbols}
+        for chosen, (mask, atom) in self._chosen.items():
+            shape, least = mask.meta["val"].shape, self.coupling.types.least.get(atom, 1)
+            places = [self._fixed.get(size, size) for size in shape if isinstance(size, int)]
+            slots = 1 if len(shape) > 1 and least in places else least
+            places += [int(expression.xreplace(given)) for expression in _expressions(mask)]
+            given[chosen] = max(1, math.prod(places) * slots // atom.size)
+        return given
+
+    @cached_property
+    def _chosen(self) -> dict[object, tuple[fx.Node, Atom]]:
+        """How many places chose a unit, a dynamic size -> the mask that says so, and its axis.
+
+        The size comes to be where places are looked for, in the last operand.
+        """
+        found: dict[object, tuple[fx.Node, Atom]] = {}
+        for atom, owner in self.coupling.types.owners.items():
+            for node in itertools.chain(*owner.nodes):
+                known = {s for n in node.all_input_nodes for s in _symbols(n)}
+                for symbol in _symbols(node) - known if node.all_input_nodes else ():
+                    found[symbol] = (node.all_input_nodes[-1], atom)
+        return found
 
     @cached_property
     def _weights(self) -> frozenset[fx.Node]:
@@ -149,16 +186,26 @@ class Costs:
     def _params(self) -> Terms:
         program, of = self.coupling.program, self.coupling.types.of
         return [
-            (1, of[node])
+            (1, of[node], self._owners.get(node, ()))
             for name, node in program.weight_nodes()
             if program.kinds[name] == "parameter"
         ]
 
     @cached_property
+    def _owners(self) -> dict[fx.Node, Owners]:
+        """Every node that goes with units -> these."""
+        found: dict[fx.Node, Owners] = {}
+        for atom, owner in self.coupling.types.owners.items():
+            for unit, nodes in enumerate(owner.nodes):
+                for node in nodes:
+                    found[node] = (*found.get(node, ()), (atom, unit))
+        return found
+
+    @cached_property
     def _kv_bytes(self) -> Terms:
         types = self.coupling.types.of
         return [
-            (value.dtype.itemsize, (types[node][1], types[node][3]))
+            (value.dtype.itemsize, (types[node][1], types[node][3]), ())
             for value, node in self.coupling.program.input_nodes()
             if value.name.startswith(PAST)
         ]
@@ -174,21 +221,37 @@ class Costs:
         for node, axes in summed.items():
             result = types[node]
             name = str(node.target).removeprefix("aten.")
+            terms: list[Type] = []
             operands: list[Any] = [types.get(operand) for operand in node.all_input_nodes]
             if name.startswith("scaled_dot_product_attention"):
                 (*heads, rows, _), key, value = operands[:3]
-                found += [(1, (*heads, rows, key[-2], width[-1])) for width in (key, value)]
+                terms += [(*heads, rows, key[-2], width[-1]) for width in (key, value)]
             elif name.startswith("conv_transpose"):
-                found.append((1, (*operands[0], *operands[1][1:])))
+                terms.append((*operands[0], *operands[1][1:]))
             elif name.startswith("conv"):
-                found.append((1, (*result, *operands[1][1:])))
+                terms.append((*result, *operands[1][1:]))
             elif name.partition("_")[0].partition(".")[0] in ("lstm", "gru", "rnn"):
                 rows = operands[0][:-1]  # every matrix meets every one of them
-                found += [
-                    (1, (*rows, *types[operand]))
+                terms += [
+                    (*rows, *types[operand])
                     for operand in node.all_input_nodes
                     if operand in self._weights and len(types[operand]) == 2
                 ]
             else:
-                found.append((1, (*result, *axes)))
+                terms.append((*result, *axes))
+            taken_over = not self._chosen.keys().isdisjoint(_symbols(node))
+            owners = () if taken_over else self._owners.get(node, ())
+            found += [(1, term, owners) for term in terms]
         return found
+
+
+def _expressions(node: fx.Node) -> list[sympy.Expr]:
+    """The dynamic sizes of a tensor, or of several."""
+    value = node.meta.get("val")
+    parts = value if isinstance(value, tuple | list) else [value]
+    sizes = [size for part in parts for size in getattr(part, "shape", ())]
+    return [size.node.expr for size in sizes if isinstance(size, torch.SymInt)]
+
+
+def _symbols(node: fx.Node) -> set[object]:
+    return {symbol for expression in _expressions(node) for symbol in expression.free_symbols}

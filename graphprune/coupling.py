@@ -30,7 +30,8 @@ class Member:
     """One place of a group in a weight: an affine map from units to indices of a dimension.
 
     Unit ``u`` holds ``offset + sum(o_k * stride_k) + u * width + i`` for every coordinate ``o_k``
-    of the loops in `outer` and every ``0 <= i < width``.
+    of the loops in `outer` and every ``0 <= i < width``. A weight that one unit owns, such as a
+    matrix of one of several modules, is held by that one from end to end and by no other.
 
     Parameters
     ----------
@@ -46,6 +47,8 @@ class Member:
         (size, stride) of the loops around the group, outermost first.
     outer_groups
         For every outer loop the name of the group that it walks, or None.
+    owner
+        The unit that owns the whole weight (`dim` is its first, `width` its `extent`), or None.
     """
 
     weight: str
@@ -55,9 +58,12 @@ class Member:
     extent: int
     outer: tuple[tuple[int, int], ...] = ()
     outer_groups: tuple[str | None, ...] = ()
+    owner: int | None = None
 
     def indices(self, unit: int, place: Mapping[str, int] | None = None) -> list[int]:
         """The sorted indices that `unit` holds, under parents at `place` (all of them if None)."""
+        if self.owner is not None:
+            return list(range(self.extent)) if unit == self.owner else []
         starts = [self.offset + unit * self.width]
         for (size, stride), group in zip(self.outer, self.outer_groups, strict=True):
             at = (place or {}).get(group) if group is not None else None
@@ -109,12 +115,28 @@ class Group:
         """The names of the weights it reaches into, each once."""
         return list(dict.fromkeys(member.weight for member in self.members))
 
+    def owned(self) -> dict[str, int]:
+        """Weight that one unit owns -> which of the unit's weights it is, counted from 0.
+
+        Those that are the same one of their units stand in place of one weight of all of them.
+        """
+        taken: dict[int, int] = defaultdict(int)
+        found: dict[str, int] = {}
+        for member in self.members:
+            if member.owner is not None:
+                found[member.weight] = taken[member.owner]
+                taken[member.owner] += 1
+        return found
+
     def __str__(self) -> str:
         head = f"{self.name}: {self.size} units, {self.role}, {self.exactness}"
         lines = [head + (f" ({self.why})" if self.why else "")]
         if self.parents:
             lines.append(f"  chosen per unit of {', '.join(self.parents)}")
         for m in self.members:
+            if m.owner is not None:
+                lines.append(f"  {m.weight}: whole, of unit {m.owner}")
+                continue
             loops = "".join(f" + {stride}*[0,{size})" for size, stride in m.outer)
             wide = f" + [0,{m.width})" if m.width > 1 else ""
             lines.append(f"  {m.weight} dim {m.dim}: {m.offset}{loops} + {m.width}*unit{wide}")
@@ -180,6 +202,16 @@ class Coupling:
         return {group.name: group for group in self.groups}
 
     @cached_property
+    def _owners(self) -> dict[str, list[tuple[Group, int]]]:
+        """Weight that a unit owns -> the groups of such units, and which unit it is."""
+        found: dict[str, list[tuple[Group, int]]] = defaultdict(list)
+        for group in self.groups:
+            for member in group.members:
+                if member.owner is not None:
+                    found[member.weight].append((group, member.owner))
+        return found
+
+    @cached_property
     def _places(self) -> dict[Atom, list[tuple[str, int, int, Occurrence]]]:
         """Every atom that can lose units -> (weight, dim, its size, occurrence) of its places."""
         places: dict[Atom, list[tuple[str, int, int, Occurrence]]] = defaultdict(list)
@@ -200,7 +232,7 @@ class Coupling:
     def _by_atom(self) -> dict[Atom, Group]:
         places = self._places
         roles = find_roles(self.types, places.keys())
-        names = _names({atom: [w for w, *_ in places[atom]] for atom in places}, roles)
+        names = _names({atom: list(self._reached(atom)) for atom in places}, roles)
         parents = _parents(self.types, places)
         exactness = self._exactness()
         return {
@@ -210,23 +242,39 @@ class Coupling:
                 role=roles[atom],
                 exactness=exactness.get(atom, ("exact", ""))[0],
                 why=exactness.get(atom, ("exact", ""))[1],
-                members=tuple(
-                    Member(
-                        weight,
-                        dim,
-                        place.offset,
-                        place.inner,
-                        extent,
-                        tuple((axis.size, stride) for axis, stride in place.outer),
-                        tuple(names.get(axis) for axis, _ in place.outer),
-                    )
-                    for weight, dim, extent, place in found
+                members=(
+                    *(
+                        Member(
+                            weight,
+                            dim,
+                            place.offset,
+                            place.inner,
+                            extent,
+                            tuple((axis.size, stride) for axis, stride in place.outer),
+                            tuple(names.get(axis) for axis, _ in place.outer),
+                        )
+                        for weight, dim, extent, place in found
+                    ),
+                    *self._owned(atom),
                 ),
                 parents=tuple(names[parent] for parent in parents[atom]),
                 least=self.types.least.get(atom, 1),
             )
             for atom, found in places.items()
         }
+
+    def _reached(self, atom: Atom) -> Iterator[str]:
+        """The weights that an atom reaches into."""
+        yield from (weight for weight, *_ in self._places[atom])
+        yield from (member.weight for member in self._owned(atom))
+
+    def _owned(self, atom: Atom) -> Iterator[Member]:
+        """The weights that one unit of an atom owns, unit by unit."""
+        owner = self.types.owners.get(atom)
+        for unit, weights in enumerate(owner.weights if owner is not None else ()):
+            for weight in weights:
+                extent = self.program.weights[weight].shape[0]
+                yield Member(weight, 0, 0, extent, extent, owner=unit)
 
     def _exactness(self) -> dict[Atom, tuple[Exactness, str]]:
         found: dict[Atom, tuple[Exactness, str]] = {}
@@ -290,6 +338,8 @@ class Coupling:
                 lines.append(f"  {atom.size} frozen: {reason.why}, at {whereabouts(reason.node)}")
             else:
                 lines.append(f"  {atom.size} frozen: no parameter holds it")
+        for group, owner in self._owners.get(self.program.aliases.get(weight, weight), ()):
+            lines.append(f"  all of it goes with unit {owner} of group {group.name}")
         if len(lines) == 1:
             lines.append("  fixed: a dimension of single places")
         return "\n".join(lines)
@@ -357,6 +407,7 @@ class Coupling:
                             "offset": m.offset,
                             "width": m.width,
                             "outer": [list(loop) for loop in m.outer],
+                            "owner": m.owner,
                         }
                         for m in group.members
                     ],
@@ -467,7 +518,8 @@ def _parents(
     That is right for a parent that stands around the atom in every weight (so that the weights can
     be gathered parent by parent), and once beside it in every other tensor and in what an operator
     sums (so that nothing mixes the parent's units while the atom is there). What a normalisation's
-    statistics run over keeps the same units everywhere, so that they can be told.
+    statistics run over keeps the same units everywhere, so that they can be told, and so does what
+    owns whole weights.
     """
     candidates: dict[Atom, list[Atom]] = {}
     facts = types.facts
@@ -476,7 +528,7 @@ def _parents(
         loops = [[axis for axis, _ in place.outer] for *_, place in found]
         around = [[a for a in each if isinstance(a, Atom) and a in places] for each in loops]
         candidates[atom] = [a for a in around[0] if all(a in other for other in around)]
-        if atom in together:
+        if atom in together or atom in types.owners:
             candidates[atom] = []
     watched = {atom for atom, found in candidates.items() if found}
     if watched:

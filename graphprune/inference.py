@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from graphprune.axes import UNIT, Atom, Axes, Axis, Product, Sum
+from graphprune.branches import Branches, Ownership, Seeds
 from graphprune.operators import RULES
 from graphprune.operators.base import (
     Attention,
@@ -22,6 +23,7 @@ from graphprune.operators.base import (
     Content,
     Facts,
     Frozen,
+    Law,
     Op,
     Statistic,
     Type,
@@ -39,8 +41,6 @@ _CARRYING = {
 }
 # fmt: on
 """Operators that leave values as they are: places of an axis stay places of it."""
-
-Law = Zero | tuple[tuple[fx.Node, ...], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +87,12 @@ class Types:
     @cached_property
     def frozen(self) -> dict[Atom, Frozen]:
         """Every atom that must keep all its units -> the first reason found."""
+        faults = {atom: owner.fault for atom, owner in self.owners.items() if owner.fault}
+        return {**self._frozen_in_place, **faults}
+
+    @cached_property
+    def _frozen_in_place(self) -> dict[Atom, Frozen]:
+        """Those of `frozen` for which a reason lies where one operator uses them."""
         found: dict[Atom, Frozen] = {}
         for choice in self.facts.choices:
             for atom in self.axes.atoms(choice.axis):
@@ -95,6 +101,11 @@ class Types:
         for entry in self.facts.frozen:
             for atom in self.axes.atoms(entry.axis):
                 found.setdefault(atom, entry)
+        for gathering in self.facts.gatherings:
+            for atom in self.axes.atoms(gathering.axis):
+                if atom not in self.chosen:
+                    frozen = Frozen(gathering.axis, "places of a stack", gathering.node)
+                    found.setdefault(atom, frozen)
         for atom, least in self.least.items():
             if least >= atom.size:
                 why = "all of its units are needed at once"
@@ -107,9 +118,84 @@ class Types:
 
     @cached_property
     def chosen(self) -> frozenset[Atom]:
-        """Atoms whose units are chosen at run time, and picked in weights by what was chosen."""
-        axes = (mark.axis for mark in self.facts.marks if mark.kind == "chosen")
+        """Atoms whose units are chosen at run time, and picked in weights by what was chosen.
+
+        What weighs the places of a stack picks them.
+        """
+        picked = (mark.axis for mark in self.facts.marks if mark.kind == "chosen")
+        gathered = self._inside_all(entry.axis for entry in self.facts.gatherings)
+        weighed = self._inside_all(entry.axis for entry in self.facts.weighings)
+        return self._inside_all(picked) | (gathered & weighed)
+
+    def _inside_all(self, axes: Iterable[Axis]) -> frozenset[Atom]:
         return frozenset(atom for axis in axes for atom in self.axes.atoms(axis))
+
+    @cached_property
+    def owners(self) -> dict[Atom, Ownership]:
+        """Atoms whose units own branches of the graph -> what belongs to each of them."""
+        seeds: dict[Atom, tuple[Seeds, ...]] = {}
+
+        def units_at(axis: Axis, index: int) -> Iterator[Seeds]:
+            frozen = self._frozen_in_place
+            if frozen.keys() >= set(self.axes.atoms(axis)):  # it may be of any dynamic size
+                return
+            for atom, unit in self._units(axis)[index]:
+                if atom not in frozen:
+                    seeds.setdefault(atom, tuple(Seeds() for _ in range(atom.size)))
+                    yield seeds[atom][unit]
+
+        for reading in self.facts.readings:
+            for at in units_at(reading.axis, reading.index):
+                at.readings.append(reading.node)
+        for gathering in self.facts.gatherings:
+            for place in range(gathering.axis.size):
+                for at in units_at(gathering.axis, place):
+                    at.places.setdefault(gathering.node, set()).add(place)
+        faults = self._unread()
+        return {
+            atom: Ownership(found, fault=faults[atom])
+            if atom in faults
+            else self.branches.ownership(atom, found)
+            for atom, found in seeds.items()
+        }
+
+    def _unread(self) -> dict[Atom, Frozen]:
+        """Atoms of which a place is read that does not vanish where it is never chosen."""
+        why = "a place of it is read that is not zero when it is never chosen"
+        return {
+            atom: Frozen(reading.axis, why, reading.node)
+            for reading in self.facts.readings
+            for atom in (self.axes.atoms(reading.axis) if reading.source is not None else ())
+            if atom not in self._zeros[reading.source]  # type: ignore[index]
+        }
+
+    def _units(self, axis: Axis) -> list[list[tuple[Atom, int]]]:
+        """Every place of `axis` -> the units that it belongs to."""
+        axis = self.axes.head(axis)
+        if axis in self._read_axes:
+            return self._read_axes[axis]
+        found: list[list[tuple[Atom, int]]] = [[] for _ in range(axis.size)]
+        self._read_axes[axis] = found
+        for place in self.axes.occurrences(axis):
+            for unit in range(place.atom.size):
+                starts = [place.offset + unit * place.inner]
+                for loop, stride in place.outer:
+                    starts = [s + o * stride for s in starts for o in range(loop.size)]
+                for start in starts:
+                    for index in range(start, start + place.inner):
+                        found[index].append((place.atom, unit))
+        return found
+
+    @cached_property
+    def _read_axes(self) -> dict[Axis, list[list[tuple[Atom, int]]]]:
+        return {}
+
+    @cached_property
+    def branches(self) -> Branches:
+        """What follows through the graph what units leave behind."""
+        weights = {node: name for name, node in self.program.weight_nodes()}
+        graph = self.program.graph
+        return Branches(graph, weights, self.laws, self.written, self._base)
 
     @cached_property
     def least(self) -> dict[Atom, int]:
@@ -189,9 +275,8 @@ class Types:
     def _weighed(self) -> dict[fx.Node, frozenset[Atom]]:
         """Weights of what is chosen -> the atoms at whose units they are zero, never chosen."""
         return {
-            choice.node: self.chosen.intersection(self.axes.atoms(choice.axis))
-            for choice in self.facts.choices
-            if choice.weighs
+            entry.node: self.chosen.intersection(self.axes.atoms(entry.axis))
+            for entry in self.facts.weighings
         }
 
     @cached_property

@@ -171,6 +171,7 @@ class _Document:
                         [size, stride, self.numbers[name] if name is not None else -1]
                         for (size, stride), name in zip(m.outer, m.outer_groups, strict=True)
                     ],
+                    -1 if m.owner is None else m.owner,
                 ]
                 for m in group.members
             ],
@@ -225,6 +226,8 @@ class _Document:
             for name, shape in shapes.items()
             if name in self.places and shape != list(program.weights[name].shape)
         }
+        for cut in self.plan.steps[0].cuts if self.plan.steps else ():
+            changed |= {self.places[name]: [0] for name in cut.whole}
         return {
             "shapes": changed,
             "gone": {

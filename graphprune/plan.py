@@ -66,6 +66,12 @@ class Cut:
         """How many units go (under each parent)."""
         return len(next(iter(self.units.values()), ()))
 
+    @property
+    def whole(self) -> list[str]:
+        """The weights that go as a whole, with the units that own them."""
+        gone = {unit for units in self.units.values() for unit in units}
+        return [member.weight for member in self.members if member.owner in gone]
+
     def indices(self) -> Iterator[tuple[str, int, list[int]]]:
         """(weight, dim, indices that go) of every member."""
         for member in self.members:
@@ -369,6 +375,10 @@ def check_change(change: Cut | Merge) -> None:
     for m in change.members:
         if len(m.outer) != len(m.outer_groups):
             raise PlanError(f"{name}: {m.weight} has {len(m.outer)} loops, not as many groups")
+        if m.owner is not None:
+            if m.owner >= size or (m.dim, m.offset, m.width, m.outer) != (0, 0, m.extent, ()):
+                raise PlanError(f"{name}: {m.weight} is not all of one unit")
+            continue
         last = m.offset + sum((loop - 1) * stride for loop, stride in m.outer) + size * m.width
         if last > m.extent:
             raise PlanError(f"{name}: it reaches beyond dimension {m.dim} of {m.weight}")
@@ -475,6 +485,7 @@ _MEMBERS = [
         "extent": int,
         "outer": [[int]],
         "outer_groups": [str | None],
+        "owner": int | None,
     }
 ]
 _CUT = {
@@ -501,13 +512,14 @@ def _conform(data: Any, form: Any, where: str) -> None:
     """Refuse JSON data that is not of a form: a dict of forms, a list of one, or a type."""
     if isinstance(form, dict):
         for key, inner in form.items():
-            _conform(data[key], inner, f"{where}.{key}")
+            # Plans of earlier releases name no owners.
+            _conform(data.get(key) if key == "owner" else data[key], inner, f"{where}.{key}")
     elif isinstance(form, list):
         if type(data) is not list:
             raise TypeError(f"{where} is no list")
         for index, item in enumerate(data):
             _conform(item, form[0], f"{where}[{index}]")
-    elif not isinstance(data, form) or isinstance(data, bool) or (form is int and data < 0):
+    elif not isinstance(data, form) or isinstance(data, bool) or (type(data) is int and data < 0):
         raise TypeError(f"{where} is {data!r}")
 
 
@@ -559,6 +571,7 @@ def _member_from_data(data: dict[str, Any]) -> Member:
         data["extent"],
         tuple((size, stride) for size, stride in data["outer"]),
         tuple(data["outer_groups"]),
+        data.get("owner"),
     )
 
 

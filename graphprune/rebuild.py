@@ -88,9 +88,9 @@ def rebuild(
     program
         What the graph was copied from.
     graph
-        The edited graph; its placeholders are as before.
+        The edited graph; its placeholders are as before, but for those of weights that went.
     weights
-        The weight of every placeholder, in order.
+        The weight of every placeholder that there is, in order.
     shapes
         The new shapes of nodes that change (a list of them for several results), dynamic sizes
         as symbols.
@@ -111,6 +111,8 @@ def rebuild(
         program,
         graph_module=fx.GraphModule(torch.nn.Module(), graph),
         weights=dict(weights),
+        kinds={name: program.kinds[name] for name in weights},
+        aliases={alias: name for alias, name in program.aliases.items() if name in weights},
         inputs=tuple(value_of(v.name, n) for v, n in zip(program.inputs, inputs, strict=True)),
         outputs=tuple(value_of(v.name, n) for v, n in zip(program.outputs, outputs, strict=True)),
     )

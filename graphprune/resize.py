@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphprune.axes import Axis, Cuts
+from graphprune.axes import Axis, Cut, Cuts
 from graphprune.errors import RewriteError
 from graphprune.inference import Types
 from graphprune.operators.base import MeanLiteral, Type
-from graphprune.program import Program, module_path
+from graphprune.program import Program, module_path, operator_of
 from graphprune.rebuild import follow_size, get_argument, rebuild, set_argument
 
 RESCALE = "rescale"
@@ -35,28 +35,64 @@ class Resize:
     Raises
     ------
     RewriteError
-        When fewer units would be left than are chosen at once.
+        When fewer units would be left than are chosen at once, or units that own branches of the
+        graph cannot go together.
     """
 
     def __init__(self, types: Types, cuts: Cuts) -> None:
         self.types = types
         self.cuts = cuts
         self.axes = types.axes
-        self.graph = fx.Graph()
-        self.new: dict[fx.Node, fx.Node] = {}
-        output = self.graph.graph_copy(types.program.graph, self.new)
-        self.graph.output(output)
-        for literal in types.facts.sizes:
-            if self.touched((literal.axis,)):
-                node = self.new[literal.node]
-                follow_size(node, literal.argument, literal.index, self._ratio(literal.axis))
-
         for choice in types.facts.choices:
             if self.touched((choice.axis,)):
                 left = self.axes.kept_size(choice.axis, cuts)
                 if left < choice.least:
                     where = module_path(choice.node) or "the model"
                     raise RewriteError(f"{where} chooses {choice.least} units, and {left} are left")
+        self.graph = fx.Graph()
+        self.new: dict[fx.Node, fx.Node] = {}
+        output = self.graph.graph_copy(types.program.graph, self.new)
+        self.graph.output(output)
+        self._remove_branches()
+        for literal in types.facts.sizes:
+            if self.touched((literal.axis,)) and literal.node in self.new:
+                node = self.new[literal.node]
+                follow_size(node, literal.argument, literal.index, self._ratio(literal.axis))
+
+    # -- branches -------------------------------------------------------------------------------
+
+    def _remove_branches(self) -> None:
+        """Take out what belongs to units that go; the places of those that stay are counted anew.
+
+        Raises
+        ------
+        RewriteError
+            When they do not go together, naming the operator.
+        """
+        owners = self.types.owners
+        gone = [
+            owners[atom].seeds[unit]
+            for atom, cut in self.cuts.items()
+            if atom in owners and isinstance(cut, Cut)
+            for unit in cut.removed
+        ]
+        removal = self.types.branches.without(gone)
+        if removal.stuck is not None:
+            raise RewriteError(f"{operator_of(removal.stuck)} cannot do without all of these units")
+        for node, places in removal.places.items():
+            tensors: Any = self.new[node].args[0]
+            kept = [each for at, each in enumerate(tensors) if at not in places]
+            self.new[node].args = (kept, *self.new[node].args[1:])
+        for node in removal.absorbed:
+            self.new[node].replace_all_uses_with(self.new[removal.instead(node)])
+        order = self.types.branches.order
+        for node in sorted({*removal.absorbed, *removal.dead}, key=order.__getitem__, reverse=True):
+            self.graph.erase_node(self.new.pop(node))
+        for reading in self.types.facts.readings:
+            if reading.node in self.new and self.touched((reading.axis,)):
+                place = self.axes.positions(reading.axis, self.cuts).index(reading.index)
+                for argument, past in reading.literals:
+                    set_argument(self.new[reading.node], argument, None, place + past)
 
     def touched(self, type_: Type) -> bool:
         """Whether any axis of `type_` changes its size."""
@@ -68,10 +104,11 @@ class Resize:
         return Fraction(self.axes.kept_size(axis, self.cuts), self.axes.head(axis).size)
 
     def gathered(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`weights` with the indices that stay; those that do not change are shared."""
+        """`weights` that stay, with the indices that do; those that do not change are shared."""
         return {
             name: self._gather(weights[name], self.types.of[node])
             for name, node in self.types.program.weight_nodes()
+            if node in self.new
         }
 
     def _gather(self, weight: Tensor, type_: Type) -> Tensor:
@@ -93,7 +130,7 @@ class Resize:
         shapes = {
             self.new[node]: self._shapes(node.meta["val"], type_)
             for node, type_ in self.types.of.items()
-            if type_ is not None and self._any_touched(type_)
+            if type_ is not None and node in self.new and self._any_touched(type_)
         }
         return rebuild(self.types.program, self.graph, weights, shapes)
 
@@ -121,7 +158,7 @@ class Resize:
         ratios: dict[fx.Node, Fraction] = defaultdict(lambda: Fraction(1))
         forms: dict[fx.Node, MeanLiteral] = {}
         for literal in self.types.facts.means:
-            if self.touched((literal.axis,)):
+            if self.touched((literal.axis,)) and literal.node in self.new:
                 ratios[literal.node] *= self._ratio(literal.axis)
                 forms[literal.node] = literal
         for node, ratio in ratios.items():

@@ -9,7 +9,7 @@ from torch import fx
 
 from graphprune.axes import Atom, Axis
 from graphprune.inference import Types
-from graphprune.operators.base import Attention
+from graphprune.operators.base import Attention, Zero
 
 Role = Literal[
     "kv-head",
@@ -259,7 +259,8 @@ def _reaches(
         node = pending.pop()
         if node is early:
             return True
-        for other in node.all_input_nodes:
+        # Zeros to add to are of the form of a value, and nothing of it is in them.
+        for other in node.all_input_nodes if types.laws.get(node) is not Zero.ALWAYS else ():
             if other in seen or order[other] < limit:
                 continue
             if atom is not None and atom not in types.held.get(other, frozenset()):

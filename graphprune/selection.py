@@ -294,7 +294,7 @@ class _Choice:
         scores: Scores,
         margins: Mapping[str, Tensor],
     ) -> None:
-        self.selector, self.groups = selector, groups
+        self.selector, self.groups, self.scores = selector, groups, scores
         self.costs = Costs(coupling)
         self.before = self.costs if selector.first is None else Costs(selector.first)
         self.margins = [
@@ -375,8 +375,10 @@ class _Choice:
         """What is left of what `budget` counts."""
         if budget == "ratio":
             return sum(group.size for group in self.groups) - sum(counts)
-        names = (group.name for group in self.groups)
-        return self.costs.after(budget, dict(zip(names, counts, strict=True)))
+        pairs = zip(self.groups, counts, strict=True)
+        # What a unit owns is its own: it matters which ones go, and not only how many.
+        lost = {g.name: lowest(self.scores[g.name], n)[()] if g.owned() else n for g, n in pairs}
+        return self.costs.after(budget, lost)
 
     def _wanted(self, budget: Amount, part: float) -> float:
         """What may be left of what `budget` counts."""

@@ -104,6 +104,8 @@ def verify(
         name: _error(weight, program.weights.get(name), name)
         for name, weight in reference.narrow.items()
     }
+    if left := sorted(reference.gone.intersection(program.weights)):
+        raise VerificationError(f"weight {left[0]} is still there, and should have gone")
     outputs: dict[str, float] = {}
     runs = []
     wide, narrow = _Session(reference), _Session(program)
@@ -199,6 +201,8 @@ class _Reference:
     ----------
     narrow
         The edited weights with what goes left out, which the program must hold.
+    gone
+        The names of weights that go as a whole, which it must not hold.
     """
 
     def __init__(self, original: Program, plan: Plan, types: Types | None = None) -> None:
@@ -207,6 +211,11 @@ class _Reference:
         self.origin: dict[Place, Tensor] = {}
         for step in plan.steps:
             self._edit(step)
+        self.gone = {name for step in plan.steps for cut in step.cuts for name in cut.whole}
+        for name in self.gone:
+            del self.narrow[name]
+        # What goes with its unit as a whole says nothing about the units of its own axes.
+        self.origin = {place: at for place, at in self.origin.items() if place[0] not in self.gone}
         wide = {name: self._widen(name) for name in original.weights}
         self.weights = wide
         self.statistics: dict[fx.Node, list[Left]] = {}
@@ -258,6 +267,8 @@ class _Reference:
 
     def _widen(self, name: str) -> Tensor:
         """The narrow weight at its original shape: copies of merged heads, zeros for what went."""
+        if name not in self.narrow:
+            return torch.zeros_like(self.original.weights[name])
         weight = self.narrow[name]
         for (other, dim), origin in self.origin.items():
             if other != name:

@@ -123,6 +123,14 @@ VANISHING: dict[str, Case] = {
     "_to_copy.default": Case(lambda h: A._to_copy.default(h, dtype=torch.float64).float()),
     "type_as.default": Case(lambda h: A.type_as.default(h, torch.zeros(1).double()).float()),
     "copy.default": Case(lambda h: A.copy.default(h.cos(), h)),
+    "where.self": Case(lambda h: A.where.self(h > 0, h, h.sin())),
+    **{
+        f"{n}.Scalar (0)": Case(lambda h, n=n: getattr(A, n).Scalar(h, 0))
+        for n in ("gt", "lt", "ne")
+    },
+    "logical_and.default": Case(lambda h: A.logical_and.default(h > 0, h.cos() > 0.3)),
+    "bitwise_and.Tensor": Case(lambda h: A.bitwise_and.Tensor(h.cos() > 0.3, h > 0)),
+    "__and__.Tensor": Case(lambda h: A.__and__.Tensor(h > 0, h.cos() > 0.3)),
     "index_add.default": Case(
         lambda h: A.index_add.default(h.sin(), 1, torch.tensor([1, 0, 2, 1]), h)
     ),
@@ -193,6 +201,7 @@ _PLAIN_SHIFTED = [
 ]
 _COMPARISONS = ["eq", "ne", "lt", "le", "gt", "ge"]
 _LOGICAL = ["and", "or", "xor"]
+_NOT_AND = ["or", "xor"]
 
 SHIFTED: dict[str, Case] = {
     **{
@@ -228,11 +237,11 @@ SHIFTED: dict[str, Case] = {
         f"logical_{n}.default": Case(
             lambda h, n=n: getattr(A, f"logical_{n}").default(h > 0, h.sin() > 0.3)
         )
-        for n in _LOGICAL
+        for n in _NOT_AND
     },
     **{
         f"{form}.Tensor": Case(lambda h, form=form: getattr(A, form).Tensor(h > 0, h.sin() > 0.3))
-        for n in _LOGICAL
+        for n in _NOT_AND
         for form in (f"bitwise_{n}", f"__{n}__")
     },
     **{
@@ -250,7 +259,7 @@ SHIFTED: dict[str, Case] = {
     "addcdiv.default": Case(lambda h: A.addcdiv.default(h, h, _inside(h))),
     "clamp.default (above 0)": Case(lambda h: A.clamp.default(h, 0.1, 0.5)),
     "clamp.Tensor": Case(lambda h: A.clamp.Tensor(h, _small(h), _inside(h))),
-    "where.self": Case(lambda h: A.where.self(h > 0, h, h.sin())),
+    "where.self (not 0)": Case(lambda h: A.where.self(h > 0, h, h.cos())),
     "where.ScalarOther": Case(lambda h: A.where.ScalarOther(h > 0, h, 2.0)),
     "where.ScalarSelf": Case(lambda h: A.where.ScalarSelf(h > 0, 2.0, h)),
     "where.Scalar": Case(lambda h: A.where.Scalar(h > 0, 2.0, 3.0)),
@@ -453,6 +462,11 @@ INDEXING: dict[str, Case] = {
     "one_hot.default": frozen(
         lambda h: A.one_hot.default(h[..., 0].gt(0).long(), 8).float() * h, "picked by index"
     ),
+    "where.default": frozen(lambda h: h + A.where.default(h > 0)[2].sum(), "found by a mask"),
+    "nonzero_numpy.default": frozen(
+        lambda h: h + A.nonzero_numpy.default(h > 0)[2].sum(), "found by a mask"
+    ),
+    "nonzero.default": frozen(lambda h: h + A.nonzero.default(h > 0).sum(), "found by a mask"),
     "one_hot.default (chosen)": keeps(lambda h: A.one_hot.default(h.argmax(-1), 8).float() * h, 8),
     "tril.default": frozen(lambda h: A.tril.default(h), "compared with those of another"),
     "triu.default": frozen(lambda h: A.triu.default(h), "compared with those of another"),

@@ -114,6 +114,7 @@ UNREACHABLE = {
         "capture computes it, unless its size is dynamic",
     ),
     "lift_fresh.default": "capture makes a copy of it",
+    "unbind.int": "capture takes single places one by one",
     "squeeze.dim": "capture writes down which dimensions are of one place",
     "squeeze.default": "capture writes down which dimensions are of one place",
 }

@@ -314,11 +314,13 @@ class Search:
             now = changes.get(path, value)
             for other in (2 * now, now + 1, now // 2):
                 after = self.builder.sizes({**changes, path: other}) if other > 0 else None
-                if after is None or after.keys() != before.keys():
+                if after is None:
                     continue
+                # Other weights may come and go with a field: experts that are modules do.
                 effect = {
                     (name, dim): Fraction(new - old, other - now)
                     for name in self.target
+                    if name in before and name in after
                     for dim, (old, new) in enumerate(zip(before[name], after[name], strict=False))
                     if old != new
                 }

@@ -27,6 +27,7 @@ from graphprune.backends.hf_model import (
     quiet,
     without_values,
 )
+from graphprune.backends.hf_names import renumbered
 from graphprune.errors import BackendError
 from graphprune.fold import Folded, fold
 from graphprune.inference import Types, infer
@@ -90,24 +91,26 @@ def decide(program: Program) -> Decided:
     if source is None:
         why = "it was not captured from a transformers model"
         return Decided(Loadability("none", why), program)
+    base_class = getattr(source.model_class, "graphprune_base", source.model_class)
+    builder = Builder(source.config, base_class)
+    with quiet():
+        program = renumbered(program, builder.sizes({}) or ())
     try:
         folded, norms = fold(program)
     except BackendError as error:
         return Decided(Loadability("none", str(error)), program)
     with quiet():
-        return _Decision(folded, norms).take()
+        return _Decision(folded, norms, builder).take()
 
 
 class _Decision:
     """Tries plain configs first, then a config for each layer; keeps the first reason of each."""
 
-    def __init__(self, program: Program, norms: tuple[Folded, ...]) -> None:
-        source = program.source
-        assert source is not None
+    def __init__(self, program: Program, norms: tuple[Folded, ...], builder: Builder) -> None:
         self.program = program
         self.norms = norms
-        self.base_class = getattr(source.model_class, "graphprune_base", source.model_class)
-        self.builder = Builder(source.config, self.base_class)
+        self.builder = builder
+        self.base_class = builder.model_class
         self.target = needed_sizes(program, derived=True)
         self.notes: tuple[str, ...] = ()
         self._types: Types | None = None

@@ -14,6 +14,8 @@ from graphprune.coupling import Group, Member
 
 def sum_units(line: Tensor, group: Group, member: Member) -> Tensor:
     """Sum scores along a dimension over the slice of every unit: ``[*parents' sizes, size]``."""
+    if member.owner is not None:
+        return line.new_zeros(group.size).index_fill(0, torch.tensor(member.owner), line.sum())
     units = _units(line, group, member)
     keep = [member.outer_groups.index(parent) for parent in group.parents]
     gone = [dim for dim in range(units.ndim) if dim not in (*keep, units.ndim - 2)]
@@ -56,7 +58,9 @@ def unit_numbers(sizes: Sequence[int], group: Group, member: Member, size: int) 
     `sizes` are the sizes of the parents of `group`, and its own.
     """
     numbers = torch.arange(math.prod(sizes)).view(sizes)
-    line = torch.full((size,), -1)
+    line = torch.full((size,), -1 if member.owner is None else member.owner)
+    if member.owner is not None:
+        return line
     units = _units(line, group, member)
     keep = [member.outer_groups.index(parent) for parent in group.parents]
     order = sorted(keep)

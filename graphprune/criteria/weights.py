@@ -38,6 +38,7 @@ class WeightCriterion(Criterion):
             When the program was captured on the meta device.
         """
         per_weight: dict[str, dict[str, Tensor]] = {group.name: {} for group in evidence.groups}
+        stands_for = {group.name: _stands_for(group) for group in evidence.groups}
         places = _members_by_weight(evidence)
         names = evidence.parameters()
         if any(evidence.program.weights[name].is_meta for name in names):
@@ -46,9 +47,9 @@ class WeightCriterion(Criterion):
             dims = {member.dim for _, member in places[name]}
             lines = {dim: _reduce(elements, dim, self.measure) for dim in dims}
             for group, member in places[name]:
-                found = per_weight[group.name]
+                found, slot = per_weight[group.name], stands_for[group.name][name]
                 score = sum_units(lines[member.dim], group, member)
-                found[name] = found[name] + score if name in found else score
+                found[slot] = found[slot] + score if slot in found else score
         order = _use_order(evidence.program)
         finished = {
             group: [self.finish(found[name]) for name in sorted(found, key=order.__getitem__)]
@@ -63,6 +64,13 @@ class WeightCriterion(Criterion):
     def finish(self, total: Tensor) -> Tensor:
         """Turn the reduced slices of one weight into scores."""
         return total
+
+
+def _stands_for(group: Group) -> dict[str, str]:
+    """Weight of a group -> the first of those that are one weight of all units together."""
+    owned = group.owned()
+    first = {at: name for name, at in reversed(owned.items())}
+    return {name: first[owned[name]] if name in owned else name for name in group.weights()}
 
 
 def _members_by_weight(evidence: Evidence) -> dict[str, list[tuple[Group, Member]]]:

@@ -107,8 +107,6 @@ class Choice:
         The reason to freeze.
     least
         How many units must be left to choose from.
-    weighs
-        Whether the result is a weight for each unit, which is zero where a unit is never chosen.
     """
 
     node: fx.Node
@@ -116,7 +114,45 @@ class Choice:
     dim: int
     why: str
     least: int = 1
-    weighs: bool = False
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """The result of `node` is zero at units of `axis` that are never chosen."""
+
+    node: fx.Node
+    axis: Axis
+
+
+@dataclass(frozen=True)
+class Reading:
+    """`node` takes what belongs to one place of `axis`, and nothing of the others.
+
+    Parameters
+    ----------
+    node, literals
+        The operator and its arguments that say which place, with what they are past it: they follow
+        when places before it go.
+    axis, index
+        The axis and the place.
+    source
+        The operand that holds the axis, for which the result is a part of it; None where the
+        operand holds places of the axis, which are compared with `index`.
+    """
+
+    node: fx.Node
+    literals: tuple[tuple[str, int], ...]
+    axis: Axis
+    index: int
+    source: fx.Node | None = None
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """Each tensor in the list that `node` takes is a place of `axis`."""
+
+    node: fx.Node
+    axis: Axis
 
 
 @dataclass(frozen=True)
@@ -178,6 +214,9 @@ class Facts:
     statistics: list[Statistic] = field(default_factory=list)
     frozen: list[Frozen] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
+    weighings: list[Weighing] = field(default_factory=list)
+    readings: list[Reading] = field(default_factory=list)
+    gatherings: list[Gathering] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
     attentions: list[Attention] = field(default_factory=list)
@@ -185,6 +224,9 @@ class Facts:
 
 
 Result = Type | list[Type | None] | None
+
+Law = Zero | tuple[tuple[fx.Node, ...], ...]
+"""Where a result vanishes: a law of its operands, or a sum of products of nodes."""
 
 Content = tuple[fx.Node, int]
 """A node that holds places of an axis, and which of its results they are (0 for the only one)."""
@@ -341,10 +383,36 @@ class Op:
 
     # -- choices --------------------------------------------------------------------------------
 
-    def choose(self, dim: int, why: str, *, least: int = 1, weighs: bool = False) -> None:
+    def choose(self, dim: int, why: str, *, least: int = 1) -> None:
         """Say that the node chooses among the units of dimension `dim` of its first operand."""
-        axis = self.types[self.operands()[0]][dim]
-        self.facts.choices.append(Choice(self.node, axis, dim, why, least, weighs))
+        source = self.operands()[0]
+        axis = self.types[source][dim]
+        if not source.meta["val"].is_floating_point():  # minus infinity cannot be put there
+            self.freeze(axis, why)
+        self.facts.choices.append(Choice(self.node, axis, dim, why, least))
+
+    def weigh(self, axis: Axis) -> None:
+        """Say that the result is zero at units of `axis` that are never chosen."""
+        self.facts.weighings.append(Weighing(self.node, axis))
+
+    def is_chosen_from(self, axis: Axis) -> bool:
+        """Whether a node before this one chooses among the units of `axis`."""
+        atoms = set(self.axes.atoms(axis))
+        return any(
+            not atoms.isdisjoint(self.axes.atoms(choice.axis))
+            for choice in reversed(self.facts.choices)
+        )
+
+    def read(
+        self, axis: Axis, index: int, *literals: tuple[str, int], source: fx.Node | None = None
+    ) -> None:
+        """Say that the node reads one place of `axis`; see `Reading`."""
+        self.facts.readings.append(Reading(self.node, literals, axis, index, source))
+        self.mark("chosen", axis)
+
+    def gather(self, axis: Axis) -> None:
+        """Say that each tensor in the node's list is a place of `axis`."""
+        self.facts.gatherings.append(Gathering(self.node, axis))
 
     def holds_places(self, axis: Axis, result: int = 0) -> None:
         """Say that the values of a result are places of `axis`."""

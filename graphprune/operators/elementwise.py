@@ -29,7 +29,7 @@ _COMPARISONS = [
     "eq", "ne", "lt", "le", "gt", "ge",
 ]
 _LOGICAL = [
-    "logical_and", "logical_or", "logical_xor",
+    "logical_or", "logical_xor",
 ]
 _BITWISE = [
     "bitwise_and", "bitwise_or", "bitwise_xor", "__and__", "__or__", "__xor__",
@@ -78,11 +78,33 @@ def binary(op: Op) -> Type:
     return op.broadcast(*(op.types[node] for node in op.operands()))
 
 
-@rule(*(f"{n}.{o}" for n in _COMPARISONS for o in ("Tensor", "Scalar")), zero=Zero.NEVER)
-@rule(*(f"{n}.{o}" for n in _BITWISE for o in ("Tensor", "Scalar")), zero=Zero.NEVER)
+@rule(*(f"{n}.Tensor" for n in _COMPARISONS), zero=Zero.NEVER)
+@rule(*(f"{n}.Scalar" for n in _COMPARISONS if n != "eq"), zero=Zero.NEVER)
+@rule(*(f"{n}.Tensor" for n in _BITWISE if "and" not in n), zero=Zero.NEVER)
+@rule(*(f"{n}.Scalar" for n in _BITWISE), zero=Zero.NEVER)
 @rule(*(f"{name}.default" for name in _LOGICAL), zero=Zero.NEVER)
 def compare(op: Op) -> Type:
     """Comparisons and logic: operands of one shape after broadcasting."""
+    name, other = op.node.target.__name__, op.arg("other")  # type: ignore[union-attr]
+    if name in ("gt.Scalar", "lt.Scalar", "ne.Scalar") and other == 0:
+        op.zero = Zero.KEEP
+    return binary(op)
+
+
+@rule("eq.Scalar", zero=Zero.NEVER)
+def equal(op: Op) -> Type:
+    """Same axes; a number that places of an axis are compared with reads one of them."""
+    places, index = op.arg("self"), op.arg("other")
+    axis = op.contents.get((places, 0))
+    if axis is not None and type(index) is int and 0 <= index < axis.size:
+        op.picked.add(places)
+        op.read(axis, index, ("other", 0))
+    return unary(op)
+
+
+@rule("bitwise_and.Tensor", "__and__.Tensor", "logical_and.default", zero=Zero.ANY)
+def conjunction(op: Op) -> Type:
+    """Both of two: nothing where one is nothing; operands of one shape after broadcasting."""
     return binary(op)
 
 

@@ -73,6 +73,22 @@ def _indexed(op: Op) -> tuple[list[Axis], int, list[tuple[int, fx.Node]]]:
     return kept, lead, gone
 
 
+@rule("where.default", "nonzero_numpy.default", zero=Zero.NEVER)
+def places_of_mask(op: Op) -> list[Type | None]:
+    """The places where a mask holds, along each of its axes, which are frozen."""
+    for axis in op.types[op.operands()[0]]:
+        op.freeze(axis, "places of it are found by a mask")
+    return [(op.fixed(shape[0], "places that a mask finds"),) for shape in op.shapes(op.node)]
+
+
+@rule("nonzero.default", zero=Zero.NEVER)
+def coordinates_of_mask(op: Op) -> Type:
+    """The places where a mask holds, a row for each; its axes are frozen."""
+    for axis in op.type("self"):
+        op.freeze(axis, "places of it are found by a mask")
+    return tuple(op.fixed(size, "places that a mask finds") for size in op.shape())
+
+
 def _is_mask(node: fx.Node) -> bool:
     return node.meta["val"].dtype in (torch.bool, torch.uint8)
 
@@ -143,6 +159,7 @@ def one_hot(op: Op) -> Type:
     """Indices become places of a new axis."""
     axis = op.fresh(op.shape()[-1])
     op.pick(axis, op.arg("self"))
+    op.weigh(axis)
     op.size_literal("num_classes", None, axis)
     return (*op.type("self"), axis)
 

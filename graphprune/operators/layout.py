@@ -166,7 +166,7 @@ def repeat_interleave(op: Op) -> Type:
 
 @rule("cat.default", zero=Zero.JOIN)
 def concatenate(op: Op) -> Type:
-    """The axes of the joined dimension become a sum; all others are one."""
+    """The axes of the joined dimension become a sum, or places as in a stack; others are one."""
     shape = op.shape()
     types = [op.types[node] for node in op.arg("tensors")]
     types = [type_ for type_ in types if len(type_) == len(shape)]
@@ -174,6 +174,9 @@ def concatenate(op: Op) -> Type:
     result = []
     for index in range(len(shape)):
         column = [type_[index] for type_ in types]
+        if index == dim and len(column) > 1 and all(axis is UNIT for axis in column):
+            result.append(_places(op, len(column)))
+            continue
         if index == dim:
             result.append(op.axes.sum(*column))
             continue
@@ -185,13 +188,20 @@ def concatenate(op: Op) -> Type:
 
 @rule("stack.default", zero=Zero.JOIN)
 def stack(op: Op) -> Type:
-    """A new axis of fixed places; all others are one."""
+    """A new axis, whose places go where what is chosen picks by them; all others are one."""
     types = [op.types[node] for node in op.arg("tensors")]
     for other in types[1:]:
         for left, right in zip(types[0], other, strict=True):
             op.unify(left, right)
     dim = op.dim("dim", len(types[0]) + 1)
-    return (*types[0][:dim], op.fixed(len(types), "places of a stack"), *types[0][dim:])
+    return (*types[0][:dim], _places(op, len(types)), *types[0][dim:])
+
+
+def _places(op: Op, count: int) -> Axis:
+    """A new axis whose places are the tensors that the node takes."""
+    places = op.fresh(count)
+    op.gather(places)
+    return places
 
 
 @rule("split_with_sizes.default", "split.sizes", zero=Zero.KEEP)
@@ -236,7 +246,7 @@ def _cut(op: Op, axis: Axis, sizes: Sequence[int]) -> list[Axis]:
 
 @rule("select.int", zero=Zero.KEEP)
 def select(op: Op) -> Type:
-    """One fixed place of an axis: [before + 1 + after]."""
+    """One fixed place of an axis, [before + 1 + after], or what belongs to a unit of a choice."""
     type_ = op.type("self")
     dim = op.dim("dim", len(type_))
     index = op.arg("index")
@@ -246,13 +256,16 @@ def select(op: Op) -> Type:
         op.freeze(type_[dim], "one place is selected by a dynamic index")
         return rest
     index = index + size if index < 0 else index
+    if op.is_chosen_from(type_[dim]):
+        op.read(type_[dim], index, ("index", 0), source=op.arg("self"))
+        return rest
     _window(op, type_[dim], index, index + 1, "index", None)
     return rest
 
 
 @rule("slice.Tensor", zero=Zero.KEEP)
 def slice_(op: Op) -> Type:
-    """Cuts an axis: [before + inside + after]; a step factors it."""
+    """Cuts an axis, [before + inside + after], or as `select` does; a step factors it."""
     type_ = op.type("self")
     dim = op.dim("dim", len(type_))
     size, new = type_[dim].size, op.shape()[dim]
@@ -267,6 +280,9 @@ def slice_(op: Op) -> Type:
         axis = op.fixed(new, "a slice at a dynamic bound")
     else:
         start, end, step = slice(start, end, step).indices(size)
+        if new == 1 and op.is_chosen_from(type_[dim]):
+            op.read(type_[dim], start, ("start", 0), ("end", 1), source=op.arg("self"))
+            return (*type_[:dim], UNIT, *type_[dim + 1 :])
         axis = _strided(op, type_[dim], start, end, step)
     return (*type_[:dim], axis, *type_[dim + 1 :])
 

@@ -68,10 +68,9 @@ def variance_and_mean(op: Op) -> list[Type | None]:
     return [type_, type_]
 
 
-@rule("amax.default", "amin.default", "any.dim", "any.default", "all.dim", zero=Zero.NEVER)
-@rule("all.default", "max.default", "min.default", zero=Zero.NEVER)
+@rule("amax.default", "amin.default", "all.dim", "all.default", "all.dims", zero=Zero.NEVER)
+@rule("max.default", "min.default", zero=Zero.NEVER)
 @rule("argmin.default", "prod.dim_int", "prod.default", "logsumexp.default", zero=Zero.NEVER)
-@rule("any.dims", "all.dims", zero=Zero.NEVER)
 def extreme(op: Op) -> Type:
     """Extremes and logic over axes, which are frozen: a zero in place of a value may win."""
     type_ = op.types[op.operands()[0]]
@@ -81,7 +80,24 @@ def extreme(op: Op) -> Type:
     return _reduced(op, type_, dims)
 
 
-@rule("max.dim", "min.dim", "median.dim", "mode.default", zero=Zero.NEVER)
+@rule("any.default", "any.dim", "any.dims", zero=Zero.KEEP)
+def any_(op: Op) -> Type:
+    """Whether there is one: the axes are frozen."""
+    return extreme(op)
+
+
+@rule("max.dim", zero=Zero.NEVER)
+def largest(op: Op) -> list[Type | None]:
+    """The largest of an axis with its place, which is chosen from."""
+    type_ = op.type("self")
+    dim = op.dim("dim", len(type_))
+    op.choose(dim, "max runs over it")
+    op.holds_places(type_[dim], 1)
+    result = _reduced(op, type_, (dim,))
+    return [result, result]
+
+
+@rule("min.dim", "median.dim", "mode.default", zero=Zero.NEVER)
 def extreme_with_index(op: Op) -> list[Type | None]:
     """Extremes with their places: the axis is frozen."""
     type_ = extreme(op)
@@ -105,7 +121,8 @@ def softmax(op: Op) -> Type:
     """Softmax: the axis is chosen from, the others stay."""
     type_ = op.type("self")
     dim = op.dim("dim", len(type_))
-    op.choose(dim, "softmax runs over it", weighs=True)
+    op.choose(dim, "softmax runs over it")
+    op.weigh(type_[dim])
     op.mark("softmax", type_[dim])
     return type_
 
