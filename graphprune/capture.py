@@ -33,6 +33,7 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.value_ranges import ValueRanges
 
@@ -48,6 +49,7 @@ time for a graph that can only be analysed: primes, so that no other size is tak
 _BRANCHES: ContextVar[bool] = ContextVar("branches", default=False)
 _BRANCH = "graphprune_branch"
 _ALONG = "captured along the way that its example takes at"
+_EVERYWHERE = "captured with loops over what is found, such as experts, running over all places"
 
 
 def capture(
@@ -244,7 +246,7 @@ def _capture_transformers(model: Any, cache: bool | None) -> Program:
     on_meta = model.device.type == "meta"
     with _exportable_experts(model), _broadcast_masks() as broadcast, _branches(not on_meta):
         program = _captured_with(model, cache, source, example)
-    branched = any(note.startswith(_ALONG) for note in program.notes)
+    branched = any(note.startswith((_ALONG, _EVERYWHERE)) for note in program.notes)
     if (broadcast or branched) and not on_meta:
         what = (
             "branches on data in more ways than one"
@@ -569,14 +571,12 @@ def _export(
     module: nn.Module, args: tuple[Any, ...], shapes: Any, name: str, fallback: Any = None
 ) -> ExportedProgram:
     try:
-        # Without no_grad, the grad-mode switches in transformers' rotary code become sub-graphs.
-        with torch.no_grad(), warnings.catch_warnings(), _without_partial_graph():
-            warnings.simplefilter("ignore")
-            return torch.export.export(module.eval(), args, dynamic_shapes=shapes, strict=False)
+        return _exported(module, args, shapes)
     except Exception as error:
-        if isinstance(error, GuardOnDataDependentSymNode) and _BRANCHES.get():
-            with contextlib.suppress(Exception):  # then the first error says more
-                return _export_along_example(module, args, shapes, error)
+        if _BRANCHES.get():
+            for attempt in (_export_with_all_found, _export_along_example):
+                with contextlib.suppress(Exception):  # then the first error says more
+                    return attempt(module, args, shapes, error)
         if fallback is not None:
             return _export(module, args, fallback, name)
         raise CaptureError(
@@ -584,24 +584,102 @@ def _export(
         ) from error
 
 
+def _exported(module: nn.Module, args: tuple[Any, ...], shapes: Any) -> ExportedProgram:
+    # Without no_grad, the grad-mode switches in transformers' rotary code become sub-graphs.
+    with torch.no_grad(), warnings.catch_warnings(), _without_partial_graph(), _unmoved():
+        warnings.simplefilter("ignore")
+        return torch.export.export(module.eval(), args, dynamic_shapes=shapes, strict=False)
+
+
+def _export_with_all_found(
+    module: nn.Module, args: tuple[Any, ...], shapes: Any, error: Exception
+) -> ExportedProgram:
+    """The graph in which a loop over the places that are found runs over all that there are.
+
+    For what is not found, such as an expert that no token chose, code does nothing:
+    `_check_outputs` looks whether it does.
+    """
+    with _AllFound() as mode:
+        exported = _exported(module, args, shapes)
+    if not mode.count:
+        raise error
+    exported.graph_module.meta[_BRANCH] = _EVERYWHERE
+    return exported
+
+
+class _AllFound(TorchFunctionMode):
+    """Lets `nonzero` find every place of a vector of fixed length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.Tensor.nonzero, torch.nonzero) and not kwargs.get("as_tuple"):
+            (vector,) = args
+            if vector.dim() == 1 and type(vector.shape[0]) is int:
+                self.count += 1
+                return [_Place([place]) for place in range(vector.shape[0])]
+        result = func(*args, **kwargs)
+        if func is torch.where and len(args) == 1:
+            # Code that goes on where nothing is found does the same for nothing.
+            torch._check(result[0].shape[0] > 0)
+        return result
+
+
+class _Place(list[int]):
+    """A row of what `nonzero` gives: a list of one index, or the index, as code takes it."""
+
+    def item(self) -> int:
+        return self[0]
+
+    __index__ = __int__ = item
+
+
+@contextlib.contextmanager
+def _unmoved() -> Iterator[None]:
+    """Let a module that is already where it is moved to stay as it is.
+
+    `torch.export` lets no module be moved while it is traced, but some code moves one to its own
+    type each time.
+    """
+    move = nn.Module.to
+
+    def to(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        device, dtype, _, form = torch._C._nn._parse_to(*args, **kwargs)
+        held = (*self.parameters(), *self.buffers())
+        there = all(
+            device in (None, t.device) and (not t.is_floating_point() or dtype in (None, t.dtype))
+            for t in held
+        )
+        return self if there and form is None else move(self, *args, **kwargs)
+
+    nn.Module.to = to  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.to = move  # type: ignore[method-assign]
+
+
 def _export_along_example(
     module: nn.Module, args: tuple[Any, ...], shapes: Any, error: Exception
 ) -> ExportedProgram:
     """The graph of the way that the values of `args` take where `error` met a branch on data."""
-    with (
-        torch.no_grad(),
-        warnings.catch_warnings(),
-        _without_partial_graph(),
-        functorch.patch(fake_tensor_propagate_real_tensors=True),
-    ):
-        warnings.simplefilter("ignore")
-        exported = torch.export.export(module.eval(), args, dynamic_shapes=shapes, strict=False)
+    if not isinstance(error, GuardOnDataDependentSymNode):
+        raise error
+    with functorch.patch(fake_tensor_propagate_real_tensors=True):
+        exported = _exported(module, args, shapes)
     for node in exported.graph.nodes:
         for value in pytree.tree_leaves(node.meta.get("val")):
             if isinstance(value, FakeTensor):
                 value.real_tensor = None  # as large as what it stands for
     _check_dynamic(exported, shapes)
-    exported.graph_module.meta[_BRANCH] = _first_line(error).rpartition(" (at ")[2].rstrip(")")
+    where = _first_line(error).rpartition(" (at ")[2].rstrip(")")
+    aside = "inputs that go another way there are computed wrongly"
+    exported.graph_module.meta[_BRANCH] = f"{_ALONG} {where}: {aside}"
     return exported
 
 
@@ -665,8 +743,8 @@ def _program(
     dynamic: Collection[int] = (),
 ) -> Program:
     graph_module = exported.graph_module
-    if where := graph_module.meta.pop(_BRANCH, ""):
-        notes = (*notes, f"{_ALONG} {where}: inputs that go another way there are computed wrongly")
+    if said := graph_module.meta.pop(_BRANCH, ""):
+        notes = (*notes, said)
     graph = graph_module.graph
     canonical, aliases = _ties(model)
     originals: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as tf
 from architectures import (
+    VOCABULARY,
     build,
     coupling_of,
     inputs_of,
@@ -379,3 +380,45 @@ def test_a_unit_of_each_group_owns_an_expert_in_each() -> None:
         assert gp.verify(program, plan, pruned).max_relative_error <= 1e-5
         left = Costs(coupling).after("params", cuts)
         assert left == pruned.parameter_count()
+
+
+# -- loops over the experts that are hit -----------------------------------------------------------
+
+
+def test_a_loop_over_experts_that_are_hit_is_captured_for_all_of_them(tmp_path: Path) -> None:
+    config = tf.SwitchTransformersConfig(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        d_kv=8,
+        d_ff=16,
+        num_layers=2,
+        num_decoder_layers=1,
+        num_heads=2,
+        num_experts=4,
+        num_sparse_encoder_layers=1,
+        num_sparse_decoder_layers=0,
+        expert_capacity=64,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    torch.manual_seed(0)
+    model = perturb(tf.SwitchTransformersForConditionalGeneration(config).eval())
+    program = gp.capture(model)
+    assert any("running over all places" in note for note in program.notes)
+    for length in (1, 9):  # one token leaves experts without any
+        ids = torch.randint(2, VOCABULARY, (2, length), generator=torch.Generator().manual_seed(1))
+        given = {"input_ids": ids, "decoder_input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        with torch.no_grad():
+            expected = model(**given).logits  # type: ignore[operator]
+        assert relative_error(expected, program(**given)["logits"]) < 1e-5
+    coupling = gp.analyze(program)
+    groups = experts(coupling)
+    assert {(group.size, group.least) for group in groups} == {(4, 1)}
+    cuts = tuple(cut_of(group, {(): (1,)}) for group in groups)
+    plan = Plan((Step(program.fingerprint(), cuts),))
+    pruned = plan.apply(program)
+    assert gp.verify(program, plan, pruned).max_relative_error < 1e-5
+    pruned.save(tmp_path / "archive")
+    loaded = gp.load(tmp_path / "archive")
+    assert relative_error(pruned(**given)["logits"], loaded(**given)["logits"]) == 0.0
