@@ -304,6 +304,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "moe_shared_expert_intermediate_size": 16,
     },
     "neomme": {"per_layer_config": {}, "head_dim": 16},
+    "nllb-moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2, "expert_capacity": 64},
     "perceiver": {
         "num_latents": 8,
         "d_latents": 32,
@@ -338,6 +339,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "shieldgemma2": {"yes_token_index": 6, "no_token_index": 7},
     "swin": _WINDOWS,
     "swinv2": {**_WINDOWS, "pretrained_window_sizes": [0, 0]},
+    "switch_transformers": {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
     "textnet": {"stem_out_channels": 16},
     "vibevoice_acoustic_tokenizer": _TOKENIZER,
     "vibevoice_acoustic_tokenizer_encoder": _TOKENIZER,
