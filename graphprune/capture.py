@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -586,7 +587,7 @@ def _export(
 
 def _exported(module: nn.Module, args: tuple[Any, ...], shapes: Any) -> ExportedProgram:
     # Without no_grad, the grad-mode switches in transformers' rotary code become sub-graphs.
-    with torch.no_grad(), warnings.catch_warnings(), _without_partial_graph(), _unmoved():
+    with torch.no_grad(), warnings.catch_warnings(), _quietly(), _unmoved():
         warnings.simplefilter("ignore")
         return torch.export.export(module.eval(), args, dynamic_shapes=shapes, strict=False)
 
@@ -710,15 +711,19 @@ def _branches(allowed: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_partial_graph() -> Iterator[None]:
-    """Keep `torch.export` from printing the whole graph so far before it raises."""
+def _quietly() -> Iterator[None]:
+    """Keep `torch.export` from printing the graph so far before it raises, and its guards."""
     from torch.export import _trace
 
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     _trace.print = lambda *_, **__: None  # type: ignore[attr-defined]
     try:
         yield
     finally:
         del _trace.print  # type: ignore[attr-defined]
+        logger.setLevel(level)
 
 
 def _first_line(error: BaseException) -> str:
