@@ -47,7 +47,11 @@ FIXED_BATCH, FIXED_NEW, FIXED_PAST = 101, 103, 107
 """Sizes of a decoder captured on the meta device, where dynamic ones would cost four times the
 time for a graph that can only be analysed: primes, so that no other size is taken for them."""
 
-_BRANCHES: ContextVar[bool] = ContextVar("branches", default=False)
+_FOLLOWED: ContextVar[tuple[Callable[..., ExportedProgram], ...]] = ContextVar(
+    "followed", default=()
+)
+"""What else to try where a model decides by data what to do."""
+
 _BRANCH = "graphprune_branch"
 _ALONG = "captured along the way that its example takes at"
 _EVERYWHERE = "captured with loops over what is found, such as experts, running over all places"
@@ -59,6 +63,7 @@ def capture(
     *,
     dynamic_shapes: Any = None,
     cache: bool | None = None,
+    along_example: bool = False,
 ) -> Program:
     """Capture `model` into a program that shares its weights.
 
@@ -75,6 +80,10 @@ def capture(
         where the model allows it.
     cache
         Whether a decoder is captured with its KV cache; by default it is wherever it has one.
+    along_example
+        Whether a model that looks at values to decide what to do is captured along the way that its
+        example takes. The program is wrong for inputs that would go another way, and a note says
+        where that is.
 
     Raises
     ------
@@ -89,8 +98,9 @@ def capture(
                 raise UsageError(
                     f"{type(model).__name__} is no transformers model: give example_inputs"
                 )
-            return _capture_transformers(model, cache)
-        return _capture_call(model, example_inputs, dynamic_shapes)
+            return _capture_transformers(model, cache, along_example)
+        with _following(*[_export_along_example] * along_example):
+            return _capture_call(model, example_inputs, dynamic_shapes)
 
 
 # -- plain modules ------------------------------------------------------------------------------
@@ -239,13 +249,15 @@ def _filled_cache(past: Sequence[Tensor], layers: Sequence[int]) -> Any:
     return cache
 
 
-def _capture_transformers(model: Any, cache: bool | None) -> Program:
+def _capture_transformers(model: Any, cache: bool | None, along_example: bool = False) -> Program:
     source = Source(
         model.config, type(model), generation_config=getattr(model, "generation_config", None)
     )
     example = functools.cache(lambda: example_of(model))
     on_meta = model.device.type == "meta"
-    with _exportable_experts(model), _broadcast_masks() as broadcast, _branches(not on_meta):
+    follow = [_export_with_all_found, *[_export_along_example] * along_example]
+    follow = [] if on_meta else follow
+    with _exportable_experts(model), _broadcast_masks() as broadcast, _following(*follow):
         program = _captured_with(model, cache, source, example)
     branched = any(note.startswith((_ALONG, _EVERYWHERE)) for note in program.notes)
     if (broadcast or branched) and not on_meta:
@@ -574,14 +586,16 @@ def _export(
     try:
         return _exported(module, args, shapes)
     except Exception as error:
-        if _BRANCHES.get():
-            for attempt in (_export_with_all_found, _export_along_example):
-                with contextlib.suppress(Exception):  # then the first error says more
-                    return attempt(module, args, shapes, error)
+        for attempt in _FOLLOWED.get():
+            with contextlib.suppress(Exception):  # then the first error says more
+                return attempt(module, args, shapes, error)
         if fallback is not None:
             return _export(module, args, fallback, name)
+        advice = ""
+        if isinstance(error, GuardOnDataDependentSymNode):
+            advice = "; along_example=True captures the way that the example takes"
         raise CaptureError(
-            f"torch.export could not capture {name}: {_first_line(error)}"
+            f"torch.export could not capture {name}: {_first_line(error)}{advice}"
         ) from error
 
 
@@ -701,13 +715,13 @@ def _check_dynamic(exported: ExportedProgram, shapes: Any) -> None:
 
 
 @contextlib.contextmanager
-def _branches(allowed: bool) -> Iterator[None]:
-    """Whether a model that branches on data may be captured along the way of its example."""
-    token = _BRANCHES.set(allowed)
+def _following(*attempts: Callable[..., ExportedProgram]) -> Iterator[None]:
+    """Try `attempts`, too, where a model decides by data what to do."""
+    token = _FOLLOWED.set(attempts)
     try:
         yield
     finally:
-        _BRANCHES.reset(token)
+        _FOLLOWED.reset(token)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no GPU")
 def test_everything_that_the_cpu_can_do_is_done_and_the_rest_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

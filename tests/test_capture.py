@@ -606,7 +606,7 @@ def test_a_branch_on_data_is_refused_with_its_line() -> None:
     message = str(caught.value)
     assert message.startswith("torch.export could not capture Sequential")
     assert "data-dependent" in message
-    assert message.endswith(f"(at tests/test_capture.py:{line})")
+    assert f"(at tests/test_capture.py:{line}); along_example=True" in message
     assert "\n" not in message
     assert module.training
 
@@ -646,7 +646,9 @@ def test_the_exported_program_runs_equal(name: str) -> None:
 def test_a_branch_on_data_is_followed_as_the_example_does_and_said() -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     model = byte_llama(num_hidden_layers=1, rope_parameters=rope)
-    program = gp.capture(model)
+    with pytest.raises(CaptureError, match="along_example=True captures the way"):
+        gp.capture(model)
+    program = gp.capture(model, along_example=True)
     ids = torch.randint(0, 256, (3, 11), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(input_ids=ids).logits
@@ -657,6 +659,7 @@ def test_a_branch_on_data_is_followed_as_the_example_does_and_said() -> None:
             assert getattr(value, "real_tensor", None) is None
 
 
+@pytest.mark.slow
 def test_a_model_that_goes_two_ways_on_its_own_inputs_is_refused() -> None:
     class Fork(transformers.LlamaForCausalLM):
         def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Any:
@@ -666,4 +669,4 @@ def test_a_model_that_goes_two_ways_on_its_own_inputs_is_refused() -> None:
             return result
 
     with pytest.raises(CaptureError, match="branches on data in more ways than one"):
-        gp.capture(Fork(byte_llama(num_hidden_layers=1).config).eval())
+        gp.capture(Fork(byte_llama(num_hidden_layers=1).config).eval(), along_example=True)

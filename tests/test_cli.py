@@ -152,7 +152,7 @@ def test_help_names_every_verb(graphprune: Run) -> None:
         ["inspect", "somewhere", "--format", "xml"],
         ["inspect", "somewhere", "--nonsense"],
         ["explain", "somewhere", "weight", "first"],
-        ["verify", "somewhere"],
+        ["verify"],
         ["sensitivity", "somewhere", "--blocks", "1"],
         ["sweep", "somewhere", "--passes", "prune{target=ffn ratio={ratio}}"],
         ["sweep", "somewhere", "-o", "x"],

@@ -370,7 +370,7 @@ MOVES = st.lists(
 
 
 @given(MOVES)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 def test_pruned_networks_equal_masked_ones(moves: list[Move]) -> None:
     check(Network(moves))
 

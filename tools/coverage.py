@@ -75,7 +75,7 @@ def measure(task: str, model_type: str) -> Row:
     model = _stage(row, "built", lambda: tiny_model(task, model_type))
     if model is None or _stage(row, "eager", lambda: _run_eager(model)) is None:
         return row
-    program = _stage(row, "captured", lambda: capture(model))
+    program = _stage(row, "captured", lambda: capture(model, along_example=True))
     if program is None:
         return row
     row["cache"] = program.is_decoder

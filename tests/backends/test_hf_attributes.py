@@ -148,6 +148,7 @@ def test_numbers_that_code_reads_follow_sizes(
     assert changes["attributes"][path] == attributes
 
 
+@pytest.mark.slow
 def test_a_folded_norm_and_numbers_change_together(tmp_path: Path) -> None:
     _, changes = reloaded(pruned("mamba2", "channels"), tmp_path / "out")
     mixer = changes["attributes"]["backbone.layers.0.mixer"]

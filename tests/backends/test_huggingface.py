@@ -314,6 +314,7 @@ def test_hidden_of_llama_is_plain(tmp_path: Path) -> None:
     assert_same(program, load(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_hidden_of_gemma_keeps_what_is_not_rescaled(tmp_path: Path) -> None:
     # The norms of queries and keys share the epsilon's field; the embedding's scale is a buffer.
     program = pruned("gemma3", "prune{target=hidden ratio=0.25 criterion=l2}")
@@ -326,6 +327,7 @@ def test_hidden_of_gemma_keeps_what_is_not_rescaled(tmp_path: Path) -> None:
     assert_same(program, load(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_pruned_rotary_pairs_need_their_own_frequencies(tmp_path: Path) -> None:
     program = pruned("llama", "prune{target=all ratio=0.25 criterion=l2}")
     found = loadability(program)
@@ -338,6 +340,7 @@ def test_pruned_rotary_pairs_need_their_own_frequencies(tmp_path: Path) -> None:
     assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
+@pytest.mark.slow
 def test_sizes_that_no_field_sets_are_set_by_the_modelling_file(tmp_path: Path) -> None:
     program = pruned("bloom", "prune{target=ffn ratio=0.25 criterion=l2}")
     found = loadability(program)
@@ -350,6 +353,7 @@ def test_sizes_that_no_field_sets_are_set_by_the_modelling_file(tmp_path: Path) 
     assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
+@pytest.mark.slow
 def test_heads_that_the_code_counts_by_itself_need_shapes_only(tmp_path: Path) -> None:
     program = pruned("bert", "prune{target=kv-heads ratio=0.5 criterion=l2}")
     assert loadability(program).kind == "remote-code"

@@ -346,6 +346,7 @@ def test_norms_stay_as_they_are_where_there_are_no_rules(monkeypatch: pytest.Mon
     )
 
 
+@pytest.mark.slow
 def test_padded_rows_are_compared_with_each_row_alone(tmp_path: Path) -> None:
     program = program_of("gemma3")  # its own windows count padding: a row alone differs
     path = tmp_path / "model.onnx"

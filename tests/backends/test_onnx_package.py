@@ -247,6 +247,7 @@ def test_logits_of_the_last_token_are_those_of_all(name: str) -> None:
     assert relative_error(program(**step, **past)[logits], last(**step, **past)[logits]) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["cpu", "portable"])
 def test_a_package_of_last_logits_generates_the_same(target: Any, tmp_path: Path) -> None:
     program = capture(byte_llama(num_hidden_layers=1))

@@ -354,6 +354,7 @@ def removed_by(**options: Any) -> set[int]:
     return {int(name.split(".")[2]) for name in removed}
 
 
+@pytest.mark.slow
 def test_outer_layers_of_a_deep_stack_are_protected_unless_told_otherwise() -> None:
     assert removed_by() == set(range(2, 15))
     assert removed_by(protect=(0, 0)) == set(range(16))

@@ -53,14 +53,14 @@ def test_the_report_says_the_path_as_it_was_given(written: list[Any], tmp_path: 
 
 def test_options_reach_the_exporter(written: list[Any], tmp_path: Path) -> None:
     run(tmp_path, ExportOnnx(opset=18, check=False))
-    assert written[0][1] == {"target": None, "opset": 18, "check": False}
+    assert written[0][1] == {"target": None, "opset": 18, "logits": "all", "check": False}
 
 
 def test_the_report_of_a_target_says_what_attention_became(
     written: list[Any], tmp_path: Path
 ) -> None:
     (step,) = run(tmp_path, ExportOnnx(target="cpu", opset=23)).report.passes
-    assert written[0][1] == {"target": "cpu", "opset": 23, "check": True}
+    assert written[0][1] == {"target": "cpu", "opset": 23, "logits": "all", "check": True}
     details = {"path": "model.onnx", "opset": 23, "target": "cpu", "attention": {"layer": "gqa"}}
     assert step.details == details
 
