@@ -29,7 +29,7 @@ from graphprune.operators.base import Attention
 from graphprune.program import Program, module_path
 from graphprune.roles import Role, attention_sites
 
-Runtime = Literal["cpu", "cuda", "tensorrt", "portable"]
+Runtime = Literal["portable", "cpu", "cuda", "tensorrt"]
 """What a program is to run on; "portable" is any of the others."""
 
 RUNTIMES: tuple[Runtime, ...] = ("cpu", "cuda", "tensorrt")

@@ -95,7 +95,7 @@ class MergeKvHeads(Pass):
     order: Literal["contiguous", "similarity"] | None = None
     damp: float = 0.01
     skip: tuple[str, ...] = ()
-    runtime: Literal["cpu", "cuda", "tensorrt", "portable"] | None = None
+    runtime: Literal["portable", "cpu", "cuda", "tensorrt"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -124,7 +124,7 @@ class Prune(Pass):
     macs: float | None = None
     kv_bytes: float | None = None
     scores: str | None = None
-    runtime: Literal["cpu", "cuda", "tensorrt", "portable"] | None = None
+    runtime: Literal["portable", "cpu", "cuda", "tensorrt"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

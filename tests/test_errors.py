@@ -227,7 +227,9 @@ COMMANDS: dict[str, Case] = {
     ),
     "a weight that holds NaN": Case(CheckpointError, ["broken", UP, "NaN"], run("with_nan")),
     "a model that cannot be exported": Case(
-        CaptureError, ["torch.export could not capture LlamaForCausalLM"], run("unexportable")
+        CaptureError,
+        ["torch.export could not capture LlamaForCausalLM", "along_example=True"],
+        run("unexportable"),
     ),
     "an unknown pass": Case(
         PipelineError,

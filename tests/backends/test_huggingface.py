@@ -168,12 +168,14 @@ def assert_reloads(program: Program, directory: Path, model_class: Any) -> None:
         ("llama", {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 80}),
         ("qwen3", {"num_attention_heads": 2, "num_key_value_heads": 1}),
         ("gpt2", {"n_inner": 200}),
-        ("phi3", {"num_key_value_heads": 1, "intermediate_size": 80}),
+        pytest.param(
+            "phi3", {"num_key_value_heads": 1, "intermediate_size": 80}, marks=pytest.mark.slow
+        ),
         ("phi3", {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}),
         ("mixtral", {"intermediate_size": 80}),
         ("mixtral", {"hidden_size": 48, "head_dim": 16}),
         ("bert", {"intermediate_size": 80}),
-        ("t5", {"d_ff": 80}),
+        pytest.param("t5", {"d_ff": 80}, marks=pytest.mark.slow),
         ("t5", {"num_heads": 3, "d_kv": 12}),
         ("vit", {"intermediate_size": 80}),
     ],

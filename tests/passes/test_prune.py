@@ -240,7 +240,7 @@ def test_pruning_the_residual_stream_again_keeps_the_divisor() -> None:
         ("target=ffn ratio=a", PipelineError, "option 'ratio' wants a number, not 'a'"),
         ("target=ffn ratio=0.5 round_to=0", SelectionError, "round_to 0 is not positive"),
         ("target=ffn ratio=0.5 round_to=2.5", PipelineError, "wants a whole number"),
-        ("target=ffn ratio=0.5 runtime=gpu", PipelineError, "wants one of cpu, cuda, tensorrt"),
+        ("target=ffn ratio=0.5 runtime=gpu", PipelineError, "wants one of portable, cpu, cuda"),
         ("target=ffn ratio=0.5 scope=globl", PipelineError, "did you mean 'global'"),
         ("target=ffn params=2", SelectionError, r"params 2 is not in \[0, 1\)"),
         ("target= ratio=0.5", SelectionError, "no target"),
@@ -364,6 +364,7 @@ def test_outer_layers_of_a_deep_stack_are_protected_unless_told_otherwise() -> N
     assert details["protected"] == [f"model.layers.{n}.mlp:ffn" for n in (0, 1, 15)]
 
 
+@pytest.mark.slow
 def test_the_residual_stream_is_not_protected_by_its_outer_layers() -> None:
     details = run(deep(), Prune("hidden", 0.25, "l2")).report.passes[0].details
     assert "protected" not in details
