@@ -623,7 +623,7 @@ def verify(
 
     progress = maker(quiet=quiet)
     if output is None:
-        _parity(directory, provider, progress)
+        _parity(directory, provider, progress, quiet=quiet)
         return
     plan = _plan(output / "plan.json")
     original, smaller = _load(directory, progress), _load(str(output), progress)
@@ -721,18 +721,17 @@ class _Spinner(Instrument):
         self.stack.close()
 
 
-def _parity(directory: str, provider: str, progress: Maker | None) -> None:
+def _parity(directory: str, provider: str, progress: Maker | None, *, quiet: bool) -> None:
     """Run the model of an ONNX package beside its program, and print a line for each check."""
     from graphprune.backends import onnx_package, ort
 
     with _working(progress, f"running {directory}"):
         ran = onnx_package.verify(directory, provider=ort.provider_name(provider))
-    if progress is None:
-        return
-    for check, error in ran.errors.items():
-        print(f"{check}: max relative error {error:.2e}")
-    for note in ran.notes:
-        print(note)
+    if not quiet:
+        for check, error in ran.errors.items():
+            print(f"{check}: max relative error {error:.2e}")
+        for note in ran.notes:
+            print(note)
 
 
 def _resolve(directory: str) -> str:

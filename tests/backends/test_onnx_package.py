@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from byte_llama import byte_llama
 from torch import nn
 
 import graphprune as gp
-from graphprune import reference
+from graphprune import cli, reference
 from graphprune.backends import onnx_package
 from graphprune.backends.genai import genai_config
 from graphprune.backends.onnx_logits import last_only
@@ -124,6 +125,18 @@ def test_parity_is_proven_again(package: Path) -> None:
     assert set(ran.errors) == {*CHECKS, SHARED}
     assert ran.max_relative_error is not None
     assert ran.max_relative_error < 1e-5
+
+
+def test_the_command_line_proves_it_too(
+    package: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["graphprune", "verify", str(package)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    out = capsys.readouterr().out
+    assert "8 tokens after it: max relative error" in out
+    assert REFUSED in out
 
 
 @pytest.fixture
