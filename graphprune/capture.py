@@ -691,6 +691,7 @@ def _export_along_example(
         for value in pytree.tree_leaves(node.meta.get("val")):
             if isinstance(value, FakeTensor):
                 value.real_tensor = None  # as large as what it stands for
+                value.fake_mode.propagate_real_tensors = False
     _check_dynamic(exported, shapes)
     where = _first_line(error).rpartition(" (at ")[2].rstrip(")")
     aside = "inputs that go another way there are computed wrongly"
