@@ -310,6 +310,15 @@ class Program:
         archive.save(self, directory)
 
 
+def caches_of(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The caches among `outputs`, by the names of the inputs of the next run that take them."""
+    return {
+        PAST + name.removeprefix(PRESENT): tensor
+        for name, tensor in outputs.items()
+        if name.startswith(PRESENT)
+    }
+
+
 def module_path(node: fx.Node) -> str:
     """The dotted path of the module whose forward made `node` ("" for the model itself)."""
     stack = node.meta.get("nn_module_stack") or {}

@@ -22,7 +22,7 @@ from graphprune.axes import Axis, Occurrence
 from graphprune.errors import VerificationError
 from graphprune.inference import Types, infer
 from graphprune.plan import Place, Plan, Step
-from graphprune.program import PAST, PRESENT, Program
+from graphprune.program import PRESENT, Program, caches_of
 from graphprune.sampling import continuation, random_inputs
 
 Left = tuple[int, Tensor, bool]
@@ -173,11 +173,7 @@ class _Session:
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         outputs = self.call(**inputs, **self.cache)
-        self.cache = {
-            PAST + name.removeprefix(PRESENT): value
-            for name, value in outputs.items()
-            if name.startswith(PRESENT)
-        }
+        self.cache = caches_of(outputs)
         return {k: v for k, v in outputs.items() if not k.startswith(PRESENT)}
 
 

@@ -162,9 +162,13 @@ def measure(
         note(kind="kernel", dtype=dtype, model=model, lines=kernels(package, provider))
         memory = peak_memory(package, provider, size)
         note(kind="memory", dtype=dtype, model=model, bytes=memory)
+    sessions = {
+        model: ort.open_session(onnx_package.read(package).model, provider)
+        for model, package in runnable.items()
+    }
     for batch in size.batches:
         for past in size.pasts:
-            for row in rates(runnable, provider, batch, past, size.turns, console):
+            for row in rates(runnable, sessions, batch, past, size.turns, console):
                 note(kind="rate", dtype=dtype, batch=batch, past=past, **row)
 
 
@@ -253,7 +257,7 @@ def probe(package: str, provider: str) -> None:
 
 def rates(
     packages: dict[str, Path],
-    provider: str,
+    sessions: dict[str, Any],
     rows: int,
     past: int,
     turns: int,
@@ -265,10 +269,6 @@ def rates(
     failures: dict[str, str] = {}
     with Progress(console=console) as progress:
         task = progress.add_task(f"{rows} x {past}", total=turns + 1)
-        sessions = {
-            name: ort.open_session(onnx_package.read(path).model, provider)
-            for name, path in packages.items()
-        }
         for _ in range(turns + 1):
             for name, session in sessions.items():
                 if name in failures:

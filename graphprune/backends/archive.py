@@ -127,15 +127,16 @@ def load(directory: str | PathLike[str]) -> Program:
     folder = Path(directory)
     described = _read_description(folder / _PROGRAM)
     weights = _read_weights(folder / _WEIGHTS)
-    if (model := folder / MODEL).is_file():
-        with _naming(model):
-            weights = {**dict(held_weights(model)), **weights}
     with _naming(folder / _PROGRAM):
         kinds = {entry["name"]: entry["kind"] for entry in described["weights"]}
         aliases, notes = dict(described["aliases"]), tuple(described["notes"])
         names = list(described["inputs"]), list(described["outputs"])
         fingerprint, digest = described["fingerprint"], described["graph_sha256"]
         source, note = _rebuild_source(described["source"], folder)
+    if (model := folder / MODEL).is_file() and not kinds.keys() <= weights.keys():
+        with _naming(model):
+            held = held_weights(model)
+            weights |= {n: weight for n, weight in held if n in kinds and n not in weights}
     if missing := [name for name in kinds if name not in weights]:
         raise CheckpointError(f"{folder / _WEIGHTS} has no tensor {missing[0]!r}")
     with _naming(folder / _GRAPH):

@@ -35,7 +35,7 @@ def write(program: Program, model: Any, directory: Path, cast: torch.dtype | Non
     """Write `model`, which holds the weights of `program`, into an empty directory."""
     source = program.source
     assert source is not None
-    write_config(model, directory)
+    _place_modelling_file(model, directory)
     # The model was loaded from weights as they are in memory; on disk they take the form in which
     # the checkpoints of its kind are published.
     model._weight_conversions = None
@@ -53,12 +53,17 @@ def write(program: Program, model: Any, directory: Path, cast: torch.dtype | Non
 
 def write_config(model: Any, directory: Path) -> None:
     """Write the config of `model`, and the modelling file where its layers are of their own."""
+    _place_modelling_file(model, directory)
+    with quiet():
+        model.config.save_pretrained(directory)
+
+
+def _place_modelling_file(model: Any, directory: Path) -> None:
+    """Write the modelling file where layers are of their own, and name it in the model's config."""
     base = getattr(type(model), "graphprune_base", None)
     if base is not None:
         _name_modelling_file(model.config, base)
         (directory / FILE).write_text(modelling_text(base), encoding="utf-8")
-    with quiet():
-        model.config.save_pretrained(directory)
 
 
 def share(files: Iterable[Path], like: Path) -> None:

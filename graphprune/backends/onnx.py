@@ -182,6 +182,7 @@ def export(
             tried.append(fused)
             try:
                 model = _written(form, program, names, opset, "norms" in fused)
+                advance(1)
                 _save(model, staged, external_data)
                 _check(staged)
                 advance(1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,11 +21,12 @@ from torch import Tensor, fx
 
 from graphprune.attention import AttentionSite, Cached, Unread, plain, read_attention
 from graphprune.errors import BackendError, UsageError
+from graphprune.kernels import HEADS, Runtime
 from graphprune.nodes import arguments_of, copy_of, made_from, valued
 from graphprune.program import Program
 from graphprune.rotary import Rotary, RotaryReader
 
-Target = Literal["portable", "cpu", "cuda", "tensorrt"]
+Target = Runtime
 Form = Literal["gqa", "mha", "standard", "decomposed"]
 
 _ATEN = torch.ops.aten
@@ -45,6 +46,10 @@ OPSETS: dict[Target, int] = {"portable": 23, "cpu": 23, "cuda": 20, "tensorrt": 
 
 STANDARD_OPSET = 23
 """The first opset that has Attention."""
+
+
+Rotations = dict[AttentionSite | Unread, tuple[Rotary, Rotary]]
+"""Attention -> how its queries and its new keys are rotated."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,7 @@ def lower(
     """
     sites = read_attention(program)
     shared = _twice_read(sites)
+    read: Rotations | None = None if rotary else {}
     while True:
         graph, copies = copy_of(program.graph)
         choices = [_choice(site, target, opset, shared) for site in sites]
@@ -138,14 +144,17 @@ def lower(
         ]
         if not fused:
             return program, tuple(choices)
-        rotations = _rotations(program, [s for s, form in fused if form == "gqa"] if rotary else [])
+        inside = [site for site, form in fused if form == "gqa"]
+        if read is None:  # other rounds have no more of them
+            read = _rotations(program, inside)
+        rotations: Rotations = {site: read[site] for site in inside if site in read}
         first = copies[next(node for _, node in program.input_nodes())]
         lowering = _Lowering(graph, copies, rotations, first)
         for site, form in fused:
             lowering.replace(site, form)
         _drop_round_trips(graph)
         graph.eliminate_dead_code(_is_kept)
-        held = {cached.joined for s, form in fused if form == "gqa" for cached in s.caches or ()}
+        held = {cached.joined for site in inside for cached in site.caches or ()}
         alive = {node for node in held if copies[node].users}
         if not alive:
             break
@@ -234,8 +243,8 @@ def _not_gqa(site: AttentionSite, target: Target, shared: set[fx.Node]) -> str:
         return "its mask takes no padding"
     if key != value:
         return f"keys have size {key} and values {value}"
-    if key % 8:
-        return f"head size {key} is no multiple of 8"
+    if key % HEADS.least:
+        return f"head size {key} is no multiple of {HEADS.least}"
     if target == "cuda" and dtype not in (torch.float16, torch.bfloat16):
         return f"no kernel of CUDA takes {str(dtype).removeprefix('torch.')}"
     return ""
@@ -268,20 +277,18 @@ def _more_than_masked(site: AttentionSite, capped: str) -> str:
     return ""
 
 
-def _rotations(
-    program: Program, sites: Sequence[AttentionSite]
-) -> dict[AttentionSite | Unread, tuple[Rotary, Rotary]]:
+def _rotations(program: Program, sites: Sequence[AttentionSite]) -> Rotations:
     """The rotary embedding of queries and new keys, where GroupQueryAttention has the like."""
     config = program.source and program.source.config.get_text_config(decoder=True)
     positions = getattr(config, "max_position_embeddings", None)
     if not sites or not isinstance(positions, int):
         return {}
     reader = RotaryReader(program, positions)
-    found: dict[AttentionSite | Unread, tuple[Rotary, Rotary]] = {}
+    found: Rotations = {}
     for site in sites:
         assert site.caches is not None
         query, key = reader.read(site.query), reader.read(site.caches[0].new)
-        if query is None or key is None or site.sizes[0] % 16 or query.width % 16:
+        if query is None or key is None or site.sizes[0] % HEADS.best or query.width % HEADS.best:
             continue
         alike = query.interleaved == key.interleaved and query.cos.shape == key.cos.shape
         if alike and torch.equal(query.cos, key.cos) and torch.equal(query.sin, key.sin):
@@ -306,7 +313,7 @@ class _Lowering:
         self,
         graph: fx.Graph,
         copies: dict[fx.Node, fx.Node],
-        rotations: Mapping[AttentionSite | Unread, tuple[Rotary, Rotary]],
+        rotations: Rotations,
         first_input: fx.Node,
     ) -> None:
         self.graph = graph

@@ -195,7 +195,7 @@ def write(
             "attention": dict(report.attention),
             "operators": dict(report.operators),
             "parity": dict(report.parity),
-            "tolerance": ort.TOLERANCE.get(program.outputs[0].dtype, ort.DEFAULT_TOLERANCE),
+            "tolerance": ort.tolerance(program.outputs[0].dtype),
             "versions": _versions(),
             "notes": notes,
         }

@@ -8,8 +8,7 @@ batches of three and one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from graphprune.backends import ort
 from graphprune.errors import ParityError
-from graphprune.program import PAST, PRESENT, Program
+from graphprune.program import PAST, PRESENT, Program, caches_of
 
 SHARED = "past and present in one buffer"
 """The check that lets a runtime keep each cache in one place."""
@@ -157,8 +156,10 @@ class _Decoder:
         self.protocol = protocol
         self.counts = counts
         self.logits = self.program.outputs[0].name
-        self.longest = max(length for _, length in protocol.prompts)
-        self.room = ort.positions(self.program, names, self.longest + protocol.steps)
+        longest = max(length for _, length in protocol.prompts)
+        self.room = ort.positions(self.program, names, longest + protocol.steps)
+        self.length = min(longest, self.room - 3)
+        """Of prompts that are padded, or that a chunk of three follows."""
         self.notes: list[str] = []
 
     def compare(self) -> tuple[str, ...]:
@@ -166,12 +167,12 @@ class _Decoder:
         self._prompts()
         padded = [value.name for value in self.program.inputs if not value.name.startswith(PAST)]
         if self.counts or self.protocol.whole:
-            if min(self.longest, self.room - 3) < 3 or padded != ["input_ids", "attention_mask"]:
+            if self.length < 3 or padded != ["input_ids", "attention_mask"]:
                 self.notes.append("not run on padded prompts")
             else:
-                self._padded_right()
+                self._padded("right")
                 if self.protocol.whole:
-                    self._padded_left()
+                    self._padded("left")
                 if self.protocol.whole and self.counts:
                     self._shared()
                 self._chunk()
@@ -183,8 +184,8 @@ class _Decoder:
         largest = max(self.protocol.prompts)
         for batch, length in self.protocol.prompts:
             length = min(length, self.room)
-            with self._checking(f"prompt of {batch} x {length}"):
-                ours, theirs = self.pair.run(self._sample(batch, length, 0))
+            self.pair.check = f"prompt of {batch} x {length}"
+            ours, theirs = self.pair.run(self._sample(batch, length, 0))
             if (batch, length) != (largest[0], min(largest[1], self.room)):
                 continue
             steps = min(self.protocol.steps, self.room - length)
@@ -192,53 +193,46 @@ class _Decoder:
                 self.notes.append(
                     f"{steps} decode steps: the model has {self.room} positions to try"
                 )
+            self.pair.check = f"{steps} tokens after it"
             for step in range(steps):
-                with self._checking(f"{steps} tokens after it"):
-                    inputs = self._sample(batch, 1, length + step)
-                    ours, theirs = self.pair.run({**inputs, **caches_of(ours)}, caches_of(theirs))
+                inputs = self._sample(batch, 1, length + step)
+                ours, theirs = self.pair.run({**inputs, **caches_of(ours)}, caches_of(theirs))
 
-    def _padded_right(self) -> None:
+    def _padded(self, side: str) -> None:
         """Rows of several lengths: where attention counts ones, each is what it is alone."""
-        length = min(self.longest, self.room - 3)
-        held = (length // 2, length, 1)
-        inputs = self._sample(len(held), length, 0)
-        mask = torch.arange(length)[None] < torch.tensor(held)[:, None]
+        held = (self.length // 2, self.length, 1)
+        inputs = self._sample(len(held), self.length, 0)
+        mask = torch.arange(self.length)[None] < torch.tensor(held)[:, None]
+        mask = mask.flip(1) if side == "left" else mask
         inputs["attention_mask"] = mask.to(inputs["attention_mask"].dtype)
-        with self._checking("padded on the right"):
-            if self.counts:
-                self._rows_alone(inputs, mask, held)
-            else:
-                self._rows_together(inputs, mask)
+        self.pair.check = f"padded on the {side}"
+        if not self.counts:
+            self._rows_together(inputs, mask)
+        elif side == "right":
+            self._rows_alone(inputs, mask, held)
+        else:
+            self._rows_refused(inputs)
 
-    def _padded_left(self) -> None:
-        length = min(self.longest, self.room - 3)
-        held = (length // 2, length, 1)
-        inputs = self._sample(len(held), length, 0)
-        mask = torch.arange(length)[None] >= length - torch.tensor(held)[:, None]
-        inputs["attention_mask"] = mask.to(inputs["attention_mask"].dtype)
-        with self._checking("padded on the left"):
-            if not self.counts:
-                self._rows_together(inputs, mask)
-                return
-            theirs = self.pair.theirs(inputs)[self.logits]
-            ours = self.pair.ours(inputs)[self.logits]
-            self.pair.compare(self.logits, ours[1:2], theirs[1:2])
-            if not theirs[[0, 2]].isnan().all():
-                raise ParityError("rows that are padded on the left give numbers, and wrong ones")
+    def _rows_refused(self, inputs: dict[str, Tensor]) -> None:
+        """What counts ones cannot know where they are: only the row without padding is right."""
+        theirs = self.pair.theirs(inputs)[self.logits]
+        ours = self.pair.ours(inputs)[self.logits]
+        self.pair.compare(self.logits, ours[1:2], theirs[1:2])
+        if not theirs[[0, 2]].isnan().all():
+            raise ParityError("rows that are padded on the left give numbers, and wrong ones")
         self.notes.append(REFUSED)
 
     def _shared(self) -> None:
         """A token of each row, where past and present are one buffer longer than what it holds."""
-        length = min(self.longest, self.room - 3)
-        ours = self.pair.ours(self._sample(2, length, 0))
-        inputs = self._sample(2, 1, length)
+        ours = self.pair.ours(self._sample(2, self.length, 0))
+        inputs = self._sample(2, 1, self.length)
         caches = {name: tensor for name, tensor in ours.items() if name.startswith(PRESENT)}
+        self.pair.check = SHARED
         try:
-            found = self.pair.in_place(inputs, caches, length + 9)
-            with self._checking(SHARED):
-                reference = self.pair.ours({**inputs, **caches_of(ours)})
-                for name, tensor in reference.items():
-                    self.pair.compare(name, tensor, found[name])
+            found = self.pair.in_place(inputs, caches, self.length + 9)
+            reference = self.pair.ours({**inputs, **caches_of(ours)})
+            for name, tensor in reference.items():
+                self.pair.compare(name, tensor, found[name])
         except ParityError as error:
             self.pair.errors.pop(SHARED, None)
             self.notes.append(f"past and present need buffers of their own: {error}")
@@ -279,18 +273,19 @@ class _Decoder:
 
     def _chunk(self) -> None:
         """Three tokens at once on a filled cache, of one row where attention takes no more."""
-        rows, length = 1 if self.counts else 3, min(self.longest, self.room - 3)
-        with self._checking("chunk on a filled cache"):
-            ours, theirs = self.pair.run(self._sample(rows, length, 0))
-            self.pair.run({**self._sample(rows, 3, length), **caches_of(ours)}, caches_of(theirs))
+        rows = 1 if self.counts else 3
+        self.pair.check = "chunk on a filled cache"
+        ours, theirs = self.pair.run(self._sample(rows, self.length, 0))
+        inputs = self._sample(rows, 3, self.length)
+        self.pair.run({**inputs, **caches_of(ours)}, caches_of(theirs))
 
     def _greedy(self) -> None:
         """Tokens that each side chooses on its own."""
         length = min(5, self.room)
         count = min(self.protocol.greedy, ort.positions(self.program, self.names, 512) - length)
         if self.program.outputs[0].dtype.is_floating_point and count > 0:
-            with self._checking(f"{count} tokens by choice"):
-                self._choose(self._sample(1, length, 0), length, count)
+            self.pair.check = f"{count} tokens by choice"
+            self._choose(self._sample(1, length, 0), length, count)
 
     def _choose(self, prompt: dict[str, Tensor], length: int, count: int) -> None:
         ours, theirs = self.pair.run(prompt)
@@ -300,8 +295,7 @@ class _Decoder:
             if not torch.equal(*chosen):
                 best = last[0].topk(2).values[0]
                 gap = float(best[0] - best[1]) / float(last[0].abs().max())
-                allowed = ort.TOLERANCE.get(last[0].dtype, ort.DEFAULT_TOLERANCE)
-                if gap > 2 * allowed:
+                if gap > 2 * ort.tolerance(last[0].dtype):
                     raise ParityError(
                         f"ONNX Runtime chooses token {int(chosen[1])} and the program "
                         f"{int(chosen[0])} ({self.pair.check}, step {step + 1})"
@@ -316,14 +310,3 @@ class _Decoder:
         sizes["total_sequence"] = past + new
         chosen = {symbol: sizes[name] for symbol, name in self.names.items()}
         return ort.sample_inputs(self.program, chosen, past)
-
-    @contextmanager
-    def _checking(self, what: str) -> Iterator[None]:
-        self.pair.check = what
-        yield
-
-
-def caches_of(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The caches among `outputs`, by the names of the inputs that take them."""
-    present = {name for name in outputs if name.startswith(PRESENT)}
-    return {PAST + name.removeprefix(PRESENT): outputs[name] for name in present}

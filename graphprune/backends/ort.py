@@ -19,6 +19,12 @@ TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 DEFAULT_TOLERANCE = 1e-4
 
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest relative error allowed in outputs of this type."""
+    return TOLERANCE.get(dtype, DEFAULT_TOLERANCE)
+
+
 _LENGTHS = (7, 11, 13, 17, 19)
 _SPARE = 4
 """Rows of a position table left unused: some models start counting at 2."""
@@ -215,11 +221,11 @@ class Pair:
             )
         error = relative_error(reference, found)
         self.errors[self.check] = max(self.errors.get(self.check, 0.0), error)
-        tolerance = TOLERANCE.get(reference.dtype, DEFAULT_TOLERANCE)
-        if not error <= tolerance:
+        allowed = tolerance(reference.dtype)
+        if not error <= allowed:
             raise ParityError(
                 f"ONNX Runtime differs from the program in {name} ({self.check}): relative error "
-                f"{error:.1e}, and {tolerance:.0e} is allowed"
+                f"{error:.1e}, and {allowed:.0e} is allowed"
             )
 
 

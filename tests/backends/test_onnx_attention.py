@@ -33,7 +33,7 @@ from graphprune.passes.merge_kv_heads import MergeKvHeads
 from graphprune.passes.prune import Prune
 from graphprune.pipeline import Pipeline
 from graphprune.plan import Plan
-from graphprune.program import Program
+from graphprune.program import Program, caches_of
 
 GQA, MHA = "com.microsoft::GroupQueryAttention", "com.microsoft::MultiHeadAttention"
 
@@ -121,12 +121,12 @@ def test_past_and_present_may_share_one_buffer(
 ) -> None:
     ids = torch.randint(0, 256, (1, 9), generator=torch.Generator().manual_seed(1))
     first = llama(input_ids=ids[:, :8])
-    expected = llama(input_ids=ids[:, 8:], **onnx_parity.caches_of(first))
+    expected = llama(input_ids=ids[:, 8:], **caches_of(first))
     session = session_of(exported.path)
     binding = session.io_binding()
     logits = np.zeros((1, 1, 256), np.float32)
     held: dict[str, Any] = {}
-    for name, cache in onnx_parity.caches_of(first).items():
+    for name, cache in caches_of(first).items():
         room = np.zeros((1, cache.shape[1], 32, cache.shape[3]), np.float32)
         room[:, :, :8] = cache.numpy()
         held[name] = onnxruntime.OrtValue.ortvalue_from_numpy(room)
@@ -139,7 +139,7 @@ def test_past_and_present_may_share_one_buffer(
     session.run_with_iobinding(binding)
     found = torch.from_numpy(held["logits"].numpy())
     assert relative_error(expected["logits"], found) < 1e-5
-    for name in onnx_parity.caches_of(first):
+    for name in caches_of(first):
         present = expected[name.replace("past_key_values.", "present.")]
         assert relative_error(present, torch.from_numpy(held[name].numpy())[:, :, :9]) < 1e-5
 
