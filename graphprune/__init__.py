@@ -7,53 +7,75 @@ Face checkpoint and an ONNX model. Nothing heavy is imported before it is used.
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graphprune.analysis.coupling import Coupling, analyze
+    from graphprune.backends.load import load
+    from graphprune.backends.onnx.runtime.runner import OnnxRunner
+    from graphprune.calibration.data import Calibration
+    from graphprune.errors import GraphPruneError, VerificationError
+    from graphprune.evaluation.perplexity import perplexity
+    from graphprune.frontend.capture import capture
+    from graphprune.io import reference
+    from graphprune.ir.program import Program
+    from graphprune.pipeline.pipeline import Pipeline
+    from graphprune.plan.plan import Plan
+    from graphprune.transforms.apply import apply_plan as apply
+    from graphprune.verification.verify import verify
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Calibration": "graphprune.calibration",
-    "Coupling": "graphprune.coupling",
-    "GraphPruneError": "graphprune.errors",
-    "OnnxRunner": "graphprune.backends.onnx_runner",
-    "Pipeline": "graphprune.pipeline",
-    "Plan": "graphprune.plan",
-    "Program": "graphprune.program",
-    "VerificationError": "graphprune.errors",
-    "analyze": "graphprune.coupling",
-    "capture": "graphprune.capture",
-    "load": "graphprune.loading",
-    "perplexity": "graphprune.evaluate",
-    "verify": "graphprune.verify",
+    "Calibration": "graphprune.calibration.data:Calibration",
+    "Coupling": "graphprune.analysis.coupling:Coupling",
+    "GraphPruneError": "graphprune.errors:GraphPruneError",
+    "OnnxRunner": "graphprune.backends.onnx.runtime.runner:OnnxRunner",
+    "Pipeline": "graphprune.pipeline.pipeline:Pipeline",
+    "Plan": "graphprune.plan.plan:Plan",
+    "Program": "graphprune.ir.program:Program",
+    "VerificationError": "graphprune.errors:VerificationError",
+    "analyze": "graphprune.analysis.coupling:analyze",
+    "apply": "graphprune.transforms.apply:apply_plan",
+    "capture": "graphprune.frontend.capture:capture",
+    "load": "graphprune.backends.load:load",
+    "perplexity": "graphprune.evaluation.perplexity:perplexity",
+    "reference": "graphprune.io.reference",
+    "verify": "graphprune.verification.verify:verify",
 }
-"""Public name -> the module that defines it."""
+"""Public name -> where it is defined, as an entry point writes it."""
 
-__all__ = ["__version__", *sorted(_HOMES)]
+__all__ = [
+    "Calibration",
+    "Coupling",
+    "GraphPruneError",
+    "OnnxRunner",
+    "Pipeline",
+    "Plan",
+    "Program",
+    "VerificationError",
+    "__version__",
+    "analyze",
+    "apply",
+    "capture",
+    "load",
+    "perplexity",
+    "reference",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'graphprune' has no attribute {name!r}")
-    from importlib import import_module
-
-    value = getattr(import_module(_HOMES[name]), name)
+    module, _, attribute = _HOMES[name].partition(":")
+    value: Any = import_module(module)
+    if attribute:
+        value = getattr(value, attribute)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """This package: `graphprune.capture` stays a function when its module is imported."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # The import system binds every sub-module it loads as an attribute of its package.
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+    return __all__

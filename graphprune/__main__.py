@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graphprune.cli import main
+from graphprune.cli.main import main
 
 if __name__ == "__main__":
     main()

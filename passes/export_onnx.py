@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from graphprune.errors import UsageError
-from graphprune.pass_base import COUPLING, Analysis, Context, Outcome, Pass
+from graphprune.pipeline.pass_base import COUPLING, Analysis, Context, Outcome, Pass
 
 if TYPE_CHECKING:
-    from graphprune.program import Program
+    from graphprune.ir.program import Program
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ExportOnnx(Pass):
         generating text needs.
     check
         Whether to check the file with `onnx.checker` once it is written, and to run it in ONNX
-        Runtime; a directory by the whole protocol of `graphprune.backends.onnx_parity`.
+        Runtime; a directory by the whole protocol of `graphprune.backends.onnx.parity`.
 
     Requires
     --------
@@ -60,7 +60,7 @@ class ExportOnnx(Pass):
 
     Reference
     ---------
-    `graphprune.backends.onnx`; `torch.onnx.export` with ``dynamo=True``.
+    `graphprune.backends.onnx.export`; `torch.onnx.export` with ``dynamo=True``.
 
     Example
     -------
@@ -87,7 +87,7 @@ class ExportOnnx(Pass):
 
     def run(self, program: Program, context: Context) -> Outcome:
         """Write the file, and return `program` as it is."""
-        from graphprune.backends import onnx_package
+        from graphprune.backends.onnx import package as onnx_package
 
         path = context.path(self.path)
         options: dict[str, Any] = {

@@ -7,16 +7,16 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from graphprune.errors import MergeError
-from graphprune.pass_base import Context, Outcome, Pass
+from graphprune.pipeline.pass_base import Context, Outcome, Pass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
-    from graphprune.merge import Heads
-    from graphprune.plan import Order
-    from graphprune.program import Program
+    from graphprune.ir.program import Program
+    from graphprune.plan.plan import Order
+    from graphprune.transforms.heads.merge import Heads
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class MergeKvHeads(Pass):
     Reference
     ---------
     Ainslie et al., GQA, 2305.13245, section 2.1 (mean pooling) and figure 4 (first, random);
-    Shazeer, 1911.02150 (multi-query). "aligned" is not of the paper: `graphprune.alignment` has
+    Shazeer, 1911.02150 (multi-query). "aligned" is not of the paper: `transforms.heads.sharing` has
     its forms.
 
     Example
@@ -111,9 +111,9 @@ class MergeKvHeads(Pass):
 
     def run(self, program: Program, context: Context) -> Outcome:
         """Find the KV heads of every attention, make those of each group equal, and merge them."""
-        from graphprune.merge import merge_of
-        from graphprune.plan import Plan, Step
-        from graphprune.rewrite import carry_out
+        from graphprune.plan.plan import Plan, Step
+        from graphprune.transforms.apply import carry_out
+        from graphprune.transforms.heads.merge import merge_of
 
         chosen = self._chosen(program, context)
         for heads in chosen:
@@ -131,7 +131,7 @@ class MergeKvHeads(Pass):
 
     def _chosen(self, program: Program, context: Context) -> list[Heads]:
         """The KV heads to merge."""
-        from graphprune.merge import find_heads
+        from graphprune.transforms.heads.merge import find_heads
 
         with context.bar("finding KV heads"):
             found = find_heads(program)
@@ -150,8 +150,8 @@ class MergeKvHeads(Pass):
 
     def _hints(self, program: Program, chosen: list[Heads]) -> list[str]:
         """Which query groups are off the fast path of `runtime` once the heads are merged."""
-        from graphprune.kernels import query_group_hints
-        from graphprune.overview import hint_lines
+        from graphprune.analysis.kernel_sizes import query_group_hints
+        from graphprune.report.overview import hint_lines
 
         if self.runtime is None:
             return []
@@ -171,8 +171,8 @@ class MergeKvHeads(Pass):
 
         The mean makes them equal by itself when they are merged.
         """
-        from graphprune.aligning import align, grouping
-        from graphprune.merge import equal_heads
+        from graphprune.transforms.heads.align import align, grouping
+        from graphprune.transforms.heads.merge import equal_heads
 
         aligned = self.init == "aligned"
         similar = aligned if self.order is None else self.order == "similarity"
@@ -210,7 +210,7 @@ def _choice(init: str, seed: int) -> Callable[[str, Tensor], Tensor] | None:
     """What makes one head of ``[heads, ...]``, the slices of a weight; None for the mean."""
     import torch
 
-    from graphprune.merge import mean_of
+    from graphprune.transforms.heads.merge import mean_of
 
     if init == "mean":
         return None

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from graphprune.pass_base import COUPLING, Analysis, Context, Outcome, Pass
-from graphprune.program_text import program_text
+from graphprune.ir.printer import program_text
+from graphprune.pipeline.pass_base import COUPLING, Analysis, Context, Outcome, Pass
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from graphprune.coupling import Coupling
-    from graphprune.plan import Plan
-    from graphprune.program import Program
+    from graphprune.analysis.coupling import Coupling
+    from graphprune.ir.program import Program
+    from graphprune.plan.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Print(Pass):
         from rich.text import Text
 
         if self.what == "groups":
-            from graphprune.overview import group_table
+            from graphprune.report.overview import group_table
 
             return group_table(program, context.coupling(program))
         if self.what == "types":

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from graphprune.errors import NothingToPrune, SelectionError
-from graphprune.pass_base import Context, Outcome, Pass
+from graphprune.pipeline.pass_base import Context, Outcome, Pass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from graphprune.coupling import Coupling, Group
-    from graphprune.plan import Cut
-    from graphprune.program import Program
+    from graphprune.analysis.coupling import Coupling, Group
+    from graphprune.ir.program import Program
+    from graphprune.plan.plan import Cut
 
 
 @dataclass(frozen=True)
@@ -169,9 +169,9 @@ class Prune(Pass):
 
     def run(self, program: Program, context: Context) -> Outcome:
         """Score the target's groups, select units, and rewrite; once for each step."""
-        from graphprune.plan import Plan, Step
-        from graphprune.rewrite import carry_out
-        from graphprune.selection import outer_groups, outer_layers, target_groups
+        from graphprune.plan.plan import Plan, Step
+        from graphprune.selection.selector import outer_groups, outer_layers, target_groups
+        from graphprune.transforms.apply import carry_out
 
         first = coupling = context.coupling(program)
         protected = outer_layers(first, *self.protect) if self.protect else set()
@@ -214,15 +214,15 @@ class Prune(Pass):
 
     def _keeps_outer_layers(self) -> bool:
         """Whether nothing is said about them, and every group of a kind is to lose the same."""
-        from graphprune.selection import TARGETS
+        from graphprune.selection.selector import TARGETS
 
         by_kind = all(target in TARGETS or target == "all" for target in self.target)
         return self.protect is None and self.scope == "group" and by_kind
 
     def _hints(self, first: Coupling, removed: Mapping[str, int]) -> list[str]:
         """What is off the fast path of `runtime` now, and was not before."""
-        from graphprune.kernels import speed_hints
-        from graphprune.overview import hint_lines
+        from graphprune.analysis.kernel_sizes import speed_hints
+        from graphprune.report.overview import hint_lines
 
         if self.runtime is None:
             return []
@@ -240,11 +240,11 @@ class Prune(Pass):
         first: Coupling,
     ) -> list[Cut]:
         """What goes so that `part` of the budgets on `first` is met; none where it is already."""
-        from graphprune.allocation import loss_margins
+        from graphprune.analysis.kernel_sizes import liked_sizes
         from graphprune.criteria import Evidence, check_scores, criterion
-        from graphprune.criteria.cache import kept_scores
-        from graphprune.kernels import liked_sizes
-        from graphprune.selection import Selector
+        from graphprune.criteria.score_cache import kept_scores
+        from graphprune.selection.allocation import loss_margins
+        from graphprune.selection.selector import Selector
 
         evidence = Evidence(
             program,

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from graphprune.errors import UsageError
-from graphprune.pass_base import COUPLING, Context, Outcome, Pass
+from graphprune.pipeline.pass_base import COUPLING, Context, Outcome, Pass
 
 if TYPE_CHECKING:
-    from graphprune.program import Program
+    from graphprune.ir.program import Program
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Reconstruct(Pass):
 
     def run(self, program: Program, context: Context) -> Outcome:
         """Refit the program before the cuts, then cut it."""
-        from graphprune.reconstruction import refit
+        from graphprune.transforms.refit import refit
 
         before, plan = context.since_base()
         if not plan:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from graphprune.errors import CalibrationError, SelectionError, TrainingError, UsageError
-from graphprune.pass_base import COUPLING, Analysis, Context, Outcome, Pass
+from graphprune.pipeline.pass_base import COUPLING, Analysis, Context, Outcome, Pass
 
 if TYPE_CHECKING:
-    from graphprune.calibration import Calibration
-    from graphprune.program import Program
-    from graphprune.training import Objective, Recipe, Samples, Trainable, Trained
+    from graphprune.calibration.data import Calibration
+    from graphprune.ir.program import Program
+    from graphprune.training.loop import Objective, Recipe, Samples, Trainable, Trained
 
 _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ("at least 0", lambda value: value >= 0, ("warmup", "weight_decay", "clip")),
@@ -190,8 +190,8 @@ class Recover(Pass):
         """Train, and take the weights over where they have changed."""
         import torch
 
-        from graphprune.calibration import LABELS
-        from graphprune.training import Samples, train
+        from graphprune.calibration.data import LABELS
+        from graphprune.training.loop import Samples, train
 
         data = self._data(program, context)
         samples, held = Samples.split(data, self.held_out, context.seed)
@@ -225,8 +225,8 @@ class Recover(Pass):
 
     def _data(self, program: Program, context: Context) -> Calibration:
         """The windows of the text, or the calibration data."""
-        from graphprune.calibration import Calibration, token_batch, tokenize
-        from graphprune.text_sources import read_documents
+        from graphprune.calibration.data import Calibration, token_batch, tokenize
+        from graphprune.io.text_sources import read_documents
 
         if self.text is None:
             assert context.calibration is not None, "the pass manager has asked for it"
@@ -249,7 +249,7 @@ class Recover(Pass):
         return data
 
     def _objective(self, program: Program, context: Context, labelled: bool) -> Objective:
-        from graphprune.training import Objective
+        from graphprune.training.loop import Objective
 
         if self.distil and program is context.original:
             raise TrainingError("distil: no pass has changed the program, which is its own teacher")
@@ -259,7 +259,7 @@ class Recover(Pass):
         return Objective(output, teacher, self.distil, labelled)
 
     def _recipe(self, samples: Samples, seed: int) -> Recipe:
-        from graphprune.training import Recipe
+        from graphprune.training.loop import Recipe
 
         total = self.steps or (self.epochs or 2) * samples.steps(self.batch)
         steps = max(1, round(total * self.share))
@@ -282,9 +282,9 @@ class Recover(Pass):
 
     def _student(self, program: Program, seed: int) -> tuple[Trainable, dict[str, Any]]:
         """What is trained, and what there is to say of it."""
-        from graphprune.adapters import Adapters
-        from graphprune.contractions import contractions
-        from graphprune.training import AllWeights, kept_zeros
+        from graphprune.analysis.matrices import contractions
+        from graphprune.training.loop import AllWeights, kept_zeros
+        from graphprune.training.lora import Adapters
 
         others = _untrainable(program)
         known = {name for name, kind in program.kinds.items() if kind == "parameter"} - {*others}
@@ -318,7 +318,7 @@ class Recover(Pass):
         }
 
     def _targets(self, names: Iterable[str]) -> list[str]:
-        from graphprune.program import layer_of
+        from graphprune.ir.program import layer_of
 
         target = self.target or ("layers" if self.method == "lora" else "all")
         found = sorted(
@@ -333,8 +333,8 @@ class Recover(Pass):
         return found
 
     def _checkpoint(self, program: Program, data: Calibration, context: Context) -> Any:
-        from graphprune.calibration import digest
-        from graphprune.training import Checkpoint
+        from graphprune.calibration.data import digest
+        from graphprune.training.loop import Checkpoint
 
         if self.checkpoint is None:
             return None

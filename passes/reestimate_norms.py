@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from graphprune.pass_base import COUPLING, Analysis, Context, Outcome, Pass
+from graphprune.pipeline.pass_base import COUPLING, Analysis, Context, Outcome, Pass
 
 if TYPE_CHECKING:
-    from graphprune.program import Program
+    from graphprune.ir.program import Program
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ReestimateNorms(Pass):
 
     def run(self, program: Program, context: Context) -> Outcome:
         """Walk the data through the graph."""
-        from graphprune.batch_norms import reestimate
+        from graphprune.transforms.batch_norms import reestimate
 
         assert context.calibration is not None, "the pass manager has asked for it"
         found = reestimate(program, context.calibration, context.track)

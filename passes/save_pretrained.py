@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from graphprune.errors import UsageError
-from graphprune.pass_base import COUPLING, Analysis, Context, Outcome, Pass
+from graphprune.pipeline.pass_base import COUPLING, Analysis, Context, Outcome, Pass
 
 if TYPE_CHECKING:
-    from graphprune.program import Program
+    from graphprune.ir.program import Program
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class SavePretrained(Pass):
 
     Reference
     ---------
-    `graphprune.backends.huggingface`.
+    `graphprune.backends.huggingface.save`.
 
     Example
     -------

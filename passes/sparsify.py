@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from graphprune.errors import SelectionError
-from graphprune.pass_base import COUPLING, Analysis, Context, Outcome, Pass
+from graphprune.pipeline.pass_base import COUPLING, Analysis, Context, Outcome, Pass
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.fx import Node
 
-    from graphprune.contractions import Matrix
-    from graphprune.coupling import Coupling
-    from graphprune.program import Program
-    from graphprune.sparsity import Pattern
-    from graphprune.statistics import Statistics
+    from graphprune.analysis.coupling import Coupling
+    from graphprune.analysis.matrices import Matrix
+    from graphprune.calibration.statistics import Statistics
+    from graphprune.ir.program import Program
+    from graphprune.transforms.sparsity import Pattern
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Sparsify(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from graphprune.sparsity import Pattern
+        from graphprune.transforms.sparsity import Pattern
 
         pattern = Pattern.parse(self.pattern)
         if self.scope is not None and self.criterion in ("wanda-variant", "sparsegpt"):
@@ -139,8 +139,8 @@ class Sparsify(Pass):
 
     def run(self, program: Program, context: Context) -> Outcome:
         """Find the matrices, score them, and set zeros."""
-        from graphprune.contractions import contractions
-        from graphprune.sparsity import Pattern, check_values
+        from graphprune.analysis.matrices import contractions
+        from graphprune.transforms.sparsity import Pattern, check_values
 
         pattern = Pattern.parse(self.pattern)
         found = contractions(program)
@@ -172,7 +172,12 @@ class Sparsify(Pass):
         self, program: Program, matrices: Sequence[Matrix], work: _Work, context: Context
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The sparse weights, and what finding them took."""
-        from graphprune.statistics import kept_statistics, observe, statistics_bytes, walk
+        from graphprune.calibration.statistics import (
+            kept_statistics,
+            observe,
+            statistics_bytes,
+            walk,
+        )
 
         if not self._looks:
             return dict(work((), matrices, {})), {}
@@ -208,7 +213,7 @@ class Sparsify(Pass):
 
     def _targets(self, matrices: Sequence[Matrix], coupling: Coupling) -> list[Matrix]:
         """The matrices that the options name."""
-        from graphprune.program import layer_of
+        from graphprune.ir.program import layer_of
 
         names = {matrix.weight for matrix in matrices}
         for pattern in self.skip:
@@ -292,7 +297,12 @@ class _Work:
     ) -> list[Tensor]:
         import torch
 
-        from graphprune.sparsity import SparseGpt, wanda_scores, zeros_by_score, zeros_by_share
+        from graphprune.transforms.sparsity import (
+            SparseGpt,
+            wanda_scores,
+            zeros_by_score,
+            zeros_by_share,
+        )
 
         seen = [statistics[matrix.name] for matrix in matrices] if statistics else []
         for matrix, each in zip(matrices, seen, strict=bool(seen)):

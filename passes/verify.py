@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from graphprune.errors import UsageError
-from graphprune.pass_base import COUPLING, Analysis, Context, Outcome, Pass
+from graphprune.pipeline.pass_base import COUPLING, Analysis, Context, Outcome, Pass
 
 if TYPE_CHECKING:
-    from graphprune.program import Program
+    from graphprune.ir.program import Program
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Verify(Pass):
 
     Reference
     ---------
-    `graphprune.verify`: the reference is computed from the plan and the original graph, and shares
+    `graphprune.verification`: the reference is computed from the plan and the original graph, and shares
     no code with the rewriter.
 
     Example
@@ -67,7 +67,7 @@ class Verify(Pass):
 
     def run(self, program: Program, context: Context) -> Outcome:
         """Verify, and return `program` as it is."""
-        from graphprune.verify import verify
+        from graphprune.verification.verify import verify
 
         with context.bar("verifying"):
             report = verify(*context.since_base(), program, tolerance=self.tolerance)

@@ -17,9 +17,9 @@ import transformers as tf
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.coupling import Coupling
-from graphprune.plan import Cut, Plan, Step, cut_of
-from graphprune.program import PAST, PRESENT, Program
+from graphprune.analysis.coupling import Coupling
+from graphprune.ir.program import PAST, PRESENT, Program
+from graphprune.plan.plan import Cut, Plan, Step, cut_of
 
 VOCABULARY = 61
 

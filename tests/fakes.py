@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from graphprune.pass_base import Analysis, Context, Outcome, Pass
+from graphprune.pipeline.pass_base import Analysis, Context, Outcome, Pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class FakeProgram:
 
 
 def fake_text(program: FakeProgram) -> str:
-    """What stands in for `graphprune.program_text`."""
+    """What stands in for `graphprune.ir.printer`."""
     shapes = (f"{name}: {list(weight.shape)}" for name, weight in program.weights.items())
     return "\n".join([program.graph, *shapes])
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from graphprune.errors import UsageError
-from graphprune.pass_base import Context, Outcome, Pass
+from graphprune.pipeline.pass_base import Context, Outcome, Pass
 
 
 @dataclass(frozen=True)

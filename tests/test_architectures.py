@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from architectures import ARCHITECTURES, coupling_of, program_of, random_plan
 
-from graphprune.verify import verify
+from graphprune.verification.verify import verify
 
 TOLERANCE = 1e-4
 

@@ -26,8 +26,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune import cli, errors
-from graphprune.calibration import Calibration
+from graphprune import errors
+from graphprune.calibration.data import Calibration
+from graphprune.cli import main as cli
 from graphprune.errors import (
     CalibrationError,
     CaptureError,
@@ -43,9 +44,9 @@ from graphprune.errors import (
     UsageError,
     VerificationError,
 )
-from graphprune.pipeline import Pipeline
-from graphprune.plan import Cut, Plan, Step, cut_of
-from graphprune.program import Program
+from graphprune.ir.program import Program
+from graphprune.pipeline.pipeline import Pipeline
+from graphprune.plan.plan import Cut, Plan, Step, cut_of
 
 PRUNE = "prune{target=ffn ratio=0.25 criterion=l1}"
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -368,7 +369,7 @@ def graphprune(
     place: Place, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Callable[[list[object]], Done]:
     """The command line in this process; the sound checkpoint is loaded once."""
-    from graphprune import loading
+    from graphprune.backends import load as loading
 
     load, fail, seen = loading.load, cli._fail, []
 

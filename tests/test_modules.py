@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import graphprune as gp
-from graphprune.coupling import Coupling, Group
+from graphprune.analysis.coupling import Coupling, Group
 
 
 def conv(inside: int, outside: int, kernel: int = 3, groups: int = 1, stride: int = 1) -> nn.Module:

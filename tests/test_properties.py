@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import graphprune as gp
-from graphprune.axes import Axes
-from graphprune.coupling import Coupling
-from graphprune.plan import Plan, Step, cut_of
-from graphprune.program import Program
+from graphprune.analysis.axes import Axes
+from graphprune.analysis.coupling import Coupling
+from graphprune.ir.program import Program
+from graphprune.plan.plan import Plan, Step, cut_of
 
 Move = tuple[str, int, int, int]
 """A step's name, how far back its operand was made, and two choices that the step reads freely."""

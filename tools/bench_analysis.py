@@ -78,7 +78,7 @@ def measure(layers: int) -> dict[str, float]:
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **LLAMA_70B))
     start, start_cpu = time.perf_counter(), time.process_time()
-    program = graphprune.capture(model)
+    program = graphprune.frontend.capture(model)
     capture, capture_cpu = time.perf_counter() - start, time.process_time() - start_cpu
     groups = len(graphprune.analyze(program).groups)
     return {
@@ -127,7 +127,7 @@ def compare_with_peer() -> None:
         ours, captures, theirs = [], [], []
         for _ in range(REPEATS):
             start = time.process_time()
-            program = graphprune.capture(model)
+            program = graphprune.frontend.capture(model)
             captures.append(time.process_time() - start)
             start = time.process_time()
             graphprune.analyze(program).groups  # noqa: B018 - computed when it is looked at

@@ -39,10 +39,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 import graphprune as gp
-from graphprune.backends import onnx_package, ort
-from graphprune.backends.onnx_decoder import Batch, layout_of
-from graphprune.capture import capture
+from graphprune.backends.onnx import package as onnx_package
+from graphprune.backends.onnx import session as ort
+from graphprune.backends.onnx.runtime.decoder import Batch, layout_of
 from graphprune.errors import BackendError, GraphPruneError
+from graphprune.frontend.capture import capture
 
 HERE = Path(__file__).resolve().parent
 ROWS = HERE.parent / "out" / "bench_gpu.jsonl"

@@ -68,9 +68,9 @@ def measure(criterion: str, target: str, threads: int) -> dict[str, Any]:
     import torch
 
     import graphprune
-    from graphprune.capture import capture
+    from graphprune.frontend.capture import capture
     from graphprune.passes.prune import Prune
-    from graphprune.pipeline import Pipeline
+    from graphprune.pipeline.pipeline import Pipeline
 
     torch.set_num_threads(threads)
     warm_up()
@@ -109,7 +109,7 @@ def warm_up() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import graphprune
-    from graphprune.capture import capture
+    from graphprune.frontend.capture import capture
 
     tiny = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
     config = LlamaConfig(**tiny, num_attention_heads=2)

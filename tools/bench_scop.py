@@ -27,11 +27,11 @@ from rich.progress import track
 from torch import Tensor
 
 import graphprune as gp
-from graphprune.batch_norms import reestimate
 from graphprune.criteria import Evidence, Scores, criterion
 from graphprune.criteria.scop import ScopBeta
-from graphprune.plan import Plan, Step, cut_of
-from graphprune.selection import lowest
+from graphprune.plan.plan import Plan, Step, cut_of
+from graphprune.selection.selector import lowest
+from graphprune.transforms.batch_norms import reestimate
 
 OUT = Path(__file__).resolve().parent.parent / "out" / "scop.jsonl"
 RATIOS = (0.25, 0.5, 0.75)

@@ -41,15 +41,15 @@ from tiny_models import TASKS, tiny_model, types_of
 from torch.fx import Node
 
 import graphprune as gp
-from graphprune.backends.huggingface import loadability
-from graphprune.capture import capture
-from graphprune.coupling import Coupling, Group
-from graphprune.examples import example_of
-from graphprune.merge import find_heads, merge_of
-from graphprune.plan import Cut, Plan, Step, cut_of
-from graphprune.program import PRESENT, Program, module_path, source_line
-from graphprune.sampling import random_inputs
-from graphprune.verify import masked, verify
+from graphprune.analysis.coupling import Coupling, Group
+from graphprune.backends.huggingface.save import loadability
+from graphprune.frontend.capture import capture
+from graphprune.frontend.example_inputs import example_of
+from graphprune.ir.program import PRESENT, Program, module_path, source_line
+from graphprune.ir.sample_inputs import random_inputs
+from graphprune.plan.plan import Cut, Plan, Step, cut_of
+from graphprune.transforms.heads.merge import find_heads, merge_of
+from graphprune.verification.verify import masked, verify
 
 for _name in ("loading", "rewrite", "verify", "backends.archive", "backends.onnx"):
     import_module(f"graphprune.{_name}")  # before any process is forked: all measure one state
@@ -117,7 +117,7 @@ def _run_eager(model: Any) -> str:
 
 
 def _compare_with_eager(program: Program, model: Any) -> float:
-    from graphprune.backends.hf_model import difference
+    from graphprune.backends.huggingface.model import difference
 
     if why := difference(program, model):
         raise ValueError(why)
@@ -152,7 +152,7 @@ def _analysed(program: Program, row: Row) -> Coupling:
 
 
 def _attentions(coupling: Coupling) -> list[Any]:
-    from graphprune.roles import attention_sites
+    from graphprune.analysis.roles import attention_sites
 
     return [*coupling.types.facts.attentions, *attention_sites(coupling.types)]
 
@@ -268,7 +268,7 @@ def _reload(program: Program, coupling: Coupling) -> str:
 
 
 def _compare_reloaded(program: Program, folder: str, kind: str) -> None:
-    from graphprune.backends.hf_model import difference
+    from graphprune.backends.huggingface.model import difference
 
     assert program.source is not None
     if kind == "plain":

@@ -35,13 +35,13 @@ from rich.text import Text
 import graphprune as gp
 from graphprune import reference
 from graphprune.errors import GraphPruneError, OutputError, VerificationError
-from graphprune.evaluate import perplexity
-from graphprune.instruments import Instrument, Place
-from graphprune.overview import group_table
-from graphprune.pass_base import Context, Outcome
-from graphprune.pass_manager import Result
-from graphprune.program import PAST, PRESENT, Program
-from graphprune.progress import Maker, counted, maker
+from graphprune.evaluation.perplexity import perplexity
+from graphprune.io.progress import Maker, counted, maker
+from graphprune.ir.program import PAST, PRESENT, Program
+from graphprune.pipeline.instruments import Instrument, Place
+from graphprune.pipeline.pass_base import Context, Outcome
+from graphprune.pipeline.pass_manager import Result
+from graphprune.report.overview import group_table
 
 STEPS = {
     "FFN -25 %": "prune{{target=ffn ratio=0.25 criterion={criterion}}}",

@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 import graphprune as gp
-from graphprune.batch_norms import BATCH_NORM, reestimate
-from graphprune.capture import capture
+from graphprune.frontend.capture import capture
+from graphprune.transforms.batch_norms import BATCH_NORM, reestimate
 
 CLASSES = 10
 BATCH = 64

@@ -8,7 +8,7 @@ import torch
 
 import graphprune as gp
 from graphprune import reference
-from graphprune.evaluate import perplexity
+from graphprune.evaluation.perplexity import perplexity
 
 
 @dataclass(frozen=True)

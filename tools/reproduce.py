@@ -33,10 +33,10 @@ from train_reference import Corpus, digest
 
 import graphprune as gp
 from graphprune import reference
-from graphprune.cost import Costs
 from graphprune.criteria import Evidence, criterion
-from graphprune.plan import Plan, Step, cut_of
-from graphprune.selection import lowest, target_groups
+from graphprune.plan.plan import Plan, Step, cut_of
+from graphprune.selection.cost import Costs
+from graphprune.selection.selector import lowest, target_groups
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE.parent / "out"

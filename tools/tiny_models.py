@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphprune.examples import example_of
+from graphprune.frontend.example_inputs import example_of
 
 VOCABULARY = 96
 

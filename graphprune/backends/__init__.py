@@ -1,1 +1,1 @@
-"""What a program is written as: a Hugging Face directory, an ONNX model, an archive of its own."""
+"""Writes and reads what people run: Hugging Face checkpoints, ONNX models, archives."""

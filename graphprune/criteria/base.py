@@ -10,13 +10,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from graphprune.calibration import Calibration
-from graphprune.contractions import Matrix, contractions
-from graphprune.coupling import Coupling, Group
+from graphprune.analysis.coupling import Coupling, Group
+from graphprune.analysis.matrices import Matrix, contractions
+from graphprune.calibration.data import Calibration
 from graphprune.criteria.units import consumers
 from graphprune.errors import CalibrationError, SelectionError, UsageError
-from graphprune.program import Program
-from graphprune.progress import Track, silent
+from graphprune.io.progress import Track, silent
+from graphprune.ir.program import Program
 
 Aggregate = Literal["sum", "mean", "max", "product", "last"]
 """How the scores of a unit in the weights of its group become one; "last" is the score in the
@@ -129,7 +129,7 @@ def criterion(name: str) -> Criterion:
         When there is none, with the nearest name.
     """
     if name not in CRITERIA:
-        from graphprune.options import nearest
+        from graphprune.pipeline.options import nearest
 
         raise UsageError(f"there is no criterion {name!r}{nearest(name, CRITERIA)}")
     return CRITERIA[name]()

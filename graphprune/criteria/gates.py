@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, fx
 
-from graphprune.calibration import inputs_of
+from graphprune.calibration.data import inputs_of
 from graphprune.criteria.base import Criterion, Evidence, Scores
 from graphprune.criteria.gradients import finite_loss
-from graphprune.program import Program
+from graphprune.ir.program import Program
 
 
 class Gate(Criterion):

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from graphprune.calibration import inputs_of, task_loss
+from graphprune.calibration.data import inputs_of, task_loss
 from graphprune.criteria.base import Evidence
 from graphprune.errors import CalibrationError, SelectionError
-from graphprune.program import Program
+from graphprune.ir.program import Program
 
 
 def loss_gradients(evidence: Evidence, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:

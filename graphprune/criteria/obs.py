@@ -6,9 +6,9 @@ import math
 
 import torch
 
+from graphprune.calibration.statistics import observe
 from graphprune.criteria.base import Criterion, Evidence, Scores
-from graphprune.reconstruction import removal_errors
-from graphprune.statistics import observe
+from graphprune.transforms.refit import removal_errors
 
 
 class Obs(Criterion):

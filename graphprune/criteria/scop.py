@@ -11,17 +11,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from graphprune.batch_norms import BATCH_NORM
-from graphprune.calibration import Calibration, inputs_of
-from graphprune.coupling import Coupling, Group
+from graphprune.analysis.coupling import Coupling, Group
+from graphprune.calibration.data import Calibration, inputs_of
+from graphprune.calibration.layerwise import unpadded
 from graphprune.criteria.base import Criterion, Evidence, Scores
 from graphprune.criteria.gradients import finite_loss
+from graphprune.criteria.knockoffs import permuted
 from graphprune.errors import SelectionError
-from graphprune.head_maps import units_along
-from graphprune.knockoffs import permuted
-from graphprune.nodes import arguments_of
-from graphprune.program import Program, operator_of
-from graphprune.walking import unpadded
+from graphprune.ir.nodes import arguments_of
+from graphprune.ir.program import Program, operator_of
+from graphprune.transforms.batch_norms import BATCH_NORM
+from graphprune.transforms.heads.layout import units_along
 
 
 class Scop(Criterion):
@@ -35,7 +35,7 @@ class Scop(Criterion):
     weight gamma, summed over the channels of the unit. What is trained is the argument of a sigmoid
     that gives beta, where the published code clamps beta itself.
 
-    Departures: the knockoff is another sample's input (`graphprune.knockoffs.permuted`), where the
+    Departures: the knockoff is another sample's input (`knockoffs.permuted`), where the
     paper trains a generator; batch norms keep their statistics, so that beta = 1 gives the
     program's own outputs and nothing real comes into the knockoff features.
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from graphprune.contractions import Matrix
-from graphprune.coupling import Group, Member
+from graphprune.analysis.coupling import Group, Member
+from graphprune.analysis.matrices import Matrix
 
 
 def sum_units(line: Tensor, group: Group, member: Member) -> Tensor:

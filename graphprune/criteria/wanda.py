@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from graphprune.contractions import contractions
+from graphprune.analysis.matrices import contractions
+from graphprune.calibration.statistics import observe
 from graphprune.criteria.base import Evidence
 from graphprune.criteria.weights import Measure, WeightCriterion
-from graphprune.sparsity import wanda_scores
-from graphprune.statistics import observe
+from graphprune.transforms.sparsity import wanda_scores
 
 
 class Wanda(WeightCriterion):

@@ -10,11 +10,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from graphprune.coupling import Group, Member
+from graphprune.analysis.coupling import Group, Member
 from graphprune.criteria.base import Aggregate, Criterion, Evidence, Scores
 from graphprune.criteria.units import sum_units
 from graphprune.errors import SelectionError
-from graphprune.program import Program
+from graphprune.ir.program import Program
 
 Measure = Literal["sum", "l1", "l2"]
 """How the elements of a slice become one number: their sum, sum of absolutes, or of squares."""

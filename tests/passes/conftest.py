@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 from distributions import PLUGIN, plugin_passes, write_metadata
 
-from graphprune.instruments import VerifyEach
-from graphprune.pass_base import Context
-from graphprune.pass_manager import PassManager, Result
+from graphprune.pipeline.instruments import VerifyEach
+from graphprune.pipeline.pass_base import Context
+from graphprune.pipeline.pass_manager import PassManager, Result
 
 
 @pytest.fixture(autouse=True)

@@ -14,12 +14,12 @@ import torch
 from distributions import plugin_passes
 
 import graphprune.passes
-from graphprune import registry
 from graphprune.errors import PipelineError
-from graphprune.options import options_of
-from graphprune.pass_base import Pass
-from graphprune.pass_manager import Result
-from graphprune.pipeline import Pipeline
+from graphprune.pipeline import registry
+from graphprune.pipeline.options import options_of
+from graphprune.pipeline.pass_base import Pass
+from graphprune.pipeline.pass_manager import Result
+from graphprune.pipeline.pipeline import Pipeline
 
 SECTIONS = [
     "Before",

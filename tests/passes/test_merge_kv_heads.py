@@ -10,15 +10,15 @@ from byte_llama import byte_llama
 
 import graphprune as gp
 from graphprune import reference
-from graphprune.calibration import next_token_loss
+from graphprune.calibration.data import next_token_loss
 from graphprune.errors import CalibrationError, MergeError, PipelineError, VerificationError
-from graphprune.pass_base import Context
-from graphprune.pass_manager import Result
+from graphprune.ir.program import PAST, Program
 from graphprune.passes.merge_kv_heads import MergeKvHeads
 from graphprune.passes.prune import Prune
-from graphprune.pipeline import Pipeline
-from graphprune.plan import Plan
-from graphprune.program import PAST, Program
+from graphprune.pipeline.pass_base import Context
+from graphprune.pipeline.pass_manager import Result
+from graphprune.pipeline.pipeline import Pipeline
+from graphprune.plan.plan import Plan
 
 
 def run(program: Program, *passes: Any) -> Result:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from distributions import PLUGIN
 
-from graphprune import registry
 from graphprune.errors import PipelineError
-from graphprune.pipeline import Pipeline
+from graphprune.pipeline import registry
+from graphprune.pipeline.pipeline import Pipeline
 
 
 def test_without_the_distribution_its_pass_is_unknown() -> None:
@@ -36,7 +36,7 @@ def test_pip_installs_it(tmp_path: Path) -> None:
     subprocess.run([*pip, *alone, "--target", str(tmp_path / "site"), str(copy)], check=True)
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from graphprune.pipeline import Pipeline\n"
+        "from graphprune.pipeline.pipeline import Pipeline\n"
         "print(Pipeline.parse('zero-small{threshold=0.5}').passes)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "site")]

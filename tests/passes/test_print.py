@@ -8,10 +8,10 @@ from fakes import FakePlan
 
 from graphprune import capture
 from graphprune.errors import PipelineError
-from graphprune.pass_base import Context
+from graphprune.ir.printer import program_text
+from graphprune.ir.program import Program
 from graphprune.passes.print import Print
-from graphprune.program import Program
-from graphprune.program_text import program_text
+from graphprune.pipeline.pass_base import Context
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ from torch import Tensor
 
 import graphprune as gp
 from graphprune import criteria
-from graphprune.calibration import Calibration
+from graphprune.calibration.data import Calibration
 from graphprune.errors import CalibrationError, PipelineError, SelectionError, UsageError
-from graphprune.pass_manager import Result
+from graphprune.ir.program import Program
 from graphprune.passes.merge_kv_heads import MergeKvHeads
 from graphprune.passes.prune import Prune
-from graphprune.pipeline import Pipeline
-from graphprune.program import Program
+from graphprune.pipeline.pass_manager import Result
+from graphprune.pipeline.pipeline import Pipeline
 
 
 def run(program: Program, *passes: Any, **options: Any) -> Result:

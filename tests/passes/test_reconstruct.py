@@ -8,16 +8,16 @@ from architectures import ARCHITECTURES, inputs_of, inputs_to, model_of, program
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.calibration import Calibration
+from graphprune.calibration.data import Calibration
 from graphprune.errors import CalibrationError, PlanError, UsageError, VerificationError
-from graphprune.pass_manager import Result
+from graphprune.ir.program import Program
 from graphprune.passes.merge_kv_heads import MergeKvHeads
 from graphprune.passes.prune import Prune
 from graphprune.passes.reconstruct import Reconstruct
 from graphprune.passes.verify import Verify
-from graphprune.pipeline import Pipeline
-from graphprune.plan import Plan
-from graphprune.program import Program
+from graphprune.pipeline.pass_manager import Result
+from graphprune.pipeline.pipeline import Pipeline
+from graphprune.plan.plan import Plan
 
 DOWN = "model.layers.0.mlp.down_proj"
 

@@ -11,17 +11,17 @@ from architectures import inputs_of, program_of
 from byte_llama import save_checkpoint
 
 import graphprune as gp
-from graphprune.calibration import Calibration
+from graphprune.calibration.data import Calibration
 from graphprune.errors import CalibrationError, SelectionError, TrainingError, UsageError
-from graphprune.pass_manager import Result
+from graphprune.ir.program import Program
 from graphprune.passes.merge_kv_heads import MergeKvHeads
 from graphprune.passes.prune import Prune
 from graphprune.passes.recover import Recover
 from graphprune.passes.save_pretrained import SavePretrained
 from graphprune.passes.sparsify import Sparsify
 from graphprune.passes.verify import Verify
-from graphprune.pipeline import Pipeline
-from graphprune.program import Program
+from graphprune.pipeline.pass_manager import Result
+from graphprune.pipeline.pipeline import Pipeline
 
 PRUNE = Prune("ffn", 0.25, "l2")
 QUICK: dict[str, Any] = {"steps": 4, "lr": 1e-2, "batch": 8, "micro": 8}

@@ -8,11 +8,11 @@ import pytest
 import torch
 from architectures import inputs_of, program_of
 
-from graphprune.calibration import Calibration
+from graphprune.calibration.data import Calibration
 from graphprune.errors import CalibrationError
-from graphprune.pass_manager import Result
 from graphprune.passes.reestimate_norms import ReestimateNorms
-from graphprune.pipeline import Pipeline
+from graphprune.pipeline.pass_manager import Result
+from graphprune.pipeline.pipeline import Pipeline
 
 CUT = "prune{target=channels ratio=0.25 criterion=l2}"
 

@@ -11,14 +11,14 @@ from architectures import ARCHITECTURES, inputs_of, inputs_to, model_of, program
 from torch import nn
 
 from graphprune import capture, load
-from graphprune.calibration import Calibration
-from graphprune.contractions import contractions
+from graphprune.analysis.matrices import contractions
+from graphprune.calibration.data import Calibration
 from graphprune.errors import CalibrationError, SelectionError
-from graphprune.pass_manager import Result
 from graphprune.passes.prune import Prune
 from graphprune.passes.sparsify import Sparsify
 from graphprune.passes.verify import Verify
-from graphprune.pipeline import Pipeline
+from graphprune.pipeline.pass_manager import Result
+from graphprune.pipeline.pipeline import Pipeline
 
 PREFIX = "model.layers.0"
 

@@ -8,9 +8,9 @@ import pytest
 from fakes import FakePlan, Shrink, fake_program
 
 from graphprune.errors import UsageError, VerificationError
-from graphprune.pass_base import Context
-from graphprune.pass_manager import PassManager
 from graphprune.passes.verify import Verify
+from graphprune.pipeline.pass_base import Context
+from graphprune.pipeline.pass_manager import PassManager
 
 
 @pytest.fixture
@@ -23,7 +23,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             raise VerificationError("logits differ by 1e-6")
         return SimpleNamespace(to_dict=lambda: {"max_relative_error": 1e-6})
 
-    monkeypatch.setitem(sys.modules, "graphprune.verify", SimpleNamespace(verify=verify))
+    monkeypatch.setitem(
+        sys.modules, "graphprune.verification.verify", SimpleNamespace(verify=verify)
+    )
     return calls
 
 

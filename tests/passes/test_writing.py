@@ -10,11 +10,11 @@ import pytest
 from fakes import FakePlan, fake_program
 
 from graphprune.errors import PipelineError, UsageError
-from graphprune.pass_base import Context
-from graphprune.pass_manager import PassManager
 from graphprune.passes.export_onnx import ExportOnnx
 from graphprune.passes.save_pretrained import SavePretrained
-from graphprune.pipeline import Pipeline
+from graphprune.pipeline.pass_base import Context
+from graphprune.pipeline.pass_manager import PassManager
+from graphprune.pipeline.pipeline import Pipeline
 
 
 @pytest.fixture

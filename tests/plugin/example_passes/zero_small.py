@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from graphprune.pass_base import COUPLING, Analysis, Context, Outcome, Pass
+from graphprune.pipeline.pass_base import COUPLING, Analysis, Context, Outcome, Pass
 
 if TYPE_CHECKING:
-    from graphprune.program import Program
+    from graphprune.ir.program import Program
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Finds which slices of which weights go together: axes, their unification, coupled groups."""

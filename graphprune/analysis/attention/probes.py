@@ -1,0 +1,112 @@
+"""Parts of a program's graph, run on sizes and inputs that tell what they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.ir.nodes import size_of
+from graphprune.ir.program import PAST, Program
+
+
+def run_part(
+    program: Program, wanted: Sequence[fx.Node], given: Mapping[fx.Node, Any]
+) -> tuple[Any, ...]:
+    """The values of the nodes `wanted`, from weights and the `given` values of other nodes."""
+    needed = ancestors(wanted, given)
+    weights = {node: name for name, node in program.weight_nodes() if node in needed}
+    held: dict[fx.Node, Any] = dict(given)
+    with torch.no_grad():
+        for node in program.graph.nodes:
+            if node not in needed or node in held:
+                continue
+            if node.op == "placeholder":
+                held[node] = program.weights[weights[node]]
+            else:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), held.__getitem__)
+                held[node] = node.target(*args, **kwargs)
+    return tuple(held[node] for node in wanted)
+
+
+def ancestors(nodes: Sequence[fx.Node], stop: Collection[fx.Node] = ()) -> set[fx.Node]:
+    """`nodes` and all that they are computed from, up to the nodes `stop`."""
+    pending, found = list(nodes), set(nodes)
+    while pending:
+        node = pending.pop()
+        for other in () if node in stop else node.all_input_nodes:
+            if other not in found:
+                found.add(other)
+                pending.append(other)
+    return found
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes to try a graph on."""
+
+    batch: int
+    new: int
+    past: int
+
+
+SAMPLE = Sizes(2, 3, 4)
+
+
+class Trials:
+    """Runs parts of a program on sizes of its inputs."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._symbols: dict[Sizes, dict[str, int]] = {}
+        self.device = next((w.device for w in program.weights.values()), torch.device("cpu"))
+        self.paddings = {
+            node for value, node in program.input_nodes() if value.name.endswith("attention_mask")
+        }
+
+    def symbols(self, sizes: Sizes) -> dict[str, int]:
+        """Every dynamic size of the inputs."""
+        if sizes not in self._symbols:
+            self._symbols[sizes] = self._symbols_of(sizes)
+        return self._symbols[sizes]
+
+    def _symbols_of(self, sizes: Sizes) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for value in self.program.inputs:
+            for dim, symbol in enumerate(value.shape):
+                if not isinstance(symbol, str) or symbol in found:
+                    continue
+                if dim == 0:
+                    found[symbol] = sizes.batch
+                elif value.name.startswith(PAST):
+                    found[symbol] = sizes.past
+                elif value.name.endswith("attention_mask") and self.program.is_decoder:
+                    found[symbol] = sizes.new + sizes.past
+                else:
+                    found[symbol] = sizes.new + 2 * value.name.startswith("decoder")
+        return found
+
+    def shape(self, node: fx.Node, sizes: Sizes) -> list[int]:
+        """The sizes of `node`."""
+        symbols = self.symbols(sizes)
+        return [size_of(size, symbols) for size in node.meta["val"].shape]
+
+    def inputs(self, sizes: Sizes, pad: str = "") -> dict[fx.Node, Tensor]:
+        """Inputs of these sizes: zeros, and masks that pad the first row on the side of `pad`."""
+        found = {}
+        for value, node in self.program.input_nodes():
+            shape = self.shape(node, sizes)
+            if node not in self.paddings:
+                zero = torch.zeros((), dtype=value.dtype, device=self.device)
+                found[node] = zero.expand(shape)
+                continue
+            found[node] = torch.ones(shape, dtype=value.dtype, device=self.device)
+            if pad == "left":
+                found[node][0, :2] = 0
+            elif pad == "right":  # of the prompt: what was decoded since stands after its padding
+                end = sizes.past or shape[1]
+                found[node][0, end - 2 : end] = 0
+        return found

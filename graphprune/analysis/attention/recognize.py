@@ -1,0 +1,451 @@
+"""Attention in a program's graph, read as one thing with its meaning.
+
+Fused and spelled-out attention are read alike: queries, keys and values before KV heads are
+repeated, the cache that is joined with them, scale, soft cap, and the mask.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.analysis.attention.masks import Mask, meaning_of
+from graphprune.analysis.attention.probes import SAMPLE, Trials, run_part
+from graphprune.ir.nodes import arguments_of
+from graphprune.ir.program import PAST, PRESENT, Program, module_path
+
+_ATEN = torch.ops.aten
+_PRODUCTS = (_ATEN.matmul.default, _ATEN.bmm.default)
+
+# fmt: off
+_CARRYING = {
+    "view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze", "slice",
+    "expand", "repeat", "repeat_interleave", "clone", "contiguous", "alias", "detach", "dropout",
+    "to", "_to_copy",
+}
+# fmt: on
+
+
+@dataclass(frozen=True, eq=False)
+class Cached:
+    """Keys or values that a cache holds, joined with new ones.
+
+    Parameters
+    ----------
+    joined
+        The node that joins them; it is an output of the program.
+    past, new
+        What is joined, each ``[batch, KV heads, length, head size]``.
+    name
+        The name of the output.
+    """
+
+    joined: fx.Node
+    past: fx.Node
+    new: fx.Node
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionSite:
+    """One attention: ``softmax(cap(scale * q k^T) + mask) v``.
+
+    Parameters
+    ----------
+    node
+        The node that returns the attended values, ``[batch, heads, queries, value size]``.
+    query
+        Queries, ``[batch, heads, queries, head size]``.
+    key, value
+        Keys and values, ``[batch, KV heads, keys, size]``, before KV heads are repeated for the
+        queries of their group, which lie next to one another.
+    scale
+        What scores are multiplied by.
+    mask
+        Which keys are attended to.
+    softcap
+        c where scores s become ``c tanh(s / c)`` before they are masked.
+    caches
+        The caches of keys and values, where both have one.
+    sink
+        One more score for each head, ``[heads]``, that takes part in the softmax and weighs
+        nothing.
+    """
+
+    node: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    scale: float
+    mask: Mask
+    softcap: float | None = None
+    caches: tuple[Cached, Cached] | None = None
+    sink: fx.Node | None = None
+
+    @property
+    def heads(self) -> int:
+        """The number of query heads."""
+        return int(self.query.meta["val"].shape[1])
+
+    @property
+    def kv_heads(self) -> int:
+        """The number of KV heads."""
+        return int(self.key.meta["val"].shape[1])
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Head sizes of queries and keys, and of values."""
+        return int(self.query.meta["val"].shape[-1]), int(self.value.meta["val"].shape[-1])
+
+    @property
+    def module(self) -> str:
+        """The dotted path of the module that attends."""
+        return module_path(self.node)
+
+
+@dataclass(frozen=True, eq=False)
+class Unread:
+    """A softmax that could not be read as attention, and why."""
+
+    node: fx.Node
+    why: str
+
+    @property
+    def module(self) -> str:
+        """The dotted path of the module that attends."""
+        return module_path(self.node)
+
+
+def read_attention(program: Program) -> tuple[AttentionSite | Unread, ...]:
+    """Every attention of `program`, in the order of the graph; weights must be there.
+
+    A softmax that is no attention, such as that of a router, is not among them where no product
+    of it follows.
+    """
+    reader = _Reader(program)
+    found = (reader.read(node) for node in program.graph.nodes if node.op == "call_function")
+    return tuple(site for site in found if site is not None)
+
+
+class _Refused(Exception):
+    """Why a softmax is not read as attention."""
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Attention as it is written: heads are repeated, and the mask is a tensor."""
+
+    node: fx.Node
+    operands: tuple[fx.Node, fx.Node, fx.Node]
+    mask: fx.Node | None
+    scale: float
+    softcap: float | None = None
+    causal: bool = False
+    grouped: bool = False
+    sink: fx.Node | None = None
+
+
+class _Reader:
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.masks: dict[fx.Node, Mask] = {}
+        self.trials = Trials(program)
+        self.given = self.trials.inputs(SAMPLE)
+        self.pasts = {
+            node: value.name.removeprefix(PAST)
+            for value, node in program.input_nodes()
+            if value.name.startswith(PAST)
+        }
+        self.presents = {
+            value.name: node
+            for value, node in program.output_nodes()
+            if value.name.startswith(PRESENT)
+        }
+
+    def read(self, node: fx.Node) -> AttentionSite | Unread | None:
+        """What is attention at `node`, a fused one or a softmax; None for anything else."""
+        try:
+            if node.target is _ATEN.scaled_dot_product_attention.default:
+                return self._site(_fused(node))
+            if node.target in (_ATEN.softmax.int, _ATEN._softmax.default):
+                parts = _spelled_out(node)
+                return None if parts is None else self._site(parts)
+        except _Refused as refusal:
+            return Unread(node, str(refusal))
+        return None
+
+    def _site(self, parts: _Parts) -> AttentionSite:
+        query, key, value = parts.operands
+        if any(operand.meta["val"].dim() != 4 for operand in parts.operands):
+            raise _Refused("its queries, keys or values have other than four dimensions")
+        heads = query.meta["val"].shape[1]
+        if not all(type(operand.meta["val"].shape[1]) is int for operand in parts.operands):
+            raise _Refused("its number of heads is dynamic")
+        key, value = (
+            plain(operand) if parts.grouped else self._before_repeat(operand, heads)
+            for operand in (key, value)
+        )
+        kv_heads = key.meta["val"].shape[1]
+        if kv_heads != value.meta["val"].shape[1] or heads % kv_heads:
+            raise _Refused("keys and values have different numbers of heads")
+        caches = self._cached(key, "key"), self._cached(value, "value")
+        both = (caches[0], caches[1]) if caches[0] and caches[1] else None
+        return AttentionSite(
+            parts.node,
+            query,
+            key,
+            value,
+            parts.scale,
+            self._mask(parts),
+            parts.softcap,
+            both,
+            None if parts.sink is None else self._sink(parts.sink, heads),
+        )
+
+    def _sink(self, scores: fx.Node, heads: int) -> fx.Node:
+        """The scores of each head that `scores`, ``[batch, heads, queries, 1]``, repeats."""
+        node = scores
+        while _name(node) in _CARRYING and node.meta["val"].dim() > 1:
+            node = node.all_input_nodes[0]
+        if node.meta["val"].shape != (heads,):
+            raise _Refused("its softmax runs over more than keys")
+        sample = torch.arange(heads).to(node.meta["val"].dtype)
+        (spread,) = run_part(self.program, (scores,), {**self.given, node: sample})
+        if not torch.equal(spread, sample[:, None, None].expand_as(spread)):
+            raise _Refused("its softmax runs over more than keys")
+        return node
+
+    def _before_repeat(self, operand: fx.Node, heads: int) -> fx.Node:
+        """What `operand` repeats for each query head of a group, or `operand` if nothing is."""
+        found, node = plain(operand), operand
+        length, width = (str(size) for size in operand.meta["val"].shape[2:])
+        while _name(node) in _CARRYING:
+            node = node.all_input_nodes[0]
+            value = node.meta.get("val")
+            if not isinstance(value, Tensor) or value.dtype != operand.meta["val"].dtype:
+                break
+            if value.dim() != 4 or (str(value.shape[2]), str(value.shape[3])) != (length, width):
+                continue
+            groups = value.shape[1]
+            if type(groups) is int and groups < heads and self._repeats(node, operand, heads):
+                found = plain(node)
+        return found
+
+    def _repeats(self, node: fx.Node, operand: fx.Node, heads: int) -> bool:
+        """Whether `operand` is `node` with every head as often as a group has query heads."""
+        groups = node.meta["val"].shape[1]
+        if heads % groups:
+            return False
+        shape = self.trials.shape(node, SAMPLE)
+        sample = torch.arange(math.prod(shape)).reshape(shape).to(node.meta["val"].dtype)
+        (repeated,) = run_part(self.program, (operand,), {**self.given, node: sample})
+        return torch.equal(repeated, sample.repeat_interleave(heads // groups, 1))
+
+    def _cached(self, node: fx.Node, kind: str) -> Cached | None:
+        if node.target is not _ATEN.cat.default:
+            return None
+        given = arguments_of(node)
+        parts, dim = given["tensors"], given["dim"]
+        if len(parts) != 2 or dim not in (2, -2) or parts[0] not in self.pasts:
+            return None
+        name = self.pasts[parts[0]]
+        output = self.presents.get(PRESENT + name)
+        if output is None or plain(output) is not node or not name.endswith(kind):
+            return None
+        return Cached(node, parts[0], parts[1], PRESENT + name)
+
+    def _mask(self, parts: _Parts) -> Mask:
+        if parts.mask is None:
+            if not parts.causal:
+                return Mask(None, "none")
+            query, key = (node.meta["val"].shape[2] for node in parts.operands[:2])
+            if str(query) != str(key):
+                raise _Refused("its causal mask counts from the first key, not from the last")
+            return Mask(None, "causal")
+        if parts.mask not in self.masks:
+            self.masks[parts.mask] = meaning_of(self.trials, parts.mask)
+        return self.masks[parts.mask]
+
+
+def _fused(node: fx.Node) -> _Parts:
+    given = arguments_of(node)
+    if given["dropout_p"]:
+        raise _Refused("it drops probabilities")
+    if given["is_causal"] and given["attn_mask"] is not None:
+        raise _Refused("it is causal and masked at once")
+    operands = (given["query"], given["key"], given["value"])
+    scale = given["scale"]
+    if scale is None:
+        width = operands[0].meta["val"].shape[-1]
+        if type(width) is not int:
+            raise _Refused("its head size is dynamic")
+        scale = width**-0.5
+    if not isinstance(scale, int | float):
+        raise _Refused("its scale is computed")
+    return _Parts(
+        node,
+        operands,
+        given["attn_mask"],
+        float(scale),
+        causal=bool(given["is_causal"]),
+        grouped=bool(given["enable_gqa"]),
+    )
+
+
+def _spelled_out(softmax: fx.Node) -> _Parts | None:
+    """Attention around a softmax: a product before it and one after it; None where none follows.
+
+    Between the first product and the softmax scores are scaled, capped and masked, in this order.
+    """
+    rank = softmax.meta["val"].dim()
+    context, parted = _product_after(softmax)
+    if context is None:
+        return None
+    if softmax.args[1] not in (-1, rank - 1):
+        raise _Refused("its softmax does not run over the keys")
+    mask, softcap, scale, sink = None, None, 1.0, None
+    node = _uncast(softmax.all_input_nodes[0])
+    if parted:
+        node, sink = _joined_scores(node)
+    if _name(node) == "add":
+        mask, node = _added(node)
+    if (capped := _capped(node)) is not None:
+        softcap, node = capped
+    while (scaled := _scaled(node)) is not None:
+        factor, node = scaled
+        scale *= factor
+    if node.target not in _PRODUCTS:
+        raise _Refused(f"{node.target} lies between its product and its softmax")
+    query, turned = (operand for operand in node.args[:2] if isinstance(operand, fx.Node))
+    turned = plain(turned)
+    dims = turned.args[1:3] if turned.target is _ATEN.transpose.int else ()
+    if {int(dim) % rank for dim in dims if isinstance(dim, int)} != {rank - 2, rank - 1}:
+        raise _Refused("its keys are not a transpose of keys")
+    key = turned.all_input_nodes[0]
+    value = context.args[1]
+    assert isinstance(value, fx.Node)
+    return _Parts(context, (query, key, value), mask, scale, softcap, sink=sink)
+
+
+def _product_after(node: fx.Node) -> tuple[fx.Node | None, bool]:
+    """The product that probabilities go into, casts aside, and whether the last one goes nowhere.
+
+    None where they go into no product, or are no probabilities of keys.
+    """
+    parted = False
+    while True:
+        users = list(node.users)
+        into = [user for user in users if user.target in _PRODUCTS]
+        if len(users) != 1:
+            if into:
+                raise _Refused("its probabilities are read elsewhere too")
+            return None, parted
+        if into:
+            if into[0].args[0] is not node or into[0].args[1] is node:
+                raise _Refused("its probabilities are not the left side of a product")
+            return into[0], parted
+        (user,) = users
+        if user.target is _ATEN.slice.Tensor and not parted:
+            given = arguments_of(user)
+            last = given["dim"] in (-1, user.meta["val"].dim() - 1)
+            if not last or given["start"] not in (None, 0) or given["end"] != -1:
+                return None, parted
+            parted = True
+        elif _name(user) in ("view", "reshape") and any(u.target in _PRODUCTS for u in user.users):
+            raise _Refused("its products have batch and heads in one dimension")
+        elif _uncast(user) is not _uncast(node):
+            return None, parted
+        node = user
+
+
+def _joined_scores(node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """(scores, those of a sink) that are joined, maybe less the largest of them."""
+    if _name(node) == "sub" and isinstance(node.args[1], fx.Node):
+        most = node.args[1]
+        source = most.all_input_nodes[0] if most.target is operator.getitem else most
+        if _name(source) in ("max", "amax") and source.args[0] is node.args[0]:
+            node = _uncast(node.all_input_nodes[0])
+    if node.target is not _ATEN.cat.default or len(node.all_input_nodes) != 2:
+        raise _Refused("its softmax runs over more than keys")
+    scores, sink = node.all_input_nodes
+    if sink.meta["val"].shape[-1] != 1:
+        raise _Refused("its softmax runs over more than keys")
+    return _uncast(scores), sink
+
+
+def _added(node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """(mask, scores) of a sum: the scores lead to a product."""
+    operands = [other for other in node.args if isinstance(other, fx.Node)]
+    if node.kwargs.get("alpha", 1) != 1 or len(operands) != 2:
+        raise _Refused("its scores are added to in a way that is not read")
+    leading = [other for other in operands if _to_product(_uncast(other))]
+    if len(leading) != 1:
+        raise _Refused("it is not told which addend its scores are")
+    (scores,) = leading
+    mask = operands[1 - operands.index(scores)]
+    return mask, _uncast(scores)
+
+
+def _to_product(node: fx.Node) -> bool:
+    for _ in range(8):
+        if node.target in _PRODUCTS:
+            return True
+        if _name(node) not in ("mul", "div", "tanh", "to", "_to_copy") or not node.all_input_nodes:
+            return False
+        node = node.all_input_nodes[0]
+    return False
+
+
+def _capped(node: fx.Node) -> tuple[float, fx.Node] | None:
+    """(c, scores) where `node` is ``c * tanh(scores / c)``."""
+    outer = _scaled(node)
+    if outer is None or _name(outer[1]) != "tanh":
+        return None
+    inner = _scaled(outer[1].all_input_nodes[0])
+    if inner is None or not math.isclose(inner[0] * outer[0], 1.0, rel_tol=1e-6):
+        raise _Refused("its scores are capped in a way that is not read")
+    return outer[0], inner[1]
+
+
+def _scaled(node: fx.Node) -> tuple[float, fx.Node] | None:
+    """(factor, scores) where `node` multiplies or divides by a number."""
+    if _name(node) not in ("mul", "div") or len(node.args) != 2:
+        return None
+    scores, number = node.args
+    if not isinstance(scores, fx.Node) or not isinstance(number, int | float):
+        return None
+    factor = float(number) if _name(node) == "mul" else 1.0 / float(number)
+    return factor, _uncast(scores)
+
+
+def _name(node: fx.Node) -> str:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return ""
+    return node.target._schema.name.partition("::")[2]
+
+
+def _uncast(node: fx.Node) -> fx.Node:
+    """The value that `node` is a copy of, in another type maybe."""
+    names = ("to", "_to_copy", "type_as", "clone", "contiguous", "alias", "detach")
+    while _name(node) in names or _is_no_dropout(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _is_no_dropout(node: fx.Node) -> bool:
+    return _name(node) == "dropout" and (not node.args[1] or not node.args[2])
+
+
+def plain(node: fx.Node) -> fx.Node:
+    """The node whose values `node` has at the same places, in the same type."""
+    while _name(node) in _CARRYING and (_name(node) != "dropout" or _is_no_dropout(node)):
+        inner = node.all_input_nodes[0]
+        ours, theirs = node.meta["val"], inner.meta["val"]
+        if str(tuple(ours.shape)) != str(tuple(theirs.shape)) or ours.dtype != theirs.dtype:
+            break
+        node = inner
+    return node

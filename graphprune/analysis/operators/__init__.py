@@ -1,0 +1,58 @@
+"""The rule table: how each ATen operator types its result, and what follows from a size.
+
+An operator without a rule freezes every axis that it touches, with itself as the reason.
+"""
+
+from __future__ import annotations
+
+from graphprune.analysis.operators import contraction, elementwise, indexing, layout, reduction
+from graphprune.analysis.operators.rule import RULES, Rule
+
+__all__ = [
+    "RULES",
+    "Rule",
+    "contraction",
+    "elementwise",
+    "indexing",
+    "layout",
+    "markdown",
+    "reduction",
+    "table",
+]
+
+
+def table() -> list[dict[str, str]]:
+    """Every ruled operator with its rule, for people.
+
+    Returns
+    -------
+    list of dict
+        Keys ``operator``, ``typing`` and ``zero`` (where the result vanishes when the weights of
+        a unit are zeroed), sorted by operator.
+    """
+    return [
+        {"operator": f"aten.{name}", "typing": entry.summary, "zero": entry.zero.value}
+        for name, entry in sorted(RULES.items())
+    ]
+
+
+def markdown() -> str:
+    """The table as the text of ``graphprune/operators/README.md``, one line for each rule."""
+    rules: dict[str, list[str]] = {}
+    for name, entry in RULES.items():
+        rules.setdefault(f"{entry.summary} | {entry.zero.value}", []).append(name)
+    lines = [
+        "# Operator rules",
+        "",
+        "Made from the code (`analysis.operators.markdown`); a test compares the two. An",
+        "operator that is not here freezes every axis that it touches. In-place forms (`add_`)",
+        "follow the rule of the plain one.",
+        "",
+        f"{len(RULES)} operators, {len(rules)} rules.",
+        "",
+        "| operators | typing | vanishes, when weights are zeroed |",
+        "|---|---|---|",
+    ]
+    for rule, names in sorted(rules.items(), key=lambda item: min(item[1])):
+        lines.append(f"| {', '.join(f'`{name}`' for name in sorted(names))} | {rule} |")
+    return "\n".join([*lines, ""])

@@ -1,0 +1,1 @@
+"""A program as a directory: its graph as text, its weights as safetensors."""

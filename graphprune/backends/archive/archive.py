@@ -1,0 +1,274 @@
+"""Archives: a directory that holds a program as it is, whatever it was made from.
+
+``program.json``
+    Names, kinds, ties, notes and the config of the model behind the program.
+``graph.json``
+    The graph as `torch.export` serialises it, with the provenance of every node.
+``weights.safetensors``
+    Every weight, constants included, under its own name; where an ONNX model lies beside, only
+    those that it does not hold (`graphprune.backends.onnx.package`).
+
+Nothing in an archive is unpickled, and no expression in it is read but plain arithmetic.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphprune.backends.archive.graph import deserialize_graph, error_line, serialize_graph
+from graphprune.backends.huggingface.files import copy_along, share
+from graphprune.backends.onnx.weights import MODEL, held_weights
+from graphprune.errors import BackendError, CheckpointError
+from graphprune.frontend.capture import value_of
+from graphprune.io.atomic import staged_directory
+from graphprune.ir.program import Program, Source
+
+_FORMAT, _VERSION = "graphprune-archive", 1
+_PROGRAM, _GRAPH, _WEIGHTS = "program.json", "graph.json", "weights.safetensors"
+
+
+def is_archive(directory: str | PathLike[str]) -> bool:
+    """Whether `directory` looks like one that `save` wrote."""
+    return (Path(directory) / _PROGRAM).is_file()
+
+
+def save(program: Program, directory: str | PathLike[str]) -> None:
+    """Write `program` to `directory`, from which `load` rebuilds an equal one.
+
+    Parameters
+    ----------
+    program
+        Any program whose weights are not on the meta device.
+    directory
+        A directory that does not exist or is empty. The tokenizer of the model behind the program
+        is copied along.
+
+    Raises
+    ------
+    BackendError
+        When the graph cannot be serialised, or there are no weights to write.
+    OutputError
+        When `directory` is not empty or cannot be written.
+    """
+    if any(weight.is_meta for weight in program.weights.values()):
+        raise BackendError(
+            "the program's weights are on the meta device: there is nothing to write"
+        )
+    write = describe(program)
+    with staged_directory(directory) as staged:
+        write(staged, program.weights)
+
+
+def describe(program: Program) -> Callable[[Path, Mapping[str, Tensor]], None]:
+    """What writes an archive of `program` into a directory, beside whatever else goes there.
+
+    It takes the directory and the weights to write, which may be fewer than the program has where
+    an ONNX model beside them holds the rest.
+
+    Raises
+    ------
+    BackendError
+        When the graph cannot be serialised.
+    """
+    from safetensors.torch import save_file
+
+    from graphprune import __version__
+
+    graph = serialize_graph(program)
+    described = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "graphprune": __version__,
+        "torch": str(torch.__version__),
+        "fingerprint": program.fingerprint(),
+        "graph_sha256": hashlib.sha256(graph).hexdigest(),
+        "weights": [{"name": name, "kind": program.kinds[name]} for name in program.weights],
+        "aliases": dict(program.aliases),
+        "inputs": [value.name for value in program.inputs],
+        "outputs": [value.name for value in program.outputs],
+        "notes": list(program.notes),
+        "source": _describe_source(program.source),
+    }
+
+    def write(folder: Path, weights: Mapping[str, Tensor]) -> None:
+        (folder / _GRAPH).write_bytes(graph)
+        save_file(_own_storage(weights), folder / _WEIGHTS, metadata={"format": "pt"})
+        text = json.dumps(described, indent=1, ensure_ascii=False, default=str)
+        (folder / _PROGRAM).write_text(text + "\n", encoding="utf-8")
+        share([folder / _WEIGHTS], like=folder / _PROGRAM)
+        copy_along(program.source, folder)
+
+    return write
+
+
+def load(directory: str | PathLike[str]) -> Program:
+    """The program that `save` wrote to `directory`.
+
+    Returns
+    -------
+    Program
+        On the CPU; with the fingerprint, the outputs and the provenance of the one that was saved.
+
+    Raises
+    ------
+    CheckpointError
+        When a file is missing, damaged or not from an archive, naming it.
+    """
+    folder = Path(directory)
+    described = _read_description(folder / _PROGRAM)
+    weights = _read_weights(folder / _WEIGHTS)
+    with _naming(folder / _PROGRAM):
+        kinds = {entry["name"]: entry["kind"] for entry in described["weights"]}
+        aliases, notes = dict(described["aliases"]), tuple(described["notes"])
+        names = list(described["inputs"]), list(described["outputs"])
+        fingerprint, digest = described["fingerprint"], described["graph_sha256"]
+        source, note = _rebuild_source(described["source"], folder)
+    if (model := folder / MODEL).is_file() and not kinds.keys() <= weights.keys():
+        with _naming(model):
+            held = held_weights(model)
+            weights |= {n: weight for n, weight in held if n in kinds and n not in weights}
+    if missing := [name for name in kinds if name not in weights]:
+        raise CheckpointError(f"{folder / _WEIGHTS} has no tensor {missing[0]!r}")
+    with _naming(folder / _GRAPH):
+        text = (folder / _GRAPH).read_bytes()
+        if hashlib.sha256(text).hexdigest() != digest:
+            raise CheckpointError(f"{folder / _GRAPH} is not the graph that {_PROGRAM} describes")
+        exported = deserialize_graph(text, weights, kinds)
+        graph = exported.graph
+        placeholders = graph.find_nodes(op="placeholder")
+        (output,) = graph.find_nodes(op="output")
+        inputs, results = placeholders[len(kinds) :], output.args[0]
+        program = Program(
+            graph_module=exported.graph_module,
+            weights={name: weights[name] for name in kinds},
+            kinds=kinds,
+            aliases=aliases,
+            inputs=tuple(value_of(*pair) for pair in zip(names[0], inputs, strict=True)),
+            outputs=tuple(value_of(*pair) for pair in zip(names[1], results, strict=True)),
+            source=source,
+            ranges=dict(exported.range_constraints),
+            notes=notes + note,
+        )
+    for name, node in program.weight_nodes():
+        wanted, found = tuple(node.meta["val"].shape), tuple(weights[name].shape)
+        if wanted != found:
+            raise CheckpointError(
+                f"{folder / _WEIGHTS}: {name} is {found}, where the graph wants {wanted}"
+            )
+    if program.fingerprint() != fingerprint:
+        raise CheckpointError(f"{folder / _PROGRAM} does not describe the weights beside it")
+    return program
+
+
+# -- the weights --------------------------------------------------------------------------------
+
+
+def _own_storage(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`weights` as safetensors wants them: contiguous, and none in the storage of another."""
+    seen: set[int] = set()
+    result = {}
+    for name, weight in weights.items():
+        tensor = weight.detach().contiguous()
+        start = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if start and start in seen else tensor
+        seen.add(start)
+    return result
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    with _naming(path):
+        return load_file(path)
+
+
+# -- the description ----------------------------------------------------------------------------
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} holds no archive: {path.name} is missing")
+    with _naming(path):
+        described = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(described, dict) or described.get("format") != _FORMAT:
+        raise CheckpointError(f"{path} does not describe a graphprune archive")
+    if described.get("version") != _VERSION:
+        raise CheckpointError(
+            f"{path} is of version {described.get('version')}, and this release reads {_VERSION}"
+        )
+    return described
+
+
+def _describe_source(source: Source | None) -> dict[str, Any] | None:
+    if source is None:
+        return None
+    generation = source.generation_config
+    return {
+        "model_class": _class_name(source.model_class),
+        "config_class": _class_name(type(source.config)),
+        "config": source.config.to_dict(),
+        "generation_config_class": _class_name(type(generation)) if generation else None,
+        "generation_config": generation.to_dict() if generation else None,
+        "stored_dtype": str(source.stored_dtype) if source.stored_dtype else None,
+        "tokenizer": source.directory is not None,
+    }
+
+
+def _rebuild_source(described: Any, folder: Path) -> tuple[Source | None, tuple[str, ...]]:
+    """The source that was described, or a note on why it cannot be had here."""
+    if described is None:
+        return None, ()
+    name = described["model_class"]
+    try:
+        generation = described["generation_config_class"]
+        dtype = getattr(torch, (described["stored_dtype"] or "").removeprefix("torch."), None)
+        source = Source(
+            config=_class(described["config_class"]).from_dict(described["config"]),
+            model_class=_class(name),
+            directory=folder if described["tokenizer"] else None,
+            generation_config=generation
+            and _class(generation).from_dict(described["generation_config"]),
+            stored_dtype=dtype,
+        )
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        return None, (f"without its config, since {name} is not to be had: {error_line(error)}",)
+    return source, ()
+
+
+def _class_name(kind: type) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _class(name: str) -> Any:
+    module, _, qualified = name.partition(":")
+    if module.split(".")[0] != "transformers":
+        raise ImportError(f"{module} is not part of transformers")
+    return getattr(importlib.import_module(module), qualified)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name `path` in whatever goes wrong with what it holds."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # damage shows in any way
+        reason = (
+            "is missing"
+            if isinstance(error, FileNotFoundError)
+            else f"is damaged: {error_line(error)}"
+        )
+        raise CheckpointError(f"{path} {reason}") from error

@@ -1,0 +1,1 @@
+"""A program as a checkpoint that transformers loads."""

@@ -1,0 +1,340 @@
+"""Which form of Hugging Face directory a program can take, proven before anything is written.
+
+A config that gives all layers their sizes is tried first, then a config for each layer; each is
+proven with the program's own weights, and the first that holds is taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+from graphprune.analysis.axes import Atom, Axis, Product
+from graphprune.analysis.inference import Types, infer
+from graphprune.backends.huggingface.attribute_search import AttributeSearch, merged, of_layers
+from graphprune.backends.huggingface.config_search import (
+    Builder,
+    Changes,
+    Place,
+    Search,
+    needed_sizes,
+)
+from graphprune.backends.huggingface.fold_norms import Folded, fold
+from graphprune.backends.huggingface.layered import LayerSearch, pruned_class
+from graphprune.backends.huggingface.model import (
+    difference,
+    differing_buffers,
+    model_of,
+    quiet,
+    without_values,
+)
+from graphprune.backends.huggingface.renumber import renumbered
+from graphprune.errors import BackendError
+from graphprune.ir.program import Program
+
+_TRIES = 6
+
+
+@dataclass(frozen=True)
+class Loadability:
+    """How a program can be written as a Hugging Face directory.
+
+    Parameters
+    ----------
+    kind
+        ``plain``: `from_pretrained` loads it; ``remote-code``: it does with
+        ``trust_remote_code=True``, through a modelling file in the directory; ``none``: no config
+        of the model's class gives such a model.
+    reason
+        Why it is not plain; empty where it is.
+    changes
+        Dotted config field -> new value.
+    layers
+        Path of a layer -> its own config fields, where layers differ.
+    shapes
+        Path of a weight -> its sizes, where no config field sets them.
+    attributes
+        Path of a module -> numbers of it that no config field gives, such as an epsilon or a count
+        of heads.
+    buffers
+        Buffers that the model would compute with other values from its config.
+    notes
+        What else a person should know.
+    """
+
+    kind: Literal["plain", "remote-code", "none"]
+    reason: str = ""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    shapes: Mapping[str, list[int]] = field(default_factory=dict)
+    attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    buffers: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Decided:
+    """The answer, the program with its norms folded, and a model that holds its weights.
+
+    There is no model where there is no way, or no weights.
+    """
+
+    loadability: Loadability
+    program: Program
+    model: Any = None
+
+
+def decide(program: Program) -> Decided:
+    """Find out how `program` can be written, and make the model that proves it."""
+    source = program.source
+    if source is None:
+        why = "it was not captured from a transformers model"
+        return Decided(Loadability("none", why), program)
+    base_class = getattr(source.model_class, "graphprune_base", source.model_class)
+    builder = Builder(source.config, base_class)
+    with quiet():
+        program = renumbered(program, builder.sizes({}) or ())
+    try:
+        folded, norms = fold(program)
+    except BackendError as error:
+        return Decided(Loadability("none", str(error)), program)
+    with quiet():
+        return _Decision(folded, norms, builder).take()
+
+
+class _Decision:
+    """Tries plain configs first, then a config for each layer; keeps the first reason of each."""
+
+    def __init__(self, program: Program, norms: tuple[Folded, ...], builder: Builder) -> None:
+        self.program = program
+        self.norms = norms
+        self.builder = builder
+        self.base_class = builder.model_class
+        self.target = needed_sizes(program, derived=True)
+        self.notes: tuple[str, ...] = ()
+        self._types: Types | None = None
+        if without_values(program):
+            self.notes = ("only sizes were compared: the program has no weights",)
+
+    def take(self) -> Decided:
+        decided, reason = self._plain()
+        if decided is not None:
+            return decided
+        decided, other = self._layered(reason)
+        decided = decided or self._resized(reason)
+        if decided is not None:
+            return decided
+        return Decided(Loadability("none", other or reason), self.program)
+
+    def _plain(self) -> tuple[Decided | None, str]:
+        reason = ""
+        search = Search(self.builder, self.target, {}, self._unit_sizes)
+        for changes in itertools.islice(search.solutions(), _TRIES):
+            epsilon, why = self._epsilon(changes)
+            if epsilon is None:
+                reason = reason or why
+                continue
+            changes = changes | epsilon
+            model, why = self._prove(self.builder.config(changes))
+            if not why:
+                return Decided(
+                    Loadability("plain", "", changes, notes=self.notes), self.program, model
+                ), ""
+            reason = reason or why
+        return None, reason or search.reason
+
+    def _layered(self, reason: str) -> tuple[Decided | None, str]:
+        if not self.base_class.__module__.startswith("transformers."):
+            return None, reason
+        first = ""
+        search = LayerSearch(
+            self.builder, needed_sizes(self.program, derived=False), self._unit_sizes
+        )
+        for changes, layers in itertools.islice(search.solutions(), _TRIES):
+            epsilon, _ = self._epsilon(changes)
+            changes = changes | (epsilon or {})
+            try:
+                attributes = {} if epsilon is not None else self._attributes(changes)
+            except BackendError as error:
+                return None, str(error)
+            found = Loadability(
+                "remote-code", reason, changes, layers, attributes=attributes, notes=self.notes
+            )
+            decided, why = self._prove_layers(found)
+            if decided is not None:
+                return decided, ""
+            first = first or why
+        return None, first or search.reason
+
+    def _resized(self, reason: str) -> Decided | None:
+        """The model of the config as it was, with some weights and numbers of other sizes."""
+        if not self.base_class.__module__.startswith("transformers."):
+            return None
+        before = self.builder.sizes({}) or {}
+        after = needed_sizes(self.program, derived=False)
+        shapes = {n: list(s) for n, s in after.items() if before.get(n) != s}
+        if not shapes or any(len(before.get(n, ())) != len(after[n]) for n in shapes):
+            return None
+        try:
+            found = Loadability(
+                "remote-code",
+                reason,
+                shapes=shapes,
+                attributes=self._attributes({}),
+                notes=self.notes,
+            )
+            return self._prove_resized(found)
+        except BackendError:
+            return None
+
+    def _prove_resized(self, found: Loadability) -> Decided | None:
+        if self.notes:
+            return Decided(found, self.program)
+        found, model = self._with_buffers(found)
+        layers = of_layers(self.program, model, found.shapes)
+        search = AttributeSearch(self.program, self.builder.model({}), self._unit_sizes)
+        attributes = search.run(model, merged(found.attributes, layers))
+        if attributes is None:
+            return None
+        return self._prove_layers(dataclasses.replace(found, attributes=attributes))[0]
+
+    def _prove_layers(self, found: Loadability) -> tuple[Decided | None, str]:
+        """`found`, completed by buffers and numbers that the model would compute otherwise."""
+        if self.notes:
+            return Decided(found, self.program), ""
+        try:
+            found, model = self._with_buffers(found)
+            why = difference(self.program, model)
+            if why:
+                # What a module computed from its sizes, such as the scale of attention, the program
+                # may have kept as it was.
+                found = dataclasses.replace(found, attributes=self._as_before(found, model))
+                model = self._pruned_model(found)
+                why = difference(self.program, model) and why
+        except BackendError as error:
+            return None, str(error)
+        return (None, why) if why else (Decided(found, self.program, model), "")
+
+    def _with_buffers(self, found: Loadability) -> tuple[Loadability, Any]:
+        """`found` with the buffers that its model would compute otherwise, and the model."""
+        model = self._pruned_model(found)
+        buffers = {
+            name: self.program.weights[name].double().tolist()
+            for name in differing_buffers(self.program, model)
+        }
+        if not buffers:
+            return found, model
+        found = dataclasses.replace(found, buffers={**found.buffers, **buffers})
+        return found, self._pruned_model(found)
+
+    def _pruned_model(self, found: Loadability) -> Any:
+        config = self.builder.config(found.changes)
+        config.graphprune = {
+            "layers": found.layers,
+            "shapes": found.shapes,
+            "attributes": found.attributes,
+            "buffers": found.buffers,
+        }
+        return model_of(self.program, config, pruned_class(self.base_class))
+
+    def _as_before(self, found: Loadability, model: Any) -> dict[str, dict[str, float]]:
+        before = _numbers(self.builder.model({}))
+        attributes = {path: dict(inner) for path, inner in found.attributes.items()}
+        for (path, name), value in _numbers(model).items():
+            old = before.get((path, name), value)
+            if old != value and name not in attributes.get(path, {}):
+                attributes.setdefault(path, {})[name] = old
+        return attributes
+
+    def _prove(self, config: Any) -> tuple[Any, str]:
+        if self.notes:
+            return None, ""
+        try:
+            model = model_of(self.program, config, self.base_class)
+        except BackendError as error:
+            return None, str(error)
+        if names := differing_buffers(self.program, model):
+            return None, f"the model would compute {names[0]} from its config, with other values"
+        return model, difference(self.program, model)
+
+    def _unit_sizes(self, place: Place) -> set[int]:
+        """The sizes of what a dimension is made of, such as heads, their width and their groups."""
+        if self._types is None:
+            self._types = infer(self.program)
+        name, dim = place
+        return set(_parts(self._types.axes.resolve(self._types.weight(name)[dim])))
+
+    # -- epsilons -------------------------------------------------------------------------------
+
+    def _epsilon(self, changes: Changes) -> tuple[Changes | None, str]:
+        """The config field that gives exactly the folded norms their epsilon, or why none does.
+
+        Epsilons are compared as numbers of modules: they are too small to show in outputs.
+        """
+        if not self.norms:
+            return {}, ""
+        try:
+            wanted = _flat(self._attributes(changes))
+        except BackendError as error:
+            return None, str(error)
+        before = _numbers(self.builder.model(changes))
+        norm = self.norms[0]
+        for path, value in self.builder.floats().items():
+            if value != norm.before:
+                continue
+            after = _numbers(self.builder.model({**changes, path: norm.after}))
+            changed = {place: v for place, v in after.items() if before.get(place) != v}
+            if changed.keys() == wanted.keys() and all(
+                math.isclose(changed[place], wanted[place]) for place in wanted
+            ):
+                return {path: norm.after}, ""
+        return None, (
+            f"no config field gives {norm.module} the epsilon {norm.after:.3g} (it was "
+            f"{norm.before:.3g}) without changing norms that were not pruned"
+        )
+
+    def _attributes(self, changes: Changes) -> dict[str, dict[str, float]]:
+        """Module path -> the attribute with the epsilon of a folded norm -> its new value."""
+        found: dict[str, dict[str, float]] = {}
+        numbers = _numbers(self.builder.model(changes))
+        for norm in self.norms:
+            names = [
+                name
+                for (path, name), value in numbers.items()
+                if path == norm.module and math.isclose(value, norm.before, rel_tol=1e-9)
+            ]
+            if not names:
+                raise BackendError(f"{norm.module} holds no epsilon that could be {norm.after:.3g}")
+            found[norm.module] = dict.fromkeys(names, norm.after)
+        return found
+
+
+def _parts(axis: Axis) -> Iterator[int]:
+    yield axis.size
+    if isinstance(axis, Product):
+        yield from itertools.accumulate((f.size for f in axis.factors), operator.mul)
+    if not isinstance(axis, Atom):
+        inner = axis.factors if isinstance(axis, Product) else getattr(axis, "terms", ())
+        for part in inner:
+            yield from _parts(part)
+
+
+def _numbers(model: nn.Module) -> dict[tuple[str, str], float]:
+    """(module path, attribute) -> its value, of all float attributes of modules."""
+    return {
+        (path, name): value
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if type(value) is float
+    }
+
+
+def _flat(attributes: Mapping[str, Mapping[str, float]]) -> dict[tuple[str, str], float]:
+    return {(path, name): v for path, inner in attributes.items() for name, v in inner.items()}

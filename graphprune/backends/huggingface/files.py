@@ -1,0 +1,155 @@
+"""The files of a Hugging Face directory: weights, config, modelling file, tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphprune.backends.huggingface.layered import FILE, modelling_text
+from graphprune.backends.huggingface.model import quiet
+from graphprune.errors import BackendError
+from graphprune.ir.program import Program, Source
+
+_COPIED = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "*.model",
+    "*.tiktoken",
+    "*preprocessor_config.json",
+    "processor_config.json",
+)
+"""Files of a checkpoint that do not depend on the sizes of the model."""
+
+
+def write(program: Program, model: Any, directory: Path, cast: torch.dtype | None) -> None:
+    """Write `model`, which holds the weights of `program`, into an empty directory."""
+    source = program.source
+    assert source is not None
+    _place_modelling_file(model, directory)
+    # The model was loaded from weights as they are in memory; on disk they take the form in which
+    # the checkpoints of its kind are published.
+    model._weight_conversions = None
+    # Weights that its code would compute, such as positions, may have been cut or trained.
+    model._keys_to_ignore_on_save = set()
+    with quiet():
+        weights = _stored(program, model, source.stored_dtype, cast)
+        model.save_pretrained(directory, state_dict=weights, max_shard_size="5GB")
+    share(directory.glob("*.safetensors"), like=directory / "config.json")
+    if cast is not None:
+        _name_dtype(directory / "config.json", cast)
+    copy_along(source, directory)
+    write_generation_config(source, directory / "generation_config.json")
+
+
+def write_config(model: Any, directory: Path) -> None:
+    """Write the config of `model`, and the modelling file where its layers are of their own."""
+    _place_modelling_file(model, directory)
+    with quiet():
+        model.config.save_pretrained(directory)
+
+
+def _place_modelling_file(model: Any, directory: Path) -> None:
+    """Write the modelling file where layers are of their own, and name it in the model's config."""
+    base = getattr(type(model), "graphprune_base", None)
+    if base is not None:
+        _name_modelling_file(model.config, base)
+        (directory / FILE).write_text(modelling_text(base), encoding="utf-8")
+
+
+def share(files: Iterable[Path], like: Path) -> None:
+    """Let whoever may read `like` read `files`, which safetensors keeps to their owner."""
+    for file in files:
+        file.chmod(like.stat().st_mode)
+
+
+def copy_along(source: Source | None, directory: Path) -> None:
+    """Copy what came with the checkpoint behind a program and does not depend on sizes."""
+    if source is None or source.directory is None:
+        return
+    for pattern in _COPIED:
+        for file in sorted(source.directory.glob(pattern)):
+            if file.is_file():
+                shutil.copyfile(file, directory / file.name)
+
+
+def _stored(
+    program: Program, model: Any, narrow: torch.dtype | None, cast: torch.dtype | None
+) -> dict[str, Tensor]:
+    """Every entry of the model's state, tied ones sharing memory, in the type to store it in."""
+    converted: dict[str, Tensor] = {}
+    state = {}
+    for name in model.state_dict():
+        held = program.aliases.get(name, name)
+        if held not in converted:
+            weight = program.weight(held).detach().cpu()
+            converted[held] = _converted(held, weight, narrow, cast)
+        state[name] = converted[held]
+    return state
+
+
+def _converted(
+    name: str, weight: Tensor, narrow: torch.dtype | None, cast: torch.dtype | None
+) -> Tensor:
+    if not weight.is_floating_point():
+        return weight
+    if cast is not None:
+        result = weight.to(cast)
+        if not torch.isfinite(result).all() and torch.isfinite(weight).all():
+            raise BackendError(f"{name} holds values that are too large for {_short(cast)}")
+        return result
+    if narrow is not None and narrow.itemsize < weight.dtype.itemsize:
+        result = weight.to(narrow)
+        if torch.equal(result.to(weight.dtype), weight):
+            return result
+    return weight
+
+
+def _name_dtype(path: Path, dtype: torch.dtype) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    inner = [value for value in config.values() if isinstance(value, dict) and "dtype" in value]
+    for part in (config, *inner):
+        part["dtype"] = _short(dtype)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def write_generation_config(source: Source, path: Path) -> None:
+    """Write it as it was, even where transformers would now find fault with what it says."""
+    original = source.directory / path.name if source.directory is not None else None
+    if original is not None and original.is_file():
+        shutil.copyfile(original, path)
+    elif source.generation_config is not None:
+        text = source.generation_config.to_json_string(use_diff=True)
+        path.write_text(text, encoding="utf-8")
+
+
+def _name_modelling_file(config: Any, base: type) -> None:
+    """Let the auto classes that know `base` find the class in the modelling file."""
+    from transformers.models.auto import modeling_auto
+
+    target = f"{Path(FILE).stem}.Pruned{base.__name__}"
+    config.auto_map = {}
+    for name, auto in vars(modeling_auto).items():
+        mapping = getattr(auto, "_model_mapping", None)
+        if name.startswith("AutoModel") and mapping is not None and type(config) in mapping:
+            known = mapping[type(config)]
+            if base in (known if isinstance(known, tuple | list) else (known,)):
+                config.auto_map[name] = target
+    config.auto_map = config.auto_map or {"AutoModel": target}
+    layers = config.graphprune["layers"]
+    indices = [path.rpartition(".")[2] for path in layers]
+    if len(set(indices)) == len(indices):
+        config.graphprune_per_layer_config = dict(zip(indices, layers.values(), strict=True))

@@ -1,0 +1,301 @@
+"""A directory with everything that runs a model: ONNX, tokenizer, configs, plan and parity record.
+
+``model.onnx``
+    The model; external data lies beside it.
+``config.json``, ``generation_config.json``, the tokenizer
+    As Hugging Face's libraries take them.
+``genai_config.json``
+    What onnxruntime-genai generates by, for a decoder.
+``plan.json``
+    What was removed and merged, if anything was.
+``parity.json``
+    The target, the form of every attention, versions, and how exact the model is.
+``program.json``, ``graph.json``, ``weights.safetensors``
+    The program itself as the archive back end has it, but for the weights that lie in the
+    model under their own names: `graphprune.load` takes the directory, and parity can be proven
+    again wherever the model is to run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from graphprune.backends.archive import archive
+from graphprune.backends.huggingface import choose_form as hf_decide
+from graphprune.backends.huggingface import files as hf_files
+from graphprune.backends.huggingface.model import quiet
+from graphprune.backends.onnx import session as ort
+from graphprune.backends.onnx.dimension_names import dimension_names
+from graphprune.backends.onnx.export import OnnxReport, export
+from graphprune.backends.onnx.last_logits import last_only
+from graphprune.backends.onnx.lower_attention import Target
+from graphprune.backends.onnx.parity import FULL, SHARED, Comparison, compare
+from graphprune.backends.onnx.runtime.genai_config import genai_config
+from graphprune.backends.onnx.weights import MODEL, held_weights
+from graphprune.errors import BackendError, CheckpointError, ParityError
+from graphprune.io.atomic import as_json, staged_directory
+from graphprune.io.progress import Maker
+from graphprune.ir.program import Program
+from graphprune.plan.plan import Plan
+
+PARITY = "parity.json"
+
+_FORMAT, _VERSION = "graphprune-onnx", 1
+_PROVIDERS: dict[Target | None, str] = {
+    None: "cpu",
+    "cpu": "cpu",
+    "portable": "cpu",
+    "cuda": "cuda",
+    "tensorrt": "tensorrt",
+}
+
+
+@dataclass(frozen=True)
+class Package:
+    """What a package says of itself.
+
+    Parameters
+    ----------
+    directory
+        Where it is.
+    target
+        What it was written for.
+    provider
+        The execution provider of ONNX Runtime that serves the target.
+    dtype
+        Element type of the model's outputs, such as "float32".
+    padding
+        Sides on which rows may be padded: "both", or "right" where attention counts a mask's ones.
+    shares_buffers
+        Whether each past and present may be one buffer, longer than what it holds.
+    attention
+        Every module that attends with the form it is written in, and why not in a better one.
+    parity
+        The largest relative error of each check, as it was written; empty when it was not run.
+    """
+
+    directory: Path
+    target: Target | None
+    provider: str
+    dtype: str
+    padding: str
+    shares_buffers: bool
+    attention: Mapping[str, str]
+    parity: Mapping[str, float]
+
+    @property
+    def model(self) -> Path:
+        """The ONNX model."""
+        return self.directory / MODEL
+
+
+def is_package(directory: str | PathLike[str]) -> bool:
+    """Whether `directory` looks like one that `write` wrote."""
+    return (Path(directory) / PARITY).is_file() and (Path(directory) / MODEL).is_file()
+
+
+def read(directory: str | PathLike[str]) -> Package:
+    """What the package in `directory` says of itself.
+
+    Raises
+    ------
+    CheckpointError
+        When there is none, or its record is damaged or of another release.
+    """
+    folder = Path(directory)
+    if not is_package(folder):
+        missing = MODEL if (folder / PARITY).is_file() else PARITY
+        raise CheckpointError(f"{folder} holds no ONNX package: {missing} is missing")
+    try:
+        record = json.loads((folder / PARITY).read_text(encoding="utf-8"))
+        if (record["format"], record["version"]) != (_FORMAT, _VERSION):
+            raise CheckpointError(f"{folder / PARITY} is not of a package that this release reads")
+        fields = {field.name for field in dataclasses.fields(Package)} - {"directory"}
+        return Package(folder, **{name: record[name] for name in fields})
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / PARITY} is damaged: {ort.first_line(error)}") from error
+
+
+def write(
+    program: Program,
+    directory: str | PathLike[str],
+    *,
+    plan: Plan | None = None,
+    target: Target | None = None,
+    opset: int | None = None,
+    logits: Literal["all", "last"] = "all",
+    check: bool = True,
+    progress: bool | Maker = False,
+) -> OnnxReport:
+    """Write `program` as a package.
+
+    Parameters
+    ----------
+    program
+        The program; its weights may be on any device but meta.
+    directory
+        The directory to make; it may exist if it is empty.
+    plan
+        What was removed and merged to come to `program`.
+    target, opset, logits, check, progress
+        As for `export`; the program that the package holds has the same
+        logits as its model. With `check`, the whole protocol of
+        `graphprune.backends.onnx.parity` is run in ONNX Runtime on the CPU, whatever the target,
+        and what changes outputs there is not fused.
+
+    Raises
+    ------
+    BackendError
+        When the program cannot be exported or the model is not exact.
+    OutputError
+        When `directory` is not empty or cannot be written. Nothing is left behind.
+    UsageError
+        When there is no such target or opset.
+    """
+    program = last_only(program) if logits == "last" else program
+    with staged_directory(directory) as staged:
+        describe = archive.describe(program)
+        report = export(
+            program,
+            staged / MODEL,
+            target=target,
+            opset=opset,
+            check=FULL if check else False,
+            progress=progress,
+        )
+        describe(staged, _not_in_model(program, staged / MODEL))
+        notes = [*report.notes, *_write_config(program, staged)]
+        forms = {form.partition(":")[0] for form in report.attention.values()}
+        # Where it was not run, it is known by its form: one operator keeps every cache.
+        shares = SHARED in report.parity if report.parity else forms == {"gqa"}
+        genai, why = genai_config(program, shares_buffers=shares, target=target)
+        if genai is None:
+            notes.append(f"no genai_config.json: {why}")
+        else:
+            _write_json(staged / "genai_config.json", genai)
+        if plan is not None and plan.steps:
+            plan.save(staged / "plan.json")
+        record = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "target": target,
+            "provider": ort.provider_name(_PROVIDERS[target]),
+            "dtype": str(program.outputs[0].dtype).removeprefix("torch."),
+            "opset": report.opset,
+            "padding": "right" if "gqa" in forms else "both",
+            "shares_buffers": shares,
+            "attention": dict(report.attention),
+            "operators": dict(report.operators),
+            "parity": dict(report.parity),
+            "tolerance": ort.tolerance(program.outputs[0].dtype),
+            "versions": _versions(),
+            "notes": notes,
+        }
+        _write_json(staged / PARITY, record)
+        size = sum(path.stat().st_size for path in staged.glob(f"{MODEL}*"))
+    path = str(Path(directory) / MODEL)
+    return dataclasses.replace(report, path=path, bytes=size, notes=tuple(notes))
+
+
+def verify(directory: str | PathLike[str], *, provider: str | None = None) -> Comparison:
+    """Prove that the model of a package gives what its program gives, by the whole protocol.
+
+    Parameters
+    ----------
+    directory
+        The package.
+    provider
+        The execution provider to run it on; by default the CPU's, which runs models of every
+        target that are not in bfloat16.
+
+    Returns
+    -------
+    Comparison
+        The largest error of each check.
+
+    Raises
+    ------
+    BackendError
+        When ONNX Runtime cannot load the model, or does not run it on `provider`.
+    ParityError
+        Past tolerance, naming the check and the output, and whether the model without fused
+        operators differs as well.
+    CheckpointError
+        When the package is damaged.
+    """
+    package = read(directory)
+    program = archive.load(package.directory)
+    names, provider = dimension_names(program), provider or ort.CPU
+    counts = package.padding == "right"
+    try:
+        return compare(
+            program, package.model, names, counts=counts, protocol=FULL, provider=provider
+        )
+    except ParityError as error:
+        raise ParityError(f"{error}; {_without_fused(program, names, provider)}") from error
+
+
+def _without_fused(program: Program, names: Mapping[str, str], provider: str) -> str:
+    """What comes of the same checks where nothing is fused, for whoever looks for the fault."""
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / MODEL
+        try:
+            export(program, plain, check=False)
+            ran = compare(program, plain, names, protocol=FULL, provider=provider)
+        except BackendError as error:
+            return f"without fused operators: {error}"
+        return f"without fused operators the largest error is {ran.max_relative_error or 0:.1e}"
+
+
+def _not_in_model(program: Program, model: Path) -> dict[str, torch.Tensor]:
+    """The weights of `program` that its model does not hold as they are."""
+    missing = dict(program.weights)
+    for name, tensor in held_weights(model):
+        weight = missing.get(name)
+        if weight is None or weight.dtype != tensor.dtype:
+            continue
+        if torch.equal(weight.cpu(), tensor):
+            del missing[name]
+    return missing
+
+
+def _write_config(program: Program, folder: Path) -> list[str]:
+    """Write the model's config with its new sizes; returns what is to be said of it."""
+    if program.source is None:
+        return []
+    decided = hf_decide.decide(program)
+    hf_files.write_generation_config(program.source, folder / "generation_config.json")
+    if decided.model is not None:
+        hf_files.write_config(decided.model, folder)
+        return []
+    with quiet():
+        program.source.config.to_json_file(folder / "config.json")
+    why = decided.loadability.reason
+    return [f"config.json has the sizes of the model that was loaded: {why}"]
+
+
+def _versions() -> dict[str, str]:
+    from graphprune import __version__
+
+    found = {"graphprune": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(as_json(data, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,45 @@
+"""Where the texts of an ONNX package end: how long one may be, and which tokens end it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from graphprune.backends.onnx import session as ort
+from graphprune.errors import CheckpointError
+
+
+def limits_of(directory: Path) -> tuple[int | None, frozenset[int]]:
+    """How many tokens a text may have, None where no config says so; and the tokens that end one.
+
+    ``genai_config.json`` is asked first, then ``generation_config.json`` and ``config.json``.
+
+    Raises
+    ------
+    CheckpointError
+        When one of these is no JSON object.
+    """
+    model = _read_json(directory / "genai_config.json").get("model", {})
+    generation = _read_json(directory / "generation_config.json")
+    config = _read_json(directory / "config.json")
+    text = config.get("text_config") or {}
+    lengths = (
+        model.get("context_length"),
+        text.get("max_position_embeddings"),
+        config.get("max_position_embeddings"),
+        config.get("n_positions"),
+    )
+    context = next((length for length in lengths if isinstance(length, int)), None)
+    given = (place.get("eos_token_id") for place in (model, generation, config, text))
+    ends: Any = next((each for each in given if each is not None), [])
+    return context, frozenset(ends if isinstance(ends, list) else [ends])
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {ort.first_line(error)}") from error

@@ -1,0 +1,340 @@
+"""ONNX Runtime: sessions that run where they were asked to, and models run beside programs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.backends.onnx.dimension_names import output_names
+from graphprune.errors import BackendError, ParityError
+from graphprune.ir.nodes import size_of
+from graphprune.ir.program import PAST, PRESENT, Program
+
+TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Largest relative error allowed, where it is not `DEFAULT_TOLERANCE`."""
+
+DEFAULT_TOLERANCE = 1e-4
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest relative error allowed in outputs of this type."""
+    return TOLERANCE.get(dtype, DEFAULT_TOLERANCE)
+
+
+_LENGTHS = (7, 11, 13, 17, 19)
+_SPARE = 4
+"""Rows of a position table left unused: some models start counting at 2."""
+
+CPU = "CPUExecutionProvider"
+
+_PROVIDERS = {
+    "cpu": CPU,
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+
+
+def provider_name(name: str) -> str:
+    """An execution provider by its short name, such as "cuda"; any other name is one as it is."""
+    return _PROVIDERS.get(name, name)
+
+
+def open_session(
+    path: Path,
+    provider: str = CPU,
+    threads: int | None = None,
+    provider_options: Mapping[str, str] | None = None,
+) -> Any:
+    """A session of ONNX Runtime on the model at `path`.
+
+    Parameters
+    ----------
+    path
+        The ONNX model.
+    provider
+        The execution provider that must run it; nodes that it has no kernel for go to the CPU.
+    threads
+        Threads of the CPU provider; by default as many as torch has.
+    provider_options
+        Options of `provider`, as ONNX Runtime names them.
+
+    Raises
+    ------
+    BackendError
+        When ONNX Runtime is not installed or refuses the model, or another provider would run it
+        than was asked for.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError("ONNX Runtime is not installed: graphprune[ort] brings it") from error
+    # It logs the fallback that is refused here, in several lines of its own.
+    onnxruntime.set_default_logger_severity(4)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    built = onnxruntime.get_available_providers()
+    if provider not in built:
+        raise BackendError(
+            f"ONNX Runtime {onnxruntime.__version__} was built without {provider}: it has "
+            + ", ".join(built)
+        )
+    try:
+        chosen = (provider, dict(provider_options or {}))
+        providers = [chosen] if provider == CPU else [chosen, (CPU, {})]
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # its exceptions share no base but Exception
+        raise BackendError(
+            f"ONNX Runtime {onnxruntime.__version__} refuses the model: {first_line(error)}"
+        ) from error
+    if provider not in session.get_providers():
+        # It falls back by itself, and says so in its log alone.
+        raise BackendError(
+            f"{provider} does not run here, so ONNX Runtime {onnxruntime.__version__} would use "
+            f"{session.get_providers()[0]}: a driver or library that it needs is missing"
+        )
+    return session
+
+
+def check_opset(opset: int) -> None:
+    """Refuse an `opset` that the ONNX Runtime that is installed, if any, does not read.
+
+    Raises
+    ------
+    BackendError
+        When it does not load a model of one operator.
+    """
+    import onnx
+
+    try:
+        import onnxruntime
+    except ImportError:
+        return
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    other = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    graph = onnx.helper.make_graph([node], "probe", [value], [other])
+    imports = [onnx.helper.make_opsetid("", opset)]
+    model = onnx.helper.make_model(graph, opset_imports=imports, ir_version=8)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # its exceptions share no base but Exception
+        raise BackendError(
+            f"ONNX Runtime {onnxruntime.__version__} reads no opset {opset}: a newer one does, "
+            "or an older opset"
+        ) from error
+
+
+class Pair:
+    """A program and its ONNX model, compared on every run; errors are kept by the check at hand."""
+
+    def __init__(self, program: Program, session: Any) -> None:
+        self.program = program
+        self.session = session
+        self.wanted = output_names(program)
+        self.check = "run"
+        self.errors: dict[str, float] = {}
+        self.device = next((w.device for w in program.weights.values()), torch.device("cpu"))
+
+    def run(
+        self, inputs: Mapping[str, Tensor], theirs: Mapping[str, Tensor] | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The outputs of the program and of ONNX Runtime, the latter on `inputs` with `theirs`."""
+        reference = self.ours(inputs)
+        found = self.theirs({**inputs, **(theirs or {})})
+        for name in reference:
+            self.compare(name, reference[name], found[name])
+        return reference, found
+
+    def ours(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs of the program."""
+        ours = self.program(**{name: tensor.to(self.device) for name, tensor in inputs.items()})
+        return {name: tensor.cpu() for name, tensor in ours.items()}
+
+    def theirs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs of ONNX Runtime."""
+        feeds = {name: tensor.numpy() for name, tensor in inputs.items()}
+        try:
+            arrays = self.session.run(self.wanted, feeds)
+        except Exception as error:  # its exceptions share no base but Exception
+            sizes = ", ".join(f"{name} {tuple(feed.shape)}" for name, feed in feeds.items())
+            raise ParityError(f"ONNX Runtime fails on {sizes}: {first_line(error)}") from error
+        names = [value.name for value in self.program.outputs]
+        return {name: torch.from_numpy(a) for name, a in zip(names, arrays, strict=True)}
+
+    def in_place(
+        self, inputs: Mapping[str, Tensor], caches: Mapping[str, Tensor], room: int
+    ) -> dict[str, Tensor]:
+        """The outputs of ONNX Runtime where each past and present are one buffer of `room` places.
+
+        `inputs` are all but the caches, which `caches` hold by the names of the outputs.
+        """
+        import onnxruntime
+
+        binding, held = self.session.io_binding(), {}
+        filled = int(inputs["attention_mask"].shape[1])
+        for value, wanted in zip(self.program.outputs, self.wanted, strict=True):
+            if value.name not in caches:
+                binding.bind_output(wanted)
+                continue
+            cache = caches[value.name]
+            buffer = torch.zeros(*cache.shape[:2], room, cache.shape[3], dtype=cache.dtype)
+            buffer[:, :, : cache.shape[2]] = cache
+            held[wanted] = onnxruntime.OrtValue.ortvalue_from_numpy(buffer.numpy())
+            past = PAST + value.name.removeprefix(PRESENT)
+            binding.bind_ortvalue_input(past, held[wanted])
+            binding.bind_ortvalue_output(wanted, held[wanted])
+        for name, tensor in inputs.items():
+            if not name.startswith(PAST):
+                binding.bind_cpu_input(name, tensor.numpy())
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as error:  # its exceptions share no base but Exception
+            raise ParityError(f"ONNX Runtime fails: {first_line(error)}") from error
+        arrays = dict(zip(self.wanted, binding.copy_outputs_to_cpu(), strict=True))
+        found = {
+            v.name: torch.from_numpy(arrays[w])
+            for v, w in zip(self.program.outputs, self.wanted, strict=True)
+        }
+        return {n: t[:, :, :filled] if n in caches else t for n, t in found.items()}
+
+    def compare(self, name: str, reference: Tensor, found: Tensor) -> None:
+        """Note how far `found` is from `reference`, and refuse it past the tolerance of its type.
+
+        Raises
+        ------
+        ParityError
+            When type or shape differ, or the relative error is too large.
+        """
+        if reference.shape != found.shape or reference.dtype != found.dtype:
+            raise ParityError(
+                f"ONNX Runtime gives {name} as {found.dtype} {tuple(found.shape)}, "
+                f"the program as {reference.dtype} {tuple(reference.shape)}"
+            )
+        error = relative_error(reference, found)
+        self.errors[self.check] = max(self.errors.get(self.check, 0.0), error)
+        allowed = tolerance(reference.dtype)
+        if not error <= allowed:
+            raise ParityError(
+                f"ONNX Runtime differs from the program in {name} ({self.check}): relative error "
+                f"{error:.1e}, and {allowed:.0e} is allowed"
+            )
+
+
+def relative_error(reference: Tensor, found: Tensor) -> float:
+    """Largest difference over the largest absolute value of `reference`.
+
+    Entries that are the same infinity, or both NaN, are equal.
+    """
+    if not reference.numel():
+        return 0.0
+    a, b = reference.double(), found.double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    difference = torch.where(same, 0.0, (a - b).abs()).max().item()
+    if difference == 0.0:
+        return 0.0
+    scale = torch.where(a.isfinite(), a.abs(), 0.0).max().item()
+    return difference / scale if scale and difference == difference else float("inf")
+
+
+def positions(program: Program, names: Mapping[str, str], wanted: int) -> int:
+    """How many positions may be tried, `wanted` at most.
+
+    The ranges of sizes and the model's position table say so.
+    """
+    room = wanted
+    for symbol, limits in program.ranges.items():
+        if names.get(str(symbol)) not in (None, "batch") and limits.upper.is_Integer:
+            room = min(room, int(limits.upper))
+    for value, node in program.input_nodes():
+        rows = _rows(node) if value.name.endswith("attention_mask") else None
+        room = room if rows is None else min(room, rows - _SPARE)
+    return max(room, 1)
+
+
+def sizes_for(program: Program, names: Mapping[str, str], batch: int) -> dict[str, int]:
+    """A size for every symbol: `batch`, and lengths of which no two are equal."""
+    lengths = iter(_LENGTHS * len(names))
+    chosen: dict[str, int] = {}
+    for name in dict.fromkeys(names.values()):
+        chosen[name] = batch if name == "batch" or name.endswith("_batch") else next(lengths)
+    for symbol, name in names.items():
+        chosen[name] = program.within(symbol, chosen[name])
+    return {symbol: chosen[name] for symbol, name in names.items()}
+
+
+def sample_inputs(program: Program, sizes: Mapping[str, int], seed: int = 0) -> dict[str, Tensor]:
+    """Random inputs on the CPU: token ids within the vocabulary, masks of ones, normal floats.
+
+    Parameters
+    ----------
+    program
+        The program to make inputs for.
+    sizes
+        The size of every symbol.
+    seed
+        Seed of what is random.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    inputs = {}
+    for value, node in program.input_nodes():
+        shape = [size_of(size, sizes) for size in node.meta["val"].shape]
+        if value.name.endswith("attention_mask") or value.dtype == torch.bool:
+            inputs[value.name] = torch.ones(shape, dtype=value.dtype)
+        elif value.dtype.is_floating_point or value.dtype.is_complex:
+            inputs[value.name] = torch.randn(shape, generator=generator).to(value.dtype)
+        else:
+            bound = _rows(node, shifted=False) or 2
+            drawn = torch.randint(0, bound, shape, generator=generator)
+            inputs[value.name] = drawn.to(value.dtype)
+    return inputs
+
+
+_SHIFTS = ("aten.add.", "aten.sub.", "aten.mul.")
+"""Operators after which an index is another than what went in, by an offset say."""
+
+
+def _rows(node: fx.Node, *, shifted: bool = True) -> int | None:
+    """Rows of the smallest table that the integers of `node` look into; None for no table.
+
+    Where `shifted` is false, tables looked into by what arithmetic made of the integers, which
+    their rows do not bound, do not count.
+    """
+    rows: dict[fx.Node, int] = {}
+    moved: set[fx.Node] = set()
+    start = (node, False)
+    seen, queue = {start}, [start]
+    while queue:
+        node, changed = queue.pop()
+        for user in node.users:
+            value = user.meta.get("val")
+            after = (user, changed or str(user.target).startswith(_SHIFTS))
+            if _looks_up(user, node):
+                rows[user] = int(user.args[0].meta["val"].shape[0])  # type: ignore[union-attr]
+                moved |= {user} if changed else set()
+            elif isinstance(value, Tensor) and not value.is_floating_point() and after not in seen:
+                seen.add(after)
+                queue.append(after)
+    return min((n for user, n in rows.items() if shifted or user not in moved), default=None)
+
+
+def _looks_up(user: fx.Node, index: fx.Node) -> bool:
+    """Whether `user` picks rows of a weight by the values of `index`."""
+    table: Any = user.args[0] if user.args else None
+    if not isinstance(table, fx.Node) or table is index or table.op != "placeholder":
+        return False
+    return str(user.target).startswith(("aten.embedding.", "aten.index.", "aten.index_select."))
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of `error` that says anything."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

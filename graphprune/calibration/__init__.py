@@ -1,0 +1,1 @@
+"""Data that programs run on, and what is measured while they do."""

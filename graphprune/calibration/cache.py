@@ -1,0 +1,113 @@
+"""Tensors that were measured on a program and data, kept in a file that knows of which."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+from torch import Tensor
+
+from graphprune.calibration.data import Calibration, digest
+from graphprune.errors import CalibrationError
+from graphprune.io.atomic import staged_file
+from graphprune.ir.program import Program
+
+_KEY, _FORMAT = "graphprune", 2
+
+
+def save_measured(
+    path: str | PathLike[str],
+    what: str,
+    tensors: Mapping[str, Tensor],
+    program: Program,
+    calibration: Calibration | None,
+    **options: Any,
+) -> None:
+    """Write `tensors` as a safetensors file that `load_measured` reads.
+
+    Parameters
+    ----------
+    path
+        The file to make; it appears whole.
+    what
+        What they are, in a word or two, such as "statistics".
+    tensors
+        By name.
+    program
+        What they were measured on: its fingerprint and the values of its weights are noted.
+    calibration
+        The data, or None where none was looked at.
+    options
+        Whatever else they depend on; what JSON can hold.
+
+    Raises
+    ------
+    OutputError
+        When the file exists or cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    about = {
+        "format": _FORMAT,
+        "what": what,
+        "fingerprint": program.fingerprint(),
+        "weights": digest([program.weights]),
+        "data": calibration.sha256 if calibration is not None else None,
+        "options": options,
+    }
+    with staged_file(path) as staged:
+        held = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        save_file(held, str(staged), {_KEY: json.dumps(about)})
+
+
+def load_measured(
+    path: str | PathLike[str],
+    what: str,
+    program: Program,
+    calibration: Calibration | None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Read what `save_measured` wrote of the same program, data and options.
+
+    Without `calibration` any data will do.
+
+    Raises
+    ------
+    CalibrationError
+        When the file cannot be read, or what it holds is of something else: says of what.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "pt") as file:
+            about = json.loads((file.metadata() or {})[_KEY])
+            if about.get("format") != _FORMAT or about.get("what") != what:
+                raise CalibrationError(f"{path} holds no {what}, but {about.get('what')}")
+            _check(path, what, about, program, calibration, options)
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise CalibrationError(f"{path} holds no {what}: {error}") from error
+
+
+def _check(
+    path: str | PathLike[str],
+    what: str,
+    about: Mapping[str, Any],
+    program: Program,
+    calibration: Calibration | None,
+    options: Mapping[str, Any],
+) -> None:
+    if about["fingerprint"] != program.fingerprint():
+        raise CalibrationError(f"{path} holds the {what} of another program")
+    if about["weights"] != digest([program.weights]):
+        raise CalibrationError(f"{path} holds the {what} of this program with other weights")
+    if calibration is not None and about["data"] not in (None, calibration.sha256):
+        raise CalibrationError(
+            f"{path} holds the {what} on other calibration data ({about['data'][:12]}; "
+            f"this is {calibration.sha256[:12]})"
+        )
+    for name, value in options.items():
+        if (kept := about["options"].get(name)) != value:
+            raise CalibrationError(f"{path} holds the {what} for {name} {kept}, not {value}")

@@ -1,0 +1,436 @@
+"""Calibration data: a few short windows of text, or any batches of inputs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from graphprune.errors import CalibrationError, GraphPruneError
+from graphprune.io.text_sources import read_documents
+
+if TYPE_CHECKING:
+    from graphprune.ir.program import Program, Value
+
+
+class Tokenizer(Protocol):
+    """What is needed of a transformers tokenizer."""
+
+    def __call__(self, text: str, **options: Any) -> Mapping[str, Any]:
+        """The token ids of `text` under ``input_ids``."""
+        ...  # pragma: no cover
+
+
+TokenizerLike = Tokenizer | str | PathLike[str]
+"""A transformers tokenizer, or the directory that holds one."""
+
+_MOST = 2**24
+"""Characters of a source that windows are drawn from: bounds memory, and a stream's length."""
+
+LABELS = "labels"
+"""What is known of a sample beside the inputs of the program, for the loss."""
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Batches of inputs to measure a program on; iterable as often as needed.
+
+    Parameters
+    ----------
+    batches
+        Input tensors by name; the first dimension of each counts samples.
+    kind
+        "text" or "batches".
+    sha256
+        A digest of every tensor, for reports.
+    samples
+        Samples in all batches together.
+    length
+        Tokens of each sample, or None where batches differ or hold no tokens.
+    seed
+        What the windows were drawn with, or None.
+    labels
+        The labels of each batch, or None where tokens are predicted.
+    """
+
+    batches: tuple[Mapping[str, Tensor], ...]
+    kind: Literal["text", "batches"]
+    sha256: str
+    samples: int
+    length: int | None
+    seed: int | None = None
+    labels: tuple[Tensor, ...] | None = None
+
+    @classmethod
+    def from_text(
+        cls,
+        source: str | PathLike[str],
+        tokenizer: TokenizerLike,
+        *,
+        samples: int = 10,
+        length: int = 64,
+        batch_size: int = 8,
+        seed: int = 0,
+    ) -> Calibration:
+        """Windows of a text that do not overlap, drawn at random.
+
+        The defaults are those of LLM-Pruner (Ma et al., 2023, section 4.1), which draws ten windows
+        of 64 tokens.
+
+        Parameters
+        ----------
+        source
+            A text, JSON lines or a data set, as `graphprune.io.text_sources` writes them; no more
+            than its first 16 million characters are read.
+        tokenizer
+            The model's transformers tokenizer, or the directory that holds it.
+        samples
+            How many windows.
+        length
+            Tokens of each window.
+        batch_size
+            Windows that a batch holds at most.
+        seed
+            Which windows, and their order.
+
+        Raises
+        ------
+        CalibrationError
+            When the source is missing, empty, not UTF-8 or too short, or there is no tokenizer.
+
+        Examples
+        --------
+        >>> from graphprune import reference
+        >>> text, directory = reference.calibration_text(), reference.checkpoint_dir()
+        >>> Calibration.from_text(text, directory, samples=4, length=16).tokens
+        64
+        """
+        for name, value in (("samples", samples), ("length", length), ("batch_size", batch_size)):
+            if value < 1:
+                raise CalibrationError(f"{name} must be at least 1, not {value}")
+        ids = tokenize(read_documents(source, most=_MOST), tokenizer)
+        if len(ids) < samples * length:
+            raise CalibrationError(
+                f"{source} has {len(ids)} tokens; "
+                f"{samples} samples of {length} need {samples * length}"
+            )
+        windows = ids[: len(ids) // length * length].view(-1, length)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = windows[torch.randperm(len(windows), generator=generator)[:samples]]
+        batches = tuple(token_batch(chunk) for chunk in drawn.split(batch_size))
+        return cls(batches, "text", digest(batches), samples, length, seed)
+
+    @classmethod
+    def from_batches(cls, batches: Sequence[Mapping[str, Tensor]]) -> Calibration:
+        """Batches that are ready: inputs of the program by name.
+
+        Parameters
+        ----------
+        batches
+            Tensors by input name, the first dimension of each the batch. They are not copied.
+            Beside them each may have integer ``labels``, which are no input but what the loss is
+            measured against: see `task_loss`.
+
+        Raises
+        ------
+        CalibrationError
+            When there are none, one holds something else than tensors, or not all have labels.
+
+        Examples
+        --------
+        >>> calibration = Calibration.from_batches([{"x": torch.zeros(2, 3)}])
+        >>> calibration.samples, [batch["x"].shape for batch in calibration]
+        (2, [torch.Size([2, 3])])
+        """
+        held = tuple(dict(batch) for batch in batches)
+        if not held:
+            raise CalibrationError("there are no calibration batches")
+        for index, batch in enumerate(held):
+            _check_batch(index, batch)
+        lengths = {batch["input_ids"].shape[-1] if "input_ids" in batch else None for batch in held}
+        length = lengths.pop() if len(lengths) == 1 else None
+        sha256, samples = digest(held), sum(map(_rows, held))
+        labels = tuple(batch.pop(LABELS) for batch in held if LABELS in batch)
+        if labels and len(labels) < len(held):
+            raise CalibrationError(f"{len(labels)} of {len(held)} calibration batches have labels")
+        return cls(held, "batches", sha256, samples, length, labels=labels or None)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for batch in self.batches:
+            yield dict(batch)
+
+    def labelled(self) -> Iterator[dict[str, Tensor]]:
+        """The batches, each with its labels, if it has some, under ``labels``."""
+        for index, batch in enumerate(self.batches):
+            yield {**batch, **({LABELS: self.labels[index]} if self.labels else {})}
+
+    def singly(self) -> Iterator[dict[str, Tensor]]:
+        """Every sample as a batch of one, with its label if there are any."""
+        for batch in self.labelled():
+            for row in range(_rows(batch)):
+                yield {name: tensor[row : row + 1] for name, tensor in batch.items()}
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all batches together (0 where the inputs are no tokens); padding counts."""
+        return sum(batch["input_ids"].numel() for batch in self.batches if "input_ids" in batch)
+
+    def check(self, program: Program) -> None:
+        """Refuse batches that `program` cannot take.
+
+        Raises
+        ------
+        CalibrationError
+            When an input is unknown, is of another dtype or shape than the program takes, or a
+            token lies beyond the vocabulary.
+        """
+        values = {value.name: value for value in program.inputs}
+        for index, batch in enumerate(self.batches):
+            for name, tensor in batch.items():
+                if name not in values:
+                    raise CalibrationError(
+                        f"calibration holds {name!r}; the program takes {', '.join(values)}"
+                    )
+                if not _fits(tensor, values[name]):
+                    sizes = ", ".join(map(str, values[name].shape))
+                    raise CalibrationError(
+                        f"calibration batch {index}: {name!r} is {tuple(tensor.shape)} of "
+                        f"{tensor.dtype}; the program takes ({sizes}) "
+                        f"of {values[name].dtype}"
+                    )
+            if problem := beyond_vocabulary(program, batch.get("input_ids")):
+                raise CalibrationError(problem)
+
+    def describe(self) -> dict[str, Any]:
+        """What a report says about it.
+
+        Returns
+        -------
+        dict
+            ``kind``, ``sha256``, ``samples``, ``length`` and ``seed``.
+        """
+        return {
+            "kind": self.kind,
+            "sha256": self.sha256,
+            "samples": self.samples,
+            "length": self.length,
+            "seed": self.seed,
+        }
+
+
+def inputs_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch of `Calibration.labelled` without its labels."""
+    return {name: tensor for name, tensor in batch.items() if name != LABELS}
+
+
+def task_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Mean cross entropy of the labels of a batch, or without labels its `next_token_loss`.
+
+    Parameters
+    ----------
+    logits
+        ``[batch, classes]``, or ``[batch, ..., classes]`` with a label for each place.
+    batch
+        What the program was run on, with ``labels`` ``[batch]`` or ``[batch, ...]``; a label of
+        -100 does not count.
+
+    Returns
+    -------
+    Tensor
+        A float32 scalar, in nats; differentiable.
+
+    Raises
+    ------
+    CalibrationError
+        When labels and logits do not belong together, or `next_token_loss` does so.
+
+    Examples
+    --------
+    >>> batch = {"x": torch.ones(3, 5), "labels": torch.tensor([1, 7, 0])}
+    >>> round(task_loss(torch.zeros(3, 8), batch).exp().item(), 3)
+    8.0
+    """
+    labels = batch.get(LABELS)
+    if labels is None:
+        return next_token_loss(logits, batch)
+    if not logits.ndim or logits.shape[:-1] != labels.shape:
+        raise CalibrationError(
+            f"labels {tuple(labels.shape)} do not fit logits {tuple(logits.shape)}: one for each "
+            "place but the classes is needed"
+        )
+    classes = logits.shape[-1]
+    odd = labels[(labels != -100) & ((labels < 0) | (labels >= classes))]
+    if len(odd):
+        raise CalibrationError(
+            f"there is a label {int(odd[0])}; the logits are of {classes} classes"
+        )
+    return functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten())
+
+
+def next_token_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Mean cross entropy of every next token, in nats; differentiable.
+
+    Parameters
+    ----------
+    logits
+        ``[batch, length, vocabulary]``.
+    batch
+        ``input_ids`` ``[batch, length]`` and, where some tokens are padding, ``attention_mask``
+        of the same shape, zero for tokens that are neither predicted nor counted.
+
+    Returns
+    -------
+    Tensor
+        A float32 scalar.
+
+    Raises
+    ------
+    CalibrationError
+        When the shapes do not belong together, or there is nothing to predict.
+
+    Examples
+    --------
+    >>> logits = torch.zeros(1, 3, 8)
+    >>> loss = next_token_loss(logits, {"input_ids": torch.tensor([[1, 2, 3]])})
+    >>> round(loss.exp().item(), 3)
+    8.0
+    """
+    ids = batch.get("input_ids")
+    if ids is None or logits.ndim != 3 or logits.shape[:2] != ids.shape:
+        shape = None if ids is None else tuple(ids.shape)
+        raise CalibrationError(
+            "a next-token loss needs logits [batch, length, vocabulary] and input_ids "
+            f"[batch, length], not {tuple(logits.shape)} and {shape}"
+        )
+    counted = predicted(batch)
+    if not counted.any():
+        raise CalibrationError("there is no next token to predict: a window needs two tokens")
+    return functional.cross_entropy(logits[:, :-1][counted].float(), ids[:, 1:][counted])
+
+
+def predicted(batch: Mapping[str, Tensor]) -> Tensor:
+    """Which tokens after the first are predicted, ``[batch, length - 1]``, as truth values."""
+    ids = batch["input_ids"]
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return torch.ones_like(ids[:, 1:], dtype=torch.bool)
+    return mask[:, 1:].bool() & mask[:, :-1].bool()
+
+
+def token_batch(ids: Tensor) -> dict[str, Tensor]:
+    """The inputs for windows of tokens without padding, ``[batch, length]``."""
+    return {"input_ids": ids.contiguous(), "attention_mask": torch.ones_like(ids)}
+
+
+def beyond_vocabulary(program: Program, ids: Tensor | None) -> str:
+    """What is wrong with `ids` if they hold a token that `program` has no logit for, else ""."""
+    logits = next((value for value in program.outputs if value.name == "logits"), None)
+    if ids is None or logits is None or not isinstance(logits.shape[-1], int):
+        return ""
+    if (highest := int(ids.max())) < logits.shape[-1]:
+        return ""
+    return (
+        f"the tokenizer does not belong to the model: it made token {highest}, "
+        f"the vocabulary has {logits.shape[-1]}"
+    )
+
+
+# -- reading ------------------------------------------------------------------------------------
+
+
+def tokenize(
+    documents: Sequence[str],
+    tokenizer: TokenizerLike,
+    refuse: type[GraphPruneError] = CalibrationError,
+) -> Tensor:
+    """The tokens of all documents, one after the other, ``[tokens]``.
+
+    No special tokens are added, but for an end-of-text token between documents if there is one.
+
+    Raises
+    ------
+    GraphPruneError
+        Of the class `refuse`, when the tokenizer cannot be read.
+    """
+    if isinstance(tokenizer, (str, PathLike)):
+        tokenizer = load_tokenizer(tokenizer, refuse)
+    end = getattr(tokenizer, "eos_token_id", None)
+    ids: list[int] = []
+    for document in documents:
+        if ids and end is not None:
+            ids.append(end)
+        # Not verbose: that the text is longer than the model allows does not matter to its windows.
+        ids.extend(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def load_tokenizer(
+    directory: str | PathLike[str], refuse: type[GraphPruneError] = CalibrationError
+) -> Tokenizer:
+    """The transformers tokenizer in `directory`, or of that hub name.
+
+    Raises
+    ------
+    GraphPruneError
+        Of the class `refuse`, when there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(directory))
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise refuse(f"{directory} holds no tokenizer: {reason[0]}") from error
+
+
+def _check_batch(index: int, batch: Mapping[str, Any]) -> None:
+    if not batch:
+        raise CalibrationError(f"calibration batch {index} is empty")
+    for name, tensor in batch.items():
+        if not isinstance(tensor, Tensor):
+            kind = type(tensor).__name__
+            raise CalibrationError(f"calibration batch {index}: {name!r} is a {kind}, no tensor")
+        if not tensor.ndim or not tensor.numel():
+            shape = tuple(tensor.shape)
+            raise CalibrationError(f"calibration batch {index}: {name!r} has no samples: {shape}")
+    labels, rows = batch.get(LABELS), [len(tensor) for tensor in inputs_of(batch).values()]
+    if labels is not None and (labels.dtype != torch.int64 or rows[:1] != [len(labels)]):
+        raise CalibrationError(
+            f"calibration batch {index}: labels {tuple(labels.shape)} of {labels.dtype} do not fit "
+            f"its {sum(rows[:1])} samples: int64 is needed, and one at least for each"
+        )
+
+
+def _fits(tensor: Tensor, value: Value) -> bool:
+    """Whether dtype, rank and every fixed size are those of `value`."""
+    return (
+        tensor.dtype is value.dtype
+        and tensor.ndim == len(value.shape)
+        and all(
+            isinstance(of, str) or of == n for n, of in zip(tensor.shape, value.shape, strict=True)
+        )
+    )
+
+
+def _rows(batch: Mapping[str, Tensor]) -> int:
+    return len(next(iter(batch.values())))
+
+
+def digest(batches: Sequence[Mapping[str, Tensor]]) -> str:
+    """A digest of the names, types, shapes and values of tensors."""
+    found = hashlib.sha256()
+    for batch in batches:
+        for name, tensor in sorted(batch.items()):
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            flat = tensor.detach().cpu().contiguous().flatten()
+            found.update(flat.view(torch.uint8).numpy().data)
+    return found.hexdigest()

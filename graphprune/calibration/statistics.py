@@ -1,0 +1,406 @@
+"""Statistics of activations, taken where a weight is multiplied with them, over calibration data.
+
+One walk serves any number of matrices; those with the same inputs share what is measured. All
+batches move through the graph together, one segment (the nodes of one numbered layer) after the
+other, so that what is changed in a layer is seen by the next one. What the statistics take is known
+before, and can be bounded: a layer whose statistics do not fit at once is run several times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.analysis.matrices import Matrix, Use
+from graphprune.calibration.cache import load_measured, save_measured
+from graphprune.calibration.data import Calibration
+from graphprune.calibration.layerwise import Run, segments, unpadded
+from graphprune.errors import CalibrationError
+from graphprune.io.atomic import staged_file
+from graphprune.io.progress import Track, silent
+from graphprune.ir.program import Program
+
+Kind = Literal["moments", "gram"]
+"""Sums and sums of squares of each input, or all products of two inputs as well."""
+
+_WHAT, _AND = "statistics", "\n"
+
+
+@dataclass(frozen=True, eq=False)
+class InputStatistics:
+    """What is known of the inputs of a matrix, from `count` rows (tokens, or windows of an image).
+
+    Parameters
+    ----------
+    count
+        ``[parts]``: rows that each part saw. An expert sees only the tokens routed to it.
+    total, squares
+        ``[parts, in]``: sums of the inputs and of their squares, float64.
+    gram
+        ``[parts, in, in]``: the sum of x xᵀ, float64; or None where it was not asked for.
+    """
+
+    count: Tensor
+    total: Tensor
+    squares: Tensor
+    gram: Tensor | None = None
+
+    @classmethod
+    def empty(cls, matrix: Matrix, kind: Kind) -> InputStatistics:
+        """Nothing seen yet."""
+        parts, _, size = matrix.shape
+        wide = torch.float64
+        return cls(
+            torch.zeros(parts, dtype=torch.int64),
+            torch.zeros(parts, size, dtype=wide),
+            torch.zeros(parts, size, dtype=wide),
+            torch.zeros(parts, size, size, dtype=wide) if kind == "gram" else None,
+        )
+
+    @staticmethod
+    def needed(matrix: Matrix, kind: Kind) -> int:
+        """Bytes that those of `matrix` will take."""
+        parts, _, size = matrix.shape
+        return 8 * parts * (1 + 2 * size + (size * size if kind == "gram" else 0))
+
+    @property
+    def mean(self) -> Tensor:
+        """``[parts, in]``; zero where a part saw nothing."""
+        return self.total / self.count.clamp(min=1)[:, None]
+
+    @property
+    def variance(self) -> Tensor:
+        """``[parts, in]``, over the rows (not corrected); zero where a part saw nothing."""
+        square = self.squares / self.count.clamp(min=1)[:, None]
+        return (square - self.mean.square()).clamp(min=0)
+
+    @property
+    def norm(self) -> Tensor:
+        """``[parts, in]``: the L2 norm of each input over all rows."""
+        return self.squares.sqrt()
+
+    def add(self, part: int, rows: Tensor) -> None:
+        """Count ``[n, in]`` more rows of `part` in."""
+        wide = rows.double()
+        self.count[part] += len(rows)
+        self.total[part] += wide.sum(0)
+        self.squares[part] += wide.square().sum(0)
+        if self.gram is not None:
+            self.gram[part].addmm_(wide.mT, wide)
+
+
+Statistics = dict[str, InputStatistics]
+"""Name of a matrix -> the statistics of its inputs; one object where the inputs are the same."""
+
+Edit = Callable[[Sequence[fx.Node], Sequence[Matrix], Statistics], Mapping[str, Tensor]]
+"""Given the nodes of a segment, matrices in it and their statistics: new weights by name. All
+matrices of a weight come in one call; those of a segment may come in several."""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What a walk left.
+
+    Parameters
+    ----------
+    weights
+        The weights that were changed, by name.
+    statistics
+        Those of every matrix; empty where they were used up on the way.
+    peak_bytes
+        The most that activations and statistics took together.
+    statistics_bytes
+        The most that statistics alone took, which was known before.
+    """
+
+    weights: Mapping[str, Tensor]
+    statistics: Statistics
+    peak_bytes: int
+    statistics_bytes: int
+
+
+def observe(
+    program: Program,
+    matrices: Sequence[Matrix],
+    calibration: Calibration,
+    kind: Kind = "moments",
+    track: Track = silent,
+    memory: int | None = None,
+) -> Statistics:
+    """Statistics of the inputs of `matrices`, on the program as it is.
+
+    Parameters
+    ----------
+    program
+        The program.
+    matrices
+        From `graphprune.analysis.matrices.contractions`.
+    calibration
+        Batches to run it on. Padding is cut off first, so no padded token is counted.
+    kind
+        "moments", or "gram" for the products of all pairs of inputs too (memory: 8 in² bytes each).
+    track
+        Wraps the loop over segments in a progress bar.
+    memory
+        The most bytes that all of them may take.
+
+    Returns
+    -------
+    dict
+        `InputStatistics` by the name of the matrix.
+
+    Raises
+    ------
+    CalibrationError
+        As `walk`.
+    """
+    return walk(program, matrices, calibration, kind, None, track, memory=memory).statistics
+
+
+def walk(
+    program: Program,
+    matrices: Sequence[Matrix],
+    calibration: Calibration,
+    kind: Kind = "moments",
+    edit: Edit | None = None,
+    track: Track = silent,
+    *,
+    replay: bool = True,
+    memory: int | None = None,
+) -> Walk:
+    """Walk all batches through the graph, segment by segment.
+
+    With `edit`, a segment is run to take its statistics, its weights are edited, and it is run
+    again with the new ones, so that later segments see what the edit did (the order of Wanda,
+    Sun et al. 2306.11695, section 3, and of SparseGPT). Without, one run of each suffices.
+
+    Parameters
+    ----------
+    program, matrices, calibration, kind, track
+        As in `observe`.
+    edit
+        Makes new weights of a segment's statistics, which are then dropped; without it they are
+        all kept.
+    replay
+        Whether later segments see what the edit did, or the program as it is.
+    memory
+        The most bytes that statistics may take at once. A segment whose statistics take more is
+        run several times, each time for some of its matrices.
+
+    Raises
+    ------
+    CalibrationError
+        When the batches do not fit the program, or a statistic is not finite; before anything is
+        run, when the statistics of a weight (without `edit`, of all) do not fit into `memory`.
+    """
+    calibration.check(program)
+    parts = segments(program, matrices)
+    bound = None if edit is None else memory
+    shares = [_shares(nodes, matrices, kind, bound) for nodes in parts]
+    sums = [statistics_bytes(share, kind) for each in shares for share in each]
+    most = sum(sums) if edit is None else max(sums)
+    _fit("all matrices together", most, memory)
+    runs = Run.all(program, unpadded(calibration))
+    changed: dict[str, Tensor] = {}
+    statistics: Statistics = {}
+    peak = kept = 0
+    for nodes, divided in track(list(zip(parts, shares, strict=True)), "walking the graph"):
+        again = edit is not None and replay and bool(divided[0])
+        new: dict[str, Tensor] = {}
+        for share in divided:
+            firsts = _firsts(share)
+            empty = {key: InputStatistics.empty(m, kind) for key, m in firsts.items()}
+            found = {m.name: empty[_inputs(m)] for m in share}
+            trial = again or share is not divided[-1]
+            taken = kept + statistics_bytes(share, kind)
+            resting = sum(run.bytes() for run in runs)
+            for run in runs:
+                resting -= run.bytes()
+                held = run.copied(nodes) if trial else run.values
+                _count(run, nodes, held, firsts.values(), found)
+                peak = max(peak, taken + resting + run.bytes(held))
+                if not trial:
+                    run.forget(nodes)
+                resting += run.bytes()
+            _check(found)
+            if edit is None:
+                statistics |= found
+                kept = taken
+            elif share:
+                new |= edit(nodes, share, found)
+        changed |= new
+        for run in runs if again else ():
+            run.replace(new)
+            run.advance(nodes)
+    return Walk(changed, statistics, peak, most)
+
+
+def _count(
+    run: Run,
+    nodes: Sequence[fx.Node],
+    values: dict[fx.Node, Any],
+    matrices: Iterable[Matrix],
+    found: Statistics,
+) -> None:
+    """Run `nodes`, and count the inputs of `matrices` in."""
+    by_node: dict[fx.Node, list[tuple[Matrix, Use]]] = {}
+    for matrix in matrices:
+        for use in matrix.uses:
+            by_node.setdefault(use.node, []).append((matrix, use))
+    for node in nodes:
+        for matrix, use in by_node.get(node, ()):
+            for part, rows in use.rows(values):
+                found[matrix.name].add(part, rows)
+        run.step(node, values)
+
+
+def _shares(
+    nodes: Sequence[fx.Node], matrices: Sequence[Matrix], kind: Kind, memory: int | None
+) -> list[list[Matrix]]:
+    """The matrices that `nodes` use, divided so that the statistics of each share fit.
+
+    Those of one weight stay together. There is one share at least, which may be empty.
+    """
+    inside = set(nodes)
+    by_weight: dict[str, list[Matrix]] = {}
+    for matrix in matrices:
+        if matrix.uses[0].node in inside:
+            by_weight.setdefault(matrix.weight, []).append(matrix)
+    shares: list[list[Matrix]] = [[]]
+    for weight, held in by_weight.items():
+        _fit(weight, statistics_bytes(held, kind), memory)
+        if memory is not None and statistics_bytes(shares[-1] + held, kind) > memory:
+            shares.append([])
+        shares[-1] += held
+    return shares
+
+
+def statistics_bytes(matrices: Sequence[Matrix], kind: Kind) -> int:
+    """What the statistics of all `matrices` take together."""
+    return sum(InputStatistics.needed(matrix, kind) for matrix in _firsts(matrices).values())
+
+
+def _firsts(matrices: Sequence[Matrix]) -> dict[Hashable, Matrix]:
+    """The first of the matrices that have the same inputs, such as those of q, k and v."""
+    return {_inputs(matrix): matrix for matrix in reversed(matrices)}
+
+
+def _inputs(matrix: Matrix) -> Hashable:
+    """Equal for matrices with the same inputs."""
+    if all(use.node.target is torch.ops.aten.linear.default for use in matrix.uses):
+        return tuple(use.source for use in matrix.uses)
+    return matrix
+
+
+def _fit(what: str, needed: int, memory: int | None) -> None:
+    if memory is not None and needed > memory:
+        raise CalibrationError(
+            f"{what}: the statistics take {needed / 2**20:.4g} MiB, and {memory / 2**20:.4g} MiB "
+            "are allowed"
+        )
+
+
+def _check(statistics: Statistics) -> None:
+    for name, each in statistics.items():
+        if not bool(torch.isfinite(each.squares).all()):
+            raise CalibrationError(f"{name}: its inputs on the calibration data are not finite")
+
+
+def damped(gram: Tensor, damp: float) -> Tensor:
+    """`gram`, ``[in, in]``, with `damp` times the mean of its diagonal added to the diagonal."""
+    mean = gram.diagonal().mean().clamp(min=1e-30)
+    return gram + torch.eye(len(gram), dtype=gram.dtype) * damp * mean
+
+
+# -- keeping them ----------------------------------------------------------------------------------
+
+
+def save_statistics(
+    statistics: Statistics,
+    path: str | PathLike[str],
+    program: Program,
+    calibration: Calibration | None = None,
+) -> None:
+    """Write statistics as a safetensors file that knows which program and data they are of.
+
+    Raises
+    ------
+    OutputError
+        When the file exists or cannot be written.
+    """
+    shared: dict[int, list[str]] = {}
+    for name, each in statistics.items():
+        shared.setdefault(id(each), []).append(name)
+    tensors = {
+        f"{_AND.join(names)}:{key}": value
+        for names in shared.values()
+        for key, value in vars(statistics[names[0]]).items()
+        if value is not None
+    }
+    save_measured(path, _WHAT, tensors, program, calibration)
+
+
+def load_statistics(
+    path: str | PathLike[str], program: Program, calibration: Calibration | None = None
+) -> Statistics:
+    """Read what `save_statistics` wrote.
+
+    Raises
+    ------
+    CalibrationError
+        When the file is no such file, or is of another program, other weights, or data that are
+        not those of `calibration`.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_measured(path, _WHAT, program, calibration).items():
+        names, _, part = key.rpartition(":")
+        found.setdefault(names, {})[part] = tensor
+    statistics: Statistics = {}
+    for names, parts in found.items():
+        statistics |= dict.fromkeys(names.split(_AND), InputStatistics(**parts))
+    _check(statistics)
+    return statistics
+
+
+def kept_statistics(
+    path: str | PathLike[str],
+    program: Program,
+    matrices: Sequence[Matrix],
+    calibration: Calibration | None,
+    kind: Kind = "moments",
+    track: Track = silent,
+    memory: int | None = None,
+) -> Statistics:
+    """Those of the file at `path`, or, where there is none, `observe`, written there.
+
+    Raises
+    ------
+    CalibrationError
+        As `load_statistics` and `observe`; when the file lacks a matrix or the products of pairs;
+        when there is neither file nor data.
+    OutputError
+        When the file cannot be written; asked before anything is run.
+    """
+    _fit("all matrices together", statistics_bytes(matrices, kind), memory)
+    if not Path(path).exists():
+        if calibration is None:
+            raise CalibrationError(f"{path} does not exist, and no calibration data was given")
+        with staged_file(path) as staged:  # first, so that a place that is none costs no work
+            found = observe(program, matrices, calibration, kind, track)
+            save_statistics(found, staged, program, calibration)
+        return found
+    found = load_statistics(path, program, calibration)
+    for matrix in matrices:
+        if matrix.name not in found:
+            raise CalibrationError(f"{path} lacks the statistics of {matrix.name}")
+        if kind == "gram" and found[matrix.name].gram is None:
+            raise CalibrationError(
+                f"{path} holds no products of pairs of the inputs of {matrix.name}"
+            )
+    return {matrix.name: found[matrix.name] for matrix in matrices}

@@ -1,0 +1,53 @@
+"""Scores in a file, so that another budget costs no second look at the data."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+from graphprune.calibration.cache import load_measured, save_measured
+from graphprune.criteria.base import Evidence, Scores, check_scores, criterion
+from graphprune.errors import CalibrationError
+from graphprune.io.atomic import staged_file
+
+
+def kept_scores(path: str | PathLike[str], name: str, evidence: Evidence) -> Scores:
+    """The scores of criterion `name` from the file at `path`, or, where there is none, computed.
+
+    What is computed is checked and written there. A file serves every budget and selection on the
+    same weights, for groups that are among those it was made for.
+
+    Parameters
+    ----------
+    path
+        A safetensors file, read where it exists, else made.
+    name
+        Of the criterion.
+    evidence
+        What it looks at. Without calibration data a file that exists is taken as it is.
+
+    Raises
+    ------
+    CalibrationError
+        When the file is no such file; is of another program, other weights, other data, another
+        criterion, aggregate or seed; or lacks a group.
+    SelectionError
+        When scores are missing, misshapen or not finite.
+    OutputError
+        When the file cannot be written; asked before anything is scored.
+    """
+    options = {"criterion": name, "aggregate": evidence.aggregate, "seed": evidence.seed}
+    held = criterion(name)
+    # What looks at no data does not depend on it.
+    data = evidence.calibration if held.requires_calibration else None
+    if not Path(path).exists():
+        with staged_file(path) as staged:  # first, so that a place that is none costs no work
+            scores = held.scores(evidence)
+            check_scores(scores, evidence)
+            save_measured(staged, "scores", scores, evidence.program, data, **options)
+        return scores
+    scores = load_measured(path, "scores", evidence.program, data, **options)
+    if lacking := [group.name for group in evidence.groups if group.name not in scores]:
+        raise CalibrationError(f"{path} lacks the scores of {lacking[0]}")
+    check_scores(scores, evidence)
+    return {group.name: scores[group.name] for group in evidence.groups}

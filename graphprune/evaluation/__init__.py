@@ -1,0 +1,1 @@
+"""How good a program is: perplexity, ablation, sweeps over sizes."""

@@ -1,0 +1,474 @@
+"""Ablation: what a model loses by each unit, and by all units of a group but one.
+
+The study of Michel et al., Are Sixteen Heads Really Better than One? (1905.10650, tables 1 to 3),
+for the units of any group. A unit is removed by the masked reference (`verification`), which
+equals its removal, so that the graph is captured and analysed once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from os.path import commonprefix
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from scipy.special import stdtr
+from torch import Tensor
+
+from graphprune.analysis.coupling import Coupling, Group
+from graphprune.analysis.matrices import Matrix
+from graphprune.calibration.data import LABELS, task_loss
+from graphprune.criteria import Evidence
+from graphprune.errors import EvaluationError, SelectionError
+from graphprune.evaluation.perplexity import why_not_causal
+from graphprune.io.atomic import as_json
+from graphprune.io.progress import Maker, counted
+from graphprune.ir.program import PAST, PRESENT, Program
+from graphprune.plan.plan import Cut, Plan, Step
+from graphprune.report import plots as pictures
+from graphprune.selection.selector import target_groups
+from graphprune.transforms.heads.layout import sites_of
+from graphprune.verification.verify import masked
+
+if TYPE_CHECKING:
+    from rich.console import Group as Shown
+
+HEADS = "heads"
+"""The target that means the query heads of every attention."""
+
+SINGLES = 64
+"""Units of a group that are removed one by one; those of a larger group go in so many runs."""
+
+SIGNIFICANT = 0.01
+"""The p below which an effect counts, as in the paper."""
+
+_COLUMNS = 10
+"""A table shows every effect where no group has more than this."""
+
+Run = Callable[..., Mapping[str, Tensor]]
+Batch = Mapping[str, Tensor]
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What happened when units went, or all others did.
+
+    Parameters
+    ----------
+    units
+        The first of the units and the one after the last, counted over all parents.
+    difference
+        How much larger the loss became.
+    error
+        Standard error of the difference, from the samples' paired differences; None for one sample.
+    p
+        How probable so large a difference would be, either way, if there were none (Student's t of
+        the paired differences; nothing is corrected for the number of units).
+    """
+
+    units: Span
+    difference: float
+    error: float | None
+    p: float | None
+
+    @property
+    def significant(self) -> bool:
+        """Whether the difference is more than chance."""
+        return self.p is not None and self.p < SIGNIFICANT
+
+    @property
+    def text(self) -> str:
+        """Which units: ``3``, or ``0-6``."""
+        first, end = self.units
+        return str(first) if end - first == 1 else f"{first}-{end - 1}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """The effects in one group.
+
+    Parameters
+    ----------
+    group, role
+        The group, or the weight that reads the heads of one attention of several that share them.
+    shape
+        Sizes of its parents, and its own; units are counted row-major.
+    removed
+        What the removal of each unit, or of each run of units, does.
+    kept
+        What the removal of all others does, for the best to keep. It is chosen on every other
+        sample, and its effect is that on the rest. None where it was not asked for, or fewer units
+        would be left than are chosen at once.
+    """
+
+    group: str
+    role: str
+    shape: tuple[int, ...]
+    removed: tuple[Effect, ...]
+    kept: Effect | None
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The result of `sensitivity`; printable by rich.
+
+    Parameters
+    ----------
+    measure
+        What the loss is.
+    loss
+        That of the whole program.
+    samples
+        How many samples it is a mean over.
+    rows
+        One for every group.
+    """
+
+    measure: str
+    loss: float
+    samples: int
+    rows: tuple[Row, ...]
+
+    def to_json(self) -> str:
+        """The effects as JSON text; what is not finite is null."""
+        return as_json({"format": 1, **asdict(self)}, indent=1)
+
+    def picture(self, path: Path) -> None:
+        """Draw the effects as a heat map, a row for each group.
+
+        Raises
+        ------
+        OutputError
+            When the name of the file says no format.
+        """
+        _, names = self._names()
+        values = ([effect.difference for effect in row.removed] for row in self.rows)
+        alone = [row.kept.difference if row.kept else None for row in self.rows]
+        single = all(math.prod(row.shape) == len(row.removed) for row in self.rows)
+        pictures.heat_map(
+            path,
+            dict(zip(names, values, strict=True)),
+            beside=alone if any(row.kept for row in self.rows) else (),
+            titles=(f"change of the {self.measure}\nwithout it", "without\nall others"),
+            columns="unit" if single else "run of units",
+        )
+
+    def _names(self) -> tuple[str, list[str]]:
+        """The names of all groups with ``*`` for what differs, and that of each."""
+        names = [row.group for row in self.rows]
+        if len(names) == 1:
+            return names[0], [""]
+        start, end = commonprefix(names), commonprefix([name[::-1] for name in names])[::-1]
+        start = start[: max(start.rfind("."), start.rfind(":")) + 1]
+        marks = [at for at in (end.find("."), end.find(":")) if at >= 0]
+        end = end[min(marks) :] if marks else ""
+        return f"{start}*{end}", [name.removeprefix(start).removesuffix(end) for name in names]
+
+    def __rich__(self) -> Shown:
+        """The table for a terminal."""
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Group as Shown
+        from rich.table import Table
+        from rich.text import Text
+
+        title, names = self._names()
+        wide = max(len(row.removed) for row in self.rows)
+        every = wide <= _COLUMNS
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        table.add_column("", overflow="fold")
+        titles = map(str, range(wide)) if every else ("runs", "least", "median", "most")
+        for each in (*titles, "free", *(["best alone"] if any(r.kept for r in self.rows) else [])):
+            table.add_column(each, justify="right", no_wrap=True)
+        for name, row in zip(names, self.rows, strict=True):
+            free = sum(not e.significant or e.difference <= 0 for e in row.removed)
+            cells = [*map(_cell, row.removed)] if every else _summary(row)
+            cells += [""] * (wide - len(cells)) if every else []
+            alone = [f"{row.kept.text}: {_cell(row.kept)}"] if row.kept else []
+            table.add_row(*map(Text, (name, *cells, f"{free} of {len(row.removed)}", *alone)))
+        return Shown(
+            Text(
+                f"{self.measure} {self.loss:.4f} over {self.samples} samples; how much it grows "
+                f"without each unit of {title}:"
+            ),
+            table,
+            Text(
+                f"* differs from no change at p < {SIGNIFICANT:g} (paired over samples)\n"
+                "free: units whose removal makes it no worse at that p, each by itself"
+            ),
+        )
+
+
+def sensitivity(
+    coupling: Coupling,
+    batches: Sequence[Batch],
+    target: str = HEADS,
+    *,
+    blocks: int | None = None,
+    keep_one: bool = True,
+    progress: Maker | None = None,
+) -> Sensitivity:
+    """Remove the units of groups one after the other, each from the whole program.
+
+    The loss is cross entropy where batches hold ``labels`` beside the inputs, as
+    `calibration.data.task_loss` takes them; the next-token loss of a causal language model;
+    and for any other program how far its output moves from that of the whole one: the
+    Kullback-Leibler divergence of ``logits``, or the relative squared change.
+
+    Parameters
+    ----------
+    coupling
+        The analysis of the program.
+    batches
+        Inputs by name, the first dimension of each the samples.
+    target
+        "heads": every query head of every attention, under whichever KV head it is; where several
+        attentions have to lose the same heads, those of each by themselves. Otherwise what
+        `graphprune.selection.selector.target_groups` takes.
+    blocks
+        In how many runs of neighbours the units of each group go; by default one by one, and a
+        group of more than `SINGLES` units in so many runs.
+    keep_one
+        Whether to also remove all but one.
+    progress
+        What makes a progress bar.
+
+    Returns
+    -------
+    Sensitivity
+        Effects in the unit of the loss: nats, or parts of the whole output's square.
+
+    Raises
+    ------
+    SelectionError
+        When nothing matches `target`, or `blocks` would remove more units than can go.
+    EvaluationError
+        When the loss of the whole program is not finite, or there are no batches.
+
+    References
+    ----------
+    Michel et al., 1905.10650, sections 3.2 and 3.3.
+    """
+    program = coupling.program
+    if not batches:
+        raise EvaluationError("there are no batches to measure the loss on")
+    parts = [(part, part.runs(blocks)) for part in _parts(coupling, target)]
+    measure, loss = _loss(program, batches)
+    whole = _losses(program, batches, loss)
+    if not bool(torch.isfinite(whole).all()):
+        raise EvaluationError("the loss of the whole program is not finite")
+
+    def effects(part: _Part, runs: Sequence[Span], keep: bool) -> Iterator[tuple[Span, Tensor]]:
+        for run in runs:
+            without = part.without([(run[0] <= at < run[1]) != keep for at in range(part.total)])
+            yield run, _losses(without, batches, loss) - whole
+            advance(1)
+
+    rows = []
+    total = sum(len(runs) for _, runs in parts) * (1 + keep_one)
+    with counted(progress, "removing units", total=total) as advance:
+        for part, runs in parts:
+            removed = tuple(_effect(*each) for each in effects(part, runs, False))
+            enough = [run for run in runs if run[1] - run[0] >= part.group.least]
+            kept = _best(list(effects(part, enough, True))) if keep_one else None
+            rows.append(Row(part.name, part.group.role, part.shape, removed, kept))
+    return Sensitivity(measure, float(whole.mean()), len(whole), tuple(rows))
+
+
+def text_batches(program: Program, windows: Tensor, batch_size: int) -> list[dict[str, Tensor]]:
+    """What `program` takes, made of windows of tokens ``[windows, length]``.
+
+    An encoder and a decoder get the same windows.
+
+    Raises
+    ------
+    EvaluationError
+        When it takes something that cannot be made of them, naming it.
+    """
+    ids = [value.name for value in program.inputs if value.name.endswith("input_ids")]
+    batches = [dict.fromkeys(ids, chunk) for chunk in windows.split(batch_size)]
+    missing = [
+        value.name
+        for value in program.inputs
+        if not value.name.startswith(PAST) and not value.name.endswith(("_ids", "attention_mask"))
+    ]
+    if missing or not ids:
+        wanted = (missing or [value.name for value in program.inputs])[0]
+        raise EvaluationError(f"the program takes {wanted!r}, which cannot be made of a text")
+    return batches
+
+
+# -- which units go -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What loses units: a group, or what one matrix reads of a group that attentions share."""
+
+    coupling: Coupling
+    group: Group
+    reader: tuple[Matrix, Tensor] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.group.name if self.reader is None else self.reader[0].weight
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.coupling.sizes(self.group)
+
+    @property
+    def total(self) -> int:
+        return math.prod(self.shape)
+
+    def runs(self, blocks: int | None) -> list[Span]:
+        """Runs of neighbouring units, counted over all parents."""
+        count = min(self.total, SINGLES if blocks is None else max(blocks, 1))
+        bounds = [self.total * at // count for at in range(count + 1)]
+        runs = list(itertools.pairwise(bounds))
+        stay = self.total - max(end - first for first, end in runs)
+        if stay < self.group.least:
+            raise SelectionError(
+                f"{self.name}: {self.group.least} of its {self.total} units must stay, and "
+                f"{count} blocks leave {stay}"
+            )
+        return runs
+
+    def without(self, lost: Sequence[bool]) -> Run:
+        """The program without some units, counted over all parents."""
+        program = self.coupling.program
+        if self.reader is not None:
+            matrix, units = self.reader
+            gone = torch.tensor([*lost, False])[units]  # -1 is a column of no unit
+            weight = program.weights[matrix.weight]
+            clear = matrix.read(weight).masked_fill(gone[:, None], 0)
+            return program.with_weights({matrix.weight: matrix.write(weight, clear)})
+        units_of: dict[tuple[int, ...], list[int]] = {}
+        for (*place, unit), goes in zip(
+            itertools.product(*map(range, self.shape)), lost, strict=True
+        ):
+            if goes:
+                units_of.setdefault(tuple(place), []).append(unit)
+        group, cut_units = self.group, {at: tuple(units) for at, units in units_of.items()}
+        cut = Cut(group.name, group.size, group.role, cut_units, group.parents, group.members)
+        plan = Plan((Step(program.fingerprint(), (cut,)),))
+        return masked(program, plan, self.coupling.types)
+
+
+def _parts(coupling: Coupling, target: str) -> list[_Part]:
+    if target != HEADS:
+        return [_Part(coupling, group) for group in target_groups(coupling, target)]
+    heads = [group for group in coupling.groups if group.role in ("kv-head", "query-slot")]
+    if not heads:
+        roles = ", ".join(sorted({group.role for group in coupling.groups})) or "none"
+        raise SelectionError(f"the program has no heads that can be pruned; its groups are {roles}")
+    parents = {parent for group in heads for parent in group.parents}
+    return [
+        part
+        for group in heads
+        if group.name not in parents
+        for part in _by_attention(coupling, group)
+    ]
+
+
+def _by_attention(coupling: Coupling, group: Group) -> list[_Part]:
+    """A part for each attention of those that have to lose the same heads, as by a shared bias."""
+    if len(sites_of(coupling.types, coupling.atom(group.name))) < 2:
+        return [_Part(coupling, group)]
+    readers = Evidence(coupling.program, coupling, [group]).consumers(HEADS)[group.name]
+    return [_Part(coupling, group, reader) for reader in readers]
+
+
+# -- losses ---------------------------------------------------------------------------------------
+
+
+def _loss(
+    program: Program, batches: Sequence[Batch]
+) -> tuple[str, Callable[[Mapping[str, Tensor], Batch], Tensor]]:
+    """What the loss is called, and its values for the samples of a batch, ``[samples]``."""
+    if all(LABELS in batch for batch in batches):
+        return "cross entropy", _cross_entropy
+    if "decoder_input_ids" not in batches[0] and not why_not_causal(program):
+        return "next-token loss", _cross_entropy
+    if any(value.name == "logits" for value in program.outputs):
+        return "divergence", lambda outputs, batch: _divergence(
+            outputs["logits"], _run(program, batch)["logits"]
+        )
+    name = next(
+        value.name
+        for value in program.outputs
+        if value.dtype.is_floating_point and not value.name.startswith(PRESENT)
+    )
+    return f"relative squared change of {name}", lambda outputs, batch: _change(
+        outputs[name], _run(program, batch)[name]
+    )
+
+
+@torch.no_grad()
+def _losses(
+    run: Run, batches: Sequence[Batch], loss: Callable[[Mapping[str, Tensor], Batch], Tensor]
+) -> Tensor:
+    """``[samples]``, float64."""
+    return torch.cat([loss(_run(run, batch), batch) for batch in batches]).double()
+
+
+def _run(run: Run, batch: Batch) -> Mapping[str, Tensor]:
+    return run(**{name: tensor for name, tensor in batch.items() if name != LABELS})
+
+
+def _cross_entropy(outputs: Mapping[str, Tensor], batch: Batch) -> Tensor:
+    logits = outputs["logits"]
+    rows = [slice(row, row + 1) for row in range(len(logits))]
+    return torch.stack(
+        [task_loss(logits[at], {name: held[at] for name, held in batch.items()}) for at in rows]
+    )
+
+
+def _divergence(found: Tensor, whole: Tensor) -> Tensor:
+    before, after = whole.float().log_softmax(-1), found.float().log_softmax(-1)
+    each = (before.exp() * (before - after)).sum(-1)
+    return each.reshape(len(each), -1).mean(1)
+
+
+def _change(found: Tensor, whole: Tensor) -> Tensor:
+    return (found - whole).square().flatten(1).sum(1) / whole.square().flatten(1).sum(1)
+
+
+# -- effects --------------------------------------------------------------------------------------
+
+
+def _effect(run: Span, differences: Tensor) -> Effect:
+    mean, count = float(differences.mean()), len(differences)
+    if count == 1:
+        return Effect(run, mean, None, None)
+    error = float(differences.std()) / math.sqrt(count)
+    if not math.isfinite(error):
+        return Effect(run, mean, None, None)
+    if error == 0:
+        return Effect(run, mean, error, float(mean == 0))
+    return Effect(run, mean, error, float(2 * stdtr(count - 1, -abs(mean / error))))
+
+
+def _best(kept: Sequence[tuple[Span, Tensor]]) -> Effect | None:
+    """The best run to keep, chosen on every other sample and measured on the rest."""
+    if not kept:
+        return None
+    run, differences = min(kept, key=lambda each: float(each[1][::2].mean()))
+    return _effect(run, differences[1::2] if len(differences) > 1 else differences)
+
+
+def _cell(effect: Effect) -> str:
+    return f"{effect.difference:+.3f}{'*' if effect.significant else ' '}"
+
+
+def _summary(row: Row) -> list[str]:
+    """How many effects there are, the least, the median and the largest, with the units."""
+    ordered = sorted(row.removed, key=lambda effect: effect.difference)
+    median = statistics.median(effect.difference for effect in ordered)
+    least, most = (f"{effect.text}: {_cell(effect)}" for effect in (ordered[0], ordered[-1]))
+    return [f"{len(ordered)}", least, f"{median:+.3f}", most]

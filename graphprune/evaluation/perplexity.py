@@ -1,0 +1,187 @@
+"""Perplexity: how well a program predicts a text."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphprune.calibration.data import (
+    TokenizerLike,
+    beyond_vocabulary,
+    next_token_loss,
+    predicted,
+    token_batch,
+    tokenize,
+)
+from graphprune.errors import EvaluationError
+from graphprune.io.progress import Maker, counted, maker
+from graphprune.io.text_sources import read_documents
+from graphprune.ir.program import Program
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """What `perplexity` measured.
+
+    Parameters
+    ----------
+    perplexity
+        ``exp(loss)``.
+    loss
+        Mean negative log-likelihood of the predicted tokens, in nats.
+    tokens
+        How many tokens were predicted.
+    length
+        Tokens of each window.
+    sha256
+        A digest of the windows: equal for two programs measured on the same tokens.
+    """
+
+    perplexity: float
+    loss: float
+    tokens: int
+    length: int
+    sha256: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name."""
+        return asdict(self)
+
+
+def perplexity(
+    program: Program,
+    text: str | PathLike[str],
+    tokenizer: TokenizerLike,
+    *,
+    length: int = 256,
+    batch_size: int = 4,
+    max_tokens: int | None = None,
+    progress: bool | Maker = False,
+) -> Perplexity:
+    """The perplexity of a causal language model on a text.
+
+    The text is cut into windows of `length` tokens that do not overlap, and what is left over at
+    the end is not used. In every window each token after the first is predicted from those before.
+
+    Parameters
+    ----------
+    program
+        A causal language model, with ``input_ids`` in and ``logits`` out.
+    text
+        A file (UTF-8, or JSON lines with a field ``text``), or the text itself if it holds a space
+        or line break and no file has that name.
+    tokenizer
+        The model's transformers tokenizer, or the directory that holds it.
+    length
+        Tokens of each window.
+    batch_size
+        Windows that are run at once.
+    max_tokens
+        Use no more than the first so many tokens of the text.
+    progress
+        Whether to show a progress bar, or what makes one.
+
+    Raises
+    ------
+    EvaluationError
+        When the program is no causal language model, the text cannot be read or is too short for
+        one window, or a window is too long for the model.
+    """
+    if problem := why_not_causal(program):
+        raise EvaluationError(f"perplexity needs a causal language model{problem}")
+    windows = text_windows(program, text, tokenizer, length=length, max_tokens=max_tokens)
+    show = maker() if progress is True else (progress or None)
+    total, count = 0.0, 0
+    with counted(show, "measuring perplexity", total=len(windows)) as advance:
+        for chunk in windows.split(batch_size):
+            batch = token_batch(chunk)
+            tokens = int(predicted(batch).sum())
+            total += next_token_loss(program(**batch)["logits"], batch).item() * tokens
+            count += tokens
+            advance(len(chunk))
+    loss = total / count
+    digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+    return Perplexity(_exp(loss), loss, count, length, digest)
+
+
+def text_windows(
+    program: Program,
+    text: str | PathLike[str],
+    tokenizer: TokenizerLike,
+    *,
+    length: int = 256,
+    max_tokens: int | None = None,
+) -> Tensor:
+    """The windows of a text that `perplexity` measures, ``[windows, length]``.
+
+    Raises
+    ------
+    EvaluationError
+        When the text cannot be read or is too short for one window, or a window is too long for
+        the model.
+    """
+    _check_length(program, length)
+    ids = tokenize(_documents(text), tokenizer, EvaluationError)[:max_tokens]
+    if len(ids) < length:
+        limit = "" if max_tokens is None or max_tokens >= length else f" of {max_tokens} allowed"
+        raise EvaluationError(f"the text has {len(ids)} tokens{limit}; a window takes {length}")
+    if problem := beyond_vocabulary(program, ids):
+        raise EvaluationError(problem)
+    return ids[: len(ids) // length * length].view(-1, length)
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < math.log(float("1e308")) else math.inf
+
+
+def _documents(text: str | PathLike[str]) -> list[str]:
+    if not isinstance(text, str) or not any(map(str.isspace, text)) or _is_file(text):
+        return read_documents(text, EvaluationError)
+    if not text.strip():
+        raise EvaluationError("the text is empty")
+    return [text]
+
+
+def _is_file(text: str) -> bool:
+    # No file system has names of a thousand characters, and some raise when asked.
+    return len(text) < 1000 and "\n" not in text and Path(text).is_file()
+
+
+def why_not_causal(program: Program) -> str:
+    """What a program lacks of a causal language model, to follow the words; "" for nothing."""
+    inputs = {value.name for value in program.inputs}
+    logits = next((value for value in program.outputs if value.name == "logits"), None)
+    if "input_ids" not in inputs or logits is None or len(logits.shape) != 3:
+        return (
+            ": input_ids in and logits [batch, length, vocabulary] out; this one takes "
+            f"{', '.join(sorted(inputs))}"
+        )
+    if not program.is_decoder and not _looks_back_only(program):
+        return "; in this one a token's logits depend on the tokens after it"
+    return ""
+
+
+def _looks_back_only(program: Program) -> bool:
+    """Whether logits stay when a later token changes."""
+    # A decoder captured without its cache has nothing in its graph that says so.
+    ids = torch.zeros((2, 6), dtype=torch.int64)
+    ids[1, -1] = 1
+    logits = program(**token_batch(ids))["logits"][:, :-1]
+    return torch.allclose(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+
+
+def _check_length(program: Program, length: int) -> None:
+    if length < 2:
+        raise EvaluationError(f"a window needs two tokens at least, not {length}")
+    if program.source is None:
+        return
+    longest = getattr(program.source.config, "max_position_embeddings", None)
+    if isinstance(longest, int) and length > longest:
+        raise EvaluationError(f"a window of {length} tokens is longer than the model's {longest}")

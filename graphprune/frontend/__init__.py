@@ -1,0 +1,1 @@
+"""Turns an `nn.Module` into a program in canonical form."""

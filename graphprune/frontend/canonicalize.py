@@ -1,0 +1,337 @@
+"""The form in which a captured graph is analysed: it only computes, and every size is spelled out.
+
+What the code of a model computes from constants alone, such as the slopes of ALiBi from a number of
+heads, becomes a constant of the program: a tensor whose axes can lose units as those of a weight
+can.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.frontend.complex_to_real import write_in_reals
+from graphprune.ir.nodes import arguments_of, made_from, valued
+
+_ATEN = torch.ops.aten
+
+_CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "_assert_async")
+"""Operators that only check; they tie a graph to one device and type and compute nothing."""
+
+_COUNTING = {
+    _ATEN.arange.default,
+    _ATEN.arange.start,
+    _ATEN.arange.start_step,
+    _ATEN.linspace.default,
+    _ATEN.eye.default,
+    _ATEN.eye.m,
+    _ATEN.tril_indices.default,
+    _ATEN.triu_indices.default,
+}
+"""Operators whose values tell their places."""
+
+_ALIASES = {
+    "absolute": "abs",
+    "arctan2": "atan2",
+    "clip": "clamp",
+    "concat": "cat",
+    "concatenate": "cat",
+    "divide": "div",
+    "fix": "trunc",
+    "greater": "gt",
+    "greater_equal": "ge",
+    "less": "lt",
+    "less_equal": "le",
+    "linalg_matmul": "matmul",
+    "multiply": "mul",
+    "negative": "neg",
+    "not_equal": "ne",
+    "special_expit": "sigmoid",
+    "subtract": "sub",
+    "true_divide": "div",
+}
+"""Operators that are others by another name, overload by overload."""
+
+_LARGEST = 1 << 22
+"""Elements that a constant may have."""
+
+Values = Mapping[fx.Node, Tensor]
+
+
+def canonicalize(
+    graph: fx.Graph, constants: Values, dynamic: Collection[int] = ()
+) -> dict[fx.Node, Tensor]:
+    """Bring `graph` into its canonical form.
+
+    Parameters
+    ----------
+    graph
+        A graph as `torch.export` made it, whose placeholders of weights come first; edited.
+    constants
+        Placeholders of constants -> their values.
+    dynamic
+        Sizes that stand for dynamic ones: what has one of them is no constant.
+
+    Returns
+    -------
+    dict
+        New placeholders, which are the first of the graph, -> the constants that they stand for.
+    """
+    _erase_checks(graph)
+    _erase_unused(graph)
+    _rename(graph)
+    write_in_reals(graph)
+    _write_down_sizes(graph)
+    values = _evaluate(graph, constants, dynamic)
+    for node in list(graph.nodes):
+        if node.op == "call_function":
+            _spell_out(node, values)
+    _make_apart(graph)
+    lifted = _lift(graph, values)
+    _erase_unused(graph)
+    return lifted
+
+
+def _erase_checks(graph: fx.Graph) -> None:
+    """Erase checks, and let constants made while captured on meta be made on the CPU."""
+    meta, cpu = torch.device("meta"), torch.device("cpu")
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if any(name in str(node.target) for name in _CHECKS):
+            graph.erase_node(node)
+            continue
+        if any(
+            arg == meta
+            for arg in (*node.args, *node.kwargs.values())
+            if isinstance(arg, torch.device)
+        ):
+            node.args = tuple(cpu if arg == meta else arg for arg in node.args)
+            node.kwargs = {k: cpu if v == meta else v for k, v in node.kwargs.items()}
+
+
+def _write_down_sizes(graph: fx.Graph) -> None:
+    """Let a size that turned out to be fixed be a number, which does not change with a tensor."""
+    numbers: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        if not numbers.keys().isdisjoint(node.all_input_nodes):
+            node.args, node.kwargs = fx.map_arg(
+                (node.args, node.kwargs), lambda other: numbers.get(other, other)
+            )
+        size = node.meta.get("val")
+        fixed = isinstance(size, torch.SymInt) and size.node.expr.is_number
+        if node.op == "call_function" and (fixed or type(size) is int):
+            numbers[node] = int(size)
+
+
+def _rename(graph: fx.Graph) -> None:
+    """Call every operator by one name."""
+    for node in graph.nodes:
+        name, _, overload = getattr(node.target, "__name__", "").partition(".")
+        plain = name.removesuffix("_")
+        if isinstance(node.target, torch._ops.OpOverload) and plain in _ALIASES:
+            packet = getattr(_ATEN, _ALIASES[plain] + name[len(plain) :])
+            node.target = getattr(packet, overload)
+
+
+def _erase_unused(graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and not node.users and not _mutates(node):
+            graph.erase_node(node)
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    writes = schema is not None and schema.is_mutable
+    return bool(writes and node.target is not _ATEN.detach_.default)
+
+
+# -- constants ----------------------------------------------------------------------------------
+
+
+def _evaluate(
+    graph: fx.Graph, constants: Values, dynamic: Collection[int]
+) -> dict[fx.Node, Tensor]:
+    """Every node whose value follows from `constants` and from counting alone -> that value."""
+    values = {node: value for node, value in constants.items() if not value.is_meta}
+    for node in graph.nodes:
+        if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor):
+            continue
+        inputs = node.all_input_nodes
+        if not (inputs or node.target in _COUNTING) or not all(each in values for each in inputs):
+            continue
+        if any(map(_mutates, (node, *node.users))) or _is_random(node):
+            continue
+        value = node.meta["val"]
+        if value.numel() <= _LARGEST and not set(map(int, value.shape)) & set(dynamic):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            with torch.no_grad():
+                values[node] = node.target(*args, **kwargs)
+    return values
+
+
+def _is_random(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _lift(graph: fx.Graph, values: Values) -> dict[fx.Node, Tensor]:
+    """Let placeholders stand for the last values that count places and nothing else."""
+    lifted: dict[fx.Node, Tensor] = {}
+    counted: set[fx.Node] = set()
+    first = next(iter(graph.nodes))
+    for node in list(graph.nodes):
+        if node not in values or node.op == "placeholder":
+            continue
+        if node.target in _COUNTING or not counted.isdisjoint(node.all_input_nodes):
+            counted.add(node)
+    for node in counted:
+        if all(user in values for user in node.users):
+            continue
+        with graph.inserting_before(first):
+            placeholder = graph.placeholder(f"c_{node.name}")
+        placeholder.meta = dict(node.meta)
+        node.replace_all_uses_with(placeholder)
+        lifted[placeholder] = values[node].contiguous()
+    return lifted
+
+
+# -- what has no structure of its own --------------------------------------------------------------
+
+_SHAPELESS = {
+    _ATEN.expand.default,
+    _ATEN.full.default,
+    _ATEN.ones.default,
+    _ATEN.zeros.default,
+}
+"""Operators whose result is of any size that is asked for: every use may have one of its own."""
+
+
+def _make_apart(graph: fx.Graph) -> None:
+    """Let every user of what has no structure make its own, so that no two are one through it."""
+    for node in list(graph.nodes):
+        if node.target not in _SHAPELESS or _is_written(node):
+            continue
+        for user in list(node.users)[1:]:
+            with graph.inserting_before(user):
+                own = graph.node_copy(node)
+            user.replace_input_with(node, own)
+
+
+def _is_written(node: fx.Node) -> bool:
+    """Whether `node`, or what may share its memory, is written in place or leaves the graph."""
+    for user in node.users:
+        schema = getattr(user.target, "_schema", None)
+        if user.op == "output" or schema is None or schema.is_mutable:
+            return True
+        views = any(argument.alias_info is not None for argument in schema.arguments)
+        if views and _is_written(user):
+            return True
+    return False
+
+
+# -- sizes --------------------------------------------------------------------------------------
+
+
+_SPLITTING = {_ATEN.split.Tensor, _ATEN.split_with_sizes.default, _ATEN.chunk.default}
+
+
+def _spell_out(node: fx.Node, values: Values) -> None:
+    """Write down what an operator would derive from a size, so that it can follow the size."""
+    if node.target in _SPLITTING:
+        _spell_out_split(node)
+    elif node.target is _ATEN.unbind.int:
+        _take_one_by_one(node, _ATEN.select.int)
+    elif node.target is _ATEN.index.Tensor:
+        _spell_out_index(node, values)
+    elif node.target is _ATEN.scaled_dot_product_attention.default:
+        width = _value(node.args[0]).shape[-1]
+        if node.kwargs.get("scale") is None and isinstance(width, int):
+            node.kwargs = {**node.kwargs, "scale": 1.0 / math.sqrt(width)}
+    elif node.target in (_ATEN.squeeze.default, _ATEN.squeeze.dim, _ATEN.squeeze.dims):
+        _spell_out_squeeze(node)
+    elif node.target is _ATEN._weight_norm.default:
+        _spell_out_weight_norm(node)
+    elif node.target is _ATEN.rms_norm.default:
+        epsilon = node.args[3] if len(node.args) > 3 else node.kwargs.get("eps")
+        if epsilon is None:
+            node.args = node.args[:3]
+            node.kwargs = {**node.kwargs, "eps": torch.finfo(_value(node.args[0]).dtype).eps}
+
+
+def _value(argument: object) -> Tensor:
+    assert isinstance(argument, fx.Node)
+    value = argument.meta["val"]
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _spell_out_split(node: fx.Node) -> None:
+    """Pieces of one size, or so many of them, as pieces of the sizes that they have."""
+    dim: Any = arguments_of(node)["dim"]
+    sizes = [piece.shape[dim] for piece in node.meta["val"]]
+    if all(type(size) is int and size == 1 for size in sizes):
+        _take_one_by_one(node, _ATEN.slice.Tensor)
+    elif all(isinstance(size, int) for size in sizes):
+        node.target = _ATEN.split_with_sizes.default
+        node.args, node.kwargs = (node.args[0], sizes, dim), {}
+
+
+def _take_one_by_one(node: fx.Node, target: Any) -> None:
+    """Single places, each taken by itself: one of them may then go without the others."""
+    given = arguments_of(node)
+    for user in list(node.users):
+        assert user.target is operator.getitem
+        place = user.args[1]
+        end = (place + 1,) if target is _ATEN.slice.Tensor else ()  # type: ignore[operator]
+        user.target, user.args = target, (given["self"], given["dim"], place, *end)
+    node.graph.erase_node(node)
+
+
+def _spell_out_squeeze(node: fx.Node) -> None:
+    """Only dimensions that are of one place now: others may come to be so."""
+    source = _value(node.args[0])
+    given: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", range(source.ndim))
+    dims = [given] if isinstance(given, int) else list(given)
+    dims = [dim for dim in dims if source.ndim and type(source.shape[dim]) is int]
+    dims = [dim for dim in dims if source.shape[dim] == 1]
+    if dims:
+        node.target, node.args, node.kwargs = _ATEN.squeeze.dims, (node.args[0], dims), {}
+    else:
+        node.target, node.args, node.kwargs = _ATEN.alias.default, (node.args[0],), {}
+
+
+def _spell_out_weight_norm(node: fx.Node) -> None:
+    """A direction and a length, as what they are multiplied from."""
+    direction, length, *rest = node.args
+    kept, rank = (rest[0] if rest else node.kwargs.get("dim", 0)), _value(direction).ndim
+    dims = [dim for dim in range(rank) if kept == -1 or dim != kept % rank]  # type: ignore[operator]
+
+    def made(target: Any, *args: Any) -> fx.Node:
+        return valued(made_from(node, target, *args))
+
+    with node.graph.inserting_before(node):
+        norm = made(_ATEN.linalg_vector_norm.default, direction, 2, dims, True)
+        result = made(_ATEN.mul.Tensor, direction, made(_ATEN.div.Tensor, length, norm))
+    node.replace_all_uses_with(result)
+    node.graph.erase_node(node)
+
+
+def _spell_out_index(node: fx.Node, values: Values) -> None:
+    """Neighbouring places that are picked by a constant, as a slice."""
+    source, picks = node.args
+    chosen = [(dim, pick) for dim, pick in enumerate(picks) if pick is not None]  # type: ignore[arg-type]
+    if len(chosen) != 1 or chosen[0][1] not in values:
+        return
+    (dim, pick), size = chosen[0], _value(source).shape[chosen[0][0]]
+    places = values[pick]
+    if places.ndim != 1 or places.dtype != torch.int64 or not isinstance(size, int):
+        return
+    start = int(places[0]) % size if len(places) else 0
+    if len(places) and torch.equal(places % size, torch.arange(start, start + len(places))):
+        node.target = _ATEN.slice.Tensor
+        node.args = (source, dim, start, start + len(places))

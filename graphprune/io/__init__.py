@@ -1,0 +1,1 @@
+"""Files in and out: atomic writes, text sources, progress, the packaged checkpoint."""

@@ -1,0 +1,1 @@
+"""The intermediate representation: programs, their nodes, and running parts of them."""

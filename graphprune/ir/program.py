@@ -1,0 +1,371 @@
+"""The IR: a captured graph of ATen operators together with its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.errors import UsageError
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from torch.export import ExportedProgram
+
+    from graphprune.backends.onnx.export import OnnxReport
+
+Kind = Literal["parameter", "buffer", "derived", "constant"]
+"""A weight is a parameter, a persistent buffer, a buffer that checkpoints do not hold ("derived",
+such as rotary frequencies), or a constant that capture lifted out of the code."""
+
+PAST, PRESENT = "past_key_values.", "present."
+"""Prefixes of the cache inputs and outputs of a decoder."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """An input or output of a program.
+
+    Parameters
+    ----------
+    name
+        As users and ONNX see it, such as ``past_key_values.0.key``.
+    node
+        The name of its node in the graph.
+    shape
+        Sizes; a dynamic size is the name of its symbol.
+    dtype
+        Element type.
+    """
+
+    name: str
+    node: str
+    shape: tuple[int | str, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a program came from: what a back end needs to speak the model's own format.
+
+    Parameters
+    ----------
+    config
+        The transformers config object of the model (never edited).
+    model_class
+        The transformers class.
+    directory
+        The checkpoint directory, whose tokenizer is copied along; None for a model in memory.
+    generation_config
+        The model's generation config, if it has one.
+    stored_dtype
+        Element type of the checkpoint on disk, which may be narrower than the program's.
+    """
+
+    config: Any
+    model_class: type
+    directory: Path | None = None
+    generation_config: Any = None
+    stored_dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A captured model: an ATen graph whose placeholders are its weights, then its inputs.
+
+    A program is never edited; passes return new ones, which share the tensors that did not change.
+
+    Parameters
+    ----------
+    graph_module
+        The graph; its output is a flat tuple.
+    weights
+        Every parameter, buffer and constant by the model's own dotted name, in the order of the
+        placeholders. A tied weight is one entry.
+    kinds
+        The kind of each weight.
+    aliases
+        Tied name -> the name that holds the weight in `weights`.
+    inputs, outputs
+        What goes in and out, in order.
+    source
+        The transformers model behind it, if any.
+    ranges
+        Ranges of the dynamic sizes, as `torch.export` gives them.
+    notes
+        What capture had to leave out, for people.
+    """
+
+    graph_module: fx.GraphModule
+    weights: Mapping[str, Tensor]
+    kinds: Mapping[str, Kind]
+    aliases: Mapping[str, str]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    source: Source | None = None
+    ranges: Mapping[Any, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    # -- looking --------------------------------------------------------------------------------
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The `torch.fx` graph."""
+        return self.graph_module.graph
+
+    @property
+    def is_decoder(self) -> bool:
+        """Whether a KV cache goes in and out."""
+        return any(value.name.startswith(PAST) for value in self.inputs)
+
+    def within(self, symbol: int | str, wanted: int) -> int:
+        """A size for `symbol`, as near to `wanted` as its range allows; a number is itself."""
+        if isinstance(symbol, int):
+            return symbol
+        limits = {str(key): limits for key, limits in self.ranges.items()}.get(symbol)
+        if limits is None:
+            return wanted
+        # A lower limit of 2 only says that torch.export treats 0 and 1 as special.
+        if limits.lower.is_Integer and limits.lower > 2:
+            wanted = max(wanted, int(limits.lower))
+        return min(wanted, int(limits.upper)) if limits.upper.is_Integer else wanted
+
+    def weight_nodes(self) -> Iterator[tuple[str, fx.Node]]:
+        """Every weight's name with its placeholder."""
+        yield from zip(self.weights, self.graph.find_nodes(op="placeholder"), strict=False)
+
+    def input_nodes(self) -> Iterator[tuple[Value, fx.Node]]:
+        """Every input with its placeholder."""
+        placeholders = self.graph.find_nodes(op="placeholder")
+        yield from zip(self.inputs, placeholders[len(self.weights) :], strict=True)
+
+    def output_nodes(self) -> Iterator[tuple[Value, fx.Node]]:
+        """Every output with the node that computes it."""
+        (output,) = self.graph.find_nodes(op="output")
+        yield from zip(self.outputs, output.args[0], strict=True)
+
+    def weight(self, name: str) -> Tensor:
+        """The weight called `name`, which may be a tied name.
+
+        Raises
+        ------
+        UsageError
+            When the program has no such weight.
+        """
+        name = self.aliases.get(name, name)
+        if name not in self.weights:
+            raise UsageError(f"the program has no weight {name!r}")
+        return self.weights[name]
+
+    def parameter_count(self) -> int:
+        """Number of parameters; tied ones count once."""
+        return sum(w.numel() for name, w in self.weights.items() if self.kinds[name] == "parameter")
+
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that one more token takes in the KV cache (0 when there is none)."""
+        total = 0
+        for value in self.inputs:
+            if value.name.startswith(PAST):
+                _, heads, _, width = value.shape
+                total += int(heads) * int(width) * value.dtype.itemsize
+        return total
+
+    def fingerprint(self) -> str:
+        """A digest of the names, kinds and shapes of parameters and buffers, not of their values.
+
+        Plans are made for it; that their groups reach the same slices is checked beside it.
+        """
+        held = {
+            name: (self.kinds[name], *weight.shape)
+            for name, weight in self.weights.items()
+            if self.kinds[name] != "constant"
+        }
+        promised = [value.name for value in (*self.inputs, *self.outputs)]
+        text = repr((sorted(held.items()), sorted(self.aliases.items()), promised))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    # -- running --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(self, *args: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
+        """Run the program; positional arguments follow the order of `inputs`.
+
+        For a decoder the cache may be left out (it is then empty), as may an attention mask (it is
+        then all ones).
+
+        Returns
+        -------
+        dict
+            Tensors by output name.
+
+        Raises
+        ------
+        UsageError
+            When an input is missing or unknown.
+        """
+        named = {value.name: arg for value, arg in zip(self.inputs, args, strict=False)}
+        return self.run(self.weights, {**named, **inputs})
+
+    def run(self, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run the graph on other `weights` of the same shapes, in the caller's grad mode."""
+        outputs = self.graph_module(*self.placed(weights, inputs))
+        return {value.name: out for value, out in zip(self.outputs, outputs, strict=True)}
+
+    def placed(self, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """What the graph's placeholders are, in order: `weights`, and `inputs` filled in."""
+        filled = self.fill(inputs)
+        held = [weights[name] for name in self.weights]
+        return [*held, *(filled[value.name] for value in self.inputs)]
+
+    def fill(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`inputs` with what may be left out filled in.
+
+        Raises
+        ------
+        UsageError
+            When an input is missing or unknown.
+        """
+        names = [value.name for value in self.inputs]
+        if unknown := [name for name in inputs if name not in names]:
+            raise UsageError(f"no input {unknown[0]!r}; the program takes {', '.join(names)}")
+        filled = dict(inputs)
+        batch = next((len(tensor) for tensor in inputs.values() if tensor.ndim), 1)
+        past = 0
+        for value in self.inputs:
+            if not value.name.startswith(PAST):
+                continue
+            if value.name not in filled:
+                rows, heads, held, width = value.shape
+                shape = (
+                    batch if isinstance(rows, str) else rows,
+                    int(heads),
+                    0 if isinstance(held, str) else held,
+                    int(width),
+                )
+                filled[value.name] = torch.zeros(shape, dtype=value.dtype)
+            past = filled[value.name].shape[2]
+        for name in names:
+            if name not in filled and name.endswith("attention_mask"):
+                ids = filled.get(name.replace("attention_mask", "input_ids"))
+                if ids is not None:
+                    ones = (batch, ids.shape[1] + past)
+                    filled[name] = torch.ones(ones, dtype=torch.int64, device=ids.device)
+        if missing := [name for name in names if name not in filled]:
+            raise UsageError(
+                f"input {missing[0]!r} is missing; the program takes {', '.join(names)}"
+            )
+        return filled
+
+    # -- deriving -------------------------------------------------------------------------------
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> Program:
+        """The same graph with some weights replaced by others of the same shape.
+
+        Raises
+        ------
+        UsageError
+            When a name is unknown or a shape differs.
+        """
+        merged = dict(self.weights)
+        for name, tensor in weights.items():
+            if self.weight(name).shape != tensor.shape:
+                raise UsageError(
+                    f"{name} is {tuple(self.weight(name).shape)}, not {tuple(tensor.shape)}"
+                )
+            merged[self.aliases.get(name, name)] = tensor
+        return dataclasses.replace(self, weights=merged)
+
+    def exported(self) -> ExportedProgram:
+        """This program as a `torch.export.ExportedProgram`, sharing its weights."""
+        from graphprune.frontend.capture import as_exported_program
+
+        return as_exported_program(self)
+
+    # -- writing --------------------------------------------------------------------------------
+
+    def save_pretrained(self, directory: str | PathLike[str], **options: Any) -> None:
+        """Write a Hugging Face directory; see `backends.huggingface.save`."""
+        from graphprune.backends.huggingface import save as huggingface
+
+        huggingface.save_pretrained(self, directory, **options)
+
+    def export_onnx(self, path: str | PathLike[str], **options: Any) -> OnnxReport:
+        """Write an ONNX model; see `graphprune.backends.onnx.export.export`."""
+        from graphprune.backends.onnx import export as onnx
+
+        return onnx.export(self, path, **options)
+
+    def save(self, directory: str | PathLike[str]) -> None:
+        """Write an archive that `graphprune.load` reads; see `backends.archive`."""
+        from graphprune.backends.archive import archive
+
+        archive.save(self, directory)
+
+
+def caches_of(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The caches among `outputs`, by the names of the inputs of the next run that take them."""
+    return {
+        PAST + name.removeprefix(PRESENT): tensor
+        for name, tensor in outputs.items()
+        if name.startswith(PRESENT)
+    }
+
+
+def module_path(node: fx.Node) -> str:
+    """The dotted path of the module whose forward made `node` ("" for the model itself)."""
+    stack = node.meta.get("nn_module_stack") or {}
+    # Sizes that export itself reads off have a mark where a module would be.
+    paths = [entry[0] for entry in stack.values() if not entry[0].startswith("_empty_nn_module")]
+    return _without_wrapper(paths[-1]) if paths else ""
+
+
+_LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.|$)")
+
+
+def layer_of(path: str) -> str:
+    """The path of the numbered layer that a dotted path leads into, or "".
+
+    Examples
+    --------
+    >>> layer_of("model.layers.3.mlp"), layer_of("model.norm")
+    ('model.layers.3', '')
+    """
+    found = _LAYER.match(path)
+    return found[0] if found else ""
+
+
+def operator_of(node: fx.Node) -> str:
+    """``operator in module`` of a node."""
+    return f"{node.target} in {module_path(node) or 'the model'}"
+
+
+def whereabouts(node: fx.Node) -> str:
+    """``operator in module (file:line)`` of a node, or the name of an input or weight."""
+    target = node.name if node.op == "placeholder" else node.target
+    path, line = module_path(node), source_line(node)
+    return f"{target}" + (f" in {path}" if path else "") + (f" ({line})" if line else "")
+
+
+def source_line(node: fx.Node) -> str:
+    """``file:line`` of the code that made `node`, or "" when it is not known."""
+    trace = node.meta.get("stack_trace") or ""
+    lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
+    if not lines:
+        return ""
+    path, line = lines[-1].split(", ")[:2]
+    name = path.removeprefix("File ").strip('"')
+    parts = Path(name).parts
+    start = next((i for i in range(len(parts) - 1, -1, -1) if parts[i] == "site-packages"), -1)
+    return f"{'/'.join(parts[start + 1 :] if start >= 0 else parts[-1:])}:{line.split()[-1]}"
+
+
+def _without_wrapper(path: str) -> str:
+    return path.removeprefix("L['self'].").removeprefix("inner.").removeprefix("inner")

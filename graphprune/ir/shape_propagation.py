@@ -1,0 +1,214 @@
+"""Building a program from an edited graph: arguments by name, and sizes derived again."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from graphprune.errors import RewriteError
+from graphprune.frontend.capture import value_of
+from graphprune.ir.program import Program, operator_of
+from graphprune.ir.sample_inputs import random_inputs
+
+# -- arguments ----------------------------------------------------------------------------------
+
+
+def _position(node: fx.Node, name: str) -> int:
+    arguments = node.target._schema.arguments  # type: ignore[union-attr]
+    return next(i for i, argument in enumerate(arguments) if argument.name == name)
+
+
+def get_argument(node: fx.Node, name: str, index: int | None = None) -> Any:
+    """The argument of `node` called `name` in its schema, or element `index` of it."""
+    position = _position(node, name)
+    value = node.args[position] if position < len(node.args) else node.kwargs[name]
+    return value if index is None else value[index]  # type: ignore[index]
+
+
+def set_argument(node: fx.Node, name: str, index: int | None, value: Any) -> None:
+    """Replace the argument of `node` called `name`, or element `index` of it."""
+    position = _position(node, name)
+    if index is not None:
+        whole = list(get_argument(node, name))
+        whole[index] = value
+        value = whole
+    if position < len(node.args):
+        node.update_arg(position, value)
+    else:
+        node.update_kwarg(name, value)
+
+
+# -- dynamic sizes ------------------------------------------------------------------------------
+
+
+def follow_size(node: fx.Node, name: str, index: int | None, ratio: Fraction) -> None:
+    """Multiply a size argument by `ratio`.
+
+    A dynamic size (a product of a batch size and a head count, say) may follow by itself, where it
+    is read off a tensor that changes; `rebuild` finds out and leaves it then.
+    """
+    old = get_argument(node, name, index)
+    if not isinstance(old, fx.Node):
+        set_argument(node, name, index, int(old * ratio))
+        return
+    with node.graph.inserting_before(node):
+        scaled = node.graph.call_function(_scaled, (old, ratio.numerator, ratio.denominator))
+    scaled.meta["expected"] = old.meta["val"] * ratio.numerator // ratio.denominator
+    set_argument(node, name, index, scaled)
+
+
+def _scaled(size: int, numerator: int, denominator: int) -> int:
+    """Stands in an edited graph until it is known whether `size` follows by itself."""
+    return size * numerator // denominator
+
+
+# -- programs -----------------------------------------------------------------------------------
+
+Shape = tuple[Any, ...]
+
+
+def rebuild(
+    program: Program,
+    graph: fx.Graph,
+    weights: Mapping[str, Tensor],
+    shapes: Mapping[fx.Node, Shape | list[Shape]],
+) -> Program:
+    """`program` with another `graph` and other `weights`.
+
+    Parameters
+    ----------
+    program
+        What the graph was copied from.
+    graph
+        The edited graph; its placeholders are as before, but for those of weights that went.
+    weights
+        The weight of every placeholder that there is, in order.
+    shapes
+        The new shapes of nodes that change (a list of them for several results), dynamic sizes
+        as symbols.
+
+    Raises
+    ------
+    RewriteError
+        Naming the first operator that does not accept its new sizes, or whose result is not of the
+        shape it should have: sizes of all nodes are derived again, by running the graph on tensors
+        without data.
+    """
+    _Values(graph).update(shapes)
+    graph.lint()
+    (output,) = graph.find_nodes(op="output")
+    inputs = graph.find_nodes(op="placeholder")[len(weights) :]
+    outputs: Any = output.args[0]
+    rebuilt = dataclasses.replace(
+        program,
+        graph_module=fx.GraphModule(torch.nn.Module(), graph),
+        weights=dict(weights),
+        kinds={name: program.kinds[name] for name in weights},
+        aliases={alias: name for alias, name in program.aliases.items() if name in weights},
+        inputs=tuple(value_of(v.name, n) for v, n in zip(program.inputs, inputs, strict=True)),
+        outputs=tuple(value_of(v.name, n) for v, n in zip(program.outputs, outputs, strict=True)),
+    )
+    _Proof(rebuilt).run_on_nothing()
+    return rebuilt
+
+
+class _Values:
+    """Brings ``meta["val"]`` of every node up to date."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.changed: set[fx.Node] = set()
+        values = (node.meta.get("val") for node in graph.nodes)
+        self.mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+
+    def update(self, shapes: Mapping[fx.Node, Shape | list[Shape]]) -> None:
+        for node in list(self.graph.nodes):
+            if node.target is _scaled:
+                self._settle(node)
+            elif node in shapes:
+                node.meta["val"] = self._resized(node.meta["val"], shapes[node])
+                self.changed.add(node)
+            elif node.op == "call_function" and self._is_stale(node):
+                self._derive(node)
+
+    def _is_stale(self, node: fx.Node) -> bool:
+        """Whether a node is new, or computes with sizes that changed."""
+        value = node.meta.get("val")
+        if value is None:
+            return True
+        return isinstance(value, torch.SymInt) and not self.changed.isdisjoint(node.all_input_nodes)
+
+    def _resized(self, old: Any, shape: Any) -> Any:
+        if isinstance(old, list | tuple):
+            return [self._resized(part, one) for part, one in zip(old, shape, strict=True)]
+        with self.mode:
+            return torch.empty(shape, dtype=old.dtype, device=old.device)
+
+    def _derive(self, node: fx.Node) -> None:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda other: other.meta["val"])
+        with self.mode, torch.no_grad():
+            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+        self.changed.add(node)
+
+    def _settle(self, node: fx.Node) -> None:
+        """Multiply a dynamic size by what changed, unless it has followed by itself."""
+        size, numerator, denominator = node.args
+        assert isinstance(size, fx.Node)
+        result = size
+        if _expression(size.meta["val"]) != _expression(node.meta["expected"]):
+            with self.graph.inserting_before(node):
+                product = self.graph.call_function(operator.mul, (size, numerator))
+                result = self.graph.call_function(operator.floordiv, (product, denominator))
+            for made in (product, result):
+                self._derive(made)
+        node.replace_all_uses_with(result)
+        self.graph.erase_node(node)
+
+
+def _expression(size: Any) -> Any:
+    return getattr(getattr(size, "node", None), "expr", size)
+
+
+class _Proof(fx.Interpreter):
+    """Runs a program on tensors without data and compares every shape with what is promised."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program.graph_module)
+        self.program = program
+        self.extra_traceback = False  # it would make many lines of our one
+
+    def run_on_nothing(self) -> None:
+        symbols = ShapeEnv(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True)
+        with FakeTensorMode(shape_env=symbols, allow_non_fake_inputs=True), torch.no_grad():
+            empty = [torch.empty(w.shape, dtype=w.dtype) for w in self.program.weights.values()]
+            given = {
+                name: torch.empty(value.shape, dtype=value.dtype)
+                for name, value in self.program.fill(random_inputs(self.program)).items()
+            }
+            self.run(*empty, *(given[value.name] for value in self.program.inputs))
+
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            result = super().run_node(n)
+        except Exception as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise RewriteError(
+                f"{operator_of(n)} does not accept its new sizes: {first}"
+            ) from error
+        if isinstance(result, Tensor) and n.op == "call_function":
+            promised = n.meta["val"].shape
+            for size, due in zip(result.shape, promised, strict=True):
+                if isinstance(due, int) and isinstance(size, int) and due != size:
+                    raise RewriteError(
+                        f"{operator_of(n)} came out as {tuple(result.shape)}, not as "
+                        f"{tuple(promised)}"
+                    )
+        return result

@@ -1,0 +1,1 @@
+"""Passes in order: their options, text, registry, manager and instruments."""

@@ -1,0 +1,203 @@
+"""Runs passes in the order given, and checks what each of them claims."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from graphprune.errors import CalibrationError, GraphPruneError, PipelineError
+from graphprune.pipeline.instruments import Instrument, Place
+from graphprune.pipeline.pass_base import Context, Outcome, Pass
+from graphprune.pipeline.report import PassRecord, Report, Size
+
+if TYPE_CHECKING:
+    from graphprune.ir.program import Program
+    from graphprune.plan.plan import Plan
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a pipeline made: the last program, the whole plan, and the report."""
+
+    program: Program
+    plan: Plan
+    report: Report
+
+
+@dataclass(frozen=True)
+class PassManager:
+    """A sequence of passes with the instruments that watch it.
+
+    Parameters
+    ----------
+    passes
+        Run in this order; none is added, moved or left out silently.
+    instruments
+        Told before and after each pass, in this order, and of an error.
+    stop_after
+        The bisect limit: run the first so many optional passes only. Passes that are `required`
+        (those that check, print and write) run all the same, so that bisecting a pipeline still
+        writes its result. None runs everything.
+    audit
+        Recompute every analysis that a pass says it preserves, and compare.
+    """
+
+    passes: tuple[Pass, ...]
+    instruments: tuple[Instrument, ...] = ()
+    stop_after: int | None = None
+    audit: bool = False
+
+    def run(self, context: Context) -> Result:
+        """Run the passes on `context.original`, which is never changed.
+
+        Raises
+        ------
+        GraphPruneError
+            Of the class that the pass raised, its message preceded by the pass and its number;
+            `PipelineError` for any other exception and for a pass that broke its promises.
+        CalibrationError
+            Before any work, when a pass needs calibration data and there is none.
+        """
+        chosen, skipped = self._limited()
+        _refuse_uncalibrated(chosen, calibrated=context.calibration is not None)
+        program, records = context.original, []
+        for place in chosen:
+            program, context, record = self._step(place, program, context)
+            records.append(record)
+        calibration = context.calibration
+        report = Report(
+            pipeline=",".join(map(str, self.passes)),
+            before=Size.of(context.original),
+            after=Size.of(program),
+            passes=tuple(records),
+            skipped=tuple(str(place.pass_) for place in skipped),
+            seed=context.seed,
+            calibration=None if calibration is None else calibration.describe(),
+        )
+        return Result(program, context.plan_so_far, report)
+
+    def _limited(self) -> tuple[list[Place], list[Place]]:
+        """The places to run and those beyond the bisect limit."""
+        chosen: list[Place] = []
+        skipped: list[Place] = []
+        optional = 0
+        for number, pass_ in enumerate(self.passes, 1):
+            optional += not pass_.required
+            beyond = self.stop_after is not None and optional > self.stop_after
+            place = Place(number, pass_, self.passes)
+            (skipped if beyond and not pass_.required else chosen).append(place)
+        return chosen, skipped
+
+    def _step(
+        self, place: Place, program: Program, context: Context
+    ) -> tuple[Program, Context, PassRecord]:
+        """Run one pass with its instruments; return what the next one needs, and the record."""
+        pass_ = place.pass_
+        try:
+            for instrument in self.instruments:
+                instrument.before_pass(place, program, context)
+            began = time.perf_counter()
+            outcome = pass_.run(program, context)
+            seconds = time.perf_counter() - began
+            check_claims(program, outcome)
+            if self.audit:
+                audit_preserved(pass_, program, outcome.program, context)
+            context.analyses.move(program, outcome.program, pass_.preserves)
+            plan, done = context.plan_so_far, len(context.plan_so_far.steps)
+            if outcome.plan is not None:
+                plan += outcome.plan
+                context = dataclasses.replace(context, plan_so_far=plan)
+            if outcome.edited:
+                base, steps = outcome.base, done
+                if base is None:
+                    base, steps = outcome.program, len(plan.steps)
+                elif outcome.base_steps is not None:
+                    steps = outcome.base_steps
+                context = dataclasses.replace(context, base=base, base_steps=steps)
+            for instrument in self.instruments:
+                instrument.after_pass(place, outcome, context)
+        except Exception as error:
+            named = _named(error, place)
+            for instrument in self.instruments:
+                instrument.on_error(place, named)
+            if named is error:
+                raise
+            raise named from error
+        sizes = Size.of(program), Size.of(outcome.program)
+        record = PassRecord(pass_.name, str(pass_), seconds, *sizes, dict(outcome.details))
+        return outcome.program, context, record
+
+
+def check_claims(before: Program, outcome: Outcome) -> None:
+    """Compare what a pass says it did with what it did.
+
+    Raises
+    ------
+    PipelineError
+        When the outcome is of the wrong type, its details are no JSON, its plan and the sizes
+        disagree, or it says nothing of a change that it made.
+    """
+    if not isinstance(outcome, Outcome):
+        raise PipelineError(f"run returned {type(outcome).__name__}, not an Outcome")
+    after = outcome.program
+    if not isinstance(after, type(before)):
+        raise PipelineError(f"the new program is a {type(after).__name__}")
+    try:
+        json.dumps(dict(outcome.details))
+    except (TypeError, ValueError) as error:
+        raise PipelineError(f"the details cannot be written as JSON: {error}") from error
+    resized = _resized(before, after)
+    planned = outcome.plan is not None and bool(outcome.plan.steps)
+    if resized and not planned:
+        raise PipelineError(f"the size of {resized} has changed, but the plan is empty")
+    if planned and not resized:
+        raise PipelineError("the plan is not empty, but no weight has changed its size")
+    if not planned and not outcome.edited and _differs(before, after):
+        raise PipelineError("the program has changed, but there is no plan and edited is not set")
+
+
+def audit_preserved(pass_: Pass, before: Program, after: Program, context: Context) -> None:
+    """Recompute the analyses that `pass_` says it preserves from one program to the other.
+
+    Raises
+    ------
+    PipelineError
+        When an analysis of the new program differs from that of the old one.
+    """
+    for analysis in pass_.preserves if after is not before else ():
+        kept = analysis.digest(context.analysis(analysis, before))
+        if analysis.digest(analysis.compute(after)) != kept:
+            raise PipelineError(f"it says that it preserves {analysis.name!r}, but does not")
+
+
+def _refuse_uncalibrated(places: list[Place], calibrated: bool) -> None:
+    """Ask every pass, so that options that only then turn out to make no sense are refused too."""
+    for place in places:
+        if place.pass_.requires_calibration and not calibrated:
+            raise CalibrationError(f"{place}: {place.pass_} needs calibration data; none was given")
+
+
+def _resized(before: Program, after: Program) -> str:
+    """The first weight whose shape differs between the two, or ""."""
+    old = {name: tuple(weight.shape) for name, weight in before.weights.items()}
+    new = {name: tuple(weight.shape) for name, weight in after.weights.items()}
+    return next((name for name in {**old, **new} if old.get(name) != new.get(name)), "")
+
+
+def _differs(before: Program, after: Program) -> bool:
+    """Whether graph or weights differ, for two programs of the same weight names."""
+    if before is after:
+        return False
+    same = all(after.weights[name] is weight for name, weight in before.weights.items())
+    return not same or before.fingerprint() != after.fingerprint()
+
+
+def _named(error: Exception, place: Place) -> Exception:
+    """The error with the pass in front of its message, of the same class if it is deliberate."""
+    if not isinstance(error, GraphPruneError):
+        return PipelineError(f"{place}: {type(error).__name__}: {error}")
+    error.args = (f"{place}: {error}", *error.args[1:])
+    return error

@@ -1,0 +1,120 @@
+"""Passes by name, through the entry-point group ``graphprune.passes``.
+
+The built-in passes are found in the same way as those of any other installed distribution. Nothing
+is imported until a name is asked for.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+
+from graphprune.errors import GraphPruneError, PipelineError
+from graphprune.pipeline.options import Option, nearest
+from graphprune.pipeline.pass_base import Pass
+
+GROUP = "graphprune.passes"
+
+
+@dataclass(frozen=True)
+class PassInfo:
+    """What a listing says of a pass.
+
+    Parameters
+    ----------
+    name
+        The name in pipelines.
+    summary
+        The first line of its docstring, or why it cannot be loaded.
+    options
+        Its options with what its docstring says of each.
+    """
+
+    name: str
+    summary: str
+    options: tuple[tuple[Option, str], ...] = ()
+
+
+def names() -> list[str]:
+    """The names of all passes that are installed, sorted; imports none."""
+    return sorted(_entries())
+
+
+def find(name: str) -> type[Pass]:
+    """The pass called `name`.
+
+    Raises
+    ------
+    PipelineError
+        When there is none (names the nearest), or it cannot be loaded.
+    """
+    entries = _entries()
+    if name not in entries:
+        hint = nearest(name, entries) or f"; known are {', '.join(sorted(entries)) or 'none'}"
+        raise PipelineError(f"unknown pass {name!r}{hint}")
+    entry = entries[name]
+    try:
+        found = entry.load()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise PipelineError(f"pass {name!r} ({entry.value}) cannot be loaded: {reason}") from error
+    if not (isinstance(found, type) and issubclass(found, Pass)):
+        raise PipelineError(f"pass {name!r} ({entry.value}) is not a graphprune Pass")
+    if found.name != name:
+        raise PipelineError(f"pass {name!r} ({entry.value}) calls itself {found.name!r}")
+    return found
+
+
+def listing() -> list[PassInfo]:
+    """Every installed pass with its summary and options; one that fails to load says so."""
+    return [_describe(name) for name in names()]
+
+
+def sections(cls: type) -> dict[str, str]:
+    """The underlined sections of a class's docstring by title, in order.
+
+    Examples
+    --------
+    >>> class Nothing:
+    ...     '''Do nothing.
+    ...
+    ...     Options
+    ...     -------
+    ...     None.
+    ...     '''
+    >>> sections(Nothing)
+    {'Options': 'None.'}
+    """
+    parts = re.split(r"^([A-Z]\w*)\n-+\n", inspect.getdoc(cls) or "", flags=re.MULTILINE)
+    return {title: body.strip() for title, body in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def _describe(name: str) -> PassInfo:
+    try:
+        cls = find(name)
+    except GraphPruneError as error:
+        return PassInfo(name, str(error))
+    summary = (inspect.getdoc(cls) or "").partition("\n")[0]
+    helps = _definitions(sections(cls).get("Options", ""))
+    options = cls.options().values()
+    return PassInfo(name, summary, tuple((each, helps.get(each.name, "")) for each in options))
+
+
+def _definitions(text: str) -> dict[str, str]:
+    """A list of terms, each with its indented description on the lines below."""
+    parts = re.split(r"^(\w+)(?: :.*)?\n(?=\s)", text, flags=re.MULTILINE)
+    pairs = zip(parts[1::2], parts[2::2], strict=True)
+    return {term: " ".join(body.split()) for term, body in pairs}
+
+
+def _entries() -> dict[str, EntryPoint]:
+    entries: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=GROUP):
+        other = entries.setdefault(entry.name, entry)
+        if other.value != entry.value:
+            raise PipelineError(
+                f"two distributions provide the pass {entry.name!r}: {other.value}, {entry.value}"
+            )
+    return entries

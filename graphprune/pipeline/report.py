@@ -1,0 +1,168 @@
+"""What a pipeline did, pass by pass: for people as a table, for programs as JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from graphprune.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from graphprune.ir.program import Program
+
+FORMAT = 1
+"""Version of the JSON; one that is read must be the same."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """The size of a program.
+
+    Parameters
+    ----------
+    parameters
+        Number of parameters.
+    kv_bytes_per_token
+        Bytes of KV cache for each token, 0 where there is no cache.
+    """
+
+    parameters: int
+    kv_bytes_per_token: int
+
+    @classmethod
+    def of(cls, program: Program) -> Size:
+        """The size of `program`."""
+        return cls(program.parameter_count(), program.kv_bytes_per_token())
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """One pass that ran: name, text, wall-clock seconds, sizes around it, and its details."""
+
+    name: str
+    text: str
+    seconds: float
+    before: Size
+    after: Size
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """A pipeline's run.
+
+    Parameters
+    ----------
+    pipeline
+        The pipeline as text.
+    before, after
+        Sizes of the first and the last program.
+    passes
+        The passes that ran, in order.
+    skipped
+        Texts of the passes beyond the bisect limit.
+    seed
+        Seed of the run.
+    calibration
+        What `Calibration.describe` says, or None.
+    versions
+        Versions of graphprune and of what it stands on.
+    """
+
+    pipeline: str
+    before: Size
+    after: Size
+    passes: tuple[PassRecord, ...] = ()
+    skipped: tuple[str, ...] = ()
+    seed: int = 0
+    calibration: Mapping[str, Any] | None = None
+    versions: Mapping[str, str] = field(default_factory=lambda: versions())
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of all passes together."""
+        return sum(record.seconds for record in self.passes)
+
+    def to_json(self) -> str:
+        """The report as JSON text, the same for equal reports."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=2, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The report that `to_json` wrote.
+
+        Raises
+        ------
+        UsageError
+            When `text` is not such a report.
+        """
+        try:
+            data = json.loads(text)
+            if data.pop("format") != FORMAT:
+                raise ValueError("another version of the format")
+            records = tuple(PassRecord(**_sized(record)) for record in data.pop("passes"))
+            skipped = tuple(data.pop("skipped"))
+            return cls(passes=records, skipped=skipped, **_sized(data))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"not a report of graphprune: {error}") from error
+
+    def __rich__(self) -> Table:
+        """The report as a table of rich."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=Text(f"graphprune {self.versions.get('graphprune', '')}".rstrip()))
+        table.add_column("pass", overflow="fold")
+        for title in ("seconds", "parameters", "KV bytes/token"):
+            table.add_column(title, justify="right")
+        table.add_row("(input)", "", *_cells(self.before))
+        for record in self.passes:
+            row = (f"{record.seconds:.2f}", *_cells(record.after, record.before))
+            table.add_row(Text(record.text), *row)
+        for text in self.skipped:
+            table.add_row(Text(text), "skipped", "", "")
+        table.add_section()
+        table.add_row("total", f"{self.seconds:.2f}", *_cells(self.after, self.before))
+        return table
+
+    def __str__(self) -> str:
+        """The table as plain text."""
+        from rich.console import Console
+
+        page = io.StringIO()
+        Console(file=page, width=100, color_system=None).print(self)
+        return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
+
+
+def versions() -> dict[str, str]:
+    """Versions of graphprune and of what decides its results."""
+    from graphprune import __version__
+
+    return {"graphprune": __version__} | {
+        name: metadata.version(name) for name in ("torch", "transformers")
+    }
+
+
+def _cells(size: Size, before: Size | None = None) -> tuple[str, str]:
+    old = before or size
+    return (
+        _cell(size.parameters, old.parameters),
+        _cell(size.kv_bytes_per_token, old.kv_bytes_per_token),
+    )
+
+
+def _cell(count: int, before: int) -> str:
+    """`count`, with its change in percent where it has changed."""
+    if count == before or not before:
+        return f"{count:,}"
+    return f"{count:,} ({100 * (count - before) / before:+.1f}%)"
+
+
+def _sized(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {**data, "before": Size(**data["before"]), "after": Size(**data["after"])}

@@ -1,0 +1,1 @@
+"""Programs, groups and plans for people: tables, plots, the HTML page."""

@@ -1,0 +1,225 @@
+"""What ``graphprune inspect`` shows: coupled groups, speed hints and axis types, layers folded."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from rich.console import Group as Stack
+from rich.table import Table
+from rich.text import Text
+
+from graphprune.analysis.kernel_sizes import RUNTIMES, speed_hints
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.tree import Tree
+
+    from graphprune.analysis.coupling import Coupling, Group
+    from graphprune.analysis.kernel_sizes import Hint
+    from graphprune.ir.program import Program
+
+_NUMBER = re.compile(r"(?<![A-Za-z0-9_])\d+(?![A-Za-z0-9_])")
+"""A number that stands alone between dots, as those of layers do."""
+
+
+def overview(title: str, program: Program, coupling: Coupling) -> RenderableType:
+    """The sizes of `program`, its coupled groups, speed hints, and the axis types of its weights.
+
+    Parameters
+    ----------
+    title
+        What to call the program.
+    program
+        The program.
+    coupling
+        Its analysis.
+    """
+    return Stack(
+        *_sizes(title, program),
+        "",
+        group_table(program, coupling),
+        *_reasons(coupling),
+        *_unruled(program, coupling),
+        "",
+        *_hints(coupling),
+        "",
+        _types(program, coupling),
+    )
+
+
+def overview_json(coupling: Coupling) -> str:
+    """What `Coupling.to_json` has, and the speed hints of every runtime, as JSON text."""
+    hints = [
+        {
+            "where": hint.where,
+            "what": hint.what.format(hint.size),
+            "reasons": {why: list(runtimes) for why, runtimes in hint.reasons},
+        }
+        for hint in speed_hints(coupling)
+    ]
+    return json.dumps(json.loads(coupling.to_json()) | {"speed_hints": hints}, indent=1)
+
+
+def group_table(program: Program, coupling: Coupling) -> Table:
+    """The coupled groups as a table, those of repeated layers in one row."""
+    table = Table(title="coupled groups", title_justify="left", show_edge=False, pad_edge=False)
+    table.add_column("groups", justify="right")
+    table.add_column("name", overflow="fold")
+    for column in ("units", "weights", "per unit"):
+        table.add_column(column, justify="right")
+    table.add_column("removal is")
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for group in coupling.groups:
+        rows.setdefault((alike(group.name), *_cells(program, group)), []).append(group.name)
+    for (_, *cells), names in rows.items():
+        table.add_row(str(len(names)), *map(Text, (fold(names), *cells)))
+    return table
+
+
+def hint_lines(hints: Iterable[Hint]) -> list[str]:
+    """Speed hints as lines, those of repeated layers in one; of many sizes it names three."""
+    rows: dict[tuple[str, str, str], list[Hint]] = {}
+    for hint in hints:
+        rows.setdefault((alike(hint.where), hint.what, hint.why), []).append(hint)
+    lines = []
+    for (_, what, why), found in rows.items():
+        sizes = list(dict.fromkeys(hint.size for hint in found))
+        if len(sizes) > 3:
+            sizes[3:] = [f"{len(sizes) - 3} more"]
+        *first, last = sizes
+        size = f"{', '.join(first)} or {last}" if first else last
+        lines.append(f"{fold(hint.where for hint in found)}: {what.format(size)} {why}")
+    return lines
+
+
+def module_tree(title: str, program: Program, coupling: Coupling) -> Tree:
+    """The weights by module with their axis types, repeated modules in one branch."""
+    from rich.tree import Tree
+
+    tree = Tree(Text(title, style="bold"))
+    branches: dict[str, Tree] = {"": tree}
+    rows: dict[tuple[str, str], list[str]] = {}
+    for name in program.weights:
+        rows.setdefault((alike(name), alike(str(coupling.type_of(name)))), []).append(name)
+    for (_, kind), names in rows.items():
+        *path, leaf = fold(names).split(".")
+        for depth in range(1, len(path) + 1):
+            here = ".".join(path[:depth])
+            if here not in branches:
+                branches[here] = branches[".".join(path[: depth - 1])].add(Text(path[depth - 1]))
+        branches[".".join(path)].add(Text.assemble(leaf, (f"  {kind}", "dim")))
+    return tree
+
+
+def fold(names: Iterable[str]) -> str:
+    """Names that differ in standing numbers only as one, with the ranges of those numbers.
+
+    Examples
+    --------
+    >>> fold(["layers.0.mlp", "layers.1.mlp", "layers.2.mlp", "layers.5.mlp"])
+    'layers.{0-2,5}.mlp'
+    >>> fold(["layers.3.mlp"])
+    'layers.3.mlp'
+    """
+    names = list(names)
+    columns = zip(*(_NUMBER.findall(name) for name in names), strict=True)
+    ranges = iter([_ranges({int(number) for number in column}) for column in columns])
+    return _NUMBER.sub(lambda _: next(ranges), names[0])
+
+
+def _ranges(numbers: set[int]) -> str:
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    if runs == [[min(numbers)]]:
+        return str(runs[0][0])
+    texts = (f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"{{{','.join(texts)}}}"
+
+
+def alike(name: str) -> str:
+    """`name` with its standing numbers replaced: equal for the weights of repeated layers."""
+    return _NUMBER.sub("#", name)
+
+
+def _cells(program: Program, group: Group) -> tuple[str, ...]:
+    per_unit = f"{_parameters_per_unit(program, group):,}"
+    return f"{group.size:,}", str(len(group.weights())), per_unit, group.exactness
+
+
+def _reasons(coupling: Coupling) -> Iterator[Text]:
+    """Why some groups are not exact, once for groups that differ in numbers only."""
+    inexact = {(alike(g.name), alike(g.why)): g for g in coupling.groups if g.why}
+    for group in reversed(inexact.values()):
+        yield Text(f"{group.name} is {group.exactness}: {group.why}")
+
+
+def _hints(coupling: Coupling) -> Iterator[Text]:
+    lines = hint_lines(speed_hints(coupling))
+    yield Text("speed hints", style="italic")
+    if not lines:
+        yield Text(f"every size is on the fast path ({', '.join(RUNTIMES)})")
+    yield from map(Text, lines)
+
+
+def _unruled(program: Program, coupling: Coupling) -> Iterator[Text]:
+    """Operators without a rule, and how many parameters lie along the axes that they freeze."""
+    frozen: dict[str, set[str]] = {}
+    nodes = coupling.types.facts.unruled
+    for node in nodes:
+        frozen.setdefault(str(node.target), set())
+    for weight, _, reason in coupling.frozen():
+        if reason.node in nodes:
+            frozen[str(reason.node.target)].add(weight)
+    for operator, weights in sorted(frozen.items()):
+        cost = sum(program.weights[weight].numel() for weight in weights)
+        yield Text(f"{operator} has no rule: it freezes axes of {cost:,} parameters")
+
+
+def _parameters_per_unit(program: Program, group: Group) -> int:
+    """How many parameters go with one unit, if nothing else goes."""
+    total = 0
+    for member in group.members:
+        if program.kinds.get(member.weight) != "parameter":
+            continue
+        weight = program.weights[member.weight]
+        total += len(member.indices(0)) * weight.numel() // weight.shape[member.dim]
+    return total
+
+
+def _sizes(title: str, program: Program) -> Iterator[Text]:
+    name = program.source.model_class.__name__ if program.source else "program"
+    yield Text(f"{title}: {name}", style="bold")
+    cache = program.kv_bytes_per_token()
+    yield Text(
+        f"{program.parameter_count():,} parameters in {len(program.weights)} weights"
+        + (f", {cache:,} bytes of KV cache per token" if cache else "")
+    )
+    names = [value.name for value in program.inputs]
+    shown = list(dict.fromkeys(map(alike, names)))
+    yield Text(f"takes {', '.join(fold(n for n in names if alike(n) == each) for each in shown)}")
+    for note in program.notes:
+        yield Text(f"note: {note}")
+
+
+def _types(program: Program, coupling: Coupling) -> Table:
+    table = Table(title="axis types", title_justify="left", show_edge=False, pad_edge=False)
+    table.add_column("weight", overflow="fold")
+    table.add_column("shape")
+    table.add_column("type", overflow="fold")
+    rows: dict[tuple[str, str, str], tuple[list[str], list[str]]] = {}
+    for name, weight in program.weights.items():
+        shape = " x ".join(map(str, weight.shape))
+        kind = str(coupling.type_of(name))
+        names, kinds = rows.setdefault((alike(name), shape, alike(kind)), ([], []))
+        names.append(name)
+        kinds.append(kind)
+    for (_, shape, _), (names, kinds) in rows.items():
+        table.add_row(Text(fold(names)), Text(shape), Text(fold(kinds)))
+    return table

@@ -1,0 +1,257 @@
+"""What a program costs, before and after cuts: parameters, multiply-accumulates, KV cache."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import sympy
+import torch
+from torch import fx
+
+from graphprune.analysis.axes import Atom, Axis, Product, Sum
+from graphprune.analysis.axes import Cut as AxisCut
+from graphprune.analysis.coupling import Coupling
+from graphprune.analysis.operators.rule import Type
+from graphprune.frontend.capture import FIXED_BATCH, FIXED_NEW, FIXED_PAST
+from graphprune.ir.program import PAST
+
+Cost = Literal["params", "macs", "kv_bytes"]
+"""Parameters; multiply-accumulates of a prompt; bytes of KV cache for each token."""
+
+TOKENS = 512
+"""Length of the prompt whose multiply-accumulates are counted, where a length is dynamic."""
+
+Owners = tuple[tuple[Atom, int], ...]
+"""Units (axis, index) without any one of which a product is not there."""
+
+Terms = list[tuple[int, tuple[Axis, ...], Owners]]
+"""A sum of products: a factor, the axes whose sizes it is multiplied by, and who owns it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Costs:
+    """The costs of a program in closed form over the sizes of its axes.
+
+    They are exact for what the rewriter leaves, so that a budget is met before anything is built.
+    Multiply-accumulates are those of matrix products, attention and convolutions for a batch of one
+    and `tokens` tokens on an empty cache; the mask of causal attention saves none. Where experts
+    run only on the tokens that chose them, each has an equal share, and the others take over that
+    of one that goes.
+
+    Parameters
+    ----------
+    coupling
+        The analysis of the program.
+    tokens
+        Stands for every dynamic size but that of the batch and of the cache.
+
+    Examples
+    --------
+    >>> import torch, graphprune as gp
+    >>> layers = torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4)
+    >>> program = gp.capture(torch.nn.Sequential(*layers), (torch.zeros(2, 8),))
+    >>> costs = Costs(gp.analyze(program))
+    >>> costs.after("macs", {})
+    192
+    >>> costs.after("macs", {costs.coupling.groups[0].name: 8})
+    96
+    """
+
+    coupling: Coupling
+    tokens: int = TOKENS
+
+    def after(self, cost: Cost, lost: Mapping[str, int | Sequence[int]]) -> int:
+        """The cost when groups (by name) have lost units under each parent.
+
+        How many is all that matters, but for units that own whole weights, which may be of
+        different sizes: there a sequence says which ones, and a number means the first.
+        """
+        cuts: dict[Axis, AxisCut] = {}
+        for name, units in lost.items():
+            removed = tuple(range(units)) if isinstance(units, int) else tuple(units)
+            if removed:
+                cuts[self.coupling.atom(name)] = AxisCut(removed=removed)
+        return self._total(self._terms(cost), cuts)
+
+    def unit(self, cost: Cost, name: str) -> int:
+        """What the first unit of a group that goes saves (0 for a group of one unit)."""
+        atom = self.coupling.atom(name)
+        terms = self._by_atom[cost].get(atom, [])
+        if atom.size < 2:
+            return 0
+        cuts: dict[Axis, AxisCut] = {atom: AxisCut(removed=(0,))}
+        return self._total(terms, {}) - self._total(terms, cuts)
+
+    def _total(self, terms: Terms, cuts: Mapping[Axis, AxisCut]) -> int:
+        return sum(
+            factor * math.prod(self._size(axis, cuts) for axis in axes)
+            for factor, axes, owners in terms
+            if not any(atom in cuts and unit in cuts[atom].removed for atom, unit in owners)
+        )
+
+    def _terms(self, cost: Cost) -> Terms:
+        return {"params": self._params, "macs": self._macs, "kv_bytes": self._kv_bytes}[cost]
+
+    @cached_property
+    def _by_atom(self) -> dict[Cost, dict[Atom, Terms]]:
+        """The terms that each atom has a part in."""
+        found: dict[Cost, dict[Atom, Terms]] = {}
+        axes, costs = self.coupling.types.axes, get_args(Cost)
+        for cost in costs:
+            found[cost] = {}
+            for term in self._terms(cost):
+                atoms = {atom for axis in term[1] for atom in axes.atoms(axis)}
+                for atom in atoms.union(atom for atom, _ in term[2]):
+                    found[cost].setdefault(atom, []).append(term)
+        return found
+
+    def _size(self, axis: Axis, cuts: Mapping[Axis, AxisCut]) -> int:
+        axis = self.coupling.types.axes.head(axis)
+        if isinstance(axis, Product):
+            return math.prod(self._size(factor, cuts) for factor in axis.factors)
+        if isinstance(axis, Sum):
+            return sum(self._size(term, cuts) for term in axis.terms)
+        if axis in cuts:
+            return axis.size - cuts[axis].count
+        return self._dynamic(axis.size)
+
+    def _dynamic(self, size: int) -> int:
+        """The size of an atom; for a dynamic one, what its symbols are taken for."""
+        expressions, result = self.coupling.types.dynamic, 1
+        if size in self._fixed:
+            return self._fixed[size]
+        if size in expressions:
+            return int(expressions[size].xreplace(self._symbols))
+        for number, expression in expressions.items():  # a part of a flattened axis
+            while size % number == 0:
+                size //= number
+                result *= int(expression.xreplace(self._symbols))
+        return size * result
+
+    @cached_property
+    def _fixed(self) -> dict[int, int]:
+        """What the sizes stand for with which a decoder is captured on the meta device."""
+        caches = [v.shape for v in self.coupling.program.inputs if v.name.startswith(PAST)]
+        if not caches or (caches[0][0], caches[0][2]) != (FIXED_BATCH, FIXED_PAST):
+            return {}
+        total = FIXED_NEW + FIXED_PAST
+        lengths = {FIXED_NEW: self.tokens, FIXED_PAST: 0, total: self.tokens}
+        flattened = {FIXED_BATCH * size: meant for size, meant in lengths.items()}
+        return {FIXED_BATCH: 1, **lengths, **flattened}
+
+    @cached_property
+    def _symbols(self) -> dict[object, int]:
+        program, sizes = self.coupling.program, dict[str, int]()
+        for value in program.inputs:
+            for dim, symbol in enumerate(value.shape):
+                past = value.name.startswith(PAST) and dim == 2
+                wanted = 0 if past else 1 if dim == 0 else self.tokens
+                if isinstance(symbol, str):
+                    sizes.setdefault(symbol, program.within(symbol, wanted))
+        expressions = self.coupling.types.dynamic.values()
+        symbols = {symbol for expression in expressions for symbol in expression.free_symbols}
+        given = {symbol: sizes.get(str(symbol), self.tokens) for symbol in symbols}
+        for chosen, (mask, atom) in self._chosen.items():
+            shape, least = mask.meta["val"].shape, self.coupling.types.least.get(atom, 1)
+            places = [self._fixed.get(size, size) for size in shape if isinstance(size, int)]
+            slots = 1 if len(shape) > 1 and least in places else least
+            places += [int(expression.xreplace(given)) for expression in _expressions(mask)]
+            given[chosen] = max(1, math.prod(places) * slots // atom.size)
+        return given
+
+    @cached_property
+    def _chosen(self) -> dict[object, tuple[fx.Node, Atom]]:
+        """How many places chose a unit, a dynamic size -> the mask that says so, and its axis.
+
+        The size comes to be where places are looked for, in the last operand.
+        """
+        found: dict[object, tuple[fx.Node, Atom]] = {}
+        for atom, owner in self.coupling.types.owners.items():
+            for node in itertools.chain(*owner.nodes):
+                known = {s for n in node.all_input_nodes for s in _symbols(n)}
+                for symbol in _symbols(node) - known if node.all_input_nodes else ():
+                    found[symbol] = (node.all_input_nodes[-1], atom)
+        return found
+
+    @cached_property
+    def _weights(self) -> frozenset[fx.Node]:
+        return frozenset(node for _, node in self.coupling.program.weight_nodes())
+
+    @cached_property
+    def _params(self) -> Terms:
+        program, of = self.coupling.program, self.coupling.types.of
+        return [
+            (1, of[node], self._owners.get(node, ()))
+            for name, node in program.weight_nodes()
+            if program.kinds[name] == "parameter"
+        ]
+
+    @cached_property
+    def _owners(self) -> dict[fx.Node, Owners]:
+        """Every node that goes with units -> these."""
+        found: dict[fx.Node, Owners] = {}
+        for atom, owner in self.coupling.types.owners.items():
+            for unit, nodes in enumerate(owner.nodes):
+                for node in nodes:
+                    found[node] = (*found.get(node, ()), (atom, unit))
+        return found
+
+    @cached_property
+    def _kv_bytes(self) -> Terms:
+        types = self.coupling.types.of
+        return [
+            (value.dtype.itemsize, (types[node][1], types[node][3]), ())
+            for value, node in self.coupling.program.input_nodes()
+            if value.name.startswith(PAST)
+        ]
+
+    @cached_property
+    def _macs(self) -> Terms:
+        types, facts = self.coupling.types.of, self.coupling.types.facts
+        summed: dict[fx.Node, list[Axis]] = {}
+        for entry in facts.contractions:
+            if len(entry.operands) > 1:
+                summed.setdefault(entry.node, []).append(entry.axis)
+        found: Terms = []
+        for node, axes in summed.items():
+            result = types[node]
+            name = str(node.target).removeprefix("aten.")
+            terms: list[Type] = []
+            operands: list[Any] = [types.get(operand) for operand in node.all_input_nodes]
+            if name.startswith("scaled_dot_product_attention"):
+                (*heads, rows, _), key, value = operands[:3]
+                terms += [(*heads, rows, key[-2], width[-1]) for width in (key, value)]
+            elif name.startswith("conv_transpose"):
+                terms.append((*operands[0], *operands[1][1:]))
+            elif name.startswith("conv"):
+                terms.append((*result, *operands[1][1:]))
+            elif name.partition("_")[0].partition(".")[0] in ("lstm", "gru", "rnn"):
+                rows = operands[0][:-1]  # every matrix meets every one of them
+                terms += [
+                    (*rows, *types[operand])
+                    for operand in node.all_input_nodes
+                    if operand in self._weights and len(types[operand]) == 2
+                ]
+            else:
+                terms.append((*result, *axes))
+            taken_over = not self._chosen.keys().isdisjoint(_symbols(node))
+            owners = () if taken_over else self._owners.get(node, ())
+            found += [(1, term, owners) for term in terms]
+        return found
+
+
+def _expressions(node: fx.Node) -> list[sympy.Expr]:
+    """The dynamic sizes of a tensor, or of several."""
+    value = node.meta.get("val")
+    parts = value if isinstance(value, tuple | list) else [value]
+    sizes = [size for part in parts for size in getattr(part, "shape", ())]
+    return [size.node.expr for size in sizes if isinstance(size, torch.SymInt)]
+
+
+def _symbols(node: fx.Node) -> set[object]:
+    return {symbol for expression in _expressions(node) for symbol in expression.free_symbols}

@@ -1,0 +1,1 @@
+"""Trains a program: objective, samples, loop, LoRA."""

@@ -1,0 +1,1 @@
+"""Carries plans out, and edits weights: the only package that makes new ones."""

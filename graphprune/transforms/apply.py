@@ -1,0 +1,71 @@
+"""The rewriter: a step of a plan becomes a new program.
+
+The user's module is never edited. Every weight keeps the indices that stay; every literal of the
+graph that depends on a size follows from the axis types, as the rule of its operator said; means
+keep their divisor. Sizes of all nodes are then derived again, by running the graph on tensors
+without data, and compared with the types.
+"""
+
+from __future__ import annotations
+
+from graphprune.analysis import axes as ax
+from graphprune.analysis.coupling import Coupling, analyze
+from graphprune.errors import PlanError
+from graphprune.ir.program import Program
+from graphprune.plan.plan import Cut, Step, check_change
+from graphprune.transforms.heads.merge import merge_heads
+from graphprune.transforms.resize import Resize
+
+
+def carry_out(program: Program, step: Step, coupling: Coupling | None = None) -> Program:
+    """The program that `step` makes of `program`, which is left as it is.
+
+    Parameters
+    ----------
+    program, step
+        The program, and a step of a plan that was made for it.
+    coupling
+        The analysis of `program`, where it is at hand.
+
+    Raises
+    ------
+    PlanError
+        When the step was made for another program.
+    RewriteError
+        When the graph cannot follow; nothing is returned then.
+    """
+    if step.fingerprint != (found := program.fingerprint()):
+        raise PlanError(f"the plan was made for program {step.fingerprint}, this one is {found}")
+    if step.cuts:
+        program = _remove(program, step.cuts, coupling or analyze(program))
+    if step.merges:
+        program = merge_heads(program, step.merges)
+    return program
+
+
+def _remove(program: Program, cuts: tuple[Cut, ...], coupling: Coupling) -> Program:
+    resize = Resize(coupling.types, _by_atom(cuts, coupling))
+    resize.keep_divisors()
+    return resize.program(resize.gathered(program.weights))
+
+
+def _by_atom(cuts: tuple[Cut, ...], coupling: Coupling) -> dict[ax.Axis, ax.Cut]:
+    found: dict[ax.Axis, ax.Cut] = {}
+    groups = {group.name: group for group in coupling.groups}
+    for cut in cuts:
+        group = groups.get(cut.group)
+        if group is None or group.size != cut.size or group.members != cut.members:
+            raise PlanError(f"{cut.group}: the plan's group and the program's differ")
+        if cut.parents not in ((), group.parents):
+            raise PlanError(f"{cut.group}: units cannot be chosen per {', '.join(cut.parents)}")
+        check_change(cut)
+        if coupling.atom(cut.group) in found:
+            raise PlanError(f"{cut.group}: it is cut twice in one step")
+        if not cut.count:
+            continue
+        if cut.parents:
+            parents = tuple(map(coupling.atom, cut.parents))
+            found[coupling.atom(cut.group)] = ax.Cut(parents=parents, per_parent=dict(cut.units))
+        else:
+            found[coupling.atom(cut.group)] = ax.Cut(removed=cut.units[()])
+    return found

@@ -1,0 +1,89 @@
+"""The statistics of batch norms, taken anew on calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.calibration.data import Calibration
+from graphprune.calibration.layerwise import Run
+from graphprune.errors import CalibrationError
+from graphprune.io.progress import Track, silent
+from graphprune.ir.nodes import arguments_of
+from graphprune.ir.program import Program
+
+BATCH_NORM = torch.ops.aten.batch_norm.default
+
+
+def reestimate(
+    program: Program, calibration: Calibration, track: Track = silent
+) -> dict[str, Tensor]:
+    """Running means and variances of every batch norm, as they are on the calibration data.
+
+    All batches move through the graph together, so that each batch norm sees what those before it
+    make of the data with their new statistics. The variance is the unbiased one, which is what
+    PyTorch keeps.
+
+    Parameters
+    ----------
+    program
+        The program, whose batch norms use what they keep.
+    calibration
+        The data.
+    track
+        Wraps the loop over the graph in a progress bar.
+
+    Returns
+    -------
+    dict
+        The new buffers by name, ``[channels]`` each; empty where no batch norm keeps statistics.
+
+    Raises
+    ------
+    CalibrationError
+        When the data does not fit the program, gives a channel fewer than two values or values
+        that are not finite, or batch norms at two places keep their statistics together.
+    """
+    calibration.check(program)
+    norms = dict(_kept(program))
+    if not norms:
+        return {}
+    runs = Run.all(program, calibration)
+    found: dict[str, Tensor] = {}
+    for node in track(list(program.graph.nodes), "taking statistics of batch norms"):
+        if node in norms:
+            mean, variance = norms[node]
+            if mean in found or variance in found:
+                raise CalibrationError(f"{mean}: batch norms at two places keep it together")
+            source = arguments_of(node)["input"]
+            moments = _moments(mean, [run.values[source] for run in runs])
+            for name, moment in zip((mean, variance), moments, strict=True):
+                found[name] = moment.to(program.weights[name].dtype)
+        for run in runs:
+            run.replace({name: found[name] for name in norms.get(node, ())})
+            run.advance([node])
+    return found
+
+
+def _kept(program: Program) -> Iterator[tuple[fx.Node, tuple[str, str]]]:
+    """Every batch norm that keeps statistics, with the names of its mean and variance."""
+    names = {node: name for name, node in program.weight_nodes()}
+    for node in program.graph.find_nodes(op="call_function", target=BATCH_NORM):
+        args = arguments_of(node)
+        if args["running_mean"] in names and args["running_var"] in names:
+            yield node, (names[args["running_mean"]], names[args["running_var"]])
+
+
+def _moments(name: str, values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance, ``[channels]``, of ``[batch, channels, ...]`` together."""
+    rows = [value.double().movedim(1, -1).flatten(0, -2) for value in values]
+    count = sum(map(len, rows))
+    if count < 2:
+        raise CalibrationError(f"{name}: the data has {count} value of each channel; 2 are needed")
+    mean = torch.stack([each.sum(0) for each in rows]).sum(0) / count
+    square = torch.stack([(each - mean).square().sum(0) for each in rows]).sum(0)
+    if not bool(torch.isfinite(square).all()):
+        raise CalibrationError(f"{name}: its inputs on the calibration data are not finite")
+    return mean, square / (count - 1)

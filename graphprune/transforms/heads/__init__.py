@@ -1,0 +1,1 @@
+"""Key and value heads: where they lie, and several made one."""

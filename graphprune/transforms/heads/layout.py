@@ -1,0 +1,377 @@
+"""Where the heads of an attention lie, coordinate by coordinate, in its weights and operands.
+
+All of it is read from the axis types, in which a head, its queries and the coordinates of keys and
+values are atoms of their own; nothing is said of any architecture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.analysis.axes import Atom, Axis
+from graphprune.analysis.inference import Types
+from graphprune.analysis.matrices import Contractions, Matrix, bias_of
+from graphprune.analysis.operators.rule import Attention
+from graphprune.analysis.roles import attention_sites
+from graphprune.ir.program import module_path
+from graphprune.plan.plan import Order, Place
+from graphprune.transforms.heads.merge import Heads
+
+_DYNAMIC = 10**6
+
+Label = tuple[frozenset[tuple[Atom, int]], int]
+"""Of a coordinate: the units of atoms that it belongs to, and which of their places it is."""
+
+
+class Unmapped(Exception):
+    """Why the heads of an attention cannot be told apart coordinate by coordinate."""
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """The part of a matrix that makes queries, keys or values, or takes in what was attended.
+
+    Parameters
+    ----------
+    matrix
+        The matrix; it is used once.
+    bias
+        The parameter that its output is added to, or "".
+    places
+        ``[kv, slots, d]``: rows of the matrix (columns, where it takes in), one slot for keys and
+        values.
+    """
+
+    matrix: Matrix
+    bias: str
+    places: Tensor
+
+    @property
+    def node(self) -> fx.Node:
+        """The contraction."""
+        return self.matrix.uses[0].node
+
+    def inputs(self, values: Mapping[fx.Node, Any]) -> Tensor:
+        """``[n, in]``, float64."""
+        return torch.cat([rows.double() for _, rows in self.matrix.uses[0].rows(values)])
+
+
+@dataclass(frozen=True, eq=False)
+class Operand:
+    """A node whose value holds heads: how to find them.
+
+    Parameters
+    ----------
+    node
+        The node, of four dimensions: batch, heads, positions and coordinates, in any order.
+    heads
+        The dimension of the heads and ``[kv, slots]``, the place of each.
+    width
+        The dimension of the coordinates and ``[d]``, the place of each.
+    """
+
+    node: fx.Node
+    heads: tuple[int, Tensor]
+    width: tuple[int, Tensor]
+
+    def read(self, values: Mapping[fx.Node, Any]) -> Tensor:
+        """``[batch, positions, kv, slots, d]``, float64."""
+        value = values[self.node].movedim((self.heads[0], self.width[0]), (2, 3)).double()
+        return value[:, :, self.heads[1]][..., self.width[1]]
+
+
+@dataclass(frozen=True, eq=False)
+class HeadMap:
+    """The heads of one attention, from the projections to the output.
+
+    Parameters
+    ----------
+    heads
+        The KV heads.
+    projections
+        Of queries, keys, values, and of what was attended.
+    operands
+        Queries, keys and values as they are attended to, and what comes out.
+    planes, fixed
+        ``[n, 2]`` and ``[d - 2 n]``: the coordinates of keys that one rotary frequency rotates, and
+        the others.
+    """
+
+    heads: Heads
+    projections: tuple[Projection, Projection, Projection, Projection]
+    operands: tuple[Operand, Operand, Operand, Operand]
+    planes: Tensor
+    fixed: Tensor
+
+
+def head_atom(types: Types, heads: Heads) -> Atom:
+    """The axis of the KV heads and of their queries, in types that let attention tie the two.
+
+    Raises
+    ------
+    Unmapped
+        When none counts the heads as `heads` does.
+    """
+    for weight, dim, slices in heads.slices():
+        axis = types.weight(weight)[dim]
+        for atom in dict.fromkeys(types.axes.atoms(axis)):
+            if atom.size == heads.size:
+                units = units_along(types, axis, atom)
+                if all(bool((units[each] == at).all()) for at, each in enumerate(slices)):
+                    return atom
+    raise Unmapped("its heads share no axis with their queries")
+
+
+def sites_of(types: Types, atom: Atom) -> list[Attention]:
+    """The attentions whose heads `atom` counts."""
+    every = (*types.facts.attentions, *attention_sites(types))
+    return [
+        site for site in every if any(atom in set(types.axes.atoms(axis)) for axis in site.heads)
+    ]
+
+
+def moves_of(types: Types, atom: Atom, places: Sequence[int]) -> tuple[Order, ...]:
+    """How every weight that holds `atom` is laid out when unit ``places[i]`` comes to place i.
+
+    That changes nothing that the program gives where `atom` is not frozen.
+    """
+    if list(places) == sorted(places):
+        return ()
+    found = []
+    for name, node in types.program.weight_nodes():
+        for dim, axis in enumerate(types.of[node]):
+            if atom in set(types.axes.atoms(axis)):
+                units = units_along(types, axis, atom)
+                order = torch.arange(len(units))
+                for new, old in enumerate(places):
+                    order[units == new] = (units == old).nonzero().flatten()
+                found.append(Order(name, dim, tuple(order.tolist())))
+    return tuple(found)
+
+
+def units_along(types: Types, axis: Axis, atom: Atom) -> Tensor:
+    """``[size of axis]``: the unit of `atom` that each index belongs to, or -1."""
+    found = torch.full((types.axes.head(axis).size,), -1)
+    for place in types.axes.occurrences(axis):
+        if place.atom is atom:
+            at = place.offset + torch.arange(atom.size)[:, None] * place.inner
+            at = at + torch.arange(place.inner)
+            for loop, stride in place.outer:
+                at = (at[:, None] + (torch.arange(loop.size) * stride)[:, None]).flatten(1)
+            found[at] = torch.arange(atom.size)[:, None]
+    return found
+
+
+def map_heads(types: Types, held: Contractions, heads: Heads) -> HeadMap:
+    """Where `heads` lie in the program of `types`, whose matrices are `held`.
+
+    Raises
+    ------
+    Unmapped
+        With the reason.
+    """
+    return _Mapping(types, held, heads).map()
+
+
+class _Mapping:
+    def __init__(self, types: Types, held: Contractions, heads: Heads) -> None:
+        self.types, self.held, self.heads = types, held, heads
+        self.atom = head_atom(types, heads)
+        self.site = self._site()
+        self.slots = self._slots()
+        self.own: dict[Place, set[int]] = defaultdict(set)
+        for weight, dim, slices in heads.slices():
+            self.own[weight, dim].update(at for each in slices for at in each)
+
+    def _site(self) -> Attention:
+        names = {site.node.name for site in self.heads.sites}
+        found = [site for site in sites_of(self.types, self.atom) if site.node.name in names]
+        if len(found) != 1 or len(names) != 1:
+            raise Unmapped(f"{len(names)} attentions read them, of which {len(found)} are plain")
+        return found[0]
+
+    def _slots(self) -> list[Atom]:
+        found = dict.fromkeys(
+            atom
+            for axis in self.site.heads
+            for atom in self.types.axes.atoms(axis)
+            if atom is not self.atom and atom.size < _DYNAMIC
+        )
+        return list(found)
+
+    def map(self) -> HeadMap:
+        queries, keys, values = self.site.operands
+        key, value = self.site.key, self.site.value
+        inner, outer = self._labels(key), self._labels(value)
+        if {atom for atom, *_ in inner} & {atom for atom, *_ in outer}:
+            raise Unmapped("keys and values have their coordinates in common")
+        projections = (
+            self._projection("query", inner, own=False),
+            self._projection("key", inner, own=True),
+            self._projection("value", outer, own=True),
+            self._projection("output", outer, own=False, takes_in=True),
+        )
+        operands = (
+            self._operand(queries, inner, key),
+            self._operand(keys, inner, key),
+            self._operand(values, outer, value),
+            self._operand(self.site.node, outer, value),
+        )
+        return HeadMap(self.heads, projections, operands, *self._planes(inner))
+
+    # -- coordinates ----------------------------------------------------------------------------
+
+    def _labels(self, axis: Axis) -> dict[Label, int]:
+        """The coordinates along `axis` and where they are."""
+        atoms = dict.fromkeys(self.types.axes.atoms(axis))
+        found = self._found(axis, atoms, slots=1, kv=1)
+        labels = {label: places[0] for label, places in found[0, 0].items()}
+        if len(labels) != self.types.axes.head(axis).size:
+            raise Unmapped("coordinates of its heads have no axis")
+        return labels
+
+    def _found(
+        self, axis: Axis, atoms: Iterable[Atom], slots: int, kv: int, only: Collection[int] = ()
+    ) -> dict[tuple[int, int], dict[Label, list[int]]]:
+        """(KV head, slot) -> coordinate -> where along `axis` it is, in `only` if that is given."""
+        axes = self.types.axes
+        held = set(axes.atoms(axis))
+        along = {a: units_along(self.types, axis, a).tolist() for a in atoms if a in held}
+        size = axes.head(axis).size
+        heads = units_along(self.types, axis, self.atom).tolist() if kv > 1 else [0] * size
+        slot = self._slot_along(axis).tolist() if slots > 1 else [0] * size
+        found: dict[tuple[int, int], dict[Label, list[int]]] = defaultdict(dict)
+        seen: dict[Any, int] = defaultdict(int)
+        for at in only or range(size):
+            units = frozenset((atom, of[at]) for atom, of in along.items() if of[at] >= 0)
+            if (atoms and not units) or heads[at] < 0:
+                continue
+            key = heads[at], slot[at]
+            found[key].setdefault((units, seen[key, units]), []).append(at)
+            seen[key, units] += 1
+        return found
+
+    def _slot_along(self, axis: Axis) -> Tensor:
+        """Which query of its KV head each index along `axis` belongs to."""
+        found = torch.zeros(self.types.axes.head(axis).size, dtype=torch.long)
+        for atom in self.slots:
+            found = found * atom.size + units_along(self.types, axis, atom).clamp(min=0)
+        return found
+
+    def _planes(self, labels: Mapping[Label, int]) -> tuple[Tensor, Tensor]:
+        """Coordinates that one frequency rotates, in pairs, and the others."""
+        marks = (mark for mark in self.types.facts.marks if mark.kind == "rotary")
+        rotary = {atom for mark in marks for atom in self.types.axes.atoms(mark.axis)}
+        pairs: dict[tuple[Atom, int], list[int]] = defaultdict(list)
+        fixed = []
+        for (units, _), at in labels.items():
+            turned = [unit for unit in units if unit[0] in rotary]
+            if turned:
+                pairs[turned[0]].append(at)
+            else:
+                fixed.append(at)
+        if any(len(pair) != 2 for pair in pairs.values()):
+            raise Unmapped("a frequency rotates more or less than two coordinates")
+        planes = torch.tensor(sorted(sorted(pair) for pair in pairs.values()), dtype=torch.long)
+        return planes.reshape(-1, 2), torch.tensor(sorted(fixed), dtype=torch.long)
+
+    # -- weights --------------------------------------------------------------------------------
+
+    def _projection(
+        self, what: str, labels: Mapping[Label, int], *, own: bool, takes_in: bool = False
+    ) -> Projection:
+        """The only projection that makes (or takes in) these coordinates, of KV heads or not."""
+        atoms = {atom for units, _ in labels for atom, _ in units}
+        slots = 1 if own else math.prod(atom.size for atom in self.slots)
+        found, why = [], f"no weight holds its {what} heads"
+        for name, node in self.types.program.weight_nodes():
+            if self.types.program.weights[name].ndim < 2:
+                continue
+            for dim, axis in enumerate(self.types.of[node]):
+                held = set(self.types.axes.atoms(axis))
+                if self.atom not in held or not held & atoms:
+                    continue
+                mine = self.own.get((name, dim), set())
+                size = self.types.axes.head(axis).size
+                only = sorted(mine) if own else [at for at in range(size) if at not in mine]
+                places = self._found(axis, atoms, slots, self.atom.size, only) if only else {}
+                if not places:
+                    continue
+                table = self._table(what, places, labels, slots)
+                try:
+                    found.append(self._in_matrix(what, name, dim, table, takes_in))
+                except Unmapped as reason:
+                    why = str(reason)
+        if len(found) > 1:
+            why = f"{len(found)} weights hold its {what} heads"
+        if len(found) != 1:
+            raise Unmapped(why)
+        return found[0]
+
+    def _table(
+        self,
+        what: str,
+        places: Mapping[tuple[int, int], Mapping[Label, Sequence[int]]],
+        labels: Mapping[Label, int],
+        slots: int,
+    ) -> Tensor:
+        table = torch.full((self.atom.size, slots, len(labels)), -1)
+        for (kv, slot), coordinates in places.items():
+            for label, (at, *_) in coordinates.items():
+                if label not in labels:
+                    raise Unmapped(f"{what} heads are laid out in another way than attended to")
+                table[kv, slot, labels[label]] = at
+        if bool((table < 0).any()):
+            raise Unmapped(f"{what} heads do not hold all coordinates")
+        return table
+
+    def _in_matrix(
+        self, what: str, name: str, dim: int, table: Tensor, takes_in: bool
+    ) -> Projection:
+        """`table` as rows (or columns) of the one matrix that holds its places."""
+        weight = self.types.program.weights[name]
+        shape = [1] * weight.ndim
+        shape[dim] = -1
+        index = torch.arange(weight.shape[dim]).view(shape).expand(weight.shape)
+        for matrix in self.held.matrices:
+            if matrix.weight != name or matrix.shape[0] != 1 or len(matrix.uses) != 1:
+                continue
+            numbers = matrix.read(index)[0]
+            numbers = numbers if takes_in else numbers.mT
+            row = torch.full((weight.shape[dim],), -1)
+            row[numbers[0]] = torch.arange(len(numbers[0]))
+            places = row[table]
+            if bool((numbers == numbers[0]).all()) and bool((places >= 0).all()):
+                bias = "" if takes_in else bias_of(self.types.program, matrix)
+                return Projection(matrix, bias, places)
+        raise Unmapped(f"{name}, which holds its {what} heads, is no matrix that is used once")
+
+    # -- operands -------------------------------------------------------------------------------
+
+    def _operand(self, node: fx.Node, labels: Mapping[Label, int], width: Axis) -> Operand:
+        axes, type_ = self.types.axes, self.types.of[node]
+        slots = math.prod(atom.size for atom in self.slots)
+        dims = [dim for dim, axis in enumerate(type_) if axes.same(axis, width)]
+        over = [dim for dim, axis in enumerate(type_) if self.atom in set(axes.atoms(axis))]
+        if len(type_) != 4 or len(dims) != 1 or len(over) != 1 or type_[over[0]].size >= _DYNAMIC:
+            where = f"{node.target} in {module_path(node)}"
+            raise Unmapped(f"batch, heads and coordinates are not told apart at {where}")
+        table = torch.full((self.atom.size, slots), -1)
+        units = units_along(self.types, type_[over[0]], self.atom).tolist()
+        spread = bool(set(self.slots) & set(axes.atoms(type_[over[0]])))
+        slot = self._slot_along(type_[over[0]]).tolist()
+        for at, unit in enumerate(units):
+            table[unit, slot[at] if spread else slice(None)] = at
+        if bool((table < 0).any()):
+            raise Unmapped("attention reads heads that no query has")
+        order = torch.empty(len(labels), dtype=torch.long)
+        for label, at in self._labels(type_[dims[0]]).items():
+            order[labels[label]] = at
+        return Operand(node, (over[0], table), (dims[0], order))

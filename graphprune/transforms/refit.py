@@ -1,0 +1,231 @@
+"""Refitting what stays, so that a matrix gives what it gave before columns of it were removed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.analysis.coupling import Coupling
+from graphprune.analysis.matrices import Matrix, bias_of, contractions
+from graphprune.calibration.data import Calibration
+from graphprune.calibration.statistics import InputStatistics, Statistics, Walk, damped, walk
+from graphprune.errors import CalibrationError, PlanError
+from graphprune.io.progress import Track, silent
+from graphprune.ir.program import Program
+from graphprune.plan.plan import Plan
+from graphprune.transforms.sparsity import check_values
+
+
+def refit(
+    program: Program,
+    coupling: Coupling,
+    plan: Plan,
+    calibration: Calibration,
+    *,
+    damp: float = 0.01,
+    track: Track = silent,
+    memory: int | None = None,
+) -> tuple[Program, list[str], Walk]:
+    """`program` with the units of `plan` at zero and their consumers refitted.
+
+    For a matrix W whose columns R go and K stay, with the second moments C of its inputs on the
+    calibration data, the least squares solution is W' = W C[:, K] (C[K, K] + lambda I)^-1, where
+    lambda is `damp` times the mean of the diagonal. Where the contraction has a bias of its own, C
+    is the covariance, and the bias takes up the mean of what is gone. Layers follow each other: the
+    inputs are those that the refitted layers before give.
+
+    Parameters
+    ----------
+    program
+        The program that `plan` was made for.
+    coupling
+        Its analysis.
+    plan
+        Cuts of groups whose removal equals zeroing; no merges.
+    calibration
+        Batches to run it on.
+    damp
+        As above.
+    track
+        Wraps the loop over layers in a progress bar.
+    memory
+        The most bytes that second moments may take at once.
+
+    Returns
+    -------
+    Program, list of str, Walk
+        The program at its first size, on which the plan can be applied; names of what was refitted;
+        what it took.
+
+    Raises
+    ------
+    PlanError
+        When the plan merges, or cuts units whose removal is no zeroing.
+    SelectionError
+        When a matrix that is to be refitted holds integers, or values that are not finite.
+    CalibrationError
+        When a matrix of second moments is singular in spite of the damping, or `memory` is too
+        little for those of one.
+    """
+    _check(coupling, plan)
+    gone = plan.masks(program.weights)
+    columns = {
+        matrix: _columns(matrix.read(gone[matrix.weight]))
+        for matrix in contractions(program).matrices
+        if matrix.weight in gone
+    }
+    matrices = [matrix for matrix, lost in columns.items() if bool(lost.any())]
+    if not matrices:
+        raise PlanError("no matrix lost a column: there is nothing to refit")
+    for matrix in matrices:
+        check_values(matrix.name, program.weights[matrix.weight], moved=True)
+    names = {node: name for name, node in program.weight_nodes()}
+    done: dict[str, Tensor] = {}
+    refitted: list[str] = []
+
+    def edit(
+        nodes: Sequence[fx.Node], held: Sequence[Matrix], statistics: Statistics
+    ) -> Mapping[str, Tensor]:
+        used = {names[other] for n in nodes for other in n.all_input_nodes if other in names}
+        new = {
+            name: program.weights[name].masked_fill(gone[name], 0)
+            for name in used & gone.keys() - done.keys()
+        }
+        for matrix in held:
+            weight = new.get(matrix.weight, program.weights[matrix.weight])
+            bias = bias_of(program, matrix)
+            seen = statistics[matrix.name]
+            dense = matrix.read(program.weights[matrix.weight]).double()
+            best, shift = _least_squares(
+                matrix.name, dense, columns[matrix], seen, damp, centred=bool(bias)
+            )
+            new[matrix.weight] = matrix.write(weight, best).masked_fill(gone[matrix.weight], 0)
+            if bias:
+                old = new.get(bias, done.get(bias, program.weights[bias]))
+                moved = (old.double() + shift.reshape(old.shape)).to(old.dtype)
+                new[bias] = moved.masked_fill(gone[bias], 0) if bias in gone else moved
+            refitted.append(matrix.name)
+        done.update(new)
+        return new
+
+    walked = walk(program, matrices, calibration, "gram", edit, track, memory=memory)
+    rest = {
+        name: program.weights[name].masked_fill(mask, 0)
+        for name, mask in gone.items()
+        if name not in walked.weights
+    }
+    return program.with_weights({**rest, **walked.weights}), refitted, walked
+
+
+def _check(coupling: Coupling, plan: Plan) -> None:
+    if any(step.merges for step in plan.steps):
+        raise PlanError("merged heads cannot be refitted: refit before merging")
+    for cut in (cut for step in plan.steps for cut in step.cuts):
+        group = coupling.group(cut.group)
+        if not group.is_zeroing:
+            raise PlanError(
+                f"{cut.group} ({group.role}, {group.exactness}): its removal is no zeroing of "
+                "weights, so what stays cannot be refitted"
+            )
+
+
+def _columns(gone: Tensor) -> Tensor:
+    """``[parts, in]``: which columns go in rows that stay."""
+    rows = gone.all(2, keepdim=True)
+    return (gone | rows).all(1) & ~rows.all(1)
+
+
+def _least_squares(
+    name: str,
+    dense: Tensor,
+    columns: Tensor,
+    seen: InputStatistics,
+    damp: float,
+    centred: bool,
+) -> tuple[Tensor, Tensor]:
+    """The best matrix without `columns`, and what a bias takes up, ``[parts, out]``."""
+    assert seen.gram is not None
+    best = dense.clone()
+    for part, gram in enumerate(seen.gram):
+        keep, count = (~columns[part]).nonzero().flatten(), int(seen.count[part])
+        best[part][:, columns[part]] = 0
+        if not count or not len(keep) or len(keep) == len(gram):
+            continue
+        moments = gram / count
+        if centred:
+            moments = moments - torch.outer(seen.mean[part], seen.mean[part])
+        factor, failed = torch.linalg.cholesky_ex(damped(moments[keep][:, keep], damp))
+        if int(failed):
+            raise CalibrationError(
+                f"{name}: its inputs are too alike to refit: give more data or damp"
+            )
+        # What is gone, as far as what stays can tell, is added to what stays.
+        lost = dense[part][:, columns[part]] @ moments[columns[part]][:, keep]
+        best[part][:, keep] += torch.cholesky_solve(lost.mT, factor).mT
+    shift = ((dense - best) @ seen.mean[..., None])[..., 0]
+    return best, shift
+
+
+# -- which units can be made up for ----------------------------------------------------------------
+
+
+def removal_errors(
+    weight: Tensor, gram: Tensor, units: Tensor, batches: int = 64, damp: float = 0.01
+) -> Tensor:
+    """What each unit costs when units leave one small batch at a time and the rest is refitted.
+
+    Optimal brain surgeon (Hassibi and Stork 1993, equation 5) for sets of columns S: leaving costs
+    tr(W_S (H^-1_SS)^-1 W_Sᵀ), and what stays takes -W_S (H^-1_SS)^-1 H^-1_S: up.
+
+    Parameters
+    ----------
+    weight
+        ``[out, in]``.
+    gram
+        ``[in, in]``: the sum of x xᵀ over the inputs, H up to a factor.
+    units
+        ``[in]``: which unit each column belongs to, or -1.
+    batches
+        In how many batches units leave.
+    damp
+        What is added to the diagonal of `gram`, as a part of its mean.
+
+    Returns
+    -------
+    Tensor
+        ``[units]``, float64, never less than the cost of a unit that left before.
+    """
+    count = int(units.max()) + 1
+    weight = weight.double().clone()
+    inverse = torch.linalg.inv(damped(gram.double(), damp))
+    columns = [(units == unit).nonzero().flatten() for unit in range(count)]
+    single = torch.cat(columns) if all(len(each) == 1 for each in columns) else None
+    costs = torch.zeros(count, dtype=torch.float64)
+    left = torch.ones(count, dtype=torch.bool)
+    floor = 0.0
+    while bool(left.any()):
+        errors = torch.full((count,), torch.inf, dtype=torch.float64)
+        if single is not None:
+            errors = weight[:, single].square().sum(0) / inverse.diagonal()[single]
+        else:
+            for unit in left.nonzero().flatten().tolist():
+                at = columns[unit]
+                held = weight[:, at]
+                errors[unit] = (torch.linalg.solve(inverse[at][:, at], held.mT) * held.mT).sum()
+        errors = errors.masked_fill(~left, torch.inf)
+        leaving = errors.argsort()[: max(1, count // batches)]
+        leaving = leaving[left[leaving]]
+        costs[leaving] = errors[leaving].clamp(min=floor)
+        floor = float(costs[leaving].max())
+        left[leaving] = False
+        gone = torch.cat([columns[unit] for unit in leaving.tolist()])
+        block = inverse[gone]
+        factor = torch.linalg.solve(block[:, gone], block)
+        weight -= weight[:, gone] @ factor
+        inverse = inverse - block.mT @ factor
+        # The columns that are gone are out of the problem; a unit diagonal keeps it regular.
+        inverse[gone], inverse[:, gone], weight[:, gone] = 0, 0, 0
+        inverse[gone, gone] = 1
+    return costs

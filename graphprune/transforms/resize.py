@@ -1,0 +1,184 @@
+"""Changing the sizes of axes in a graph: literals follow and weights are gathered."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.analysis.axes import Axis, Cut, Cuts
+from graphprune.analysis.inference import Types
+from graphprune.analysis.operators.rule import MeanLiteral, Type
+from graphprune.errors import RewriteError
+from graphprune.ir.program import Program, module_path, operator_of
+from graphprune.ir.shape_propagation import follow_size, get_argument, rebuild, set_argument
+
+RESCALE = "rescale"
+"""Key in a node's meta: (new size, old size) of a mean whose divisor this multiplication keeps."""
+
+
+class Resize:
+    """A copy of a program's graph in which the units of `cuts` are gone.
+
+    Parameters
+    ----------
+    types
+        The axis types of the program.
+    cuts
+        Resolved atoms -> what they lose (or gain).
+
+    Raises
+    ------
+    RewriteError
+        When fewer units would be left than are chosen at once, or units that own branches of the
+        graph cannot go together.
+    """
+
+    def __init__(self, types: Types, cuts: Cuts) -> None:
+        self.types = types
+        self.cuts = cuts
+        self.axes = types.axes
+        for choice in types.facts.choices:
+            if self.touched((choice.axis,)):
+                left = self.axes.kept_size(choice.axis, cuts)
+                if left < choice.least:
+                    where = module_path(choice.node) or "the model"
+                    raise RewriteError(f"{where} chooses {choice.least} units, and {left} are left")
+        self.graph = fx.Graph()
+        self.new: dict[fx.Node, fx.Node] = {}
+        output = self.graph.graph_copy(types.program.graph, self.new)
+        self.graph.output(output)
+        self._remove_branches()
+        for literal in types.facts.sizes:
+            if self.touched((literal.axis,)) and literal.node in self.new:
+                node = self.new[literal.node]
+                follow_size(node, literal.argument, literal.index, self._ratio(literal.axis))
+
+    # -- branches -------------------------------------------------------------------------------
+
+    def _remove_branches(self) -> None:
+        """Take out what belongs to units that go; the places of those that stay are counted anew.
+
+        Raises
+        ------
+        RewriteError
+            When they do not go together, naming the operator.
+        """
+        owners = self.types.owners
+        gone = [
+            owners[atom].seeds[unit]
+            for atom, cut in self.cuts.items()
+            if atom in owners and isinstance(cut, Cut)
+            for unit in cut.removed
+        ]
+        removal = self.types.branches.without(gone)
+        if removal.stuck is not None:
+            raise RewriteError(f"{operator_of(removal.stuck)} cannot do without all of these units")
+        for node, places in removal.places.items():
+            tensors: Any = self.new[node].args[0]
+            kept = [each for at, each in enumerate(tensors) if at not in places]
+            self.new[node].args = (kept, *self.new[node].args[1:])
+        for node in removal.absorbed:
+            self.new[node].replace_all_uses_with(self.new[removal.instead(node)])
+        order = self.types.branches.order
+        for node in sorted({*removal.absorbed, *removal.dead}, key=order.__getitem__, reverse=True):
+            self.graph.erase_node(self.new.pop(node))
+        for reading in self.types.facts.readings:
+            if reading.node in self.new and self.touched((reading.axis,)):
+                place = self.axes.positions(reading.axis, self.cuts).index(reading.index)
+                for argument, past in reading.literals:
+                    set_argument(self.new[reading.node], argument, None, place + past)
+
+    def touched(self, type_: Type) -> bool:
+        """Whether any axis of `type_` changes its size."""
+        return any(self.axes.touched(axis, self.cuts) for axis in type_)
+
+    def _ratio(self, axis: Axis) -> Fraction:
+        if not self.axes.touched(axis, self.cuts):
+            return Fraction(1)
+        return Fraction(self.axes.kept_size(axis, self.cuts), self.axes.head(axis).size)
+
+    def gathered(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`weights` that stay, with the indices that do; those that do not change are shared."""
+        return {
+            name: self._gather(weights[name], self.types.of[node])
+            for name, node in self.types.program.weight_nodes()
+            if node in self.new
+        }
+
+    def _gather(self, weight: Tensor, type_: Type) -> Tensor:
+        for dim, axis in enumerate(type_):
+            if self.axes.touched(axis, self.cuts):
+                kept = torch.tensor(self.axes.positions(axis, self.cuts), device=weight.device)
+                weight = weight.detach().index_select(dim, kept)
+        return weight
+
+    def program(self, weights: Mapping[str, Tensor]) -> Program:
+        """The new program with `weights`, its sizes derived again and compared with the types.
+
+        Raises
+        ------
+        RewriteError
+            When an operator does not accept its new sizes, or a size comes out otherwise than its
+            axis says.
+        """
+        shapes = {
+            self.new[node]: self._shapes(node.meta["val"], type_)
+            for node, type_ in self.types.of.items()
+            if type_ is not None and node in self.new and self._any_touched(type_)
+        }
+        return rebuild(self.types.program, self.graph, weights, shapes)
+
+    def _any_touched(self, type_: Type | list[Type | None]) -> bool:
+        if isinstance(type_, list):
+            return any(self.touched(one) for one in type_ if one is not None)
+        return self.touched(type_)
+
+    def _shapes(self, value: Any, type_: Any) -> Any:
+        if isinstance(type_, list):
+            return [self._shapes(part, one) for part, one in zip(value, type_, strict=True)]
+        ratios = map(self._ratio, type_)
+        return tuple(
+            size * ratio.numerator // ratio.denominator if ratio != 1 else size
+            for size, ratio in zip(value.shape, ratios, strict=True)
+        )
+
+    # -- means ----------------------------------------------------------------------------------
+
+    def keep_divisors(self) -> None:
+        """Let every mean over an axis that shrinks divide by the old size.
+
+        Zeros in place of the removed units would not change its sum, so the result is then exact.
+        """
+        ratios: dict[fx.Node, Fraction] = defaultdict(lambda: Fraction(1))
+        forms: dict[fx.Node, MeanLiteral] = {}
+        for literal in self.types.facts.means:
+            if self.touched((literal.axis,)) and literal.node in self.new:
+                ratios[literal.node] *= self._ratio(literal.axis)
+                forms[literal.node] = literal
+        for node, ratio in ratios.items():
+            self._rescale(self.new[node], ratio, forms[node].form)
+
+    def _rescale(self, node: fx.Node, ratio: Fraction, form: str) -> None:
+        factor = float(ratio)
+        if form == "rms_norm":
+            # x / sqrt(ratio * mean + eps) = ratio^-1/2 * x / sqrt(mean + eps / ratio)
+            set_argument(node, "eps", None, get_argument(node, "eps") / float(ratio))
+            factor = math.sqrt(1 / ratio)
+        users = list(node.users)
+        if len(users) == 1 and RESCALE in users[0].meta:
+            scaled = users[0]
+            earlier = Fraction(*scaled.meta[RESCALE])
+            scaled.args = (node, scaled.args[1] * factor)  # type: ignore[operator]
+            ratio *= earlier
+        else:
+            with self.graph.inserting_after(node):
+                scaled = self.graph.call_function(torch.ops.aten.mul.Tensor, (node, factor))
+            node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+            scaled.meta = {k: v for k, v in node.meta.items() if k != "val"}
+        scaled.meta[RESCALE] = (ratio.numerator, ratio.denominator)

@@ -1,0 +1,252 @@
+"""Which elements of a matrix become zero: Wanda, magnitude, SparseGPT; by ratio or n of m.
+
+Everything here is about one matrix ``[parts, out, in]`` (see `analysis.matrices`), where a
+part is an expert or a group of a convolution, and ``in`` is the axis that is summed over.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from graphprune.calibration.statistics import InputStatistics, damped
+from graphprune.errors import SelectionError
+
+Scope = Literal["row", "layer", "global"]
+"""What elements are compared within: an output row, a part of a matrix, or all matrices."""
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """How many elements stay.
+
+    Parameters
+    ----------
+    ratio
+        The part that becomes zero, in [0, 1).
+    kept, of
+        Of every `of` neighbours along the summed axis, `kept` stay; `of` is 0 where only the ratio
+        counts.
+    """
+
+    ratio: float
+    kept: int = 0
+    of: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """Read ``0.5`` (a ratio) or ``2:4`` (two stay of every four).
+
+        Raises
+        ------
+        SelectionError
+            When it is neither.
+
+        Examples
+        --------
+        >>> Pattern.parse("2:4")
+        Pattern(ratio=0.5, kept=2, of=4)
+        """
+        left, colon, right = text.partition(":")
+        try:
+            if colon:
+                kept, of = int(left), int(right)
+                if 0 < kept < of:
+                    return cls(1 - kept / of, kept, of)
+            elif 0 <= (ratio := float(text)) < 1:
+                return cls(ratio)
+        except ValueError:
+            pass
+        raise SelectionError(
+            f"pattern {text!r} is neither a ratio in [0, 1) nor n:m with n of m elements kept"
+        )
+
+    def check(self, name: str, channels: int) -> None:
+        """Refuse a matrix whose neighbours do not make whole blocks.
+
+        Raises
+        ------
+        SelectionError
+            Naming it.
+        """
+        if self.of and channels % self.of:
+            raise SelectionError(
+                f"{name}: its {channels} inputs cannot be divided into blocks of {self.of}"
+            )
+
+
+def check_values(name: str, values: Tensor, *, moved: bool) -> None:
+    """Refuse values that cannot be scored, or, where they are to be `moved`, not be changed.
+
+    Raises
+    ------
+    SelectionError
+        When one is not finite, or they are integers and would be moved.
+    """
+    if moved and not values.is_floating_point():
+        kind = str(values.dtype).removeprefix("torch.")
+        raise SelectionError(f"{name}: its values are {kind}, which cannot hold what is fitted")
+    if not bool(torch.isfinite(values).all()):
+        raise SelectionError(f"{name}: it has values that are not finite")
+
+
+def wanda_scores(weight: Tensor, statistics: InputStatistics) -> Tensor:
+    """|W| times the L2 norm of the input (Wanda, Sun et al. 2306.11695, equation 1).
+
+    A part that saw no rows (an expert that no token was routed to) is scored by magnitude alone.
+
+    Parameters
+    ----------
+    weight
+        ``[parts, out, in]``.
+    statistics
+        Of its inputs.
+
+    Returns
+    -------
+    Tensor
+        ``[parts, out, in]``, float32.
+    """
+    norm = torch.where(statistics.count[:, None] > 0, statistics.norm, 1.0)
+    return weight.float().abs() * norm[:, None].float()
+
+
+def zeros_by_score(scores: Sequence[Tensor], pattern: Pattern, scope: Scope) -> list[Tensor]:
+    """Which elements go: the lowest scores, ties by place.
+
+    Parameters
+    ----------
+    scores
+        One ``[parts, out, in]`` for each matrix.
+    pattern
+        How many go. With n of m they go in every block, and `scope` does not matter.
+    scope
+        What elements are compared within.
+
+    Returns
+    -------
+    list of Tensor
+        Truth values of the same shapes. In scope "row" exactly ``floor(ratio in)`` of every row;
+        in the others ``floor`` of the ratio of all that are compared.
+    """
+    if pattern.of:
+        return [
+            _lowest(score.reshape(-1, pattern.of), pattern.of - pattern.kept).view(score.shape)
+            for score in scores
+        ]
+    if scope == "global":
+        joined = torch.cat([score.reshape(-1) for score in scores])
+        lowest = _lowest(joined[None], math.floor(joined.numel() * pattern.ratio))[0]
+        pieces = lowest.split([score.numel() for score in scores])
+        return [piece.view(score.shape) for piece, score in zip(pieces, scores, strict=True)]
+    rows = [score.flatten(0, 1) if scope == "row" else score.flatten(1) for score in scores]
+    return [
+        _lowest(row, math.floor(row.shape[1] * pattern.ratio)).view(score.shape)
+        for row, score in zip(rows, scores, strict=True)
+    ]
+
+
+def _lowest(rows: Tensor, count: int) -> Tensor:
+    """Truth values for the `count` lowest of each row; of equal ones the first."""
+    found = torch.zeros_like(rows, dtype=torch.bool)
+    chosen = rows.argsort(dim=1, stable=True)[:, :count]
+    return found.scatter_(1, chosen, True)
+
+
+def zeros_by_share(scores: Tensor, ratio: float) -> Tensor:
+    """Which elements go when each row loses the same share of its score, not of its elements.
+
+    Wanda's variant (2306.11695, appendix on the pruning metric; ``use_variant`` in its code): in
+    each row the lowest scores go whose sum is at most alpha of the row's; one alpha for each
+    part is found by bisection so that `ratio` of its elements go. Rows may lose unlike many.
+
+    Parameters
+    ----------
+    scores
+        ``[parts, out, in]``.
+    ratio
+        The part of the elements that goes.
+    """
+    ordered, places = scores.double().sort(dim=-1, stable=True)
+    shares = ordered.cumsum(-1) / ordered.sum(-1, keepdim=True).clamp(min=torch.finfo().tiny)
+    low = torch.zeros((len(scores), 1, 1), dtype=torch.float64)
+    high = torch.ones_like(low)
+    gone = shares <= low
+    for _ in range(50):
+        alpha = (low + high) / 2
+        gone = shares <= alpha
+        share = gone.double().mean((1, 2), keepdim=True)
+        if bool(((share - ratio).abs() <= 1e-3).all()):
+            break
+        low, high = torch.where(share < ratio, alpha, low), torch.where(share < ratio, high, alpha)
+    return torch.zeros_like(gone).scatter_(-1, places, gone)
+
+
+@dataclass(frozen=True)
+class SparseGpt:
+    """Zeros with an update of the weights that stay (Frantar and Alistarh 2301.00774, algorithm 1).
+
+    Parameters
+    ----------
+    block
+        Columns for which zeros are chosen at once; made a multiple of m where n of m stay.
+    damp
+        What is added to the diagonal of the Gram matrix, as a part of its mean.
+    """
+
+    block: int = 128
+    damp: float = 0.01
+
+    def __call__(
+        self, weight: Tensor, statistics: InputStatistics, pattern: Pattern
+    ) -> tuple[Tensor, Tensor]:
+        """New weights and which of them are zero, both ``[parts, out, in]``.
+
+        Raises
+        ------
+        SelectionError
+            When the Gram matrix cannot be inverted.
+        """
+        assert statistics.gram is not None, "SparseGPT needs the products of all pairs of inputs"
+        new, gone = weight.double(), torch.zeros_like(weight, dtype=torch.bool)
+        for part, gram in enumerate(statistics.gram):
+            if not statistics.count[part]:
+                gram = torch.eye(len(gram), dtype=gram.dtype)
+            self._part(new[part], gone[part], gram, pattern)
+        return new.to(weight.dtype), gone
+
+    def _part(self, weight: Tensor, gone: Tensor, gram: Tensor, pattern: Pattern) -> None:
+        """Edit one ``[out, in]`` matrix and its zeros."""
+        size = len(gram)
+        dead = gram.diagonal() == 0
+        gram = damped(gram, self.damp) + torch.diag(dead.double())
+        weight[:, dead] = 0
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if int(failed):
+            raise SelectionError("its inputs' Gram matrix is not positive: give more data or damp")
+        upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+        pivots = upper.diagonal()
+        width = max(self.block // pattern.of, 1) * pattern.of if pattern.of else self.block
+        for start in range(0, size, width):
+            stop = min(start + width, size)
+            score = weight[:, start:stop].square() / pivots[start:stop].square()
+            if not pattern.of:
+                count = math.floor(score.numel() * pattern.ratio)
+                gone[:, start:stop] = _lowest(score.reshape(1, -1), count).view(score.shape)
+            errors = torch.zeros_like(score)
+            for column in range(start, stop):
+                if pattern.of and not column % pattern.of:
+                    span = slice(column, column + pattern.of)
+                    now = weight[:, span].square() / pivots[span].square()
+                    gone[:, span] = _lowest(now, pattern.of - pattern.kept)
+                kept = weight[:, column].masked_fill(gone[:, column], 0)
+                error = (weight[:, column] - kept) / pivots[column]
+                weight[:, column] = kept
+                weight[:, column + 1 : stop] -= torch.outer(error, upper[column, column + 1 : stop])
+                errors[:, column - start] = error
+            weight[:, stop:] -= errors @ upper[start:stop, stop:]

@@ -1,0 +1,1 @@
+"""Proves a program equal to its masked original."""

@@ -1,0 +1,189 @@
+"""Loading: what a checkpoint must be, and the one line that says what it is not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from byte_llama import byte_llama, save_checkpoint
+from safetensors.torch import load_file, save_file
+
+from graphprune.backends.huggingface.save import save_pretrained
+from graphprune.backends.load import load
+from graphprune.errors import CheckpointError
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return save_checkpoint(tmp_path / "checkpoint")
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir()
+    }
+
+
+def _refused(directory: Path | str, *words: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        load(directory)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def _edit(directory: Path, **changes: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_loads_and_leaves_the_directory_as_it_was(checkpoint: Path) -> None:
+    before = _digests(checkpoint)
+    program = load(checkpoint)
+    assert _digests(checkpoint) == before
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        expected = byte_llama()(input_ids=ids).logits
+    assert torch.allclose(program(input_ids=ids)["logits"], expected, atol=1e-5)
+    assert program.source is not None
+    assert program.source.directory == checkpoint
+    assert program.source.stored_dtype is torch.float32
+    assert program.source.model_class.__name__ == "LlamaForCausalLM"
+
+
+def test_dtype_is_what_it_computes_in(checkpoint: Path) -> None:
+    program = load(checkpoint, dtype="bfloat16", cache=False)
+    assert program.weight("lm_head.weight").dtype is torch.bfloat16
+    assert not program.is_decoder
+    with pytest.raises(CheckpointError, match="'floaty'"):
+        load(checkpoint, dtype="floaty")
+
+
+def test_reads_what_program_save_wrote(checkpoint: Path, tmp_path: Path) -> None:
+    program = load(checkpoint)
+    program.save(tmp_path / "archive")
+    again = load(tmp_path / "archive")
+    ids = torch.arange(12).reshape(2, 6)
+    assert torch.equal(again(input_ids=ids)["logits"], program(input_ids=ids)["logits"])
+
+
+def test_a_missing_directory(tmp_path: Path) -> None:
+    _refused(tmp_path / "nowhere", "nowhere")
+    _refused("./no/such/place", "there is no directory ./no/such/place")
+
+
+def test_a_name_of_the_hub_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def fail(*args: object, **kwargs: object) -> str:
+        raise ConnectionError("no network\nno more")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    _refused("someone/some-model", "someone/some-model", "no network")
+
+
+def test_a_file(checkpoint: Path) -> None:
+    _refused(checkpoint / "config.json", "is a file")
+
+
+def test_no_config(checkpoint: Path) -> None:
+    (checkpoint / "config.json").unlink()
+    _refused(checkpoint, "config.json")
+
+
+def test_a_malformed_config(checkpoint: Path) -> None:
+    (checkpoint / "config.json").write_text("{")
+    _refused(checkpoint, "config.json cannot be read")
+
+
+def test_an_invalid_config(checkpoint: Path) -> None:
+    _edit(checkpoint, num_attention_heads=5)
+    _refused(checkpoint, "config.json is no valid config")
+
+
+def test_an_unknown_model_type(checkpoint: Path) -> None:
+    _edit(checkpoint, model_type="lama")
+    _refused(checkpoint, "config.json", "does not know the model type 'lama'")
+
+
+def test_an_unknown_architecture_falls_back_to_its_type(checkpoint: Path) -> None:
+    _edit(checkpoint, architectures=None)
+    assert "lm_head.weight" in load(checkpoint).weights
+
+
+def test_no_weights(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    _refused(checkpoint, "holds no model.safetensors")
+
+
+@pytest.mark.parametrize("keep", [4, 100, -1])
+def test_a_truncated_file(checkpoint: Path, keep: int) -> None:
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    _refused(checkpoint, "model.safetensors", "cut short")
+
+
+def test_a_damaged_header(checkpoint: Path) -> None:
+    file = checkpoint / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[8:12] = b"\xff\xfe\x00\x01"
+    file.write_bytes(bytes(content))
+    _refused(checkpoint, "model.safetensors has no readable safetensors header")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_value_that_is_no_number(checkpoint: Path, value: float) -> None:
+    file = checkpoint / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+    save_file(weights, file, metadata={"format": "pt"})
+    _refused(checkpoint, str(checkpoint), "model.layers.1.mlp.up_proj.weight", "NaN or infinity")
+
+
+def test_missing_weights_are_never_made_up(checkpoint: Path) -> None:
+    file = checkpoint / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.norm.weight"], weights["lm_head.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    _refused(checkpoint, "lacks the weight lm_head.weight and 1 more")
+
+
+def test_weights_of_another_size(checkpoint: Path) -> None:
+    _edit(checkpoint, intermediate_size=40)
+    _refused(checkpoint, "cannot be loaded")
+
+
+def test_shards(checkpoint: Path, tmp_path: Path) -> None:
+    byte_llama().save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    files = sorted((tmp_path / "shards").glob("*.safetensors"))
+    assert len(files) > 1
+    assert load(tmp_path / "shards").parameter_count() == load(checkpoint).parameter_count()
+    files[0].unlink()
+    _refused(tmp_path / "shards", files[0].name, "is missing")
+
+
+def test_foreign_code_is_not_run(checkpoint: Path) -> None:
+    (checkpoint / "modeling_odd.py").write_text("raise SystemExit('it ran')")
+    auto = {"AutoModelForCausalLM": "modeling_odd.OddForCausalLM"}
+    _edit(checkpoint, architectures=["OddForCausalLM"], auto_map=auto)
+    _refused(checkpoint, "OddForCausalLM", "not run")
+
+
+def test_our_modelling_file_is_not_run_once_edited(checkpoint: Path, tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    from graphprune.backends.huggingface.layered import FILE, pruned_class
+    from graphprune.frontend.capture import capture
+
+    config = byte_llama().config
+    config.graphprune = {"layers": {"model.layers.0": {"intermediate_size": 40}}}
+    torch.manual_seed(0)
+    save_pretrained(capture(pruned_class(LlamaForCausalLM)(config).eval()), tmp_path / "uneven")
+    assert load(tmp_path / "uneven").weight("model.layers.0.mlp.up_proj.weight").shape == (40, 32)
+    with (tmp_path / "uneven" / FILE).open("a") as stream:
+        stream.write("raise SystemExit('it ran')\n")
+    _refused(tmp_path / "uneven", FILE, "not run")

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+from architectures import cache_after, inputs_of, program_of
+from torch import nn
+
+import graphprune as gp
+from graphprune.errors import UsageError
+from graphprune.frontend.capture import capture
+from graphprune.ir.program import module_path, source_line
+
+
+@pytest.mark.parametrize("name", ["capture", "verify"])
+def test_public_functions_are_not_hidden_by_modules_of_their_name(name: str) -> None:
+    code = f"import graphprune, graphprune.{name}; assert callable(graphprune.{name})"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_fingerprints_tell_graphs_and_shapes_but_not_values() -> None:
+    program = program_of("llama-gqa")
+    scaled = program.with_weights({"lm_head.weight": program.weights["lm_head.weight"] * 2})
+    assert scaled.fingerprint() == program.fingerprint()
+    names = ("llama-gqa", "llama-mha", "llama-eager", "gpt2")
+    assert len({program_of(name).fingerprint() for name in names}) == len(names)
+
+
+def test_fingerprints_are_the_same_in_another_process() -> None:
+    code = (
+        "import torch, graphprune as gp\n"
+        "class Model(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.weight = torch.nn.Parameter(torch.ones(4))\n"
+        "    def forward(self, x):\n"
+        "        size = torch.sym_max(x.shape[0], 3) + torch.sym_float(x.shape[0])\n"
+        "        return x * self.weight * size\n"
+        "print(gp.capture(Model(), example_inputs=(torch.ones(5, 4),)).fingerprint())\n"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        for _ in range(2)
+    ]
+    assert runs[0].stdout == runs[1].stdout
+
+
+def test_weights_are_found_by_tied_names_too() -> None:
+    program = program_of("llama-mha")
+    assert program.aliases == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert program.weight("lm_head.weight") is program.weights["model.embed_tokens.weight"]
+    with pytest.raises(UsageError, match="no weight 'head'"):
+        program.weight("head")
+
+
+def test_weights_of_other_shapes_are_refused() -> None:
+    program = program_of("llama-mha")
+    with pytest.raises(UsageError, match=r"lm_head.weight is \(61, 32\), not \(2, 2\)"):
+        program.with_weights({"lm_head.weight": torch.zeros(2, 2)})
+
+
+def test_inputs_that_are_missing_or_unknown_are_named() -> None:
+    program = program_of("llama-gqa")
+    with pytest.raises(UsageError, match="no input 'ids'"):
+        program(ids=torch.zeros(1, 1, dtype=torch.int64))
+    with pytest.raises(UsageError, match="input 'input_ids' is missing"):
+        program()
+
+
+def test_sizes_of_parameters_and_caches() -> None:
+    program = program_of("llama-gqa")
+    assert program.parameter_count() == sum(
+        w.numel() for name, w in program.weights.items() if "inv_freq" not in name
+    )
+    assert program.kinds["model.rotary_emb.inv_freq"] == "derived"
+    assert (
+        program.kv_bytes_per_token() == 2 * 2 * 2 * 8 * 4
+    )  # layers, keys and values, heads, width
+    assert program_of("bert").kv_bytes_per_token() == 0
+
+
+def test_a_program_runs_with_other_weights_and_gradients() -> None:
+    program = program_of("gpt2")
+    weights = {
+        name: weight.detach().clone().requires_grad_(weight.is_floating_point())
+        for name, weight in program.weights.items()
+    }
+    outputs = program.run(weights, inputs_of(program))
+    outputs["logits"].square().mean().backward()
+    missing = [
+        name
+        for name, kind in program.kinds.items()
+        if kind == "parameter" and weights[name].grad is None
+    ]
+    assert not missing
+    assert not program(**inputs_of(program))["logits"].requires_grad
+
+
+def test_positional_arguments_follow_the_inputs() -> None:
+    program = program_of("gpt2")
+    inputs = inputs_of(program)
+    assert torch.equal(program(inputs["input_ids"])["logits"], program(**inputs)["logits"])
+
+
+def test_an_exported_program_gives_the_same() -> None:
+    program = program_of("llama-gqa")
+    inputs = inputs_of(program, batch=2, length=4)
+    first = program(**inputs)
+    filled = program.fill({**inputs, **cache_after(first)})
+    called = program.exported().module()(*(filled[value.name] for value in program.inputs))
+    assert torch.equal(called[0], program(**inputs, **cache_after(first))["logits"])
+
+
+def test_nodes_know_their_module_and_line() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Sequential(nn.Linear(4, 4), nn.GELU())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.block(x) * 2
+
+    program = gp.capture(Model(), example_inputs=(torch.ones(2, 4),))
+    found = {str(n.target): n for n in program.graph.nodes if n.op == "call_function"}
+    assert module_path(found["aten.gelu.default"]) == "block.1"
+    assert module_path(found["aten.mul.Tensor"]) == ""
+    assert source_line(found["aten.mul.Tensor"]).startswith("test_program.py:")
+    assert source_line(found["aten.linear.default"]).startswith("torch/nn/modules/linear.py:")
+
+
+def test_sizes_stay_within_the_range_of_a_dynamic_one() -> None:
+    import sympy
+    from torch.utils._sympy.value_ranges import ValueRanges
+
+    ranges = {sympy.Symbol("s0"): ValueRanges(7, sympy.oo), sympy.Symbol("s1"): ValueRanges(2, 9)}
+    program = dataclasses.replace(capture(nn.Linear(3, 3), (torch.ones(2, 3),)), ranges=ranges)
+    assert [program.within("s0", size) for size in (3, 7, 11)] == [7, 7, 11]
+    assert [program.within("s1", size) for size in (1, 5, 11)] == [1, 5, 9]
+    assert [program.within(4, 11), program.within("s2", 11)] == [4, 11]

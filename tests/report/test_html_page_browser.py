@@ -1,0 +1,174 @@
+"""The page as a person uses it, in headless Chromium (Debian: chromium, chromium-driver)."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from architectures import coupling_of, random_plan
+
+import graphprune as gp
+from graphprune.report.html_page import bare_page, page
+
+pytestmark = pytest.mark.browser
+
+FLAGS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1400,1000",
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    webdriver = pytest.importorskip("selenium.webdriver")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("there is no Chromium with its driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in FLAGS:
+        options.add_argument(flag)
+    started = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield started
+    started.quit()
+
+
+@pytest.fixture
+def opened(browser: Any, tmp_path: Path) -> Any:
+    def show(text: str) -> Any:
+        path = tmp_path / "page.html"
+        path.write_text(text, encoding="utf-8")
+        browser.get(path.as_uri())
+        assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+        return browser
+
+    return show
+
+
+def all_of(browser: Any, selector: str) -> list[Any]:
+    return browser.find_elements("css selector", selector)
+
+
+def panel(browser: Any) -> str:
+    return browser.find_element("id", "panel").text
+
+
+def strip_of(browser: Any, label: str) -> Any:
+    return next(each for each in all_of(browser, ".seg[data-g]") if each.text.startswith(label))
+
+
+def test_clicking_a_strip_shows_its_group_and_why_it_is_coupled(opened: Any) -> None:
+    browser = opened(page(coupling_of("llama-gqa"), "tiny"))
+    strip_of(browser, "ffn").click()
+    text = panel(browser)
+    assert "model.layers.0.mlp:ffn" in text
+    assert "removal is exact" in text
+    assert "aten.mul.Tensor in model.layers.0.mlp" in text
+
+
+def test_pointing_at_a_group_lights_all_its_members_and_dims_the_rest(opened: Any) -> None:
+    browser = opened(page(coupling_of("llama-gqa"), "tiny"))
+    strip = strip_of(browser, "ffn")
+    browser.execute_script(
+        "arguments[0].dispatchEvent(new PointerEvent('pointerover', {bubbles: true}))", strip
+    )
+    group = strip.get_attribute("data-g")
+    same = all_of(browser, f'.seg[data-g="{group}"]')
+    others = [s for s in all_of(browser, ".seg[data-g]") if s.get_attribute("data-g") != group]
+    assert len(same) == 3
+    assert {each.value_of_css_property("opacity") for each in same} == {"1"}
+    assert {each.value_of_css_property("opacity") for each in others} == {"0.28"}
+
+
+def test_a_unit_is_shown_where_it_lies(opened: Any) -> None:
+    browser = opened(page(coupling_of("llama-gqa"), "tiny"))
+    strip_of(browser, "kv").click()
+    field = browser.find_element("css selector", "#panel input[type=number]")
+    field.clear()
+    field.send_keys("1")
+    member = next(
+        m for g in coupling_of("llama-gqa").groups if g.role == "kv-head" for m in g.members
+    )
+    indices = member.indices(1)
+    assert f"{indices[0]}–" in panel(browser)
+
+
+def test_the_keyboard_is_enough(opened: Any) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    browser = opened(page(coupling_of("llama-gqa"), "tiny"))
+    body = browser.find_element("css selector", "body")
+    body.send_keys("/")
+    active = browser.switch_to.active_element
+    assert active.get_attribute("id") == "search"
+    active.send_keys("down_proj")
+    assert "2 weights" in panel(browser)
+    found = browser.find_element("css selector", "#panel li button")
+    found.send_keys(Keys.ENTER)
+    assert "model.layers.0.mlp.down_proj.weight" in panel(browser)
+    assert all_of(browser, ".weight.found")
+    strip = all_of(browser, ".weight.found .seg[data-g]")[0]
+    strip.send_keys(Keys.ENTER)
+    assert "What a unit saves" in panel(browser)
+
+
+def test_blocks_that_are_alike_fold_and_unfold(opened: Any) -> None:
+    browser = opened(page(coupling_of("llama-gqa"), "tiny"))
+    before = len(all_of(browser, ".weight"))
+    next(each for each in all_of(browser, ".which button") if each.text == "unfold").click()
+    assert {"0", "1"} <= {each.text for each in all_of(browser, "summary b")}
+    next(each for each in all_of(browser, ".which button") if each.text == "fold").click()
+    assert len(all_of(browser, ".weight")) == before
+
+
+def test_a_plan_is_shaded(opened: Any) -> None:
+    coupling = coupling_of("llama-gqa")
+    browser = opened(page(coupling, "tiny", random_plan(coupling)))
+    assert all_of(browser, ".gone")
+    assert "The plan" in panel(browser)
+    assert "→" in panel(browser)
+
+
+def test_a_checkpoint_that_cannot_be_captured_has_its_weights_and_the_reason(opened: Any) -> None:
+    browser = opened(bare_page("odd", {"a.weight": (4, 8), "a.bias": (4,)}, "no such operator"))
+    assert browser.find_element("css selector", ".problem").text == "no such operator"
+    assert len(all_of(browser, ".weight")) == 2
+
+
+def test_both_themes_are_there(opened: Any) -> None:
+    browser = opened(page(coupling_of("llama-gqa"), "tiny"))
+    body = browser.find_element("css selector", "body")
+    before = body.value_of_css_property("background-color")
+    browser.find_element("id", "theme").click()
+    assert body.value_of_css_property("background-color") != before
+
+
+def test_eighty_layers_open_in_a_moment(opened: Any) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        num_hidden_layers=80,
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+    )
+    text = page(gp.analyze(gp.capture(LlamaForCausalLM(config).eval())), "eighty")
+    assert len(text) < 5_000_000
+    start = time.perf_counter()
+    browser = opened(text)
+    strip_of(browser, "hidden").click()
+    assert "residual" in panel(browser)
+    assert time.perf_counter() - start < 10

@@ -1,0 +1,413 @@
+"""The verifier accepts what is right and refuses what is wrong, whatever made it."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import build, coupling_of, program_of, random_plan
+from torch import Tensor
+
+import graphprune as gp
+from graphprune.errors import PlanError, VerificationError
+from graphprune.ir.program import Program
+from graphprune.plan.plan import Plan, Step, cut_of
+from graphprune.transforms.heads.merge import find_heads, merge_of
+
+NAME = "llama-gqa"
+UP, GATE, DOWN = (f"model.layers.1.mlp.{part}_proj.weight" for part in ("up", "gate", "down"))
+
+
+def pruned(name: str = NAME, **options: Any) -> tuple[Program, Plan, Program]:
+    program = program_of(name)
+    plan = random_plan(coupling_of(name), **options)
+    return program, plan, plan.apply(program)
+
+
+def merging(program: Program, groups: int) -> Plan:
+    merges = tuple(merge_of(heads, groups) for heads in find_heads(program))
+    return Plan((Step(program.fingerprint(), (), merges),))
+
+
+def changed(program: Program, name: str, change: Callable[[Tensor], object]) -> Program:
+    weight = program.weight(name).clone()
+    change(weight)
+    return program.with_weights({name: weight})
+
+
+def refused(program: Program, plan: Plan, wrong: Program, *words: str, **options: Any) -> None:
+    with pytest.raises(VerificationError) as caught:
+        gp.verify(program, plan, wrong, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+# -- what is right --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "exactness"),
+    [
+        ("llama-gqa", "rescaled"),
+        ("gpt2", "approximate"),
+        ("bert", "approximate"),
+        ("gpt-neox", "approximate"),
+        ("resnet", "exact"),
+    ],
+)
+def test_a_narrower_residual_stream_is_accepted(name: str, exactness: str) -> None:
+    groups = [group for group in coupling_of(name).groups if group.role == "residual"]
+    assert {group.exactness for group in groups} == {exactness}
+    report = gp.verify(*pruned(name, roles={"residual"}, ratio=0.5))
+    assert report.max_relative_error <= 1e-4
+    assert report.max_weight_error == 0
+
+
+@pytest.mark.parametrize("name", ["llama-mha", "llama-eager", "gpt2", "t5"])
+def test_merged_heads_are_accepted(name: str) -> None:
+    program = program_of(name)
+    plan = merging(program, 2)
+    report = gp.verify(program, plan, plan.apply(program))
+    assert report.max_relative_error <= 1e-4
+
+
+def test_the_original_equals_itself() -> None:
+    program = program_of(NAME)
+    report = gp.verify(program, Plan(), program)
+    assert (report.max_relative_error, report.max_weight_error) == (0, 0)
+
+
+def test_the_report_says_what_was_compared() -> None:
+    report = gp.verify(*pruned())
+    assert report.runs == ("full pass", "one more token on the cache")
+    assert list(report.outputs) == ["logits"]
+    assert report.max_relative_error == max(report.outputs.values())
+    assert report.tolerance == 1e-4
+    data = report.to_dict()
+    assert json.loads(json.dumps(data))["outputs"] == dict(report.outputs)
+    assert str(report) == (
+        f"max relative error {report.max_relative_error:.1e} "
+        "(tolerance 1e-04; full pass, one more token on the cache)"
+    )
+    assert gp.verify(*pruned("bert")).runs == ("full pass",)
+
+
+def test_the_seed_decides_what_it_runs_on() -> None:
+    given = pruned("gpt2")
+    errors = [gp.verify(*given, seed=seed).outputs["logits"] for seed in (0, 0, 1)]
+    assert errors[0] == errors[1] != errors[2]
+
+
+def test_nothing_is_changed_by_verifying() -> None:
+    program, plan, smaller = pruned()
+    before = [{n: w.clone() for n, w in p.weights.items()} for p in (program, smaller)]
+    graphs = [str(p.graph) for p in (program, smaller)]
+    gp.verify(program, plan, smaller)
+    for held, graph, p in zip(before, graphs, (program, smaller), strict=True):
+        assert str(p.graph) == graph
+        assert all(torch.equal(held[name], weight) for name, weight in p.weights.items())
+
+
+# -- wrong weights --------------------------------------------------------------------------------
+
+
+def test_one_weight_that_is_off_is_refused() -> None:
+    program, plan, smaller = pruned()
+
+    def nudge(weight: Tensor) -> None:
+        weight[3, 4] += 0.01 * weight.abs().max()
+
+    refused(program, plan, changed(smaller, UP, nudge), f"weight {UP}", "1.0e-02", "1e-04")
+
+
+def test_two_units_swapped_in_one_weight_are_refused() -> None:
+    program, plan, smaller = pruned()
+    order = torch.tensor([1, 0, *range(2, 36)])
+    wrong = changed(smaller, GATE, lambda weight: weight.copy_(weight[order]))
+    refused(program, plan, wrong, f"weight {GATE}")
+
+
+def test_units_in_another_order_are_refused_though_the_outputs_agree() -> None:
+    program, plan, smaller = pruned()
+    order = torch.tensor([1, 0, *range(2, 36)])
+    wrong = changed(smaller, GATE, lambda weight: weight.copy_(weight[order]))
+    wrong = changed(wrong, UP, lambda weight: weight.copy_(weight[order]))
+    wrong = changed(wrong, DOWN, lambda weight: weight.copy_(weight[:, order]))
+    ids = torch.arange(3, 12)[None]
+    same = wrong(input_ids=ids)["logits"], smaller(input_ids=ids)["logits"]
+    assert torch.allclose(*same, atol=1e-5)
+    refused(program, plan, wrong, "weight model.layers.1.mlp.")
+
+
+@pytest.mark.parametrize("name", [UP, DOWN, "model.layers.0.self_attn.q_proj.weight"])
+def test_a_kept_unit_that_should_have_gone_is_refused(name: str) -> None:
+    program, plan, smaller = pruned()
+    ((dim, lost), *_) = [(d, i) for d, i in plan.removed[name].items() if d == (name == DOWN)]
+    whole = program.weight(name)
+    for other, indices in plan.removed[name].items():
+        if other != dim:
+            kept = [i for i in range(whole.shape[other]) if i not in indices]
+            whole = whole.index_select(other, torch.tensor(kept))
+
+    def keep_a_wrong_one(weight: Tensor) -> None:
+        weight.select(dim, 5).copy_(whole.select(dim, lost[0]))
+
+    refused(program, plan, changed(smaller, name, keep_a_wrong_one), f"weight {name}")
+
+
+def test_a_head_that_was_not_averaged_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = program_of("llama-mha")
+    plan = merging(program, 2)
+    monkeypatch.setattr("graphprune.transforms.heads.merge.pool", lambda weights, merges: {})
+    refused(program, plan, plan.apply(program), "weight model.layers.", "_proj.weight is")
+
+
+def test_heads_that_were_averaged_with_others_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = program_of("gpt2")
+    plan = merging(program, 2)
+    right = plan.apply(program)
+    name = "transformer.h.1.attn.c_attn.weight"
+    whole = program.weight(name)
+
+    def pool_heads_apart(weight: Tensor) -> None:  # 0 with 2 and 1 with 3
+        for start, first in ((32, 32), (64, 48)):
+            heads = whole[:, start : start + 32].unflatten(1, (4, 8))
+            mean = (heads[:, :2] + heads[:, 2:]) / 2
+            weight[:, first : first + 16] = mean.flatten(1)
+
+    refused(program, plan, changed(right, name, pool_heads_apart), f"weight {name}")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_value_that_is_no_number_is_refused(value: float) -> None:
+    program, plan, smaller = pruned(roles={"ffn"})
+    wrong = changed(smaller, DOWN, lambda weight: weight[0, 0].fill_(value))
+    refused(program, plan, wrong, DOWN, "holds values that are not finite")
+    odd = changed(program, DOWN, lambda weight: weight[0].fill_(value))
+    refused(odd, plan, plan.apply(odd), "holds values that are not finite")
+
+
+def test_outputs_that_are_no_numbers_are_refused() -> None:
+    program = program_of(NAME)
+    huge = program.with_weights({"lm_head.weight": program.weight("lm_head.weight") * 1e38 * 10})
+    refused(huge, Plan(), huge, "logits holds values that are not finite")
+
+
+# -- wrong shapes ---------------------------------------------------------------------------------
+
+
+def test_a_program_that_was_not_pruned_is_refused() -> None:
+    program, plan, _ = pruned(roles={"ffn"})
+    refused(program, plan, program, "mlp.gate_proj.weight is of shape (48, 32), not of shape (36, ")
+
+
+def test_a_program_that_was_pruned_without_a_plan_is_refused() -> None:
+    program, _, smaller = pruned(roles={"ffn"})
+    refused(program, Plan(), smaller, "gate_proj.weight is of shape (36, 32), not of shape (48, ")
+
+
+def test_a_missing_weight_or_output_is_refused() -> None:
+    program, plan, smaller = pruned()
+    renamed = {f"x{n}" if n == UP else n: weight for n, weight in smaller.weights.items()}
+    kinds = {**smaller.kinds, f"x{UP}": "parameter"}
+    wrong = dataclasses.replace(smaller, weights=renamed, kinds=kinds)
+    refused(program, plan, wrong, f"{UP} is missing, not of shape")
+    first, *rest = smaller.outputs
+    outputs = (dataclasses.replace(first, name="scores"), *rest)
+    wrong = dataclasses.replace(smaller, outputs=outputs)
+    refused(program, plan, wrong, "logits is missing, not of shape")
+
+
+# -- wrong graphs ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "qwen3", "t5"])
+def test_a_mean_that_lost_its_divisor_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graphprune.transforms.resize.Resize.keep_divisors", lambda resize: None)
+    refused(*pruned(name, roles={"residual"}), "output logits")
+
+
+def with_literal(program: Program, target: str, position: int, value: Any) -> Program:
+    """`program` with one argument of every `target` in its graph replaced."""
+    graph = torch.fx.Graph()
+    copied: dict[torch.fx.Node, torch.fx.Node] = {}
+    graph.output(graph.graph_copy(program.graph, copied))
+    nodes = [node for node in graph.nodes if str(node.target) == target]
+    assert nodes
+    for node in nodes:
+        node.update_arg(position, value)
+    return dataclasses.replace(program, graph_module=torch.fx.GraphModule(torch.nn.Module(), graph))
+
+
+def test_a_literal_that_is_off_is_refused() -> None:
+    program, plan, smaller = pruned()
+    wrong = with_literal(smaller, "aten.pow.Tensor_Scalar", 1, 4)
+    refused(program, plan, wrong, "output logits")
+    program, plan, smaller = pruned("gpt2", roles={"residual"})
+    wrong = with_literal(smaller, "aten.layer_norm.default", 4, 0.1)
+    refused(program, plan, wrong, "output logits")
+
+
+def test_a_program_that_does_not_run_is_refused() -> None:
+    program, plan, smaller = pruned("gpt2", roles={"ffn"})
+    wrong = with_literal(smaller, "aten.layer_norm.default", 1, [31])
+    refused(program, plan, wrong, "the program does not run: ", "[31]")
+
+
+def test_heads_that_are_spread_over_the_wrong_queries_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from graphprune.transforms.heads import merge
+
+    def tile(resize: Any, heads: Any, width: int) -> None:
+        """0 1 0 1 where it should be 0 0 1 1."""
+        for site in heads.sites:
+            products = zip(site.operands[1:], site.products, strict=True)
+            for operand, product in products:
+                node, user = resize.new[operand], resize.new[product]
+                with resize.graph.inserting_before(user):
+                    wide = resize.graph.call_function(
+                        torch.ops.aten.repeat.default, (node, [1, width, 1, 1])
+                    )
+                user.replace_input_with(node, wide)
+
+    program = program_of("llama-eager")
+    plan = merging(program, 2)
+    gp.verify(program, plan, plan.apply(program))
+    monkeypatch.setattr(merge, "_insert_broadcasts", tile)
+    refused(program, plan, plan.apply(program), "output logits")
+
+
+def test_a_cache_that_is_mixed_up_is_refused() -> None:
+    program, plan, smaller = pruned()
+    swapped = {"present.0.key": "present.1.key", "present.1.key": "present.0.key"}
+    outputs = tuple(
+        dataclasses.replace(value, name=swapped.get(value.name, value.name))
+        for value in smaller.outputs
+    )
+    wrong = dataclasses.replace(smaller, outputs=outputs)
+    ids = torch.arange(3, 12)[None]
+    assert torch.equal(wrong(input_ids=ids)["logits"], smaller(input_ids=ids)["logits"])
+    refused(program, plan, wrong, "output logits")
+
+
+# -- wrong plans ----------------------------------------------------------------------------------
+
+
+def test_another_plan_of_the_same_sizes_is_refused() -> None:
+    program, _, smaller = pruned(seed=0)
+    other = random_plan(coupling_of(NAME), seed=1)
+    refused(program, other, smaller, "weight ")
+
+
+def test_a_plan_that_leaves_a_step_out_is_refused() -> None:
+    program, first, middle = pruned(roles={"ffn"})
+    second = random_plan(gp.analyze(middle), roles={"kv-head"}, ratio=0.5)
+    last = second.apply(middle)
+    gp.verify(program, first + second, last)
+    gp.verify(middle, second, last)
+    refused(program, first, last, "shape")
+
+
+def test_a_plan_that_says_one_more_unit_is_refused() -> None:
+    program, group = program_of(NAME), coupling_of(NAME).group("model.layers.1.mlp:ffn")
+    plans = [
+        Plan((Step(program.fingerprint(), (cut_of(group, {(): units}),)),))
+        for units in ((1, 2), (1, 2, 3), (1, 3))
+    ]
+    smaller = plans[0].apply(program)
+    refused(program, plans[1], smaller, "shape (46, 32), not of shape (45, 32)")
+    refused(program, plans[2], smaller, "weight model.layers.1.mlp.")
+
+
+def test_a_merge_into_fewer_groups_is_refused() -> None:
+    program = program_of("llama-mha")
+    refused(program, merging(program, 1), merging(program, 2).apply(program), "k_proj.weight")
+
+
+def test_a_plan_for_another_program_is_refused() -> None:
+    _, plan, smaller = pruned()
+    other = program_of("llama-mha")
+    with pytest.raises(PlanError, match=f"this one is {other.fingerprint()}"):
+        gp.verify(other, plan, smaller)
+
+
+# -- how close is close enough ---------------------------------------------------------------------
+
+
+def test_the_tolerance_may_be_given() -> None:
+    program, plan, smaller = pruned()
+
+    def nudge(weight: Tensor) -> None:
+        weight[3, 4] += 1e-3 * weight.abs().max()
+
+    wrong = changed(smaller, UP, nudge)
+    refused(program, plan, wrong, "past the tolerance of 1e-04")
+    report = gp.verify(program, plan, wrong, tolerance=1e-2)
+    assert report.tolerance == 1e-2
+    assert report.max_weight_error == pytest.approx(1e-3, rel=0.01)
+    refused(program, plan, smaller, "output logits", "1e-12", tolerance=1e-12)
+
+
+def test_a_difference_in_the_last_bit_is_accepted() -> None:
+    program, plan, smaller = pruned()
+    close = changed(smaller, UP, lambda weight: weight.mul_(1 + 1e-6))
+    assert 0 < gp.verify(program, plan, close).max_weight_error < 1e-5
+
+
+def test_half_precision_is_given_more_room() -> None:
+    program = gp.capture(build(NAME).bfloat16())
+    plan = random_plan(gp.analyze(program), without={"residual"})
+    report = gp.verify(program, plan, plan.apply(program))
+    assert report.tolerance == 1e-1
+    assert report.max_weight_error == 0
+
+
+# -- independence ---------------------------------------------------------------------------------
+
+REWRITING = {"resize", "rebuild", "rewrite", "merge", "fold", "selection", "criteria"}
+
+
+def imports(module: str, inner: bool) -> Iterator[str]:
+    """Modules of graphprune that `module` imports: all of them, or those at its top only."""
+    path = Path(gp.__file__).parent / f"{module.replace('.', '/')}.py"
+    if not path.is_file():
+        path = path.with_suffix("") / "__init__.py"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree) if inner else tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            if node.module == "graphprune":
+                yield from (alias.name for alias in node.names)
+            elif node.module.startswith("graphprune."):
+                yield node.module.removeprefix("graphprune.")
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith("graphprune."):
+                    yield alias.name.removeprefix("graphprune.")
+
+
+def test_it_imports_nothing_of_the_rewriter_anywhere() -> None:
+    found = set(imports("verify", inner=True))
+    assert {"plan", "program", "inference"} <= found
+    assert not found & REWRITING
+
+
+def test_nor_does_what_it_imports() -> None:
+    pending, seen = ["verify"], set()
+    while pending:
+        module = pending.pop()
+        if module not in seen:
+            seen.add(module)
+            pending.extend(imports(module, inner=False))
+    assert {"plan", "program", "inference", "operators", "axes"} <= seen
+    assert not seen & REWRITING
