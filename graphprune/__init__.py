@@ -10,6 +10,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from graphprune.io.version import __version__
+
 if TYPE_CHECKING:
     from graphprune.analysis.coupling import Coupling, analyze
     from graphprune.backends.load import load
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
     from graphprune.plan.plan import Plan
     from graphprune.transforms.apply import apply_plan as apply
     from graphprune.verification.verify import verify
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "Calibration": "graphprune.calibration.data:Calibration",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class GraphPruneError(Exception):
     """Base of all deliberate errors; catching it catches every refusal of this package."""
@@ -69,3 +72,15 @@ class EvaluationError(GraphPruneError):
 
 class TrainingError(GraphPruneError):
     """A training that cannot start, go on or be resumed."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` for the known name nearest to `name`, or "" when none is near.
+
+    Examples
+    --------
+    >>> nearest("prun", ["prune", "print", "verify"])
+    "; did you mean 'prune'?"
+    """
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from graphprune.errors import UsageError
 from graphprune.pipeline.pass_base import COUPLING, Context, Outcome, Pass
+from graphprune.transforms.apply import apply_plan
 
 if TYPE_CHECKING:
     from graphprune.ir.program import Program
@@ -102,5 +103,5 @@ class Reconstruct(Pass):
             "calibration bytes": walked.peak_bytes,
             "statistics bytes": walked.statistics_bytes,
         }
-        smaller, steps = plan.apply(fitted), context.base_steps
+        smaller, steps = apply_plan(fitted, plan), context.base_steps
         return Outcome(smaller, None, details, edited=True, base=fitted, base_steps=steps)

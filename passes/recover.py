@@ -318,7 +318,7 @@ class Recover(Pass):
         }
 
     def _targets(self, names: Iterable[str]) -> list[str]:
-        from graphprune.ir.program import layer_of
+        from graphprune.ir.provenance import layer_of
 
         target = self.target or ("layers" if self.method == "lora" else "all")
         found = sorted(

@@ -213,7 +213,7 @@ class Sparsify(Pass):
 
     def _targets(self, matrices: Sequence[Matrix], coupling: Coupling) -> list[Matrix]:
         """The matrices that the options name."""
-        from graphprune.ir.program import layer_of
+        from graphprune.ir.provenance import layer_of
 
         names = {matrix.weight for matrix in matrices}
         for pattern in self.skip:

@@ -45,8 +45,8 @@ class Verify(Pass):
 
     Reference
     ---------
-    `graphprune.verification`: the reference is computed from the plan and the original graph, and shares
-    no code with the rewriter.
+    `graphprune.verification`: the reference is computed from the plan and the original graph, and
+    shares no code with the rewriter.
 
     Example
     -------

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune.analysis.coupling import Coupling
+from graphprune.calibration.data import Calibration
 from graphprune.ir.program import PAST, PRESENT, Program
-from graphprune.plan.plan import Cut, Plan, Step, cut_of
+from graphprune.plan.plan import Cut, Plan, Step
 
 VOCABULARY = 61
 
@@ -203,7 +204,7 @@ def random_cuts(
         count = min(max(1, int(group.size * (ratio or chosen.random()))), group.size - group.least)
         places = itertools.product(*(range(sizes[parent]) for parent in group.parents))
         units = {place: tuple(chosen.sample(range(group.size), count)) for place in places}
-        cuts.append(cut_of(group, units))
+        cuts.append(group.cut(units))
     return tuple(cuts)
 
 
@@ -216,3 +217,16 @@ def relative_error(expected: Tensor, found: Tensor) -> float:
     """Largest difference over the largest value expected."""
     assert expected.shape == found.shape
     return float((expected - found).abs().max() / expected.abs().max())
+
+
+BATCHES = (2, 1, 3)
+LENGTH = 9
+"""Of the calibration batches."""
+
+
+@cache
+def calibration_of(name: str) -> Calibration:
+    sizes = enumerate(BATCHES)
+    return Calibration.from_batches(
+        [inputs_of(program_of(name), batch=rows, length=LENGTH, seed=i) for i, rows in sizes]
+    )

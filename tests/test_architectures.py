@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from architectures import ARCHITECTURES, coupling_of, program_of, random_plan
 
+from graphprune.transforms.apply import apply_plan
 from graphprune.verification.verify import verify
 
 TOLERANCE = 1e-4
@@ -18,7 +19,7 @@ def test_pruned_by_a_quarter_it_equals_its_masked_original_and_its_onnx(
 ) -> None:
     program = program_of(name)
     plan = random_plan(coupling_of(name))
-    pruned = plan.apply(program)
+    pruned = apply_plan(program, plan)
     assert pruned.parameter_count() < program.parameter_count()
     assert verify(program, plan, pruned).max_relative_error <= TOLERANCE
     report = pruned.export_onnx(tmp_path / "model.onnx")

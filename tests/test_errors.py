@@ -46,7 +46,7 @@ from graphprune.errors import (
 )
 from graphprune.ir.program import Program
 from graphprune.pipeline.pipeline import Pipeline
-from graphprune.plan.plan import Cut, Plan, Step, cut_of
+from graphprune.plan.plan import Cut, Plan, Step
 
 PRUNE = "prune{target=ffn ratio=0.25 criterion=l1}"
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -497,7 +497,7 @@ CALLS: dict[str, Case] = {
     "a plan for another model": Case(
         PlanError,
         ["the plan was made for program", "this one is"],
-        lambda at: partial(other_plan().apply, program()),
+        lambda at: partial(gp.apply, program(), other_plan()),
     ),
     "a plan for another model to verify": Case(
         PlanError,
@@ -513,15 +513,14 @@ CALLS: dict[str, Case] = {
         PlanError,
         ["model.layers.0.mlp:ffn", "all of its 48 units"],
         lambda at: partial(
-            cut_of,
-            gp.analyze(program()).group("model.layers.0.mlp:ffn"),
+            gp.analyze(program()).group("model.layers.0.mlp:ffn").cut,
             {(): tuple(range(48))},
         ),
     ),
     "a plan that cuts a group to nothing": Case(
         PlanError,
         ["model.layers.0.mlp:ffn", "all of its 48 units"],
-        lambda at: partial(whole_group().apply, program()),
+        lambda at: partial(gp.apply, program(), whole_group()),
     ),
     "a directory that is not empty": Case(
         OutputError, ["is not empty"], lambda at: partial(program().save_pretrained, at.occupied())

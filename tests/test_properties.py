@@ -19,7 +19,7 @@ import graphprune as gp
 from graphprune.analysis.axes import Axes
 from graphprune.analysis.coupling import Coupling
 from graphprune.ir.program import Program
-from graphprune.plan.plan import Plan, Step, cut_of
+from graphprune.plan.plan import Plan, Step
 
 Move = tuple[str, int, int, int]
 """A step's name, how far back its operand was made, and two choices that the step reads freely."""
@@ -351,10 +351,10 @@ def check(module: nn.Module, plans: int = 2, dynamic_shapes: Any = None) -> Coup
     coupling = gp.analyze(program)
     for seed in range(plans):
         first = plan_of(coupling, seed)
-        middle = first.apply(program)
+        middle = gp.apply(program, first)
         gp.verify(program, first, middle)
     second = plan_of(gp.analyze(middle), plans)
-    last = second.apply(middle)
+    last = gp.apply(middle, second)
     gp.verify(middle, second, last)
     gp.verify(program, first + second, last)
     return coupling
@@ -562,7 +562,7 @@ def test_an_axis_may_be_cut_at_every_place() -> None:
 
 def all_but_one(coupling: Coupling) -> Plan:
     (group,) = coupling.groups
-    cut = cut_of(group, {(): tuple(range(1, group.size))})
+    cut = group.cut({(): tuple(range(1, group.size))})
     return Plan((Step(coupling.program.fingerprint(), (cut,)),))
 
 
@@ -577,7 +577,7 @@ def all_but_one(coupling: Coupling) -> Plan:
 def test_what_is_squeezed_stays_so(squeeze: Callable[[Tensor], Tensor]) -> None:
     program = captured(Between(squeeze))
     plan = all_but_one(gp.analyze(program))
-    gp.verify(program, plan, plan.apply(program))
+    gp.verify(program, plan, gp.apply(program, plan))
 
 
 @pytest.mark.parametrize(

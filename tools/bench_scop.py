@@ -29,7 +29,7 @@ from torch import Tensor
 import graphprune as gp
 from graphprune.criteria import Evidence, Scores, criterion
 from graphprune.criteria.scop import ScopBeta
-from graphprune.plan.plan import Plan, Step, cut_of
+from graphprune.plan.plan import Plan, Step
 from graphprune.selection.selector import lowest
 from graphprune.transforms.batch_norms import reestimate
 
@@ -117,8 +117,8 @@ def without(evidence: Evidence, scores: Scores, ratio: float) -> gp.Program:
     chosen = [
         (group, lowest(scores[group.name], int(group.size * ratio))) for group in evidence.groups
     ]
-    step = Step(evidence.program.fingerprint(), tuple(itertools.starmap(cut_of, chosen)))
-    return Plan((step,)).apply(evidence.program)
+    step = Step(evidence.program.fingerprint(), tuple(group.cut(units) for group, units in chosen))
+    return gp.apply(evidence.program, Plan((step,)))
 
 
 def table(rows: list[dict[str, float]]) -> str:

@@ -45,9 +45,10 @@ from graphprune.analysis.coupling import Coupling, Group
 from graphprune.backends.huggingface.save import loadability
 from graphprune.frontend.capture import capture
 from graphprune.frontend.example_inputs import example_of
-from graphprune.ir.program import PRESENT, Program, module_path, source_line
+from graphprune.ir.program import PRESENT, Program
+from graphprune.ir.provenance import module_path, source_line
 from graphprune.ir.sample_inputs import random_inputs
-from graphprune.plan.plan import Cut, Plan, Step, cut_of
+from graphprune.plan.plan import Cut, Plan, Step
 from graphprune.transforms.heads.merge import find_heads, merge_of
 from graphprune.verification.verify import masked, verify
 
@@ -85,7 +86,7 @@ def measure(task: str, model_type: str) -> Row:
     if coupling is None:
         return row
     plan = Plan((Step(program.fingerprint(), _cuts(coupling)),))
-    pruned = _stage(row, "rewritten", lambda: plan.apply(program))
+    pruned = _stage(row, "rewritten", lambda: gp.apply(program, plan))
     if pruned is not None:
         _stage(row, "verified", lambda: verify(program, plan, pruned).max_relative_error)
         _stage(row, "tested", lambda: _least_reaction(program, coupling, plan))
@@ -195,9 +196,7 @@ def _cuts(coupling: Coupling) -> tuple[Cut, ...]:
 def _cut(group: Group, sizes: dict[str, int], chosen: random.Random) -> Cut:
     count = min(max(1, group.size // 4), group.size - group.least)
     places = itertools.product(*(range(sizes[parent]) for parent in group.parents))
-    return cut_of(
-        group, {place: tuple(chosen.sample(range(group.size), count)) for place in places}
-    )
+    return group.cut({place: tuple(chosen.sample(range(group.size), count)) for place in places})
 
 
 def _least_reaction(program: Program, coupling: Coupling, plan: Plan) -> float:
@@ -241,7 +240,7 @@ def _merge(program: Program) -> str:
     if refused:
         raise ValueError(refused)
     plan = Plan((Step(program.fingerprint(), (), tuple(merges)),))
-    verify(program, plan, plan.apply(program))
+    verify(program, plan, gp.apply(program, plan))
     return f"{len(merges)} attentions"
 
 
@@ -255,7 +254,7 @@ def _reload(program: Program, coupling: Coupling) -> str:
         chosen = random.Random(0)
         sizes = {group.name: group.size for group in coupling.groups}
         plan = Plan((Step(program.fingerprint(), tuple(_cut(g, sizes, chosen) for g in wanted)),))
-        pruned = plan.apply(program)
+        pruned = gp.apply(program, plan)
         found = loadability(pruned)
         if found.kind == "none":
             why = found.reason

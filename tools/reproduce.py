@@ -34,7 +34,7 @@ from train_reference import Corpus, digest
 import graphprune as gp
 from graphprune import reference
 from graphprune.criteria import Evidence, criterion
-from graphprune.plan.plan import Plan, Step, cut_of
+from graphprune.plan.plan import Plan, Step
 from graphprune.selection.cost import Costs
 from graphprune.selection.selector import lowest, target_groups
 
@@ -86,9 +86,9 @@ def without_heads(order: str, count: int, seed: int) -> float:
     evidence = Evidence(given.program, coupling, groups, calibration=given.draws[seed], seed=seed)
     scores = criterion("random" if order == "random" else "gate").scores(evidence)
     sign = -1 if order == "reverse" else 1
-    cuts = [cut_of(group, lowest(sign * scores[group.name], count)) for group in groups]
+    cuts = [group.cut(lowest(sign * scores[group.name], count)) for group in groups]
     plan = Plan((Step(given.program.fingerprint(), tuple(cuts)),))
-    return math.log(held_out(plan.apply(given.program))) - dense()
+    return math.log(held_out(gp.apply(given.program, plan))) - dense()
 
 
 def parameters_of(ratio: float) -> float:

@@ -8,13 +8,17 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from graphprune.analysis.axes import Atom, Axis, Occurrence, Product
 from graphprune.analysis.inference import Types, infer
 from graphprune.analysis.roles import LABELS, Role, find_roles
-from graphprune.errors import UsageError
-from graphprune.ir.program import Program, whereabouts
+from graphprune.errors import PlanError, UsageError, nearest
+from graphprune.io.extensions import extension
+from graphprune.ir.program import Program
+from graphprune.ir.provenance import whereabouts
+from graphprune.plan.index_map import IndexMap
+from graphprune.plan.plan import Cut, check_change
 
 if TYPE_CHECKING:
     import networkx
@@ -23,53 +27,6 @@ if TYPE_CHECKING:
     from graphprune.plan.plan import Plan
 
 Exactness = Literal["exact", "rescaled", "approximate"]
-
-
-@dataclass(frozen=True)
-class Member:
-    """One place of a group in a weight: an affine map from units to indices of a dimension.
-
-    Unit ``u`` holds ``offset + sum(o_k * stride_k) + u * width + i`` for every coordinate ``o_k``
-    of the loops in `outer` and every ``0 <= i < width``. A weight that one unit owns, such as a
-    matrix of one of several modules, is held by that one from end to end and by no other.
-
-    Parameters
-    ----------
-    weight, dim
-        The weight, by its name in the program, and its dimension.
-    offset
-        Where the first unit starts.
-    width
-        How many neighbouring indices a unit holds.
-    extent
-        The size of the dimension.
-    outer
-        (size, stride) of the loops around the group, outermost first.
-    outer_groups
-        For every outer loop the name of the group that it walks, or None.
-    owner
-        The unit that owns the whole weight (`dim` is its first, `width` its `extent`), or None.
-    """
-
-    weight: str
-    dim: int
-    offset: int
-    width: int
-    extent: int
-    outer: tuple[tuple[int, int], ...] = ()
-    outer_groups: tuple[str | None, ...] = ()
-    owner: int | None = None
-
-    def indices(self, unit: int, place: Mapping[str, int] | None = None) -> list[int]:
-        """The sorted indices that `unit` holds, under parents at `place` (all of them if None)."""
-        if self.owner is not None:
-            return list(range(self.extent)) if unit == self.owner else []
-        starts = [self.offset + unit * self.width]
-        for (size, stride), group in zip(self.outer, self.outer_groups, strict=True):
-            at = (place or {}).get(group) if group is not None else None
-            coordinates = range(size) if at is None else (at,)
-            starts = [start + o * stride for start in starts for o in coordinates]
-        return sorted(start + i for start in starts for i in range(self.width))
 
 
 @dataclass(frozen=True)
@@ -102,7 +59,7 @@ class Group:
     role: Role
     exactness: Exactness
     why: str
-    members: tuple[Member, ...]
+    members: tuple[IndexMap, ...]
     parents: tuple[str, ...] = ()
     least: int = 1
 
@@ -110,6 +67,24 @@ class Group:
     def is_zeroing(self) -> bool:
         """Whether removing units equals zeroing their slices of the weights."""
         return self.exactness == "exact" and self.role != "expert"
+
+    def cut(self, units: Mapping[tuple[int, ...], tuple[int, ...]]) -> Cut:
+        """Return the cut that takes `units`; without parents the only key is the empty tuple.
+
+        Raises
+        ------
+        PlanError
+            When a unit does not exist, parents lose unequally many, or nothing would be left.
+        """
+        ordered = {place: tuple(sorted(set(found))) for place, found in sorted(units.items())}
+        parents = self.parents if set(ordered) != {()} else ()
+        cut = Cut(self.name, self.size, self.role, ordered, parents, self.members)
+        check_change(cut)
+        if self.size - cut.count < self.least:
+            raise PlanError(
+                f"{self.name}: {self.least} of its units are chosen at once and must stay"
+            )
+        return cut
 
     def weights(self) -> list[str]:
         """The names of the weights it reaches into, each once."""
@@ -177,10 +152,7 @@ class Coupling:
             When there is none, with the nearest name.
         """
         if name not in self._by_name:
-            from difflib import get_close_matches
-
-            near = get_close_matches(name, self._by_name, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = nearest(name, self._by_name)
             raise UsageError(f"the program has no group {name!r}{hint}")
         return self._by_name[name]
 
@@ -244,7 +216,7 @@ class Coupling:
                 why=exactness.get(atom, ("exact", ""))[1],
                 members=(
                     *(
-                        Member(
+                        IndexMap(
                             weight,
                             dim,
                             place.offset,
@@ -268,13 +240,13 @@ class Coupling:
         yield from (weight for weight, *_ in self._places[atom])
         yield from (member.weight for member in self._owned(atom))
 
-    def _owned(self, atom: Atom) -> Iterator[Member]:
+    def _owned(self, atom: Atom) -> Iterator[IndexMap]:
         """The weights that one unit of an atom owns, unit by unit."""
         owner = self.types.owners.get(atom)
         for unit, weights in enumerate(owner.weights if owner is not None else ()):
             for weight in weights:
                 extent = self.program.weights[weight].shape[0]
-                yield Member(weight, 0, 0, extent, extent, owner=unit)
+                yield IndexMap(weight, 0, 0, extent, extent, owner=unit)
 
     def _exactness(self) -> dict[Atom, tuple[Exactness, str]]:
         found: dict[Atom, tuple[Exactness, str]] = {}
@@ -452,10 +424,25 @@ class Coupling:
         return "\n".join(networkx.generate_graphml(plain))
 
     def to_html(self, title: str = "program", plan: Plan | None = None) -> str:
-        """One self-contained page to look into; see `graphprune.report.html_page.page`."""
-        from graphprune.report.html_page import page
+        """Return one self-contained page to look into; see `graphprune.report.html_page`."""
+        return self.render("html", title=title, plan=plan)
 
-        return page(self, title, plan)
+    def render(self, form: str, **options: Any) -> Any:
+        """Return the analysis in a `form` that is installed, such as "html".
+
+        Parameters
+        ----------
+        form
+            A name in the entry-point group ``graphprune.renderers``.
+        options
+            As the renderer takes them beside the coupling.
+
+        Raises
+        ------
+        UsageError
+            When no such renderer is installed, with the nearest name.
+        """
+        return extension("graphprune.renderers", form)(self, **options)
 
     def _repr_html_(self) -> str:
         """The page in a frame, for notebooks."""

@@ -11,7 +11,7 @@ from torch import fx
 from graphprune.analysis.axes import Atom
 from graphprune.analysis.coupling import Coupling
 from graphprune.errors import UsageError
-from graphprune.ir.program import whereabouts
+from graphprune.ir.provenance import whereabouts
 
 
 @dataclass(frozen=True)

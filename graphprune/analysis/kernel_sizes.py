@@ -27,7 +27,8 @@ from graphprune.analysis.axes import Atom, Axis, Product, Sum
 from graphprune.analysis.coupling import Coupling, Group
 from graphprune.analysis.operators.rule import Attention
 from graphprune.analysis.roles import Role, attention_sites
-from graphprune.ir.program import Program, module_path
+from graphprune.ir.program import Program
+from graphprune.ir.provenance import module_path
 
 Runtime = Literal["portable", "cpu", "cuda", "tensorrt"]
 """What a program is to run on; "portable" is any of the others."""

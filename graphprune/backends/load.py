@@ -14,6 +14,7 @@ import torch
 from graphprune.backends.archive import archive
 from graphprune.backends.huggingface.layered import FILE, modelling_text, pruned_class
 from graphprune.backends.huggingface.model import quiet
+from graphprune.backends.onnx.weights import weights_beside
 from graphprune.errors import CheckpointError
 from graphprune.frontend.capture import capture
 from graphprune.ir.program import Program
@@ -65,7 +66,7 @@ def load(
         raise CheckpointError(f"{path} is a file: give the directory that it is in")
     if path.is_dir():
         if archive.is_archive(path):
-            return archive.load(path)
+            return archive.load(path, weights_beside(path))
         return _load_directory(path, dtype, cache)
     return _load_directory(_download(str(directory_or_name)), dtype, cache)
 
@@ -212,7 +213,7 @@ def _model_class(path: Path, config: Any) -> Any:
     if name and hasattr(config, "auto_map"):
         raise CheckpointError(
             f"{path / 'config.json'}: {name} is code that comes with the checkpoint, which is "
-            "not run: load it with transformers and give the model to graphprune.frontend.capture"
+            "not run: load it with transformers and give the model to graphprune.capture"
         )
     for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel):
         if type(config) in auto._model_mapping:

@@ -11,7 +11,8 @@ from torch import Tensor, fx
 from graphprune.analysis.matrices import Matrix
 from graphprune.calibration.data import Calibration
 from graphprune.errors import CalibrationError
-from graphprune.ir.program import Program, layer_of, module_path
+from graphprune.ir.program import Program
+from graphprune.ir.provenance import layer_of, module_path
 
 
 class Run:

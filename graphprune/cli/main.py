@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from graphprune import __version__, reference
 from graphprune.errors import EvaluationError, GraphPruneError, PlanError
+from graphprune.io import reference
+from graphprune.io.version import __version__
 from graphprune.pipeline.instruments import Instrument, Place
+from graphprune.transforms.apply import apply_plan
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -575,7 +577,7 @@ def apply(
     with staged_directory(output) as folder:
         program = _load(directory, progress)
         with _working(progress, "applying the plan"):
-            smaller = chosen.apply(program)
+            smaller = apply_plan(program, chosen)
         kind = _write(smaller, chosen, folder, progress)
     if not quiet:
         _say_written(output, kind)

@@ -129,7 +129,7 @@ def criterion(name: str) -> Criterion:
         When there is none, with the nearest name.
     """
     if name not in CRITERIA:
-        from graphprune.pipeline.options import nearest
+        from graphprune.errors import nearest
 
         raise UsageError(f"there is no criterion {name!r}{nearest(name, CRITERIA)}")
     return CRITERIA[name]()

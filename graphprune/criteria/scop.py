@@ -19,7 +19,8 @@ from graphprune.criteria.gradients import finite_loss
 from graphprune.criteria.knockoffs import permuted
 from graphprune.errors import SelectionError
 from graphprune.ir.nodes import arguments_of
-from graphprune.ir.program import Program, operator_of
+from graphprune.ir.program import Program
+from graphprune.ir.provenance import operator_of
 from graphprune.transforms.batch_norms import BATCH_NORM
 from graphprune.transforms.heads.layout import units_along
 

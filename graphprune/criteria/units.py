@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from graphprune.analysis.coupling import Group, Member
+from graphprune.analysis.coupling import Group
 from graphprune.analysis.matrices import Matrix
+from graphprune.plan.index_map import IndexMap
 
 
-def sum_units(line: Tensor, group: Group, member: Member) -> Tensor:
+def sum_units(line: Tensor, group: Group, member: IndexMap) -> Tensor:
     """Sum scores along a dimension over the slice of every unit: ``[*parents' sizes, size]``."""
     if member.owner is not None:
         return line.new_zeros(group.size).index_fill(0, torch.tensor(member.owner), line.sum())
@@ -23,7 +24,7 @@ def sum_units(line: Tensor, group: Group, member: Member) -> Tensor:
     return units.sum(gone).permute(*(order.index(dim) for dim in keep), len(keep))
 
 
-def _units(line: Tensor, group: Group, member: Member) -> Tensor:
+def _units(line: Tensor, group: Group, member: IndexMap) -> Tensor:
     """A dimension's places as a view ``[*outer, size, width]``: those of every unit of `group`."""
     loops = [*member.outer, (group.size, member.width), (member.width, 1)]
     sizes, strides = zip(*loops, strict=True)
@@ -52,7 +53,7 @@ def consumers(
     return found
 
 
-def unit_numbers(sizes: Sequence[int], group: Group, member: Member, size: int) -> Tensor:
+def unit_numbers(sizes: Sequence[int], group: Group, member: IndexMap, size: int) -> Tensor:
     """``[size]``: which unit (counted over all parents) is at each place of a dimension, or -1.
 
     `sizes` are the sizes of the parents of `group`, and its own.

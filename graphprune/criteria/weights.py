@@ -10,11 +10,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from graphprune.analysis.coupling import Group, Member
+from graphprune.analysis.coupling import Group
 from graphprune.criteria.base import Aggregate, Criterion, Evidence, Scores
 from graphprune.criteria.units import sum_units
 from graphprune.errors import SelectionError
 from graphprune.ir.program import Program
+from graphprune.plan.index_map import IndexMap
 
 Measure = Literal["sum", "l1", "l2"]
 """How the elements of a slice become one number: their sum, sum of absolutes, or of squares."""
@@ -73,8 +74,8 @@ def _stands_for(group: Group) -> dict[str, str]:
     return {name: first[owned[name]] if name in owned else name for name in group.weights()}
 
 
-def _members_by_weight(evidence: Evidence) -> dict[str, list[tuple[Group, Member]]]:
-    found: dict[str, list[tuple[Group, Member]]] = {}
+def _members_by_weight(evidence: Evidence) -> dict[str, list[tuple[Group, IndexMap]]]:
+    found: dict[str, list[tuple[Group, IndexMap]]] = {}
     for group in evidence.groups:
         for member in group.members:
             found.setdefault(member.weight, []).append((group, member))

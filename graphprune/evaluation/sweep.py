@@ -18,7 +18,6 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphprune import __version__
 from graphprune.calibration.data import Calibration, TokenizerLike, digest
 from graphprune.errors import (
     CalibrationError,
@@ -31,6 +30,7 @@ from graphprune.errors import (
 from graphprune.evaluation.perplexity import perplexity
 from graphprune.io.atomic import as_json, staged_file
 from graphprune.io.progress import Maker, counted
+from graphprune.io.version import __version__
 from graphprune.ir.program import Program
 from graphprune.pipeline.pipeline import Pipeline
 from graphprune.report import plots as pictures

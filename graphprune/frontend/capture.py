@@ -20,18 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._export.verifier import load_verifier
 from torch._functorch import config as functorch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim, ExportedProgram
-from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import (
-    ExportGraphSignature,
     InputKind,
-    InputSpec,
-    OutputKind,
-    OutputSpec,
-    TensorArgument,
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.overrides import TorchFunctionMode
@@ -41,7 +34,8 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from graphprune.errors import CaptureError, UsageError
 from graphprune.frontend.canonicalize import canonicalize
 from graphprune.frontend.example_inputs import BATCH, NEW, PAST_LENGTH, Example, configs, example_of
-from graphprune.ir.program import PAST, PRESENT, Kind, Program, Source, Value, module_path
+from graphprune.ir.program import PAST, PRESENT, Kind, Program, Source, value_of
+from graphprune.ir.provenance import module_path
 
 FIXED_BATCH, FIXED_NEW, FIXED_PAST = 101, 103, 107
 """Sizes of a decoder captured on the meta device, where dynamic ones would cost four times the
@@ -825,20 +819,6 @@ def _program(
     )
 
 
-def value_of(name: str, node: fx.Node) -> Value:
-    """The program value called `name` that `node` stands for."""
-    fake = node.meta["val"]
-    return Value(name, node.name, tuple(map(_size, fake.shape)), fake.dtype)
-
-
-def _size(size: int | torch.SymInt) -> int | str:
-    if isinstance(size, int):
-        return size
-    # A dimension that the code turned out to fix stays a symbolic size, of a number.
-    expression = size.node.expr
-    return int(expression) if expression.is_number else str(expression)
-
-
 def _ties(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
     """Every name of a tied weight -> its first name; and the same without the first names."""
     first: dict[int, str] = {}
@@ -850,60 +830,3 @@ def _ties(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
     for name, tensor in named:
         canonical[name] = first.setdefault(id(tensor), name)
     return canonical, {name: to for name, to in canonical.items() if name != to}
-
-
-_KINDS = {
-    "parameter": InputKind.PARAMETER,
-    "buffer": InputKind.BUFFER,
-    "derived": InputKind.BUFFER,
-    "constant": InputKind.CONSTANT_TENSOR,
-}
-
-
-def as_exported_program(program: Program) -> ExportedProgram:
-    """`program` as a `torch.export.ExportedProgram` that shares its graph and weights.
-
-    Every node must carry an up-to-date ``meta["val"]``, which the rewriter sees to.
-    """
-    specs: list[InputSpec] = []
-    state: dict[str, Tensor | nn.Parameter] = {}
-    constants: dict[str, Any] = {}
-    for name, node in program.weight_nodes():
-        kind = program.kinds[name]
-        persistent = kind == "buffer" if kind in ("buffer", "derived") else None
-        argument = TensorArgument(name=node.name)
-        specs.append(InputSpec(_KINDS[kind], argument, target=name, persistent=persistent))
-        weight = program.weights[name]
-        if kind == "parameter":
-            state[name] = nn.Parameter(weight, requires_grad=False)
-        elif kind == "buffer":
-            state[name] = weight
-        else:
-            constants[name] = weight
-    for _, node in program.input_nodes():
-        specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(name=node.name), target=None))
-    outputs = [
-        OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(name=node.name), target=None)
-        for _, node in program.output_nodes()
-    ]
-    arguments = tuple(range(len(program.inputs)))
-    in_spec = pytree.tree_flatten((arguments, {}))[1]
-    out_spec = pytree.tree_flatten(tuple(range(len(program.outputs))))[1]
-    root = ModuleCallSignature(
-        inputs=[],  # names do not survive decomposition
-        outputs=[],
-        in_spec=in_spec,
-        out_spec=out_spec,
-    )
-    return ExportedProgram(
-        root=torch.nn.Module(),
-        graph=program.graph,
-        graph_signature=ExportGraphSignature(input_specs=specs, output_specs=outputs),
-        state_dict=state,
-        range_constraints=dict(program.ranges),
-        module_call_graph=[ModuleCallEntry(fqn="", signature=root)],
-        example_inputs=None,
-        constants=constants,
-        # Captured graphs keep in-place operators, which the default verifier refuses.
-        verifiers=[load_verifier("TRAINING")],
-    )

@@ -9,7 +9,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -205,3 +205,9 @@ def _disk_full(path: str | os.PathLike[str]) -> Iterator[None]:
         if error.errno not in _NO_ROOM:
             raise
         raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def share_mode(files: Iterable[Path], like: Path) -> None:
+    """Let whoever may read `like` read `files`, which safetensors keeps to their owner."""
+    for file in files:
+        file.chmod(like.stat().st_mode)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +13,11 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.errors import UsageError
+from graphprune.io.extensions import extension
 
 if TYPE_CHECKING:
     from os import PathLike
 
-    from torch.export import ExportedProgram
-
-    from graphprune.backends.onnx.export import OnnxReport
 
 Kind = Literal["parameter", "buffer", "derived", "constant"]
 """A weight is a parameter, a persistent buffer, a buffer that checkpoints do not hold ("derived",
@@ -283,31 +280,37 @@ class Program:
             merged[self.aliases.get(name, name)] = tensor
         return dataclasses.replace(self, weights=merged)
 
-    def exported(self) -> ExportedProgram:
-        """This program as a `torch.export.ExportedProgram`, sharing its weights."""
-        from graphprune.frontend.capture import as_exported_program
-
-        return as_exported_program(self)
-
     # -- writing --------------------------------------------------------------------------------
 
     def save_pretrained(self, directory: str | PathLike[str], **options: Any) -> None:
-        """Write a Hugging Face directory; see `backends.huggingface.save`."""
-        from graphprune.backends.huggingface import save as huggingface
+        """Write a Hugging Face directory; see `graphprune.backends.huggingface.save`."""
+        self.write("huggingface", directory, **options)
 
-        huggingface.save_pretrained(self, directory, **options)
-
-    def export_onnx(self, path: str | PathLike[str], **options: Any) -> OnnxReport:
-        """Write an ONNX model; see `graphprune.backends.onnx.export.export`."""
-        from graphprune.backends.onnx import export as onnx
-
-        return onnx.export(self, path, **options)
+    def export_onnx(self, path: str | PathLike[str], **options: Any) -> Any:
+        """Write an ONNX model; see `graphprune.backends.onnx.export`."""
+        return self.write("onnx", path, **options)
 
     def save(self, directory: str | PathLike[str]) -> None:
-        """Write an archive that `graphprune.load` reads; see `backends.archive`."""
-        from graphprune.backends.archive import archive
+        """Write an archive that `graphprune.load` reads; see `graphprune.backends.archive`."""
+        self.write("archive", directory)
 
-        archive.save(self, directory)
+    def write(self, backend: str, path: str | PathLike[str], **options: Any) -> Any:
+        """Write the program to `path` by a back end that is installed.
+
+        Parameters
+        ----------
+        backend
+            A name in the entry-point group ``graphprune.backends``: "huggingface", "onnx",
+            "archive", or one of another distribution.
+        path, options
+            As the back end takes them; it is called with the program, `path` and the options.
+
+        Raises
+        ------
+        UsageError
+            When no such back end is installed, with the nearest name.
+        """
+        return extension("graphprune.backends", backend)(self, path, **options)
 
 
 def caches_of(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -319,53 +322,15 @@ def caches_of(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def module_path(node: fx.Node) -> str:
-    """The dotted path of the module whose forward made `node` ("" for the model itself)."""
-    stack = node.meta.get("nn_module_stack") or {}
-    # Sizes that export itself reads off have a mark where a module would be.
-    paths = [entry[0] for entry in stack.values() if not entry[0].startswith("_empty_nn_module")]
-    return _without_wrapper(paths[-1]) if paths else ""
+def value_of(name: str, node: fx.Node) -> Value:
+    """The program value called `name` that `node` stands for."""
+    fake = node.meta["val"]
+    return Value(name, node.name, tuple(map(_size, fake.shape)), fake.dtype)
 
 
-_LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.|$)")
-
-
-def layer_of(path: str) -> str:
-    """The path of the numbered layer that a dotted path leads into, or "".
-
-    Examples
-    --------
-    >>> layer_of("model.layers.3.mlp"), layer_of("model.norm")
-    ('model.layers.3', '')
-    """
-    found = _LAYER.match(path)
-    return found[0] if found else ""
-
-
-def operator_of(node: fx.Node) -> str:
-    """``operator in module`` of a node."""
-    return f"{node.target} in {module_path(node) or 'the model'}"
-
-
-def whereabouts(node: fx.Node) -> str:
-    """``operator in module (file:line)`` of a node, or the name of an input or weight."""
-    target = node.name if node.op == "placeholder" else node.target
-    path, line = module_path(node), source_line(node)
-    return f"{target}" + (f" in {path}" if path else "") + (f" ({line})" if line else "")
-
-
-def source_line(node: fx.Node) -> str:
-    """``file:line`` of the code that made `node`, or "" when it is not known."""
-    trace = node.meta.get("stack_trace") or ""
-    lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
-    if not lines:
-        return ""
-    path, line = lines[-1].split(", ")[:2]
-    name = path.removeprefix("File ").strip('"')
-    parts = Path(name).parts
-    start = next((i for i in range(len(parts) - 1, -1, -1) if parts[i] == "site-packages"), -1)
-    return f"{'/'.join(parts[start + 1 :] if start >= 0 else parts[-1:])}:{line.split()[-1]}"
-
-
-def _without_wrapper(path: str) -> str:
-    return path.removeprefix("L['self'].").removeprefix("inner.").removeprefix("inner")
+def _size(size: int | torch.SymInt) -> int | str:
+    if isinstance(size, int):
+        return size
+    # A dimension that the code turned out to fix stays a symbolic size, of a number.
+    expression = size.node.expr
+    return int(expression) if expression.is_number else str(expression)

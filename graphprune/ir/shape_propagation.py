@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from graphprune.errors import RewriteError
-from graphprune.frontend.capture import value_of
-from graphprune.ir.program import Program, operator_of
+from graphprune.ir.program import Program, value_of
+from graphprune.ir.provenance import operator_of
 from graphprune.ir.sample_inputs import random_inputs
 
 # -- arguments ----------------------------------------------------------------------------------

@@ -9,16 +9,15 @@ stands for None where the annotation allows it. The annotation decides what a wo
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import re
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from graphprune.errors import PipelineError
+from graphprune.errors import PipelineError, nearest
 
 BARE = r'[^\s{},="]+'
 QUOTED = r'"(?:[^"\\]|\\.)*"'
@@ -156,18 +155,6 @@ def options_of(cls: type) -> dict[str, Option]:
         for field in dataclasses.fields(cls)
         if field.init
     }
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` for the known name nearest to `name`, or "" when none is near.
-
-    Examples
-    --------
-    >>> nearest("prun", ["prune", "print", "verify"])
-    "; did you mean 'prune'?"
-    """
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
 def _option(name: str, annotation: Any, default: Any) -> Option:

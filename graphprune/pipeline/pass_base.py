@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
-from graphprune.errors import PipelineError
-from graphprune.pipeline.options import Option, nearest, options_of
+from graphprune.errors import PipelineError, nearest
+from graphprune.pipeline.options import Option, options_of
 
 if TYPE_CHECKING:
     from graphprune.analysis.coupling import Coupling

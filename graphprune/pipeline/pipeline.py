@@ -9,10 +9,9 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from graphprune.errors import PipelineError, UsageError
+from graphprune.errors import PipelineError, UsageError, nearest
 from graphprune.pipeline import text as pipeline_text
 from graphprune.pipeline.instruments import Dump, Instrument, PrintProgram, VerifyEach
-from graphprune.pipeline.options import nearest
 from graphprune.pipeline.pass_base import Context, Pass
 from graphprune.pipeline.pass_manager import PassManager, Result
 

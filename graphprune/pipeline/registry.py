@@ -9,10 +9,10 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
 
-from graphprune.errors import GraphPruneError, PipelineError
-from graphprune.pipeline.options import Option, nearest
+from graphprune.errors import GraphPruneError, PipelineError, nearest
+from graphprune.io.extensions import provided
+from graphprune.pipeline.options import Option
 from graphprune.pipeline.pass_base import Pass
 
 GROUP = "graphprune.passes"
@@ -39,7 +39,7 @@ class PassInfo:
 
 def names() -> list[str]:
     """The names of all passes that are installed, sorted; imports none."""
-    return sorted(_entries())
+    return sorted(provided(GROUP))
 
 
 def find(name: str) -> type[Pass]:
@@ -50,7 +50,7 @@ def find(name: str) -> type[Pass]:
     PipelineError
         When there is none (names the nearest), or it cannot be loaded.
     """
-    entries = _entries()
+    entries = provided(GROUP)
     if name not in entries:
         hint = nearest(name, entries) or f"; known are {', '.join(sorted(entries)) or 'none'}"
         raise PipelineError(f"unknown pass {name!r}{hint}")
@@ -107,14 +107,3 @@ def _definitions(text: str) -> dict[str, str]:
     parts = re.split(r"^(\w+)(?: :.*)?\n(?=\s)", text, flags=re.MULTILINE)
     pairs = zip(parts[1::2], parts[2::2], strict=True)
     return {term: " ".join(body.split()) for term, body in pairs}
-
-
-def _entries() -> dict[str, EntryPoint]:
-    entries: dict[str, EntryPoint] = {}
-    for entry in entry_points(group=GROUP):
-        other = entries.setdefault(entry.name, entry)
-        if other.value != entry.value:
-            raise PipelineError(
-                f"two distributions provide the pass {entry.name!r}: {other.value}, {entry.value}"
-            )
-    return entries

@@ -142,7 +142,7 @@ class Report:
 
 def versions() -> dict[str, str]:
     """Versions of graphprune and of what decides its results."""
-    from graphprune import __version__
+    from graphprune.io.version import __version__
 
     return {"graphprune": __version__} | {
         name: metadata.version(name) for name in ("torch", "transformers")

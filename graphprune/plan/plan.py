@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from graphprune.analysis.coupling import Group, Member
 from graphprune.errors import PlanError
 from graphprune.io.atomic import staged_file
+from graphprune.plan.index_map import IndexMap
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -59,7 +59,7 @@ class Cut:
     role: str
     units: Mapping[tuple[int, ...], tuple[int, ...]]
     parents: tuple[str, ...] = ()
-    members: tuple[Member, ...] = ()
+    members: tuple[IndexMap, ...] = ()
 
     @property
     def count(self) -> int:
@@ -123,7 +123,7 @@ class Merge:
     group: str
     size: int
     groups: int
-    members: tuple[Member, ...] = ()
+    members: tuple[IndexMap, ...] = ()
     orders: tuple[Order, ...] = ()
     moves: tuple[Order, ...] = ()
 
@@ -218,21 +218,7 @@ class Plan:
         """Those of `weights` in which something goes, with zeros there."""
         return {n: weights[n].masked_fill(m, 0) for n, m in self.masks(weights).items()}
 
-    # -- applying -------------------------------------------------------------------------------
-
-    def apply(self, program: Program) -> Program:
-        """Carry the plan out on `program`.
-
-        Raises
-        ------
-        PlanError
-            When the plan was made for another program.
-        """
-        from graphprune.transforms.apply import carry_out
-
-        for step in self.steps:
-            program = carry_out(program, step)
-        return program
+    # -- checking -------------------------------------------------------------------------------
 
     def check(self, program: Program) -> None:
         """Refuse a program that the plan was not made for.
@@ -342,25 +328,6 @@ class Plan:
                 share = f"{merge.size:>6} into {merge.groups}"
                 lines.append(f"  merge {share} KV heads of {merge.group}{moved}")
         return "\n".join(lines)
-
-
-def cut_of(group: Group, units: Mapping[tuple[int, ...], tuple[int, ...]]) -> Cut:
-    """The cut of `units` of `group`; without parents the only key is the empty tuple.
-
-    Raises
-    ------
-    PlanError
-        When a unit does not exist, parents lose unequally many, or nothing would be left.
-    """
-    ordered = {place: tuple(sorted(set(found))) for place, found in sorted(units.items())}
-    parents = group.parents if set(ordered) != {()} else ()
-    cut = Cut(group.name, group.size, group.role, ordered, parents, group.members)
-    check_change(cut)
-    if group.size - cut.count < group.least:
-        raise PlanError(
-            f"{group.name}: {group.least} of its units are chosen at once and must stay"
-        )
-    return cut
 
 
 def check_change(change: Cut | Merge) -> None:
@@ -562,8 +529,8 @@ def _step_from_data(data: dict[str, Any]) -> Step:
     )
 
 
-def _member_from_data(data: dict[str, Any]) -> Member:
-    return Member(
+def _member_from_data(data: dict[str, Any]) -> IndexMap:
+    return IndexMap(
         data["weight"],
         data["dim"],
         data["offset"],

@@ -6,9 +6,11 @@ from pathlib import Path
 
 from graphprune.calibration.cache import load_measured
 from graphprune.io.atomic import staged_file
-from graphprune.ir.program import Program, layer_of
+from graphprune.ir.program import Program
+from graphprune.ir.provenance import layer_of
 from graphprune.plan.plan import Plan
 from graphprune.report.plots import bars, check_format, histograms
+from graphprune.transforms.apply import apply_plan
 
 _MOST = 64
 """Histograms in one picture: the first so many groups."""
@@ -26,7 +28,7 @@ def draw_sizes(path: Path, program: Program, plan: Plan) -> None:
     """
     check_format(path)
     plan.check(program)
-    sizes = [_sizes(each) for each in (program, plan.apply(program))]
+    sizes = [_sizes(each) for each in (program, apply_plan(program, plan))]
     pairs = {layer: (size, sizes[1].get(layer, 0)) for layer, size in sizes[0].items()}
     with staged_file(path) as staged:
         bars(staged, pairs, labels=("parameters", "layer"))

@@ -19,9 +19,10 @@ from graphprune.analysis.axes import Atom, Axis, Product, Sum
 from graphprune.analysis.coupling import Coupling, Group
 from graphprune.analysis.coupling_paths import Chains
 from graphprune.analysis.roles import LABELS
-from graphprune.ir.program import module_path, source_line, whereabouts
+from graphprune.ir.provenance import module_path, source_line, whereabouts
 from graphprune.plan.plan import Plan
 from graphprune.selection.cost import TOKENS, Cost, Costs
+from graphprune.transforms.apply import apply_plan
 
 MARK = "__DOCUMENT__"
 
@@ -219,7 +220,7 @@ class _Document:
         assert self.plan is not None
         program = self.coupling.program
         self.plan.check(program)
-        after = self.plan.apply(program)
+        after = apply_plan(program, self.plan)
         shapes = {name: list(weight.shape) for name, weight in after.weights.items()}
         changed = {
             self.places[name]: shape

@@ -13,7 +13,7 @@ from graphprune.calibration.data import Calibration, inputs_of, task_loss
 from graphprune.criteria import Evidence, Scores
 from graphprune.errors import SelectionError
 from graphprune.ir.program import Program
-from graphprune.plan.plan import Plan, Step, cut_of
+from graphprune.plan.plan import Plan, Step
 from graphprune.selection.selector import lowest
 
 LEVELS = 8
@@ -61,7 +61,7 @@ def loss_margins(evidence: Evidence, scores: Scores, levels: int = LEVELS) -> di
     runs = [(group, count) for group in evidence.groups for count in _counts(group, levels)]
     points: dict[str, list[tuple[int, float]]] = {g.name: [(0, 0.0)] for g in evidence.groups}
     for group, count in evidence.track(runs, "measuring the loss of groups"):
-        cut = cut_of(group, lowest(scores[group.name], count))
+        cut = group.cut(lowest(scores[group.name], count))
         plan = Plan((Step(fingerprint, (cut,)),))
         masked = program.with_weights(plan.masked(program.weights))
         points[group.name].append((count, _loss(masked, data) - whole))

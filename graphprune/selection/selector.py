@@ -17,8 +17,8 @@ from graphprune.analysis.coupling import Coupling, Group
 from graphprune.analysis.roles import Role
 from graphprune.criteria import Scores
 from graphprune.errors import NothingToPrune, SelectionError
-from graphprune.ir.program import layer_of
-from graphprune.plan.plan import Cut, cut_of
+from graphprune.ir.provenance import layer_of
+from graphprune.plan.plan import Cut
 from graphprune.selection.cost import Cost, Costs
 
 Scope = Literal["group", "global"]
@@ -261,7 +261,7 @@ class Selector:
         choice = _Choice(self, coupling, groups, scores, margins or {})
         counts = choice.everywhere() if self.scope == "group" else choice.anywhere()
         cuts = [
-            cut_of(group, lowest(scores[group.name], count))
+            group.cut(lowest(scores[group.name], count))
             for group, count in zip(groups, counts, strict=True)
             if count
         ]

@@ -12,7 +12,7 @@ from graphprune.analysis import axes as ax
 from graphprune.analysis.coupling import Coupling, analyze
 from graphprune.errors import PlanError
 from graphprune.ir.program import Program
-from graphprune.plan.plan import Cut, Step, check_change
+from graphprune.plan.plan import Cut, Plan, Step, check_change
 from graphprune.transforms.heads.merge import merge_heads
 from graphprune.transforms.resize import Resize
 
@@ -40,6 +40,21 @@ def carry_out(program: Program, step: Step, coupling: Coupling | None = None) ->
         program = _remove(program, step.cuts, coupling or analyze(program))
     if step.merges:
         program = merge_heads(program, step.merges)
+    return program
+
+
+def apply_plan(program: Program, plan: Plan) -> Program:
+    """Carry `plan` out on `program`, which is left as it is.
+
+    Raises
+    ------
+    PlanError
+        When the plan was made for another program.
+    RewriteError
+        When the graph cannot follow; nothing is returned then.
+    """
+    for step in plan.steps:
+        program = carry_out(program, step)
     return program
 
 

@@ -15,7 +15,8 @@ from graphprune.analysis.axes import Axis, Cut, Cuts
 from graphprune.analysis.inference import Types
 from graphprune.analysis.operators.rule import MeanLiteral, Type
 from graphprune.errors import RewriteError
-from graphprune.ir.program import Program, module_path, operator_of
+from graphprune.ir.program import Program
+from graphprune.ir.provenance import module_path, operator_of
 from graphprune.ir.shape_propagation import follow_size, get_argument, rebuild, set_argument
 
 RESCALE = "rescale"

@@ -21,9 +21,10 @@ from torch.nn import functional as F
 
 import graphprune as gp
 from graphprune.analysis.axes import Atom, Axes, Axis, Cut, Product, Sum
-from graphprune.analysis.coupling import Coupling, Group, Member, common_path
+from graphprune.analysis.coupling import Coupling, Group, common_path
 from graphprune.errors import UsageError
-from graphprune.plan.plan import Plan, Step, cut_of
+from graphprune.plan.index_map import IndexMap
+from graphprune.plan.plan import Plan, Step
 
 LAYER = "model.layers.0"
 
@@ -169,8 +170,8 @@ def units_at(axes: Axes, axis: Axis) -> Iterator[dict[Atom, int]]:
             yield {atom: unit for place in places for atom, unit in place.items()}
 
 
-def members_of(group: Group) -> dict[tuple[str, int], list[Member]]:
-    found: dict[tuple[str, int], list[Member]] = {}
+def members_of(group: Group) -> dict[tuple[str, int], list[IndexMap]]:
+    found: dict[tuple[str, int], list[IndexMap]] = {}
     for member in group.members:
         found.setdefault((member.weight, member.dim), []).append(member)
     return found
@@ -225,7 +226,7 @@ def test_each_group_alone_is_removed_as_it_says(name: str) -> None:
             continue
         tried.add(kind)
         plan = cut_alone(coupling, group)
-        gp.verify(program, plan, plan.apply(program))
+        gp.verify(program, plan, gp.apply(program, plan))
 
 
 # -- parents ------------------------------------------------------------------------------------
@@ -284,7 +285,7 @@ def cut_alone(coupling: Coupling, group: Group) -> Plan:
     """Remove other units of `group` under every parent, and nothing else."""
     sizes = [range(coupling.group(parent).size) for parent in group.parents]
     units = {place: (sum(place) % group.size,) for place in itertools.product(*sizes)}
-    return Plan((Step(coupling.program.fingerprint(), (cut_of(group, units),)),))
+    return Plan((Step(coupling.program.fingerprint(), (group.cut(units),)),))
 
 
 def innermost(coupling: Coupling) -> Group:
@@ -299,7 +300,7 @@ def test_other_units_may_go_under_every_parent(function: Callable[[Tensor], Tens
     group = innermost(coupling)
     assert [coupling.group(parent).size for parent in group.parents] == [4]
     plan = cut_alone(coupling, group)
-    gp.verify(coupling.program, plan, plan.apply(coupling.program))
+    gp.verify(coupling.program, plan, gp.apply(coupling.program, plan))
 
 
 @pytest.mark.parametrize("function", MIXING)
@@ -310,7 +311,7 @@ def test_what_meets_across_parents_goes_alike_under_all(
     group = innermost(coupling)
     assert not group.parents
     plan = cut_alone(coupling, group)
-    gp.verify(coupling.program, plan, plan.apply(coupling.program))
+    gp.verify(coupling.program, plan, gp.apply(coupling.program, plan))
 
 
 def test_a_linear_layer_over_heads_mixes_them() -> None:
@@ -542,4 +543,4 @@ def test_a_plan_made_on_meta_is_for_the_model_with_weights() -> None:
         coupling = gp.analyze(gp.capture(build("gpt2")))
     plan = random_plan(coupling)
     program = program_of("gpt2")
-    gp.verify(program, plan, plan.apply(program))
+    gp.verify(program, plan, gp.apply(program, plan))

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import graphprune as gp
 from graphprune.analysis.coupling import Coupling, Group
 from graphprune.errors import PlanError, RewriteError
-from graphprune.plan.plan import Plan, Step, cut_of
+from graphprune.plan.plan import Plan, Step
 from graphprune.selection.cost import Costs
 
 EXPERTS, CHOSEN = 4, 2
@@ -191,8 +191,8 @@ def test_removal_equals_a_router_that_never_chooses_them(combine: Any) -> None:
     group, x = expert_group(coupling), torch.randn(7, 6)
     assert (group.size, group.least) == (EXPERTS, CHOSEN)
     for gone in ((3,), (0, 1)):
-        plan = plan_of(coupling, cut_of(group, {(): gone}))
-        pruned = plan.apply(coupling.program)
+        plan = plan_of(coupling, group.cut({(): gone}))
+        pruned = gp.apply(coupling.program, plan)
         left = {name.split(".")[1] for name in pruned.weights if name.startswith("experts.")}
         assert left == {str(i) for i in range(EXPERTS) if i not in gone}
         with torch.no_grad():
@@ -207,13 +207,13 @@ def test_inside_and_around_experts_everything_stays_prunable(combine: Any) -> No
     names = [f"experts.{i}:ffn" for i in range(EXPERTS)]
     assert {*names, "shared:ffn", "residual"} <= {group.name for group in coupling.groups}
     units = {name: {(): tuple(range(i + 1))} for i, name in enumerate(names)}
-    cuts = [cut_of(coupling.group(name), found) for name, found in units.items()]
-    first = plan_of(coupling, *cuts, cut_of(expert_group(coupling), {(): (1,)}))
-    once = first.apply(coupling.program)
+    cuts = [coupling.group(name).cut(found) for name, found in units.items()]
+    first = plan_of(coupling, *cuts, expert_group(coupling).cut({(): (1,)}))
+    once = gp.apply(coupling.program, first)
     again = gp.analyze(once)
     second = random_plan(again)  # experts among them, which are of different sizes now
     assert "expert" in {cut.role for cut in second.steps[0].cuts}
-    twice = second.apply(once)
+    twice = gp.apply(once, second)
     assert gp.verify(coupling.program, first + second, twice).max_relative_error <= 1e-5
 
 
@@ -227,7 +227,7 @@ def test_what_an_expert_owns_is_told_and_kept_as_data() -> None:
     assert len(lines) == 2 + 4 * EXPERTS
     told = coupling.explain("experts.2.down.bias", 0)
     assert "all of it goes with unit 2 of group expert" in told
-    plan = plan_of(coupling, cut_of(group, {(): (0, 2)}))
+    plan = plan_of(coupling, group.cut({(): (0, 2)}))
     assert Plan.from_json(plan.to_json()) == plan
     assert plan.removed["experts.2.up.weight"] == {0: list(range(12))}
     assert all(
@@ -243,15 +243,15 @@ def test_what_an_expert_owns_is_told_and_kept_as_data() -> None:
 def test_a_weight_that_should_have_gone_is_found() -> None:
     _, coupling = captured(equal)
     group = expert_group(coupling)
-    plan = plan_of(coupling, cut_of(group, {(): (0,)}))
-    other = plan_of(coupling, cut_of(group, {(): (1,)})).apply(coupling.program)
+    plan = plan_of(coupling, group.cut({(): (0,)}))
+    other = gp.apply(coupling.program, plan_of(coupling, group.cut({(): (1,)})))
     with pytest.raises(gp.VerificationError, match="experts"):
         gp.verify(coupling.program, plan, other)
 
 
 def test_what_is_left_is_equal_in_onnx_runtime(tmp_path: Path) -> None:
     _, coupling = captured(sparse)
-    pruned = plan_of(coupling, cut_of(expert_group(coupling), {(): (1,)})).apply(coupling.program)
+    pruned = gp.apply(coupling.program, plan_of(coupling, expert_group(coupling).cut({(): (1,)})))
     report = pruned.export_onnx(tmp_path / "model.onnx")
     assert report.max_relative_error <= 1e-5
     assert report.operators["NonZero"] == EXPERTS - 1
@@ -323,7 +323,7 @@ def test_what_does_not_go_is_frozen_with_its_operator_and_line(combine: Any, why
     assert why in explained
     assert ".py:" in explained.partition(why)[2].splitlines()[0]
     plan = random_plan(coupling)  # and the rest is as it was
-    gp.verify(coupling.program, plan, plan.apply(coupling.program))
+    gp.verify(coupling.program, plan, gp.apply(coupling.program, plan))
 
 
 def test_experts_of_different_kinds_are_frozen() -> None:
@@ -338,11 +338,11 @@ def test_no_more_go_than_leave_as_many_as_are_chosen() -> None:
     _, coupling = captured(sparse)
     group = expert_group(coupling)
     with pytest.raises(PlanError, match="2 of its units are chosen at once and must stay"):
-        cut_of(group, {(): (0, 1, 2)})
-    text = plan_of(coupling, cut_of(group, {(): (0, 1)})).to_json(indent=None)
+        group.cut({(): (0, 1, 2)})
+    text = plan_of(coupling, group.cut({(): (0, 1)})).to_json(indent=None)
     spoilt = Plan.from_json(text.replace('"units": [[[], [0, 1]]]', '"units": [[[], [0, 1, 2]]]'))
     with pytest.raises(RewriteError, match="chooses 2 units, and 1 are left"):
-        spoilt.apply(coupling.program)
+        gp.apply(coupling.program, spoilt)
 
 
 def test_places_of_a_stack_that_nothing_chooses_from_are_frozen() -> None:

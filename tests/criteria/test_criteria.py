@@ -14,6 +14,7 @@ import transformers as tf
 from architectures import (
     VOCABULARY,
     build,
+    calibration_of,
     coupling_of,
     inputs_of,
     inputs_to,
@@ -42,17 +43,6 @@ from graphprune.transforms.refit import removal_errors
 
 Slices = list[tuple[str, int, list[int]]]
 """(parameter, dimension, indices) of everything that one unit holds."""
-
-BATCHES = (2, 1, 3)
-LENGTH = 9
-
-
-@cache
-def calibration_of(name: str) -> Calibration:
-    sizes = enumerate(BATCHES)
-    return Calibration.from_batches(
-        [inputs_of(program_of(name), batch=rows, length=LENGTH, seed=i) for i, rows in sizes]
-    )
 
 
 def group_of(coupling: Coupling, role: str, weight: str) -> Group:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from functools import cache
 from typing import Any
 
@@ -22,7 +21,7 @@ from graphprune.criteria.scop import Scop, features, find_places, mixed, units_a
 from graphprune.errors import CalibrationError, SelectionError
 from graphprune.ir.program import Program
 from graphprune.pipeline.pipeline import Pipeline
-from graphprune.plan.plan import Plan, Step, cut_of
+from graphprune.plan.plan import Plan, Step
 from graphprune.selection.selector import lowest
 from graphprune.transforms.batch_norms import reestimate
 
@@ -309,8 +308,8 @@ def test_pruning_by_it_keeps_more_of_a_trained_network_than_the_other_way_round(
     found = []
     for sign in (1, -1):
         chosen = [(g, lowest(sign * scores[g.name], g.size // 2)) for g in groups]
-        step = Step(program.fingerprint(), tuple(itertools.starmap(cut_of, chosen)))
-        left = Plan((step,)).apply(program)
+        step = Step(program.fingerprint(), tuple(group.cut(units) for group, units in chosen))
+        left = gp.apply(program, Plan((step,)))
         found.append(accuracy(left.with_weights(reestimate(left, calibration)), test))
     assert found[0] > found[1] + 10
 

@@ -28,7 +28,9 @@ import graphprune as gp
 from graphprune.errors import CaptureError, UsageError
 from graphprune.frontend.capture import _capture_transformers
 from graphprune.frontend.example_inputs import example_of
-from graphprune.ir.program import PAST, PRESENT, Program, module_path, source_line
+from graphprune.ir.exported import to_exported_program
+from graphprune.ir.program import PAST, PRESENT, Program
+from graphprune.ir.provenance import module_path, source_line
 
 CLOSE = 1e-5
 
@@ -635,7 +637,9 @@ def test_every_operator_of_a_decoder_knows_its_module_and_line() -> None:
 def test_the_exported_program_runs_equal(name: str) -> None:
     program = program_of(name)
     filled = program.fill(inputs_of(program))
-    called = program.exported().module()(*(filled[value.name] for value in program.inputs))
+    called = to_exported_program(program).module()(
+        *(filled[value.name] for value in program.inputs)
+    )
     for value, found in zip(program.outputs, called, strict=True):
         assert torch.equal(found, program(**filled)[value.name]), value.name
 

@@ -12,7 +12,8 @@ from torch import nn
 import graphprune as gp
 from graphprune.errors import UsageError
 from graphprune.frontend.capture import capture
-from graphprune.ir.program import module_path, source_line
+from graphprune.ir.exported import to_exported_program
+from graphprune.ir.provenance import module_path, source_line
 
 
 @pytest.mark.parametrize("name", ["capture", "verify"])
@@ -110,7 +111,9 @@ def test_an_exported_program_gives_the_same() -> None:
     inputs = inputs_of(program, batch=2, length=4)
     first = program(**inputs)
     filled = program.fill({**inputs, **cache_after(first)})
-    called = program.exported().module()(*(filled[value.name] for value in program.inputs))
+    called = to_exported_program(program).module()(
+        *(filled[value.name] for value in program.inputs)
+    )
     assert torch.equal(called[0], program(**inputs, **cache_after(first))["logits"])
 
 

@@ -225,7 +225,7 @@ def test_a_pass_after_it_finds_query_slots_and_prunes_them(name: str) -> None:
     result = run(program, MergeKvHeads(groups=2), Prune("query-heads", 0.5, "l1"))
     assert kv_heads(result.program) == [2] * 4
     assert len(gp.analyze(result.program).groups) > 0
-    again = result.plan.from_json(result.plan.to_json()).apply(program)
+    again = gp.apply(program, result.plan.from_json(result.plan.to_json()))
     inputs = inputs_of(program)
     assert relative_error(result.program(**inputs)["logits"], again(**inputs)["logits"]) == 0
 

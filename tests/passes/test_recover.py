@@ -11,7 +11,7 @@ from architectures import inputs_of, program_of
 from byte_llama import save_checkpoint
 
 import graphprune as gp
-from graphprune.calibration.data import Calibration
+from graphprune.calibration.data import Calibration, next_token_loss
 from graphprune.errors import CalibrationError, SelectionError, TrainingError, UsageError
 from graphprune.ir.program import Program
 from graphprune.passes.merge_kv_heads import MergeKvHeads
@@ -57,7 +57,7 @@ def test_what_was_pruned_is_trained_at_its_sizes(name: str, method: Any) -> None
     details = dict(result.report.passes[1].details)
     calibration = calibration_of(name)
     (batch,) = calibration
-    losses = [float(gp.calibration.next_token_loss(p(**batch)["logits"], batch))
+    losses = [float(next_token_loss(p(**batch)["logits"], batch))
               for p in (bare, result.program)]  # fmt: skip
     assert losses[1] < losses[0]
     assert details["steps"] == 4

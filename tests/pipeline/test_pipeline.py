@@ -311,5 +311,7 @@ def test_two_distributions_cannot_provide_one_name(
 ) -> None:
     write_metadata(tmp_path, "rival", {"every": "option_passes:Needs"})
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(GraphPruneError, match="two distributions provide the pass 'every'"):
+    with pytest.raises(
+        GraphPruneError, match="two distributions provide 'every' in graphprune.passes"
+    ):
         registry.find("every")

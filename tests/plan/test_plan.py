@@ -22,10 +22,11 @@ from architectures import (
 )
 
 import graphprune as gp
-from graphprune.analysis.coupling import Group, Member
+from graphprune.analysis.coupling import Group
 from graphprune.errors import GraphPruneError, PlanError
 from graphprune.ir.program import Program
-from graphprune.plan.plan import Cut, Merge, Plan, Step, cut_of
+from graphprune.plan.index_map import IndexMap
+from graphprune.plan.plan import Cut, Merge, Plan, Step
 from graphprune.transforms.heads.merge import find_heads, merge_of
 
 ATTENTION = "model.layers.0.self_attn"
@@ -41,7 +42,7 @@ def cutting(program: Program, **units: Any) -> Plan:
     for name, chosen in units.items():
         where = "model.layers.0.mlp" if name == "ffn" else ATTENTION
         group = group_of(program, f"{where}:{name.replace('_', '-')}")
-        cuts.append(cut_of(group, chosen if isinstance(chosen, dict) else {(): chosen}))
+        cuts.append(group.cut(chosen if isinstance(chosen, dict) else {(): chosen}))
     return Plan((Step(program.fingerprint(), tuple(cuts)),))
 
 
@@ -56,11 +57,11 @@ def chain() -> tuple[Plan, Program]:
     first = cutting(
         program_of("llama-mha"), head_dim={(head,): (head, 7) for head in range(4)}, ffn=(3, 5, 40)
     )
-    pruned = first.apply(program_of("llama-mha"))
+    pruned = gp.apply(program_of("llama-mha"), first)
     second = merging(pruned, 2)
-    merged = second.apply(pruned)
+    merged = gp.apply(pruned, second)
     third = cutting(merged, kv_head=(1,))
-    return first + second + third, third.apply(merged)
+    return first + second + third, gp.apply(merged, third)
 
 
 def span(start: int, stop: int) -> list[int]:
@@ -94,7 +95,7 @@ def test_an_empty_plan_says_so_and_is_false() -> None:
 
 def test_an_empty_plan_changes_nothing() -> None:
     program = program_of("llama-mha")
-    assert Plan().apply(program) is program
+    assert gp.apply(program, Plan()) is program
     Plan().check(program)
     assert Plan().removed == {}
 
@@ -145,10 +146,10 @@ def test_the_same_decisions_give_the_same_text() -> None:
     }
     assert len(texts) == 1
     group = coupling_of("llama-gqa").group("model.layers.0.mlp:ffn")
-    assert cut_of(group, {(): (9, 2, 5, 2)}) == cut_of(group, {(): (2, 5, 9)})
+    assert group.cut({(): (9, 2, 5, 2)}) == group.cut({(): (2, 5, 9)})
     dims = coupling_of("llama-gqa").group(f"{ATTENTION}:head-dim")
     forwards, backwards = {(0,): (1,), (1,): (2,)}, {(1,): (2,), (0,): (1,)}
-    cuts = [cut_of(dims, units) for units in (forwards, backwards)]
+    cuts = [dims.cut(units) for units in (forwards, backwards)]
     texts = {Plan((Step("program", (cut,)),)).to_json() for cut in cuts}
     assert len(texts) == 1
 
@@ -169,15 +170,15 @@ def test_a_plan_that_was_kept_makes_a_fresh_copy_the_same(name: str, tmp_path: P
     plan = random_plan(coupling_of(name))
     plan.save(tmp_path / "plan.json")
     fresh = gp.capture(build(name))
-    again = Plan.load(tmp_path / "plan.json").apply(fresh)
-    assert_same(plan.apply(program_of(name)), again)
+    again = gp.apply(fresh, Plan.load(tmp_path / "plan.json"))
+    assert_same(gp.apply(program_of(name), plan), again)
     assert gp.verify(fresh, plan, again).max_weight_error == 0
 
 
 def test_several_steps_with_a_merge_are_applied_again() -> None:
     plan, program = chain()
     fresh = gp.capture(build("llama-mha"))
-    assert_same(program, Plan.from_json(plan.to_json()).apply(fresh))
+    assert_same(program, gp.apply(fresh, Plan.from_json(plan.to_json())))
     gp.verify(fresh, plan, program)
 
 
@@ -205,7 +206,7 @@ def test_what_was_removed_is_counted_as_the_first_program_does() -> None:
 def test_of_a_head_that_was_merged_all_parts_go() -> None:
     program = program_of("llama-mha")
     first = merging(program, 2)
-    middle = first.apply(program)
+    middle = gp.apply(program, first)
     plan = first + cutting(middle, head_dim={(0,): (3,), (1,): (5,)})
     assert plan.removed == {
         f"{ATTENTION}.v_proj.weight": {0: [3, 11, 21, 29]},
@@ -217,9 +218,9 @@ def test_of_a_head_that_was_merged_all_parts_go() -> None:
 def test_heads_that_are_merged_after_others_went_are_the_ones_that_were_left() -> None:
     program = program_of("llama-mha")
     first = cutting(program, kv_head=(1, 2))
-    middle = first.apply(program)
+    middle = gp.apply(program, first)
     second = merging(middle, 1)
-    last = second.apply(middle)
+    last = gp.apply(middle, second)
     plan = first + second + cutting(last, head_dim={(): (5,)})
     assert plan.removed[f"{ATTENTION}.k_proj.weight"] == {0: span(8, 24)}
     assert plan.removed[f"{ATTENTION}.v_proj.weight"] == {0: [5, *span(8, 24), 29]}
@@ -230,24 +231,24 @@ def test_heads_in_one_fused_weight_are_counted_apart() -> None:
     program = program_of("gpt2")
     attention = "transformer.h.0.attn"
     first = merging(program, 2, f"{attention}.c_attn:kv-head")
-    middle = first.apply(program)
+    middle = gp.apply(program, first)
     group = next(g for g in gp.analyze(middle).groups if g.role == "kv-head")
-    plan = first + Plan((Step(middle.fingerprint(), (cut_of(group, {(): (0,)}),)),))
+    plan = first + Plan((Step(middle.fingerprint(), (group.cut({(): (0,)}),)),))
     columns = [*span(0, 16), *span(32, 48), *span(64, 80)]
     assert plan.removed == {
         f"{attention}.c_attn.weight": {1: columns},
         f"{attention}.c_attn.bias": {0: columns},
         f"{attention}.c_proj.weight": {0: span(0, 16)},
     }
-    gp.verify(program, plan, plan.apply(program))
+    gp.verify(program, plan, gp.apply(program, plan))
 
 
 def test_one_step_may_cut_heads_and_merge_what_is_left() -> None:
     program = program_of("llama-mha")
     cut = cutting(program, kv_head=(1, 2))
-    merges = merging(cut.apply(program), 1).steps[0].merges
+    merges = merging(gp.apply(program, cut), 1).steps[0].merges
     plan = Plan((dataclasses.replace(cut.steps[0], merges=merges),))
-    gp.verify(program, plan, plan.apply(program))
+    gp.verify(program, plan, gp.apply(program, plan))
     assert plan.removed[f"{ATTENTION}.k_proj.weight"] == {0: span(8, 24)}
 
 
@@ -255,9 +256,9 @@ def test_one_step_may_cut_heads_and_merge_what_is_left() -> None:
 
 
 def test_a_member_maps_units_to_indices() -> None:
-    plain = Member("w", 0, 4, 2, 20)
+    plain = IndexMap("w", 0, 4, 2, 20)
     assert [plain.indices(unit) for unit in (0, 1, 3)] == [[4, 5], [6, 7], [10, 11]]
-    looped = Member("w", 0, 1, 1, 24, ((2, 12), (3, 4)), ("kv", None))
+    looped = IndexMap("w", 0, 1, 1, 24, ((2, 12), (3, 4)), ("kv", None))
     assert looped.indices(2) == [3, 7, 11, 15, 19, 23]
     assert looped.indices(2, {"kv": 1}) == [15, 19, 23]
     assert looped.indices(0, {"other": 1}) == [1, 5, 9, 13, 17, 21]
@@ -265,8 +266,8 @@ def test_a_member_maps_units_to_indices() -> None:
 
 def test_a_cut_lists_what_goes_in_every_member() -> None:
     members = (
-        Member("v", 0, 0, 1, 8, ((2, 4),), ("kv",)),
-        Member("o", 1, 0, 1, 8, ((2, 4),), ("kv",)),
+        IndexMap("v", 0, 0, 1, 8, ((2, 4),), ("kv",)),
+        IndexMap("o", 1, 0, 1, 8, ((2, 4),), ("kv",)),
     )
     cut = Cut("d", 4, "head-dim", {(0,): (1, 3), (1,): (0, 1)}, ("kv",), members)
     assert cut.count == 2
@@ -275,7 +276,11 @@ def test_a_cut_lists_what_goes_in_every_member() -> None:
 
 
 def test_a_merge_lists_what_becomes_one() -> None:
-    members = (Member("qkv", 0, 8, 2, 24), Member("qkv", 0, 16, 2, 24), Member("b", 0, 0, 1, 4))
+    members = (
+        IndexMap("qkv", 0, 8, 2, 24),
+        IndexMap("qkv", 0, 16, 2, 24),
+        IndexMap("b", 0, 0, 1, 4),
+    )
     merge = Merge("kv", 4, 2, members)
     assert merge.width == 2
     fused, bias = merge.runs()
@@ -303,7 +308,7 @@ def test_a_merge_lists_what_becomes_one() -> None:
 def test_a_cut_that_makes_no_sense_is_refused(name: str, units: Any, message: str) -> None:
     group = coupling_of("llama-gqa").group(name)
     with pytest.raises(PlanError, match=f"^{name}: .*{message}"):
-        cut_of(group, units)
+        group.cut(units)
 
 
 def test_units_that_are_the_same_under_every_parent_may_be_given_once() -> None:
@@ -311,11 +316,11 @@ def test_units_that_are_the_same_under_every_parent_may_be_given_once() -> None:
         program_of("llama-gqa"),
         coupling_of("llama-gqa").group(f"{ATTENTION}:head-dim"),
     )
-    once, each = cut_of(group, {(): (2, 6)}), cut_of(group, {(0,): (2, 6), (1,): (2, 6)})
+    once, each = group.cut({(): (2, 6)}), group.cut({(0,): (2, 6), (1,): (2, 6)})
     assert (once.parents, each.parents) == ((), group.parents)
     plans = [Plan((Step(program.fingerprint(), (cut,)),)) for cut in (once, each)]
     assert plans[0].removed == plans[1].removed
-    assert_same(*(plan.apply(program) for plan in plans))
+    assert_same(*(gp.apply(program, plan) for plan in plans))
 
 
 # -- another program ------------------------------------------------------------------------------
@@ -327,7 +332,7 @@ def test_a_program_that_it_was_not_made_for_is_refused_with_both_fingerprints() 
         f"the plan was made for program {plan.steps[0].fingerprint}, "
         f"this one is {other.fingerprint()}"
     )
-    for refuse in (plan.apply, plan.check, lambda p: gp.verify(p, plan, p)):
+    for refuse in (lambda p: gp.apply(p, plan), plan.check, lambda p: gp.verify(p, plan, p)):
         with pytest.raises(PlanError) as caught:
             refuse(other)
         assert str(caught.value) == message
@@ -336,14 +341,14 @@ def test_a_program_that_it_was_not_made_for_is_refused_with_both_fingerprints() 
 def test_a_plan_is_not_applied_twice() -> None:
     plan, program = chain()
     with pytest.raises(PlanError, match="the plan was made for program"):
-        plan.apply(program)
+        gp.apply(program, plan)
 
 
 def test_steps_that_do_not_follow_each_other_are_refused() -> None:
     plan, _ = chain()
     program = program_of("llama-mha")
     with pytest.raises(PlanError, match=plan.steps[2].fingerprint):
-        Plan((plan.steps[0], plan.steps[2])).apply(program)
+        gp.apply(program, Plan((plan.steps[0], plan.steps[2])))
     with pytest.raises(PlanError, match=plan.steps[1].fingerprint):
         Plan(plan.steps[::-1][1:]).check(program)
 
@@ -351,8 +356,8 @@ def test_steps_that_do_not_follow_each_other_are_refused() -> None:
 def test_the_values_of_weights_do_not_matter_to_a_plan() -> None:
     program, plan = program_of("llama-gqa"), random_plan(coupling_of("llama-gqa"))
     doubled = program.with_weights({n: 2 * w for n, w in program.weights.items() if w.ndim == 2})
-    pruned = plan.apply(doubled)
-    assert pruned.fingerprint() == plan.apply(program).fingerprint()
+    pruned = gp.apply(doubled, plan)
+    assert pruned.fingerprint() == gp.apply(program, plan).fingerprint()
 
 
 # -- files that are no plan -----------------------------------------------------------------------
@@ -473,7 +478,7 @@ def test_a_plan_that_makes_no_sense_is_refused_in_a_line(
     change: Callable[[Any], object], words: str
 ) -> None:
     with pytest.raises(PlanError) as caught:
-        Plan.from_json(edited(change)).apply(program_of("llama-mha"))
+        gp.apply(program_of("llama-mha"), Plan.from_json(edited(change)))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -515,7 +520,7 @@ def test_whatever_is_changed_in_a_plan_nothing_but_a_refusal_comes_of_it() -> No
         carried_out += 1
         assert str(plan)
         assert all(plan.removed.values())
-        for use in (plan.apply, lambda p: gp.verify(p, plan, result)):  # noqa: B023
+        for use in (lambda p: gp.apply(p, plan), lambda p: gp.verify(p, plan, result)):  # noqa: B023
             with contextlib.suppress(GraphPruneError):
                 use(program)
     assert carried_out
@@ -530,5 +535,5 @@ def test_a_step_made_by_hand_is_refused_in_a_line_too() -> None:
     units = {**whole.units, (0,): whole.units[0,][:-1]}
     step = Step(program.fingerprint(), (dataclasses.replace(whole, units=units),))
     with pytest.raises(GraphPruneError) as caught:
-        Plan((step,)).apply(program)
+        gp.apply(program, Plan((step,)))
     assert "\n" not in str(caught.value)

@@ -84,7 +84,7 @@ def test_a_plan_says_what_goes_and_what_is_left() -> None:
     coupling = coupling_of("llama-gqa")
     plan = random_plan(coupling)
     data = document(coupling, plan=plan)["plan"]
-    after = plan.apply(program_of("llama-gqa"))
+    after = gp.apply(program_of("llama-gqa"), plan)
     names = list(program_of("llama-gqa").weights)
     for index, shape in data["shapes"].items():
         assert list(after.weights[names[index]].shape) == shape

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import coupling_of, program_of
-from test_criteria import calibration_of
+from architectures import calibration_of, coupling_of, program_of
 
 from graphprune.calibration.data import next_token_loss
 from graphprune.criteria import Evidence, criterion
 from graphprune.errors import CalibrationError, SelectionError
-from graphprune.plan.plan import Plan, Step, cut_of
+from graphprune.plan.plan import Plan, Step
 from graphprune.selection.allocation import _slopes, loss_margins
 from graphprune.selection.selector import lowest, target_groups
+from graphprune.transforms.apply import apply_plan
 
 NAME = "llama-gqa"
 
@@ -30,7 +30,7 @@ def test_margins_add_up_to_the_loss_of_the_pruned_program() -> None:
     margins = loss_margins(given, scores, levels=1)
 
     def loss(plan: Plan) -> float:
-        program = plan.apply(given.program) if plan.steps else given.program
+        program = apply_plan(given.program, plan) if plan.steps else given.program
         batches = list(given.data())
         found = [next_token_loss(program(**batch)["logits"], batch) for batch in batches]
         rows = [len(batch["input_ids"]) for batch in batches]
@@ -39,7 +39,7 @@ def test_margins_add_up_to_the_loss_of_the_pruned_program() -> None:
     dense = loss(Plan(()))
     for group in given.groups:
         most = group.size - group.least
-        cut = cut_of(group, lowest(scores[group.name], most))
+        cut = group.cut(lowest(scores[group.name], most))
         pruned = loss(Plan((Step(given.program.fingerprint(), (cut,)),)))
         assert margins[group.name].shape == (group.size,)
         assert margins[group.name][:most].sum() == pytest.approx(max(0, pruned - dense), abs=1e-5)

@@ -38,7 +38,7 @@ def lost(plan: gp.Plan) -> dict[str, int]:
 def test_costs_after_cuts_are_those_of_the_rewritten_program(name: str, seed: int) -> None:
     coupling = coupling_of(name)
     costs, plan = Costs(coupling, tokens=TOKENS), random_plan(coupling, seed=seed)
-    pruned, counts = plan.apply(program_of(name)), lost(plan)
+    pruned, counts = gp.apply(program_of(name), plan), lost(plan)
     assert costs.after("macs", {}) == counted(program_of(name))
     assert costs.after("macs", counts) == counted(pruned)
     assert costs.after("params", counts) == pruned.parameter_count()

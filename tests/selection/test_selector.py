@@ -69,7 +69,7 @@ def removed_share(selector: Selector, groups: Sequence[Group], name: str = NAME)
     """The part of the parameters that are gone once the cuts are carried out."""
     program = program_of(name)
     chosen = selector.select(coupling_of(name), groups, random_scores(groups, name))
-    pruned = Plan((Step(program.fingerprint(), tuple(chosen)),)).apply(program)
+    pruned = gp.apply(program, Plan((Step(program.fingerprint(), tuple(chosen)),)))
     return 1 - pruned.parameter_count() / program.parameter_count()
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune.analysis.matrices import contractions
-from graphprune.ir.program import Program, layer_of
+from graphprune.ir.program import Program
+from graphprune.ir.provenance import layer_of
 from graphprune.training.lora import Adapters
 
 NAMES = ("llama-mha", "llama-gqa", "phi3", "gpt2", "mixtral", "bert", "t5", "vit", "resnet")

@@ -16,7 +16,8 @@ from torch import Tensor, fx
 from graphprune.analysis.attention.masks import Mask, meaning_of
 from graphprune.analysis.attention.probes import SAMPLE, Trials, run_part
 from graphprune.ir.nodes import arguments_of
-from graphprune.ir.program import PAST, PRESENT, Program, module_path
+from graphprune.ir.program import PAST, PRESENT, Program
+from graphprune.ir.provenance import module_path
 
 _ATEN = torch.ops.aten
 _PRODUCTS = (_ATEN.matmul.default, _ATEN.bmm.default)

@@ -6,7 +6,7 @@
     The graph as `torch.export` serialises it, with the provenance of every node.
 ``weights.safetensors``
     Every weight, constants included, under its own name; where an ONNX model lies beside, only
-    those that it does not hold (`graphprune.backends.onnx.package`).
+    those that it does not hold; its reader hands them to `load`.
 
 Nothing in an archive is unpickled, and no expression in it is read but plain arithmetic.
 """
@@ -26,12 +26,10 @@ import torch
 from torch import Tensor
 
 from graphprune.backends.archive.graph import deserialize_graph, error_line, serialize_graph
-from graphprune.backends.huggingface.files import copy_along, share
-from graphprune.backends.onnx.weights import MODEL, held_weights
 from graphprune.errors import BackendError, CheckpointError
-from graphprune.frontend.capture import value_of
-from graphprune.io.atomic import staged_directory
-from graphprune.ir.program import Program, Source
+from graphprune.io.atomic import share_mode, staged_directory
+from graphprune.io.companions import copy_companions
+from graphprune.ir.program import Program, Source, value_of
 
 _FORMAT, _VERSION = "graphprune-archive", 1
 _PROGRAM, _GRAPH, _WEIGHTS = "program.json", "graph.json", "weights.safetensors"
@@ -82,7 +80,7 @@ def describe(program: Program) -> Callable[[Path, Mapping[str, Tensor]], None]:
     """
     from safetensors.torch import save_file
 
-    from graphprune import __version__
+    from graphprune.io.version import __version__
 
     graph = serialize_graph(program)
     described = {
@@ -105,14 +103,24 @@ def describe(program: Program) -> Callable[[Path, Mapping[str, Tensor]], None]:
         save_file(_own_storage(weights), folder / _WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(described, indent=1, ensure_ascii=False, default=str)
         (folder / _PROGRAM).write_text(text + "\n", encoding="utf-8")
-        share([folder / _WEIGHTS], like=folder / _PROGRAM)
-        copy_along(program.source, folder)
+        share_mode([folder / _WEIGHTS], like=folder / _PROGRAM)
+        copy_companions(program.source.directory if program.source else None, folder)
 
     return write
 
 
-def load(directory: str | PathLike[str]) -> Program:
+def load(
+    directory: str | PathLike[str], more: Callable[[], Iterator[tuple[str, Tensor]]] | None = None
+) -> Program:
     """The program that `save` wrote to `directory`.
+
+    Parameters
+    ----------
+    directory
+        Where it lies.
+    more
+        What gives the weights that lie in another file, by name; it is called where some are
+        missing.
 
     Returns
     -------
@@ -133,10 +141,8 @@ def load(directory: str | PathLike[str]) -> Program:
         names = list(described["inputs"]), list(described["outputs"])
         fingerprint, digest = described["fingerprint"], described["graph_sha256"]
         source, note = _rebuild_source(described["source"], folder)
-    if (model := folder / MODEL).is_file() and not kinds.keys() <= weights.keys():
-        with _naming(model):
-            held = held_weights(model)
-            weights |= {n: weight for n, weight in held if n in kinds and n not in weights}
+    if more is not None and not kinds.keys() <= weights.keys():
+        weights |= {n: weight for n, weight in more() if n in kinds and n not in weights}
     if missing := [name for name in kinds if name not in weights]:
         raise CheckpointError(f"{folder / _WEIGHTS} has no tensor {missing[0]!r}")
     with _naming(folder / _GRAPH):

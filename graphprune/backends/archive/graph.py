@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from graphprune.errors import BackendError
+from graphprune.ir.exported import to_exported_program
 from graphprune.ir.program import Program
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def serialize_graph(program: Program) -> bytes:
     try:
         with _quiet():
             artifact = serialize(
-                program.exported(),
+                to_exported_program(program),
                 serialize_state_dict=False,
                 serialize_constants=False,
                 serialize_example_inputs=False,

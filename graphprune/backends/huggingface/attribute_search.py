@@ -25,7 +25,8 @@ from torch import nn
 from graphprune.backends.huggingface.config_search import Place, needed_sizes, sizes_of
 from graphprune.backends.huggingface.model import compare, difference
 from graphprune.ir.nodes import arguments_of
-from graphprune.ir.program import Program, module_path
+from graphprune.ir.program import Program
+from graphprune.ir.provenance import module_path
 
 Attributes = dict[str, dict[str, Any]]
 """Path of a module -> attributes of it -> their values."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,9 @@ from torch import Tensor
 from graphprune.backends.huggingface.layered import FILE, modelling_text
 from graphprune.backends.huggingface.model import quiet
 from graphprune.errors import BackendError
+from graphprune.io.atomic import share_mode
+from graphprune.io.companions import copy_companions
 from graphprune.ir.program import Program, Source
-
-_COPIED = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "*.model",
-    "*.tiktoken",
-    "*preprocessor_config.json",
-    "processor_config.json",
-)
-"""Files of a checkpoint that do not depend on the sizes of the model."""
 
 
 def write(program: Program, model: Any, directory: Path, cast: torch.dtype | None) -> None:
@@ -44,10 +31,10 @@ def write(program: Program, model: Any, directory: Path, cast: torch.dtype | Non
     with quiet():
         weights = _stored(program, model, source.stored_dtype, cast)
         model.save_pretrained(directory, state_dict=weights, max_shard_size="5GB")
-    share(directory.glob("*.safetensors"), like=directory / "config.json")
+    share_mode(directory.glob("*.safetensors"), like=directory / "config.json")
     if cast is not None:
         _name_dtype(directory / "config.json", cast)
-    copy_along(source, directory)
+    copy_companions(source.directory, directory)
     write_generation_config(source, directory / "generation_config.json")
 
 
@@ -64,22 +51,6 @@ def _place_modelling_file(model: Any, directory: Path) -> None:
     if base is not None:
         _name_modelling_file(model.config, base)
         (directory / FILE).write_text(modelling_text(base), encoding="utf-8")
-
-
-def share(files: Iterable[Path], like: Path) -> None:
-    """Let whoever may read `like` read `files`, which safetensors keeps to their owner."""
-    for file in files:
-        file.chmod(like.stat().st_mode)
-
-
-def copy_along(source: Source | None, directory: Path) -> None:
-    """Copy what came with the checkpoint behind a program and does not depend on sizes."""
-    if source is None or source.directory is None:
-        return
-    for pattern in _COPIED:
-        for file in sorted(source.directory.glob(pattern)):
-            if file.is_file():
-                shutil.copyfile(file, directory / file.name)
 
 
 def _stored(

@@ -22,7 +22,8 @@ from torch import Tensor, fx
 
 from graphprune.errors import BackendError
 from graphprune.ir.nodes import copy_of
-from graphprune.ir.program import Program, module_path, source_line
+from graphprune.ir.program import Program
+from graphprune.ir.provenance import module_path, source_line
 from graphprune.transforms.resize import RESCALE
 
 _ATEN = torch.ops.aten

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch import fx
 
 from graphprune.ir.nodes import copy_of
-from graphprune.ir.program import Program, module_path
+from graphprune.ir.program import Program
+from graphprune.ir.provenance import module_path
 
 _NUMBERED = re.compile(r"\D*\d+")
 

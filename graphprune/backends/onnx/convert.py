@@ -18,8 +18,10 @@ from torch._subclasses import FakeTensor
 from graphprune.backends.onnx import session as ort
 from graphprune.backends.onnx.dimension_names import output_names
 from graphprune.errors import BackendError
+from graphprune.ir.exported import to_exported_program
 from graphprune.ir.nodes import arguments_of, made_from, valued
-from graphprune.ir.program import Program, module_path, source_line
+from graphprune.ir.program import Program
+from graphprune.ir.provenance import module_path, source_line
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -96,7 +98,7 @@ def _reshaping(program: Program) -> ExportedProgram:
                 )
             node.update_arg(0, _with_meta(copy))
     module = fx.GraphModule(torch.nn.Module(), graph)
-    return dataclasses.replace(program, graph_module=module).exported()
+    return to_exported_program(dataclasses.replace(program, graph_module=module))
 
 
 def _stride(self: Any, dim: int) -> Any:

@@ -64,7 +64,7 @@ def apply_names(model: onnx_ir.Model, names: Mapping[str, str]) -> None:
     """Give the sizes of `model` their `names`, and drop what only tells of its export."""
     import onnx_ir
 
-    from graphprune import __version__
+    from graphprune.io.version import __version__
 
     known = dict(names)
 

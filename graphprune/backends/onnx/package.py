@@ -42,7 +42,7 @@ from graphprune.backends.onnx.last_logits import last_only
 from graphprune.backends.onnx.lower_attention import Target
 from graphprune.backends.onnx.parity import FULL, SHARED, Comparison, compare
 from graphprune.backends.onnx.runtime.genai_config import genai_config
-from graphprune.backends.onnx.weights import MODEL, held_weights
+from graphprune.backends.onnx.weights import MODEL, held_weights, weights_beside
 from graphprune.errors import BackendError, CheckpointError, ParityError
 from graphprune.io.atomic import as_json, staged_directory
 from graphprune.io.progress import Maker
@@ -235,7 +235,7 @@ def verify(directory: str | PathLike[str], *, provider: str | None = None) -> Co
         When the package is damaged.
     """
     package = read(directory)
-    program = archive.load(package.directory)
+    program = archive.load(package.directory, weights_beside(package.directory))
     names, provider = dimension_names(program), provider or ort.CPU
     counts = package.padding == "right"
     try:
@@ -286,7 +286,7 @@ def _write_config(program: Program, folder: Path) -> list[str]:
 
 
 def _versions() -> dict[str, str]:
-    from graphprune import __version__
+    from graphprune.io.version import __version__
 
     found = {"graphprune": __version__, "python": platform.python_version()}
     for name in ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu"):

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from graphprune.errors import CheckpointError
+
 MODEL = "model.onnx"
 """The ONNX model in a directory that holds one."""
+
+
+def weights_beside(folder: Path) -> Callable[[], Iterator[tuple[str, Tensor]]] | None:
+    """Return what reads the weights of the ONNX model in `folder`, or None where there is none."""
+    path = folder / MODEL
+    return (lambda: _held_or_refused(path)) if path.is_file() else None
+
+
+def _held_or_refused(path: Path) -> Iterator[tuple[str, Tensor]]:
+    try:
+        yield from held_weights(path)
+    except Exception as error:  # damage shows in any way
+        first = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{path} is damaged: {first}") from error
 
 
 def held_weights(path: Path) -> Iterator[tuple[str, Tensor]]:

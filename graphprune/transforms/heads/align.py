@@ -24,7 +24,8 @@ from graphprune.calibration.layerwise import Run, segments, unpadded
 from graphprune.calibration.statistics import damped
 from graphprune.errors import CalibrationError
 from graphprune.io.progress import Track, silent
-from graphprune.ir.program import Program, module_path
+from graphprune.ir.program import Program
+from graphprune.ir.provenance import module_path
 from graphprune.plan.plan import Order
 from graphprune.transforms.heads.layout import (
     HeadMap,

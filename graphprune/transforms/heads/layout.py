@@ -20,7 +20,7 @@ from graphprune.analysis.inference import Types
 from graphprune.analysis.matrices import Contractions, Matrix, bias_of
 from graphprune.analysis.operators.rule import Attention
 from graphprune.analysis.roles import attention_sites
-from graphprune.ir.program import module_path
+from graphprune.ir.provenance import module_path
 from graphprune.plan.plan import Order, Place
 from graphprune.transforms.heads.merge import Heads
 

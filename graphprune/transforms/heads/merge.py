@@ -20,12 +20,14 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.analysis.axes import Atom, Axis, Cut, Growth, Product
-from graphprune.analysis.coupling import Member, common_path
+from graphprune.analysis.coupling import common_path
 from graphprune.analysis.inference import Types, infer
 from graphprune.analysis.operators.rule import Attention
 from graphprune.analysis.roles import attention_sites
 from graphprune.errors import MergeError, PlanError
-from graphprune.ir.program import Program, module_path
+from graphprune.ir.program import Program
+from graphprune.ir.provenance import module_path
+from graphprune.plan.index_map import IndexMap
 from graphprune.plan.plan import Merge, Order
 from graphprune.transforms.heads.deinterleave import laid_out, unfuse
 from graphprune.transforms.heads.einsum_to_matmul import with_matrix_products
@@ -58,7 +60,7 @@ class Heads:
     name: str
     size: int
     queries: int
-    members: tuple[Member, ...]
+    members: tuple[IndexMap, ...]
     refusal: str
     atom: Atom
     sites: tuple[Attention, ...]
@@ -135,14 +137,14 @@ class HeadAnalysis:
         refusal = self._refusal(atom, sites)
         return Heads(name, atom.size, queries, members, refusal, atom, tuple(sites), tuple(orders))
 
-    def _members(self, atom: Atom) -> Iterable[Member]:
+    def _members(self, atom: Atom) -> Iterable[IndexMap]:
         for name, node in self.types.program.weight_nodes():
             for dim, axis in enumerate(self.types.of[node]):
                 for place in self.types.axes.occurrences(axis):
                     if place.atom is atom:
                         outer = tuple((a.size, stride) for a, stride in place.outer)
                         none = (None,) * len(outer)
-                        yield Member(name, dim, place.offset, place.inner, axis.size, outer, none)
+                        yield IndexMap(name, dim, place.offset, place.inner, axis.size, outer, none)
 
     def _refusal(self, atom: Atom, sites: list[Attention]) -> str:
         if atom in self.types.frozen:
@@ -284,7 +286,7 @@ def pool(weights: Mapping[str, Tensor], merges: Iterable[Merge]) -> dict[str, Te
     return pooled
 
 
-def _pool_member(weight: Tensor, member: Member, merge: Merge) -> Tensor:
+def _pool_member(weight: Tensor, member: IndexMap, merge: Merge) -> Tensor:
     for first in range(0, merge.size, merge.width):
         units = range(first, first + merge.width)
         places = [torch.tensor(member.indices(unit), device=weight.device) for unit in units]

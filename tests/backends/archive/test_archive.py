@@ -16,7 +16,8 @@ import graphprune
 from graphprune.backends.archive import archive
 from graphprune.errors import BackendError, CheckpointError, OutputError
 from graphprune.frontend.capture import capture
-from graphprune.ir.program import Program, module_path, source_line
+from graphprune.ir.program import Program
+from graphprune.ir.provenance import module_path, source_line
 
 FILES = ["graph.json", "program.json", "weights.safetensors"]
 

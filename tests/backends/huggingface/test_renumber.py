@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune.backends.huggingface.renumber import renumbered
-from graphprune.ir.program import Program, module_path
+from graphprune.ir.program import Program
+from graphprune.ir.provenance import module_path
 
 
 class Block(nn.Module):

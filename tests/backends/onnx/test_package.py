@@ -107,7 +107,7 @@ def test_its_program_comes_back_whole(package: Path, result: Result, original: P
     assert loaded.weights.keys() == result.program.weights.keys()
     for name, weight in result.program.weights.items():
         assert torch.equal(loaded.weight(name), weight)
-    shrunk = gp.Plan.load(package / "plan.json").apply(original)
+    shrunk = gp.apply(original, gp.Plan.load(package / "plan.json"))
     assert {n: w.shape for n, w in shrunk.weights.items()} == {
         n: w.shape for n, w in loaded.weights.items()
     }

@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import torch
 from architectures import coupling_of, inputs_of, program_of, relative_error
-from test_merge import captured
+from more_llamas import captured
 from torch import Tensor
 
 import graphprune as gp
@@ -85,7 +85,7 @@ def test_heads_that_differ_by_what_their_users_can_undo_merge_without_loss(name:
     heads = find_heads(program)
     half = heads[0].size // 2
     found, plan = aligned(name, program, half)
-    narrow = plan.apply(found.program)
+    narrow = gp.apply(found.program, plan)
     inputs = inputs_of(program, batch=2, length=8, seed=1)
     output = program.outputs[0].name
     expected = program(**inputs)[output]
@@ -109,7 +109,7 @@ def test_the_edited_program_holds_equal_heads_and_merging_it_is_exact(name: str)
         for weight, dim, slices in heads.slices():
             rows = found.program.weights[weight].movedim(dim, 0)
             assert all(torch.equal(rows[at], rows[slices[0]]) for at in slices)
-    narrow = plan.apply(found.program)
+    narrow = gp.apply(found.program, plan)
     inputs = inputs_of(program, batch=2, length=7, seed=2)
     for output, expected in found.program(**inputs).items():
         if not output.startswith("present."):
@@ -129,7 +129,7 @@ def test_aligned_heads_are_nearer_than_their_mean(name: str) -> None:
     def error(narrow: Program) -> float:
         return float((narrow(**inputs)[output] - expected).square().sum())
 
-    assert error(plan.apply(found.program)) < 0.5 * error(plain.apply(program))
+    assert error(gp.apply(found.program, plan)) < 0.5 * error(gp.apply(program, plain))
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
@@ -146,7 +146,7 @@ def test_keys_with_a_norm_are_averaged_and_the_report_says_so(name: str) -> None
     assert "values" in found.errors[heads[0].name]
     changed = found.program.weights[value[0]]
     assert not torch.allclose(changed, program.weights[value[0]], atol=1e-3)
-    gp.verify(found.program, plan, plan.apply(found.program))
+    gp.verify(found.program, plan, gp.apply(found.program, plan))
 
 
 class Gated(torch.nn.Module):
@@ -241,7 +241,7 @@ def test_similar_heads_become_neighbours_and_nothing_else_changes(name: str) -> 
         assert (way, why) == (((0, 3), (1, 2)), "")
         merges.append(merge_of(each, 2, moves))
     plan = Plan((Step(related.fingerprint(), (), tuple(merges)),))
-    narrow = plan.apply(related)
+    narrow = gp.apply(related, plan)
     inputs = inputs_of(program, batch=2, length=7, seed=2)
     assert relative_error(related(**inputs)["logits"], narrow(**inputs)["logits"]) <= 1e-5
     assert gp.verify(related, plan, narrow).max_weight_error <= 1e-6

@@ -150,7 +150,7 @@ def test_merging_an_interleaved_projection_equals_averaging_its_heads(
     model = attention(name)
     program = captured(model)
     plan = merging(program, groups)
-    narrow = plan.apply(program)
+    narrow = gp.apply(program, plan)
     assert len(narrow.weights["fused.weight"]) == (HEADS + 2 * groups) * WIDTH
     wide = Averaged(TAKING[name])
     wide.load_state_dict(model.state_dict())
@@ -175,7 +175,7 @@ def test_the_rows_are_laid_out_part_by_part() -> None:
 def test_a_decoder_of_transformers_is_merged_and_keeps_a_narrow_cache(groups: int) -> None:
     program = program_of("gpt-neox")
     plan = merging(program, groups)
-    narrow = plan.apply(program)
+    narrow = gp.apply(program, plan)
     assert narrow.kv_bytes_per_token() * HEADS == program.kv_bytes_per_token() * groups
     assert gp.verify(program, plan, narrow).max_relative_error <= 1e-4
     model = copy.deepcopy(build("gpt-neox"))
@@ -196,25 +196,25 @@ def test_pruning_merging_and_pruning_again_is_one_plan() -> None:
     program = captured(attention("split"))
     first = random_plan(gp.analyze(program))
     assert first.steps[0].cuts
-    middle = first.apply(program)
+    middle = gp.apply(program, first)
     second = merging(middle, 1)
-    narrow = second.apply(middle)
+    narrow = gp.apply(middle, second)
     third = random_plan(gp.analyze(narrow))
     assert third.steps[0].cuts
-    last = third.apply(narrow)
+    last = gp.apply(narrow, third)
     plan = Plan.from_json((first + second + third).to_json())
     assert gp.verify(program, plan, last).max_relative_error <= 1e-4
-    again = plan.apply(program)
+    again = gp.apply(program, plan)
     assert all(torch.equal(weight, again.weights[n]) for n, weight in last.weights.items())
 
 
 def test_what_is_removed_after_a_merge_is_told_in_the_first_program_s_rows() -> None:
     program = captured(attention("split"))
     plan = merging(program, 1)
-    narrow = plan.apply(program)
+    narrow = gp.apply(program, plan)
     coupling = gp.analyze(narrow)
     slots = next(group for group in coupling.groups if group.role == "query-slot")
-    cut = gp.plan.cut_of(slots, {(): (1,)})
+    cut = slots.cut({(): (1,)})
     whole = plan + Plan((Step(narrow.fingerprint(), (cut,)),))
     query = range(3 * WIDTH, 3 * WIDTH + WIDTH)  # of head 1, which lies behind head 0's three parts
     assert whole.removed["fused.weight"] == {0: list(query)}
@@ -268,7 +268,7 @@ def test_another_order_than_the_plan_s_is_refused() -> None:
     turned = tuple(Order(o.weight, o.dim, o.places[::-1]) for o in merge.orders)
     wrong = Merge(merge.group, merge.size, merge.groups, merge.members, turned)
     with pytest.raises(PlanError, match="the plan's KV heads and the program's differ"):
-        Plan((Step(step.fingerprint, (), (wrong,)),)).apply(program)
+        gp.apply(program, Plan((Step(step.fingerprint, (), (wrong,)),)))
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_a_merged_decoder_runs_in_onnx_runtime(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=4)
     program = gp.capture(perturb(BloomForCausalLM(config)))
-    narrow = merging(program, 2).apply(program)
+    narrow = gp.apply(program, merging(program, 2))
     report = narrow.export_onnx(tmp_path / "model.onnx")
     assert report.max_relative_error is not None
     assert report.max_relative_error <= 1e-4

@@ -113,7 +113,7 @@ def test_merging_equals_averaging_the_heads(name: str, groups: int) -> None:
         f"{part}.{kind}" for part in ("key", "value") for kind in ("weight", "bias")
     }
     plan = Plan((Step(program.fingerprint(), (), (merge_of(heads, groups),)),))
-    narrow = plan.apply(program)
+    narrow = gp.apply(program, plan)
     assert narrow.weights["key.weight"].shape == (groups * WIDTH, HIDDEN)
     assert narrow.weights["query.weight"].shape == (HEADS * WIDTH, HIDDEN)
     wide = Attention(MIXES[name], groups)

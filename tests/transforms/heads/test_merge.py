@@ -6,29 +6,26 @@ import copy
 import re
 from dataclasses import replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
-import transformers as tf
 from architectures import (
-    VOCABULARY,
-    build,
     cache_after,
     coupling_of,
     inputs_of,
     model_of,
-    perturb,
     program_of,
     random_plan,
     relative_error,
 )
+from more_llamas import captured, fresh
 from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune.errors import MergeError, PlanError
 from graphprune.ir.program import PAST, Program
-from graphprune.plan.plan import Order, Plan, Step, cut_of
+from graphprune.plan.plan import Order, Plan, Step
 from graphprune.transforms.heads.merge import find_heads, merge_of
 
 WIDTH = 8
@@ -65,32 +62,12 @@ LAYOUTS = {
     "t5": Layout(r"Attention\.[kv]\.weight", (0,), 4),
 }
 
-_LLAMAS: dict[str, dict[str, Any]] = {
-    "llama-six": {"hidden_size": 48, "num_attention_heads": 6, "attention_bias": True},
-    "llama-wide": {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4},
-}
-"""Six heads with biases, which three groups divide; and eight queries on four KV heads."""
-
-
-def fresh(name: str) -> nn.Module:
-    if name not in _LLAMAS:
-        return build(name)
-    sizes = {"intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 64}
-    torch.manual_seed(0)
-    config = tf.LlamaConfig(vocab_size=VOCABULARY, **{**sizes, **_LLAMAS[name]})
-    return perturb(tf.LlamaForCausalLM(config))
-
-
-@cache
-def captured(name: str) -> Program:
-    return gp.capture(fresh(name)) if name in _LLAMAS else program_of(name)
-
 
 @cache
 def merged(name: str, groups: int) -> tuple[Plan, Program]:
     program = captured(name)
     plan = merging(program, groups)
-    return plan, plan.apply(program)
+    return plan, gp.apply(program, plan)
 
 
 def merging(program: Program, groups: int, only: str = "") -> Plan:
@@ -183,7 +160,7 @@ def test_merging_equal_heads_loses_nothing(name: str) -> None:
     program = captured(name)
     parameters = dict(model.named_parameters())
     equal = program.with_weights({n: parameters[n].detach() for n in parameters})
-    narrow = merging(equal, 1).apply(equal)
+    narrow = gp.apply(equal, merging(equal, 1))
     inputs = inputs_of(program)
     assert relative_error(equal(**inputs)["logits"], narrow(**inputs)["logits"]) <= 1e-6
     assert narrow.parameter_count() < equal.parameter_count()
@@ -249,7 +226,7 @@ def test_caches_shrink_with_the_heads(name: str, groups: int) -> None:
 def test_layers_that_are_left_out_keep_their_heads() -> None:
     program = captured("llama-mha")
     plan = merging(program, 1, only="layers.1.")
-    narrow = plan.apply(program)
+    narrow = gp.apply(program, plan)
     gp.verify(program, plan, narrow)
     heads = [value.shape[1] for value in narrow.inputs if value.name.startswith(PAST)]
     assert heads == [4, 4, 1, 1]
@@ -262,7 +239,7 @@ def test_layers_that_are_left_out_keep_their_heads() -> None:
 def test_self_and_cross_attention_merge_apart() -> None:
     program = captured("t5")
     plan = merging(program, 2, only="EncDecAttention")
-    narrow = plan.apply(program)
+    narrow = gp.apply(program, plan)
     gp.verify(program, plan, narrow)
     assert len(plan.steps[0].merges) == 2
     wide = averaged(fresh("t5"), Layout(r"EncDecAttention\.[kv]\.weight", (0,), 4), 2)
@@ -275,7 +252,7 @@ def test_the_program_is_left_as_it_is(name: str) -> None:
     program = captured(name)
     before = {key: value.clone() for key, value in program.weights.items()}
     code, fingerprint = str(program.graph), program.fingerprint()
-    merging(program, 2).apply(program)
+    gp.apply(program, merging(program, 2))
     assert (str(program.graph), program.fingerprint()) == (code, fingerprint)
     assert all(torch.equal(before[key], program.weights[key]) for key in before)
 
@@ -287,7 +264,7 @@ def test_the_program_is_left_as_it_is(name: str) -> None:
 def test_merging_in_two_steps_equals_one(name: str) -> None:
     half, middle = merged(name, 2)
     rest = merging(middle, 1)
-    last = rest.apply(middle)
+    last = gp.apply(middle, rest)
     gp.verify(captured(name), half + rest, last)
     inputs = inputs_of(last)
     once = merged(name, 1)[1]
@@ -301,7 +278,7 @@ def test_a_merged_program_is_pruned(name: str) -> None:
     coupling = gp.analyze(middle)
     second = random_plan(coupling)
     assert {"query-slot", "ffn", "residual"} <= {group.role for group in coupling.groups}
-    last = second.apply(middle)
+    last = gp.apply(middle, second)
     gp.verify(middle, second, last)
     assert gp.verify(captured(name), first + second, last).max_weight_error <= 1e-6
 
@@ -312,9 +289,9 @@ def test_a_merged_program_is_pruned(name: str) -> None:
 def test_a_pruned_program_is_merged(name: str) -> None:
     program, roles = captured(name), {"ffn", "head-dim", "rope-pair", "residual"}
     first = random_plan(coupling_of(name), roles=roles)
-    middle = first.apply(program)
+    middle = gp.apply(program, first)
     second = merging(middle, 1)
-    last = second.apply(middle)
+    last = gp.apply(middle, second)
     gp.verify(middle, second, last)
     assert gp.verify(program, first + second, last).max_weight_error <= 1e-6
 
@@ -322,11 +299,11 @@ def test_a_pruned_program_is_merged(name: str) -> None:
 def test_heads_that_became_neighbours_are_merged() -> None:
     program, coupling = captured("llama-mha"), coupling_of("llama-mha")
     groups = [group for group in coupling.groups if group.role == "kv-head"]
-    cuts = tuple(cut_of(group, {(): (1, 2)}) for group in groups)
+    cuts = tuple(group.cut({(): (1, 2)}) for group in groups)
     first = Plan((Step(program.fingerprint(), cuts),))
-    middle = first.apply(program)
+    middle = gp.apply(program, first)
     second = merging(middle, 1)
-    last = second.apply(middle)
+    last = gp.apply(middle, second)
     gp.verify(program, first + second, last)
     model = fresh("llama-mha")
     for name, parameter in model.named_parameters():
@@ -343,7 +320,7 @@ def test_the_plan_of_a_merge_is_read_back_and_applied_again() -> None:
     plan, narrow = merged("gpt2", 2)
     again = Plan.from_json(plan.to_json())
     assert again == plan
-    repeated = again.apply(gp.capture(fresh("gpt2")))
+    repeated = gp.apply(gp.capture(fresh("gpt2")), again)
     assert repeated.fingerprint() == narrow.fingerprint()
     assert all(torch.equal(w, repeated.weights[n]) for n, w in narrow.weights.items())
 
@@ -411,7 +388,7 @@ def test_a_merge_of_other_heads_is_refused() -> None:
     first, second = step.merges
     for wrong in (replace(first, group="nowhere:kv-head"), replace(first, members=second.members)):
         with pytest.raises(PlanError, match="the plan's KV heads and the program's differ"):
-            Plan((replace(step, merges=(wrong,)),)).apply(program)
+            gp.apply(program, Plan((replace(step, merges=(wrong,)),)))
 
 
 def test_moves_that_lose_a_place_are_refused() -> None:
