@@ -84,3 +84,43 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def first_line(error: BaseException, *, typed: bool = False) -> str:
+    r"""Return the first line of what `error` says, or the name of its type where it says nothing.
+
+    Where `typed` says so, the name of its type comes in front.
+
+    Examples
+    --------
+    >>> first_line(ValueError("wrong\nsize")), first_line(KeyError())
+    ('wrong', 'KeyError')
+    >>> first_line(ValueError("wrong\nsize"), typed=True)
+    'ValueError: wrong'
+    """
+    return _line(error, typed, 0)
+
+
+def last_line(error: BaseException) -> str:
+    """Return the last line of what `error` says, where a validator's reason stands."""
+    return _line(error, False, -1)
+
+
+def _line(error: BaseException, typed: bool, index: int) -> str:
+    name = type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return name
+    return f"{name}: {lines[index]}" if typed else lines[index]
+
+
+def add_context(error: GraphPruneError, where: str) -> GraphPruneError:
+    """Put `where` in front of the message of `error`, and return it.
+
+    Examples
+    --------
+    >>> str(add_context(PlanError("no group 'ffn'"), "step 2"))
+    "step 2: no group 'ffn'"
+    """
+    error.args = (f"{where}: {error}", *error.args[1:])
+    return error

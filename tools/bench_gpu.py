@@ -42,7 +42,7 @@ import graphprune as gp
 from graphprune.backends.onnx import package as onnx_package
 from graphprune.backends.onnx import session as ort
 from graphprune.backends.onnx.runtime.decoder import Batch, layout_of
-from graphprune.errors import BackendError, GraphPruneError
+from graphprune.errors import BackendError, GraphPruneError, first_line
 from graphprune.frontend.capture import capture
 
 HERE = Path(__file__).resolve().parent
@@ -283,7 +283,7 @@ def rates(
                         batch.step([step + 1] * rows)
                     end = time.perf_counter()
                 except Exception as error:  # noqa: BLE001 - out of memory comes in many types
-                    failures[name] = ort.first_line(error)
+                    failures[name] = first_line(error)
                     continue
                 times[name].append((middle - start, (end - middle) / STEPS))
                 del batch

@@ -59,6 +59,8 @@ from onnx_routes import (
 from onnx_table import Rows, report
 from rich.console import Console
 
+from graphprune.errors import first_line
+
 HERE = Path(__file__).resolve().parent
 OUT = HERE.parent / "out"
 TABLES = HERE / "ONNX_BENCH.md"
@@ -342,7 +344,7 @@ class Compared:
                 made = make(model, route)
                 made.run()
             except Exception as error:  # noqa: BLE001 - whatever it is, the table has the reason
-                self.refused[model, route] = f"{type(error).__name__}: {error}".splitlines()[0]
+                self.refused[model, route] = first_line(error, typed=True)
                 continue
             found = made.logits().copy()
             made.restore()

@@ -15,7 +15,7 @@ from graphprune.backends.archive import archive
 from graphprune.backends.huggingface.layered import FILE, modelling_text, pruned_class
 from graphprune.backends.huggingface.model import quiet
 from graphprune.backends.onnx.weights import weights_beside
-from graphprune.errors import CheckpointError
+from graphprune.errors import CheckpointError, first_line
 from graphprune.frontend.capture import capture
 from graphprune.ir.program import Program
 
@@ -82,7 +82,8 @@ def _download(name: str) -> Path:
             return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # no network, no such model, no access: all the same here
         raise CheckpointError(
-            f"there is no directory {name}, and it could not be had from the hub: {_line(error)}"
+            f"there is no directory {name}, and it could not be had from the hub: "
+            f"{first_line(error)}"
         ) from error
 
 
@@ -111,7 +112,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path.parent} holds no {path.name}") from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {_line(error)}") from error
+        raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path} holds no object")
     return fields
@@ -164,7 +165,7 @@ def _tensors(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         raise CheckpointError(f"{file} is missing") from error
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise CheckpointError(
-            f"{file} has no readable safetensors header: {_line(error)}"
+            f"{file} has no readable safetensors header: {first_line(error)}"
         ) from error
     expected = 8 + length + max(ends, default=0)
     if size != expected:
@@ -191,7 +192,7 @@ def _config(path: Path, fields: dict[str, Any]) -> Any:
                 f"{path / 'config.json'}: transformers does not know the model type {kind!r}"
             ) from error
         raise CheckpointError(
-            f"{path / 'config.json'} is no valid config: {_line(error)}"
+            f"{path / 'config.json'} is no valid config: {first_line(error)}"
         ) from error
 
 
@@ -227,7 +228,7 @@ def _model(path: Path, config: Any, model_class: Any, dtype: str) -> Any:
             path, config=config, dtype=getattr(torch, dtype), output_loading_info=True
         )
     except Exception as error:  # readers and model code may refuse in any way
-        raise CheckpointError(f"{path} cannot be loaded: {_line(error)}") from error
+        raise CheckpointError(f"{path} cannot be loaded: {first_line(error)}") from error
     if missing := info["missing_keys"]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(f"{path} lacks the weight {min(missing)}{more}")
@@ -241,8 +242,3 @@ def _check_finite(path: Path, model: Any) -> None:
             low, high = torch.aminmax(tensor)
             if not (torch.isfinite(low) and torch.isfinite(high)):
                 raise CheckpointError(f"{path}: the weight {name} holds NaN or infinity")
-
-
-def _line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from graphprune.errors import CalibrationError, GraphPruneError
+from graphprune.errors import CalibrationError, GraphPruneError, first_line
 from graphprune.io.text_sources import read_documents
 
 if TYPE_CHECKING:
@@ -388,8 +388,7 @@ def load_tokenizer(
     try:
         return AutoTokenizer.from_pretrained(str(directory))
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise refuse(f"{directory} holds no tokenizer: {reason[0]}") from error
+        raise refuse(f"{directory} holds no tokenizer: {first_line(error)}") from error
 
 
 def _check_batch(index: int, batch: Mapping[str, Any]) -> None:

@@ -26,6 +26,7 @@ from graphprune.errors import (
     OutputError,
     PipelineError,
     UsageError,
+    add_context,
 )
 from graphprune.evaluation.perplexity import perplexity
 from graphprune.io.atomic import as_json, staged_file
@@ -150,7 +151,7 @@ class Recipe:
         try:
             return Pipeline.from_yaml(f"{text}\n") if self.is_yaml else Pipeline.parse(text)
         except GraphPruneError as error:
-            error.args = (f"recipe {self.name!r} at ratio {ratio:g}: {error}", *error.args[1:])
+            add_context(error, f"recipe {self.name!r} at ratio {ratio:g}")
             raise
 
 

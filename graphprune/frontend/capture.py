@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from graphprune.errors import CaptureError, UsageError
+from graphprune.errors import CaptureError, UsageError, first_line
 from graphprune.frontend.canonicalize import canonicalize
 from graphprune.frontend.example_inputs import BATCH, NEW, PAST_LENGTH, Example, configs, example_of
 from graphprune.ir.program import PAST, PRESENT, Kind, Program, Source, value_of
@@ -332,7 +332,9 @@ def _check_outputs(program: Program, model: Any, example: Example, what: str) ->
         try:
             found = program(**each)[name]
         except Exception as error:  # a graph of another way fails in any way
-            raise CaptureError(f"{type(model).__name__} {what}: {_first_line(error)}") from error
+            raise CaptureError(
+                f"{type(model).__name__} {what}: {_first_line_and_place(error)}"
+            ) from error
         off = (found - expected).abs().max() / expected.abs().max().clamp(min=1e-12)
         if not off <= torch.finfo(found.dtype).eps ** 0.5:
             raise CaptureError(f"{type(model).__name__} {what}: {name} differs by {off:.1e}")
@@ -480,7 +482,7 @@ def _cache_layers(model: Any) -> tuple[list[tuple[int, Tensor, Tensor]], str]:
             warnings.simplefilter("ignore")
             result = model(input_ids=ids, use_cache=True, return_dict=True)
     except Exception as error:  # noqa: BLE001 - any model code may fail in any way here
-        return [], f"a short run failed: {_first_line(error)}"
+        return [], f"a short run failed: {_first_line_and_place(error)}"
     held = getattr(result, "past_key_values", None)
     found = []
     for index, layer in enumerate(getattr(held, "layers", ())):
@@ -589,7 +591,7 @@ def _export(
         if isinstance(error, GuardOnDataDependentSymNode):
             advice = "; along_example=True captures the way that the example takes"
         raise CaptureError(
-            f"torch.export could not capture {name}: {_first_line(error)}{advice}"
+            f"torch.export could not capture {name}: {_first_line_and_place(error)}{advice}"
         ) from error
 
 
@@ -687,7 +689,7 @@ def _export_along_example(
                 value.real_tensor = None  # as large as what it stands for
                 value.fake_mode.propagate_real_tensors = False
     _check_dynamic(exported, shapes)
-    where = _first_line(error).rpartition(" (at ")[2].rstrip(")")
+    where = _first_line_and_place(error).rpartition(" (at ")[2].rstrip(")")
     aside = "inputs that go another way there are computed wrongly"
     exported.graph_module.meta[_BRANCH] = f"{_ALONG} {where}: {aside}"
     return exported
@@ -735,8 +737,7 @@ def _quietly() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _first_line(error: BaseException) -> str:
-    text = f"{type(error).__name__}: {error}".strip()
+def _first_line_and_place(error: BaseException) -> str:
     where = ""
     trace = error.__traceback__
     while trace is not None:
@@ -744,7 +745,7 @@ def _first_line(error: BaseException) -> str:
         if "/transformers/models/" in path or "/torch/" not in path and "/graphprune/" not in path:
             where = f" (at {'/'.join(path.split('/')[-2:])}:{trace.tb_lineno})"
         trace = trace.tb_next
-    return text.splitlines()[0] + where
+    return first_line(error, typed=True) + where
 
 
 def _program(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
-from graphprune.errors import CaptureError
+from graphprune.errors import CaptureError, first_line
 
 BATCH, NEW, PAST_LENGTH = 2, 3, 5
 """Example sizes: distinct, and none of them 0 or 1, which `torch.export` would specialise."""
@@ -86,7 +86,7 @@ def _refusal(model: Any, example: Example) -> str:
             warnings.simplefilter("ignore")
             model(**example.inputs)
     except Exception as error:  # noqa: BLE001 - any model code may fail in any way here
-        return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        return first_line(error, typed=True)
     return ""
 
 

@@ -21,7 +21,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from graphprune.errors import CalibrationError, GraphPruneError
+from graphprune.errors import CalibrationError, GraphPruneError, first_line
 
 FIELD = "text"
 """The field of JSON lines that is read where none is named."""
@@ -140,8 +140,7 @@ def _rows(source: str, refuse: Refusal) -> Iterator[str]:
         rows = iter(datasets.load_dataset(name, *config, split=split, streaming=True))
         first = next(rows, None)
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise refuse(f"{source}: the data set cannot be read: {reason[0]}") from error
+        raise refuse(f"{source}: the data set cannot be read: {first_line(error)}") from error
     if first is not None and not isinstance(first.get(column), str):
         raise refuse(f"{source}: no column {column!r} holds texts; there are {', '.join(first)}")
     for row in () if first is None else itertools.chain([first], rows):

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from graphprune.errors import RewriteError
+from graphprune.errors import RewriteError, first_line
 from graphprune.ir.program import Program, value_of
 from graphprune.ir.provenance import operator_of
 from graphprune.ir.sample_inputs import random_inputs
@@ -199,9 +199,8 @@ class _Proof(fx.Interpreter):
         try:
             result = super().run_node(n)
         except Exception as error:
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise RewriteError(
-                f"{operator_of(n)} does not accept its new sizes: {first}"
+                f"{operator_of(n)} does not accept its new sizes: {first_line(error)}"
             ) from error
         if isinstance(result, Tensor) and n.op == "call_function":
             promised = n.meta["val"].shape

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from graphprune.errors import CalibrationError, GraphPruneError, PipelineError
+from graphprune.errors import CalibrationError, GraphPruneError, PipelineError, add_context
 from graphprune.pipeline.instruments import Instrument, Place
 from graphprune.pipeline.pass_base import Context, Outcome, Pass
 from graphprune.pipeline.report import PassRecord, Report, Size
@@ -199,5 +199,4 @@ def _named(error: Exception, place: Place) -> Exception:
     """The error with the pass in front of its message, of the same class if it is deliberate."""
     if not isinstance(error, GraphPruneError):
         return PipelineError(f"{place}: {type(error).__name__}: {error}")
-    error.args = (f"{place}: {error}", *error.args[1:])
-    return error
+    return add_context(error, str(place))

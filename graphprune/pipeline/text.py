@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from graphprune.errors import GraphPruneError, PipelineError
+from graphprune.errors import GraphPruneError, PipelineError, add_context
 from graphprune.pipeline import registry
 from graphprune.pipeline.options import BARE, QUOTED, Word
 from graphprune.pipeline.pass_base import Pass
@@ -142,7 +142,7 @@ def _at(where: str) -> Iterator[None]:
     try:
         yield
     except GraphPruneError as error:
-        error.args = (f"{where}: {error}", *error.args[1:])
+        add_context(error, where)
         raise
 
 

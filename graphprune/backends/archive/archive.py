@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphprune.backends.archive.graph import deserialize_graph, error_line, serialize_graph
-from graphprune.errors import BackendError, CheckpointError
+from graphprune.backends.archive.graph import deserialize_graph, serialize_graph
+from graphprune.errors import BackendError, CheckpointError, first_line
 from graphprune.io.atomic import share_mode, staged_directory
 from graphprune.io.companions import copy_companions
 from graphprune.ir.program import Program, Source, value_of
@@ -249,7 +249,9 @@ def _rebuild_source(described: Any, folder: Path) -> tuple[Source | None, tuple[
             stored_dtype=dtype,
         )
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        return None, (f"without its config, since {name} is not to be had: {error_line(error)}",)
+        return None, (
+            f"without its config, since {name} is not to be had: {first_line(error, typed=True)}",
+        )
     return source, ()
 
 
@@ -275,6 +277,6 @@ def _naming(path: Path) -> Iterator[None]:
         reason = (
             "is missing"
             if isinstance(error, FileNotFoundError)
-            else f"is damaged: {error_line(error)}"
+            else f"is damaged: {first_line(error, typed=True)}"
         )
         raise CheckpointError(f"{path} {reason}") from error

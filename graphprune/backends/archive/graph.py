@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from graphprune.errors import BackendError
+from graphprune.errors import BackendError, first_line
 from graphprune.ir.exported import to_exported_program
 from graphprune.ir.program import Program
 
@@ -54,7 +54,9 @@ def serialize_graph(program: Program) -> bytes:
                 serialize_example_inputs=False,
             )
     except Exception as error:  # torch says in many ways what it cannot serialise
-        raise BackendError(f"the graph cannot be serialised: {error_line(error)}") from error
+        raise BackendError(
+            f"the graph cannot be serialised: {first_line(error, typed=True)}"
+        ) from error
     return artifact.exported_program
 
 
@@ -113,9 +115,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def error_line(error: BaseException) -> str:
-    """The type of `error` and the first line it says."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphprune.errors import last_line
 from graphprune.ir.program import Program
 
 Changes = dict[str, Any]
@@ -88,7 +89,7 @@ class Builder:
             try:
                 self._known[key] = sizes_of(self.model(changes))
             except Exception as error:  # noqa: BLE001 - model code may refuse sizes in any way
-                self.failure = _last_line(error)
+                self.failure = last_line(error)
                 self._known[key] = None
         return self._known[key]
 
@@ -382,8 +383,3 @@ class Search:
 
 def _frozen(changes: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     return tuple(sorted(changes.items()))
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

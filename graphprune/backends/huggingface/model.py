@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphprune.errors import BackendError
+from graphprune.errors import BackendError, first_line
 from graphprune.ir.program import PAST, PRESENT, Program
 
 _ROWS, _LENGTH = 2, 5
@@ -74,7 +74,7 @@ def model_of(program: Program, config: Any, model_class: Any) -> Any:
                 dtype=dtype_of(program),
             )
     except Exception as error:  # model code may refuse in any way
-        raise BackendError(f"transformers cannot load it: {_first_line(error)}") from error
+        raise BackendError(f"transformers cannot load it: {first_line(error)}") from error
     for key, what in (("missing_keys", "lacks"), ("unexpected_keys", "has no place for")):
         if info[key]:
             raise BackendError(f"the checkpoint {what} {min(info[key])}")
@@ -115,12 +115,12 @@ def compare(program: Program, model: Any) -> tuple[str, Exception | None]:
     try:
         ours = program(**{name: tensor.to(device) for name, tensor in inputs.items()})
     except Exception as error:  # noqa: BLE001 - a capture may have kept the sizes of its example
-        return f"the program does not run on other inputs: {_first_line(error)}", None
+        return f"the program does not run on other inputs: {first_line(error)}", None
     try:
         with torch.no_grad(), quiet():
             theirs = model(**inputs, return_dict=True)
     except Exception as error:  # noqa: BLE001 - model code may fail in any way
-        return f"the model does not run: {_first_line(error)}", error
+        return f"the model does not run: {first_line(error)}", error
     tolerance = _TOLERANCE.get(dtype_of(program), 1e-4)
     for value in program.outputs:
         if value.name.startswith(PRESENT):
@@ -171,8 +171,3 @@ def _random_inputs(program: Program, model: Any) -> dict[str, Tensor]:
             ids = torch.randint(words, shape, generator=generator)
             inputs[value.name] = ids.to(value.dtype)
     return inputs
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -15,9 +15,8 @@ import torch
 from torch import fx
 from torch._subclasses import FakeTensor
 
-from graphprune.backends.onnx import session as ort
 from graphprune.backends.onnx.dimension_names import output_names
-from graphprune.errors import BackendError
+from graphprune.errors import BackendError, first_line
 from graphprune.ir.exported import to_exported_program
 from graphprune.ir.nodes import arguments_of, made_from, valued
 from graphprune.ir.program import Program
@@ -210,7 +209,7 @@ def _why(program: Program, error: BaseException) -> str:
         reason = f"{operator} has no counterpart"
         node = next((call for call in calls if str(call.target) == operator), None)
     else:
-        reason = f"{type(chain[-1]).__name__}: {ort.first_line(chain[-1])}"
+        reason = f"{type(chain[-1]).__name__}: {first_line(chain[-1])}"
         # Names of nodes do not survive decomposition, but where they came from does.
         traces = ((call, (call.meta.get("stack_trace") or "").strip()) for call in calls)
         node = next((call for call, trace in traces if trace and trace in text), None)

@@ -23,7 +23,7 @@ from graphprune.backends.onnx.fuse_norms import as_checked, fuse_norms
 from graphprune.backends.onnx.last_logits import last_only
 from graphprune.backends.onnx.lower_attention import OPSETS, Choice, Target, check_target, lower
 from graphprune.backends.onnx.parity import QUICK, Comparison, Protocol, compare
-from graphprune.errors import BackendError, UsageError
+from graphprune.errors import BackendError, UsageError, first_line
 from graphprune.io.atomic import staged_file
 from graphprune.io.progress import Maker, counted, maker
 from graphprune.ir.program import Program
@@ -288,7 +288,7 @@ def _check(path: Path) -> None:
             onnx.save(model, checked)
         onnx.checker.check_model(str(checked), full_check=True)
     except Exception as error:  # its exceptions share no base but Exception
-        raise BackendError(f"onnx.checker refuses the model: {ort.first_line(error)}") from error
+        raise BackendError(f"onnx.checker refuses the model: {first_line(error)}") from error
     finally:
         if moved:
             checked.unlink(missing_ok=True)

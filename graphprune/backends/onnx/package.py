@@ -43,7 +43,7 @@ from graphprune.backends.onnx.lower_attention import Target
 from graphprune.backends.onnx.parity import FULL, SHARED, Comparison, compare
 from graphprune.backends.onnx.runtime.genai_config import genai_config
 from graphprune.backends.onnx.weights import MODEL, held_weights, weights_beside
-from graphprune.errors import BackendError, CheckpointError, ParityError
+from graphprune.errors import BackendError, CheckpointError, ParityError, first_line
 from graphprune.io.atomic import as_json, staged_directory
 from graphprune.io.progress import Maker
 from graphprune.ir.program import Program
@@ -124,7 +124,7 @@ def read(directory: str | PathLike[str]) -> Package:
         fields = {field.name for field in dataclasses.fields(Package)} - {"directory"}
         return Package(folder, **{name: record[name] for name in fields})
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / PARITY} is damaged: {ort.first_line(error)}") from error
+        raise CheckpointError(f"{folder / PARITY} is damaged: {first_line(error)}") from error
 
 
 def write(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.backends.onnx.dimension_names import output_names
-from graphprune.errors import BackendError, ParityError
+from graphprune.errors import BackendError, ParityError, first_line
 from graphprune.ir.nodes import size_of
 from graphprune.ir.program import PAST, PRESENT, Program
 
@@ -332,9 +332,3 @@ def _looks_up(user: fx.Node, index: fx.Node) -> bool:
     if not isinstance(table, fx.Node) or table is index or table.op != "placeholder":
         return False
     return str(user.target).startswith(("aten.embedding.", "aten.index.", "aten.index_select."))
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of `error` that says anything."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

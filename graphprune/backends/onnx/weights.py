@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from graphprune.errors import CheckpointError
+from graphprune.errors import CheckpointError, first_line
 
 MODEL = "model.onnx"
 """The ONNX model in a directory that holds one."""
@@ -24,8 +24,7 @@ def _held_or_refused(path: Path) -> Iterator[tuple[str, Tensor]]:
     try:
         yield from held_weights(path)
     except Exception as error:  # damage shows in any way
-        first = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{path} is damaged: {first}") from error
+        raise CheckpointError(f"{path} is damaged: {first_line(error)}") from error
 
 
 def held_weights(path: Path) -> Iterator[tuple[str, Tensor]]:

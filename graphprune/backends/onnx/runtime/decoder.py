@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from graphprune.backends.onnx import session as ort
-from graphprune.errors import BackendError
+from graphprune.errors import BackendError, first_line
 from graphprune.ir.program import PAST, PRESENT
 
 CUDA = "CUDAExecutionProvider"
@@ -202,7 +201,7 @@ class Batch:
             self.session.run_with_iobinding(self.binding, options)
         except Exception as error:  # its exceptions share no base but Exception
             raise BackendError(
-                f"ONNX Runtime fails on {self.rows} rows: {ort.first_line(error)}"
+                f"ONNX Runtime fails on {self.rows} rows: {first_line(error)}"
             ) from error
 
     def _logits(self, length: int) -> Any:

@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from graphprune.backends.onnx import session as ort
-from graphprune.errors import CheckpointError
+from graphprune.errors import CheckpointError, first_line
 
 
 def limits_of(directory: Path) -> tuple[int | None, frozenset[int]]:
@@ -42,4 +41,4 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {ort.first_line(error)}") from error
+        raise CheckpointError(f"{path} is damaged: {first_line(error)}") from error
