@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -9,7 +10,7 @@ from graphprune.errors import NothingToPrune, SelectionError
 from graphprune.pipeline.pass_base import Context, Outcome, Pass
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from graphprune.analysis.coupling import Coupling, Group
     from graphprune.ir.program import Program
@@ -48,9 +49,9 @@ class Prune(Pass):
         How the scores of a unit in the weights of its group become one: sum, mean, max, product, or
         last (in the weight that is used last).
     scope
-        Whether every group loses the same part, or those units of all groups go that are the least
-        important for what they save.
-    normalise
+        local: every group loses the same part. global: those units of all groups go that are the
+        least important for what they save.
+    normalize
         How the scores of different groups are made comparable in scope global: divided by what the
         word says of a group's scores, or in their place the increase of the loss on the calibration
         data, measured as ever more of each group is masked (loss).
@@ -104,18 +105,20 @@ class Prune(Pass):
 
     Example
     -------
-    >>> str(Prune(target=("ffn", "kv-heads"), params=0.25, scope="global", normalise="loss"))
-    'prune{target=ffn,kv-heads scope=global normalise=loss params=0.25}'
+    >>> str(Prune(target=("ffn", "kv-heads"), params=0.25, scope="global", normalize="loss"))
+    'prune{target=ffn,kv-heads scope=global normalize=loss params=0.25}'
     """
 
     name: ClassVar[str] = "prune"
+    renamed_options: ClassVar[Mapping[str, str]] = {"normalise": "normalize"}
+    renamed_choices: ClassVar[Mapping[str, Mapping[str, str]]] = {"scope": {"group": "local"}}
 
     target: tuple[str, ...]
     ratio: float | None = None
     criterion: str = "taylor"
     aggregate: Literal["sum", "mean", "max", "product", "last"] = "sum"
-    scope: Literal["group", "global"] = "group"
-    normalise: Literal["none", "mean", "max", "sum", "l2", "loss"] = "none"
+    scope: Literal["local", "global"] = "local"
+    normalize: Literal["none", "mean", "max", "sum", "l2", "loss"] = "none"
     round_to: int | None = None
     skip: tuple[str, ...] = ()
     steps: int = 1
@@ -135,8 +138,8 @@ class Prune(Pass):
         for name, part in self.budgets.items():
             if not 0 <= part < 1:
                 raise SelectionError(f"prune: {name} {part:g} is not in [0, 1)")
-        if self.normalise == "loss" and self.scope == "group":
-            raise SelectionError("prune: normalise=loss decides between groups: add scope=global")
+        if self.normalize == "loss" and self.scope == "local":
+            raise SelectionError("prune: normalize=loss decides between groups: add scope=global")
         if self.round_to is not None and self.round_to < 1:
             raise SelectionError(f"prune: round_to {self.round_to} is not positive")
         if self.steps < 1:
@@ -165,12 +168,12 @@ class Prune(Pass):
 
         kept = self.scores is not None and Path(self.scores).exists()
         scoring = criterion(self.criterion).requires_calibration and not kept
-        return scoring or self.normalise == "loss"
+        return scoring or self.normalize == "loss"
 
     def run(self, program: Program, context: Context) -> Outcome:
         """Score the target's groups, select units, and rewrite; once for each step."""
         from graphprune.plan.plan import Plan, Step
-        from graphprune.selection.selector import outer_groups, outer_layers, target_groups
+        from graphprune.selection.targets import outer_groups, outer_layers, target_groups
         from graphprune.transforms.apply import carry_out
 
         first = coupling = context.coupling(program)
@@ -214,13 +217,13 @@ class Prune(Pass):
 
     def _keeps_outer_layers(self) -> bool:
         """Whether nothing is said about them, and every group of a kind is to lose the same."""
-        from graphprune.selection.selector import TARGETS
+        from graphprune.selection.targets import TARGETS
 
         by_kind = all(target in TARGETS or target == "all" for target in self.target)
-        return self.protect is None and self.scope == "group" and by_kind
+        return self.protect is None and self.scope == "local" and by_kind
 
     def _hints(self, first: Coupling, removed: Mapping[str, int]) -> list[str]:
-        """What is off the fast path of `runtime` now, and was not before."""
+        """Return what leaves the fast path of `runtime` by this."""
         from graphprune.analysis.kernel_sizes import speed_hints
         from graphprune.report.overview import hint_lines
 
@@ -239,14 +242,14 @@ class Prune(Pass):
         part: float,
         first: Coupling,
     ) -> list[Cut]:
-        """What goes so that `part` of the budgets on `first` is met; none where it is already."""
+        """Return what goes so that `part` of the budgets on `first` is met; none where it is."""
         from graphprune.analysis.kernel_sizes import liked_sizes
-        from graphprune.criteria import Evidence, check_scores, criterion
-        from graphprune.criteria.score_cache import kept_scores
+        from graphprune.criteria import ScoringContext, check_scores, criterion
+        from graphprune.criteria.score_cache import load_or_score
         from graphprune.selection.allocation import loss_margins
         from graphprune.selection.selector import Selector
 
-        evidence = Evidence(
+        scoring = ScoringContext(
             program,
             coupling,
             groups,
@@ -256,22 +259,22 @@ class Prune(Pass):
             track=context.track,
         )
         if self.scores is not None:
-            scores = kept_scores(self.scores, self.criterion, evidence)
+            scores = load_or_score(self.scores, self.criterion, scoring)
         else:
-            scores = criterion(self.criterion).scores(evidence)
-            check_scores(scores, evidence)
+            scores = criterion(self.criterion).scores(scoring)
+            check_scores(scores, scoring)
         sizes: Mapping[str, Sequence[int]] = {}
         if self.runtime is not None and self.round_to is None:
             sizes = liked_sizes((first.group(group.name) for group in groups), self.runtime)
         selector = Selector(
             scope=self.scope,
-            normalise="none" if self.normalise == "loss" else self.normalise,
+            normalize="none" if self.normalize == "loss" else self.normalize,
             round_to=self.round_to or 1,
             first=first,
             sizes=sizes,
             **{name: share * part for name, share in self.budgets.items()},
         )
-        margins = loss_margins(evidence, scores) if self.normalise == "loss" else None
+        margins = loss_margins(scoring, scores) if self.normalize == "loss" else None
         try:
             return selector.select(coupling, groups, scores, margins)
         except NothingToPrune:

@@ -27,10 +27,10 @@ from rich.progress import track
 from torch import Tensor
 
 import graphprune as gp
-from graphprune.criteria import Evidence, Scores, criterion
+from graphprune.criteria import Scores, ScoringContext, criterion
 from graphprune.criteria.scop import ScopBeta
 from graphprune.plan.plan import Plan, Step
-from graphprune.selection.selector import lowest
+from graphprune.selection.selector import lowest_units
 from graphprune.transforms.batch_norms import reestimate
 
 OUT = Path(__file__).resolve().parent.parent / "out" / "scop.jsonl"
@@ -76,13 +76,13 @@ def of_digits(seed: int) -> dict[str, float]:
     program = captured(trained(train, seed))
     calibration, coupling = train.calibration(), gp.analyze(program)
     groups = [group for group in coupling.groups if "convs.0.weight" not in group.weights()]
-    evidence = Evidence(program, coupling, groups, calibration, seed=seed)
-    noise, gamma = WhiteNoise().scores(evidence), criterion("scop-gamma").scores(evidence)
-    scored = scores_of(evidence, ("taylor", "gate-batch", "l2", "random"))
+    context = ScoringContext(program, coupling, groups, calibration, seed=seed)
+    noise, gamma = WhiteNoise().scores(context), criterion("scop-gamma").scores(context)
+    scored = scores_of(context, ("taylor", "gate-batch", "l2", "random"))
     scored["scop, white noise"] = {name: gamma[name] * each for name, each in noise.items()}
     found = {"whole": accuracy(program, test)}
     for (name, scores), ratio in itertools.product(scored.items(), RATIOS):
-        left = without(evidence, scores, ratio)
+        left = without(context, scores, ratio)
         anew = left.with_weights(reestimate(left, calibration))
         states = (left, anew, tuned(anew, train, seed, epochs=EPOCHS))
         for state, smaller in zip(STATES, states, strict=True):
@@ -97,28 +97,29 @@ def of_text(seed: int) -> dict[str, float]:
     found = {"whole": math.log(held_out(study.program))}
     for role in ("ffn", "kv-head"):
         groups = [group for group in coupling.groups if group.role == role]
-        evidence = Evidence(study.program, coupling, groups, study.draws[seed], seed=seed)
-        for name, scores in scores_of(evidence, ("taylor", "wanda", "l2", "random")).items():
-            found[f"{name} | -25% {role}"] = math.log(held_out(without(evidence, scores, 0.25)))
+        context = ScoringContext(study.program, coupling, groups, study.draws[seed], seed=seed)
+        for name, scores in scores_of(context, ("taylor", "wanda", "l2", "random")).items():
+            found[f"{name} | -25% {role}"] = math.log(held_out(without(context, scores, 0.25)))
     return found
 
 
-def scores_of(evidence: Evidence, others: Sequence[str]) -> dict[str, Scores]:
+def scores_of(context: ScoringContext, others: Sequence[str]) -> dict[str, Scores]:
     """SCOP with its controls, of one training of the factors, and other criteria."""
-    gamma, beta = (criterion(name).scores(evidence) for name in ("scop-gamma", "scop-beta"))
+    gamma, beta = (criterion(name).scores(context) for name in ("scop-gamma", "scop-beta"))
     scop = {name: gamma[name] * each for name, each in beta.items()}
     ours = {"scop": scop, "scop-gamma": gamma, "scop-beta": beta}
     ours["scop, reversed"] = {name: -each for name, each in scop.items()}
-    return ours | {name: criterion(name).scores(evidence) for name in others}
+    return ours | {name: criterion(name).scores(context) for name in others}
 
 
-def without(evidence: Evidence, scores: Scores, ratio: float) -> gp.Program:
+def without(context: ScoringContext, scores: Scores, ratio: float) -> gp.Program:
     """The program without the same part of every group."""
     chosen = [
-        (group, lowest(scores[group.name], int(group.size * ratio))) for group in evidence.groups
+        (group, lowest_units(scores[group.name], int(group.size * ratio)))
+        for group in context.groups
     ]
-    step = Step(evidence.program.fingerprint(), tuple(group.cut(units) for group, units in chosen))
-    return gp.apply(evidence.program, Plan((step,)))
+    step = Step(context.program.fingerprint(), tuple(group.cut(units) for group, units in chosen))
+    return gp.apply(context.program, Plan((step,)))
 
 
 def table(rows: list[dict[str, float]]) -> str:

@@ -33,10 +33,11 @@ from train_reference import Corpus, digest
 
 import graphprune as gp
 from graphprune import reference
-from graphprune.criteria import Evidence, criterion
+from graphprune.criteria import ScoringContext, criterion
 from graphprune.plan.plan import Plan, Step
 from graphprune.selection.cost import Costs
-from graphprune.selection.selector import lowest, target_groups
+from graphprune.selection.selector import lowest_units
+from graphprune.selection.targets import target_groups
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE.parent / "out"
@@ -83,10 +84,12 @@ def without_heads(order: str, count: int, seed: int) -> float:
     given = study()
     coupling = gp.analyze(given.program)
     groups = target_groups(coupling, "kv-heads")
-    evidence = Evidence(given.program, coupling, groups, calibration=given.draws[seed], seed=seed)
-    scores = criterion("random" if order == "random" else "gate").scores(evidence)
+    context = ScoringContext(
+        given.program, coupling, groups, calibration=given.draws[seed], seed=seed
+    )
+    scores = criterion("random" if order == "random" else "gate").scores(context)
     sign = -1 if order == "reverse" else 1
-    cuts = [group.cut(lowest(sign * scores[group.name], count)) for group in groups]
+    cuts = [group.cut(lowest_units(sign * scores[group.name], count)) for group in groups]
     plan = Plan((Step(given.program.fingerprint(), tuple(cuts)),))
     return math.log(held_out(gp.apply(given.program, plan))) - dense()
 
@@ -357,8 +360,8 @@ def better() -> Section:
         "random": (plain, "criterion=random"),
         "obs": (plain, "criterion=obs"),
         "taylor, global": (anywhere, "criterion=taylor"),
-        "taylor, global by loss": (anywhere, "criterion=taylor normalise=loss"),
-        "obs, global by loss": (anywhere, "criterion=obs normalise=loss"),
+        "taylor, global by loss": (anywhere, "criterion=taylor normalize=loss"),
+        "obs, global by loss": (anywhere, "criterion=obs normalize=loss"),
     }
     cells: dict[tuple[str, str], Measure] = {}
     for row, (recipe, options) in recipes.items():

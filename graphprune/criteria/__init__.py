@@ -12,8 +12,8 @@ from graphprune.criteria.base import (
     CRITERIA,
     Aggregate,
     Criterion,
-    Evidence,
     Scores,
+    ScoringContext,
     check_scores,
     criterion,
 )
@@ -23,7 +23,7 @@ __all__ = [
     "CRITERIA",
     "Aggregate",
     "Criterion",
-    "Evidence",
+    "ScoringContext",
     "Measure",
     "Scores",
     "WeightCriterion",

@@ -27,7 +27,7 @@ Scores = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Evidence:
+class ScoringContext:
     """What a criterion may look at.
 
     Parameters
@@ -112,8 +112,8 @@ class Criterion(ABC):
             CRITERIA[cls.name] = cls
 
     @abstractmethod
-    def scores(self, evidence: Evidence) -> Scores:
-        """The score of every unit of ``evidence.groups``; higher is more important."""
+    def scores(self, context: ScoringContext) -> Scores:
+        """The score of every unit of ``context.groups``; higher is more important."""
 
 
 CRITERIA: dict[str, type[Criterion]] = {}
@@ -135,7 +135,7 @@ def criterion(name: str) -> Criterion:
     return CRITERIA[name]()
 
 
-def check_scores(scores: Mapping[str, Tensor], evidence: Evidence) -> None:
+def check_scores(scores: Mapping[str, Tensor], context: ScoringContext) -> None:
     """Refuse scores that are missing, misshapen or not finite.
 
     Raises
@@ -143,9 +143,9 @@ def check_scores(scores: Mapping[str, Tensor], evidence: Evidence) -> None:
     SelectionError
         Naming the group.
     """
-    for group in evidence.groups:
+    for group in context.groups:
         found = scores.get(group.name)
-        if found is None or tuple(found.shape) != evidence.sizes(group):
+        if found is None or tuple(found.shape) != context.sizes(group):
             raise SelectionError(f"{group.name}: the criterion gave no scores of the right shape")
         if not bool(torch.isfinite(found).all()):
             raise SelectionError(f"{group.name}: the criterion gave scores that are not finite")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.calibration.data import inputs_of
-from graphprune.criteria.base import Criterion, Evidence, Scores
+from graphprune.criteria.base import Criterion, Scores, ScoringContext
 from graphprune.criteria.gradients import finite_loss
 from graphprune.ir.program import Program
 
@@ -28,7 +28,7 @@ class Gate(Criterion):
     requires_calibration = True
     absolute: ClassVar[Literal["token", "sample", "batch"]] = "sample"
 
-    def scores(self, evidence: Evidence) -> Scores:
+    def scores(self, context: ScoringContext) -> Scores:
         """Gradients of gates of one, by the chain rule at the consumers' inputs.
 
         Raises
@@ -38,15 +38,15 @@ class Gate(Criterion):
         CalibrationError
             As `loss_gradients` does.
         """
-        data, held = evidence.data(), evidence.consumers(self.name)
+        data, held = context.data(), context.consumers(self.name)
         totals = {
-            group.name: torch.zeros(math.prod(evidence.sizes(group)), dtype=torch.float64)
-            for group in evidence.groups
+            group.name: torch.zeros(math.prod(context.sizes(group)), dtype=torch.float64)
+            for group in context.groups
         }
         sources = {use.source for each in held.values() for m, _ in each for use in m.uses}
         batches = list(data.singly() if self.absolute == "sample" else data.labelled())
-        for batch in evidence.track(batches, "taking gradients of gates"):
-            values = _activations(evidence.program, batch, sources)
+        for batch in context.track(batches, "taking gradients of gates"):
+            values = _activations(context.program, batch, sources)
             for name, consumers in held.items():
                 gates = [
                     _gates(rows, units[part], len(totals[name]))
@@ -58,7 +58,7 @@ class Gate(Criterion):
                     totals[name] += sum(each.abs().sum(0) for each in gates)
                 else:
                     totals[name] += torch.stack([each.sum(0) for each in gates]).sum(0).abs()
-        return {g.name: totals[g.name].view(evidence.sizes(g)) for g in evidence.groups}
+        return {g.name: totals[g.name].view(context.sizes(g)) for g in context.groups}
 
 
 class GateToken(Gate):

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from graphprune.calibration.data import inputs_of, task_loss
-from graphprune.criteria.base import Evidence
+from graphprune.criteria.base import ScoringContext
 from graphprune.errors import CalibrationError, SelectionError
 from graphprune.ir.program import Program
 
 
-def loss_gradients(evidence: Evidence, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+def loss_gradients(context: ScoringContext, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
     """(name, gradient) of the mean `task_loss` on the calibration batches.
 
     Gradients are taken of the weights called `names` only, and given away one by one.
@@ -23,13 +23,13 @@ def loss_gradients(evidence: Evidence, names: Sequence[str]) -> Iterator[tuple[s
     CalibrationError
         Without calibration batches, or when they do not fit the program or the loss is not finite.
     """
-    data = evidence.data()
-    batches = evidence.track(list(data.labelled()), "taking gradients")
-    yield from _gradients(evidence.program, batches, data.samples, names)
+    data = context.data()
+    batches = context.track(list(data.labelled()), "taking gradients")
+    yield from _gradients(context.program, batches, data.samples, names)
 
 
 def sample_gradients(
-    evidence: Evidence, names: Sequence[str]
+    context: ScoringContext, names: Sequence[str]
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(name, mean gradient, mean squared gradient) over the samples, taken one at a time.
 
@@ -38,11 +38,11 @@ def sample_gradients(
     CalibrationError
         As `loss_gradients` does.
     """
-    data, weights = evidence.data(), evidence.program.weights
+    data, weights = context.data(), context.program.weights
     total = {name: torch.zeros_like(weights[name]) for name in names}
     squares = {name: torch.zeros_like(weights[name]) for name in names}
-    for sample in evidence.track(list(data.singly()), "taking gradients"):
-        for name, gradient in _gradients(evidence.program, [sample], 1, names):
+    for sample in context.track(list(data.singly()), "taking gradients"):
+        for name, gradient in _gradients(context.program, [sample], 1, names):
             total[name].add_(gradient, alpha=1 / data.samples)
             squares[name].addcmul_(gradient, gradient, value=1 / data.samples)
     for name in names:

@@ -7,7 +7,7 @@ import math
 import torch
 
 from graphprune.calibration.statistics import observe
-from graphprune.criteria.base import Criterion, Evidence, Scores
+from graphprune.criteria.base import Criterion, Scores, ScoringContext
 from graphprune.transforms.refit import removal_errors
 
 
@@ -23,7 +23,7 @@ class Obs(Criterion):
     name = "obs"
     requires_calibration = True
 
-    def scores(self, evidence: Evidence) -> Scores:
+    def scores(self, context: ScoringContext) -> Scores:
         """Greedy removal in the consumers of every group.
 
         Raises
@@ -31,20 +31,20 @@ class Obs(Criterion):
         SelectionError
             When nothing sums over a group.
         """
-        data, held = evidence.data(), evidence.consumers(self.name)
+        data, held = context.data(), context.consumers(self.name)
         needed = {m.name: m for each in held.values() for m, _ in each}
-        given = evidence.program, list(needed.values()), data
-        found = observe(*given, "gram", track=evidence.track)
+        given = context.program, list(needed.values()), data
+        found = observe(*given, "gram", track=context.track)
         scores: Scores = {}
-        for group in evidence.track(evidence.groups, "scoring groups"):
-            total = torch.zeros(math.prod(evidence.sizes(group)), dtype=torch.float64)
+        for group in context.track(context.groups, "scoring groups"):
+            total = torch.zeros(math.prod(context.sizes(group)), dtype=torch.float64)
             for matrix, units in held[group.name]:
-                weight = matrix.read(evidence.program.weights[matrix.weight])
+                weight = matrix.read(context.program.weights[matrix.weight])
                 gram = found[matrix.name].gram
                 assert gram is not None
                 for part in range(len(weight)):
                     if bool((units[part] >= 0).any()):
                         errors = removal_errors(weight[part], gram[part], units[part])
                         total[: len(errors)] += errors
-            scores[group.name] = total.view(evidence.sizes(group))
+            scores[group.name] = total.view(context.sizes(group))
         return scores

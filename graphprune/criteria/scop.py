@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from graphprune.analysis.coupling import Coupling, Group
 from graphprune.calibration.data import Calibration, inputs_of
 from graphprune.calibration.layerwise import unpadded
-from graphprune.criteria.base import Criterion, Evidence, Scores
+from graphprune.criteria.base import Criterion, Scores, ScoringContext
 from graphprune.criteria.gradients import finite_loss
 from graphprune.criteria.knockoffs import permuted
 from graphprune.errors import SelectionError
@@ -52,7 +52,7 @@ class Scop(Criterion):
     rate: ClassVar[float] = 0.02
     """Adam's learning rate for the argument of the sigmoid."""
 
-    def scores(self, evidence: Evidence) -> Scores:
+    def scores(self, context: ScoringContext) -> Scores:
         """Gamma times the difference of the factors.
 
         Raises
@@ -62,9 +62,9 @@ class Scop(Criterion):
         CalibrationError
             As `loss_gradients` does, or when a sample has no other of its shapes.
         """
-        places = find_places(evidence, self.name)
-        beta = self.factors(evidence, places)
-        gamma = scales(evidence, places)
+        places = find_places(context, self.name)
+        beta = self.factors(context, places)
+        gamma = scales(context, places)
         return {name: gamma[name] * (2 * each - 1) for name, each in beta.items()}
 
     @staticmethod
@@ -72,17 +72,17 @@ class Scop(Criterion):
         """The knockoff inputs of an epoch, of the shapes of the batches."""
         return permuted(calibration, generator)
 
-    def factors(self, evidence: Evidence, places: Sequence[Place]) -> Scores:
+    def factors(self, context: ScoringContext, places: Sequence[Place]) -> Scores:
         """Beta of every unit after training, in (0, 1)."""
-        data, program = evidence.data(), evidence.program
-        sizes = {group.name: evidence.sizes(group) for group in evidence.groups}
+        data, program = context.data(), context.program
+        sizes = {group.name: context.sizes(group) for group in context.groups}
         inner = {name: torch.zeros(math.prod(size)) for name, size in sizes.items()}
         optimiser = torch.optim.Adam(
             [each.requires_grad_() for each in inner.values()], lr=self.rate, betas=(0.5, 0.9)
         )
-        generator = torch.Generator().manual_seed(evidence.seed)
+        generator = torch.Generator().manual_seed(context.seed)
         batches = list(data.labelled())
-        for _ in evidence.track(range(self.epochs), "learning what is real"):
+        for _ in context.track(range(self.epochs), "learning what is real"):
             knockoffs = self.controls(data, generator)
             for at in torch.randperm(len(batches), generator=generator).tolist():
                 controls = features(program, places, knockoffs[at])
@@ -105,7 +105,7 @@ class ScopGamma(Scop):
     name = "scop-gamma"
     requires_calibration = False
 
-    def scores(self, evidence: Evidence) -> Scores:
+    def scores(self, context: ScoringContext) -> Scores:
         """Gamma of every unit.
 
         Raises
@@ -113,7 +113,7 @@ class ScopGamma(Scop):
         SelectionError, CalibrationError
             As `Scop.scores` does.
         """
-        return scales(evidence, find_places(evidence, self.name))
+        return scales(context, find_places(context, self.name))
 
 
 class ScopBeta(Scop):
@@ -121,7 +121,7 @@ class ScopBeta(Scop):
 
     name = "scop-beta"
 
-    def scores(self, evidence: Evidence) -> Scores:
+    def scores(self, context: ScoringContext) -> Scores:
         """The difference of the factors of every unit.
 
         Raises
@@ -129,7 +129,7 @@ class ScopBeta(Scop):
         SelectionError, CalibrationError
             As `Scop.scores` does.
         """
-        beta = self.factors(evidence, find_places(evidence, self.name))
+        beta = self.factors(context, find_places(context, self.name))
         return {name: 2 * each - 1 for name, each in beta.items()}
 
 
@@ -168,7 +168,7 @@ class Place:
         return found.index_add_(0, at, values.double().flatten())[:count]
 
 
-def find_places(evidence: Evidence, criterion: str) -> list[Place]:
+def find_places(context: ScoringContext, criterion: str) -> list[Place]:
     """Where the features of each group are mixed: at its batch norms, else at what sums over it.
 
     Raises
@@ -176,14 +176,14 @@ def find_places(evidence: Evidence, criterion: str) -> list[Place]:
     SelectionError
         When nothing sums over a group, or which of its units stand where depends on the data.
     """
-    program, found, rest = evidence.program, list[Place](), list[Group]()
+    program, found, rest = context.program, list[Place](), list[Group]()
     names = {node: name for name, node in program.weight_nodes()}
     norms = program.graph.find_nodes(op="call_function", target=BATCH_NORM)
-    for group in evidence.groups:
+    for group in context.groups:
         here = []
         for node in norms:
             args = arguments_of(node)
-            units = units_at(evidence.coupling, group, args["input"])
+            units = units_at(context.coupling, group, args["input"])
             if units is None or units.shape[0] != units.numel():  # it is not over the channels
                 continue
             gamma = torch.ones(units.shape)
@@ -193,11 +193,11 @@ def find_places(evidence: Evidence, criterion: str) -> list[Place]:
         found += here
         if not here:
             rest.append(group)
-    held = dataclasses.replace(evidence, groups=rest).consumers(criterion)
+    held = dataclasses.replace(context, groups=rest).consumers(criterion)
     for group in rest:
         uses = [(use.node, use.source) for matrix, _ in held[group.name] for use in matrix.uses]
         for node, source in dict.fromkeys(uses):
-            units = units_at(evidence.coupling, group, source)
+            units = units_at(context.coupling, group, source)
             if units is None:
                 raise SelectionError(
                     f"{group.name}: {criterion} needs to know which unit stands where in what "
@@ -296,7 +296,7 @@ class _Reading(fx.Interpreter):
         return result
 
 
-def scales(evidence: Evidence, places: Sequence[Place]) -> Scores:
+def scales(context: ScoringContext, places: Sequence[Place]) -> Scores:
     """``|gamma|`` of every unit, summed over its places; without a batch norm the deviation.
 
     Raises
@@ -305,10 +305,10 @@ def scales(evidence: Evidence, places: Sequence[Place]) -> Scores:
         Where data is needed, and there is none or it does not fit the program.
     """
     rest = [place for place in places if place.gamma is None]
-    deviation = _deviations(evidence, rest) if rest else {}
+    deviation = _deviations(context, rest) if rest else {}
     found: Scores = {}
-    for group in evidence.groups:
-        sizes = evidence.sizes(group)
+    for group in context.groups:
+        sizes = context.sizes(group)
         count = math.prod(sizes)
         here = (place for place in places if place.group == group.name)
         values = (p.total(deviation[p] if p.gamma is None else p.gamma.abs(), count) for p in here)
@@ -316,13 +316,13 @@ def scales(evidence: Evidence, places: Sequence[Place]) -> Scores:
     return found
 
 
-def _deviations(evidence: Evidence, places: Sequence[Place]) -> dict[Place, Tensor]:
+def _deviations(context: ScoringContext, places: Sequence[Place]) -> dict[Place, Tensor]:
     """The standard deviation of what is read at each place, over all that has no units."""
     total = {place: torch.zeros(place.units.shape, dtype=torch.float64) for place in places}
     squares = {place: torch.zeros_like(each) for place, each in total.items()}
     count = dict.fromkeys(places, 0)
-    for batch in evidence.track(unpadded(evidence.data()), "measuring activations"):
-        for place, value in features(evidence.program, places, batch).items():
+    for batch in context.track(unpadded(context.data()), "measuring activations"):
+        for place, value in features(context.program, places, batch).items():
             wide = value.double()
             total[place] += wide.sum_to_size(place.units.shape)
             squares[place] += wide.square().sum_to_size(place.units.shape)

@@ -6,12 +6,12 @@ from os import PathLike
 from pathlib import Path
 
 from graphprune.calibration.cache import load_measured, save_measured
-from graphprune.criteria.base import Evidence, Scores, check_scores, criterion
+from graphprune.criteria.base import Scores, ScoringContext, check_scores, criterion
 from graphprune.errors import CalibrationError
 from graphprune.io.atomic import staged_file
 
 
-def kept_scores(path: str | PathLike[str], name: str, evidence: Evidence) -> Scores:
+def load_or_score(path: str | PathLike[str], name: str, context: ScoringContext) -> Scores:
     """The scores of criterion `name` from the file at `path`, or, where there is none, computed.
 
     What is computed is checked and written there. A file serves every budget and selection on the
@@ -23,7 +23,7 @@ def kept_scores(path: str | PathLike[str], name: str, evidence: Evidence) -> Sco
         A safetensors file, read where it exists, else made.
     name
         Of the criterion.
-    evidence
+    context
         What it looks at. Without calibration data a file that exists is taken as it is.
 
     Raises
@@ -36,18 +36,18 @@ def kept_scores(path: str | PathLike[str], name: str, evidence: Evidence) -> Sco
     OutputError
         When the file cannot be written; asked before anything is scored.
     """
-    options = {"criterion": name, "aggregate": evidence.aggregate, "seed": evidence.seed}
+    options = {"criterion": name, "aggregate": context.aggregate, "seed": context.seed}
     held = criterion(name)
     # What looks at no data does not depend on it.
-    data = evidence.calibration if held.requires_calibration else None
+    data = context.calibration if held.requires_calibration else None
     if not Path(path).exists():
         with staged_file(path) as staged:  # first, so that a place that is none costs no work
-            scores = held.scores(evidence)
-            check_scores(scores, evidence)
-            save_measured(staged, "scores", scores, evidence.program, data, **options)
+            scores = held.scores(context)
+            check_scores(scores, context)
+            save_measured(staged, "scores", scores, context.program, data, **options)
         return scores
-    scores = load_measured(path, "scores", evidence.program, data, **options)
-    if lacking := [group.name for group in evidence.groups if group.name not in scores]:
+    scores = load_measured(path, "scores", context.program, data, **options)
+    if lacking := [group.name for group in context.groups if group.name not in scores]:
         raise CalibrationError(f"{path} lacks the scores of {lacking[0]}")
-    check_scores(scores, evidence)
-    return {group.name: scores[group.name] for group in evidence.groups}
+    check_scores(scores, context)
+    return {group.name: scores[group.name] for group in context.groups}

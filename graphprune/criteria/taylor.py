@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from graphprune.criteria.base import Evidence
+from graphprune.criteria.base import ScoringContext
 from graphprune.criteria.gradients import loss_gradients, sample_gradients
 from graphprune.criteria.weights import Measure, WeightCriterion
 
@@ -24,10 +24,12 @@ class Taylor(WeightCriterion):
     measure: ClassVar[Measure] = "l1"
     requires_calibration = True
 
-    def elements(self, evidence: Evidence, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    def elements(
+        self, context: ScoringContext, names: Sequence[str]
+    ) -> Iterator[tuple[str, Tensor]]:
         """The product g w."""
-        for name, gradient in loss_gradients(evidence, names):
-            yield name, gradient.mul_(evidence.program.weights[name].detach())
+        for name, gradient in loss_gradients(context, names):
+            yield name, gradient.mul_(context.program.weights[name].detach())
 
 
 class TaylorVector(Taylor):
@@ -55,10 +57,12 @@ class TaylorSecond(Taylor):
 
     name = "taylor-second"
 
-    def elements(self, evidence: Evidence, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    def elements(
+        self, context: ScoringContext, names: Sequence[str]
+    ) -> Iterator[tuple[str, Tensor]]:
         """The product w F w."""
-        for name, _, fisher in sample_gradients(evidence, names):
-            yield name, fisher.mul_(evidence.program.weights[name].detach().square())
+        for name, _, fisher in sample_gradients(context, names):
+            yield name, fisher.mul_(context.program.weights[name].detach().square())
 
 
 class TaylorMixed(Taylor):
@@ -69,8 +73,10 @@ class TaylorMixed(Taylor):
 
     name = "taylor-mixed"
 
-    def elements(self, evidence: Evidence, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    def elements(
+        self, context: ScoringContext, names: Sequence[str]
+    ) -> Iterator[tuple[str, Tensor]]:
         """The difference g w - 1/2 w F w."""
-        for name, gradient, fisher in sample_gradients(evidence, names):
-            weight = evidence.program.weights[name].detach()
+        for name, gradient, fisher in sample_gradients(context, names):
+            weight = context.program.weights[name].detach()
             yield name, gradient.mul_(weight).sub_(fisher.mul_(weight.square()), alpha=0.5)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from graphprune.analysis.matrices import contractions
 from graphprune.calibration.statistics import observe
-from graphprune.criteria.base import Evidence
+from graphprune.criteria.base import ScoringContext
 from graphprune.criteria.weights import Measure, WeightCriterion
 from graphprune.transforms.sparsity import wanda_scores
 
@@ -25,12 +25,14 @@ class Wanda(WeightCriterion):
     measure: ClassVar[Measure] = "l1"
     requires_calibration = True
 
-    def elements(self, evidence: Evidence, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    def elements(
+        self, context: ScoringContext, names: Sequence[str]
+    ) -> Iterator[tuple[str, Tensor]]:
         """The product |w| ||x||."""
-        held = [m for m in contractions(evidence.program).matrices if m.weight in names]
-        found = observe(evidence.program, held, evidence.data(), track=evidence.track)
+        held = [m for m in contractions(context.program).matrices if m.weight in names]
+        found = observe(context.program, held, context.data(), track=context.track)
         for name in names:
-            weight = evidence.program.weights[name].detach()
+            weight = context.program.weights[name].detach()
             scores = weight.float().abs()
             for matrix in held:
                 if matrix.weight == name:

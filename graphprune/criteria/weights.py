@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from graphprune.analysis.coupling import Group
-from graphprune.criteria.base import Aggregate, Criterion, Evidence, Scores
+from graphprune.criteria.base import Aggregate, Criterion, Scores, ScoringContext
 from graphprune.criteria.units import sum_units
 from graphprune.errors import SelectionError
 from graphprune.ir.program import Program
@@ -30,7 +30,7 @@ class WeightCriterion(Criterion):
 
     measure: ClassVar[Measure]
 
-    def scores(self, evidence: Evidence) -> Scores:
+    def scores(self, context: ScoringContext) -> Scores:
         """Reduce the slice of each unit in each weight, then combine the weights of the group.
 
         Raises
@@ -38,28 +38,30 @@ class WeightCriterion(Criterion):
         SelectionError
             When the program was captured on the meta device.
         """
-        per_weight: dict[str, dict[str, Tensor]] = {group.name: {} for group in evidence.groups}
-        stands_for = {group.name: _stands_for(group) for group in evidence.groups}
-        places = _members_by_weight(evidence)
-        names = evidence.parameters()
-        if any(evidence.program.weights[name].is_meta for name in names):
+        per_weight: dict[str, dict[str, Tensor]] = {group.name: {} for group in context.groups}
+        stands_for = {group.name: _stands_for(group) for group in context.groups}
+        places = _members_by_weight(context)
+        names = context.parameters()
+        if any(context.program.weights[name].is_meta for name in names):
             raise SelectionError(f"{self.name}: the program was captured without weights to score")
-        for name, elements in evidence.track(self.elements(evidence, names), "scoring weights"):
+        for name, elements in context.track(self.elements(context, names), "scoring weights"):
             dims = {member.dim for _, member in places[name]}
             lines = {dim: _reduce(elements, dim, self.measure) for dim in dims}
             for group, member in places[name]:
                 found, slot = per_weight[group.name], stands_for[group.name][name]
                 score = sum_units(lines[member.dim], group, member)
                 found[slot] = found[slot] + score if slot in found else score
-        order = _use_order(evidence.program)
+        order = _use_order(context.program)
         finished = {
             group: [self.finish(found[name]) for name in sorted(found, key=order.__getitem__)]
             for group, found in per_weight.items()
         }
-        return {group: _combine(found, evidence.aggregate) for group, found in finished.items()}
+        return {group: _combine(found, context.aggregate) for group, found in finished.items()}
 
     @abstractmethod
-    def elements(self, evidence: Evidence, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    def elements(
+        self, context: ScoringContext, names: Sequence[str]
+    ) -> Iterator[tuple[str, Tensor]]:
         """(name, a tensor of the weight's shape) for the weights called `names`, one by one."""
 
     def finish(self, total: Tensor) -> Tensor:
@@ -74,9 +76,9 @@ def _stands_for(group: Group) -> dict[str, str]:
     return {name: first[owned[name]] if name in owned else name for name in group.weights()}
 
 
-def _members_by_weight(evidence: Evidence) -> dict[str, list[tuple[Group, IndexMap]]]:
+def _members_by_weight(context: ScoringContext) -> dict[str, list[tuple[Group, IndexMap]]]:
     found: dict[str, list[tuple[Group, IndexMap]]] = {}
-    for group in evidence.groups:
+    for group in context.groups:
         for member in group.members:
             found.setdefault(member.weight, []).append((group, member))
     return found
@@ -133,10 +135,12 @@ class L1(WeightCriterion):
     name = "l1"
     measure: ClassVar[Measure] = "l1"
 
-    def elements(self, evidence: Evidence, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    def elements(
+        self, context: ScoringContext, names: Sequence[str]
+    ) -> Iterator[tuple[str, Tensor]]:
         """The weights themselves."""
         for name in names:
-            yield name, evidence.program.weights[name].detach()
+            yield name, context.program.weights[name].detach()
 
 
 class L2(L1):
@@ -157,12 +161,12 @@ class Random(Criterion):
 
     name = "random"
 
-    def scores(self, evidence: Evidence) -> Scores:
+    def scores(self, context: ScoringContext) -> Scores:
         """Independent of the order of groups: each is seeded by its name."""
         found = {}
-        for group in evidence.groups:
-            seed = zlib.crc32(f"{evidence.seed}:{group.name}".encode())
+        for group in context.groups:
+            seed = zlib.crc32(f"{context.seed}:{group.name}".encode())
             generator = torch.Generator().manual_seed(seed)
-            sizes = evidence.sizes(group)
+            sizes = context.sizes(group)
             found[group.name] = torch.rand(sizes, generator=generator, dtype=torch.float64)
         return found

@@ -23,7 +23,7 @@ from torch import Tensor
 from graphprune.analysis.coupling import Coupling, Group
 from graphprune.analysis.matrices import Matrix
 from graphprune.calibration.data import LABELS, task_loss
-from graphprune.criteria import Evidence
+from graphprune.criteria import ScoringContext
 from graphprune.errors import EvaluationError, SelectionError
 from graphprune.evaluation.perplexity import why_not_causal
 from graphprune.io.atomic import as_json
@@ -31,7 +31,7 @@ from graphprune.io.progress import Maker, counted
 from graphprune.ir.program import PAST, PRESENT, Program
 from graphprune.plan.plan import Cut, Plan, Step
 from graphprune.report import plots as pictures
-from graphprune.selection.selector import target_groups
+from graphprune.selection.targets import target_groups
 from graphprune.transforms.heads.layout import sites_of
 from graphprune.verification.verify import masked
 
@@ -229,7 +229,7 @@ def sensitivity(
     target
         "heads": every query head of every attention, under whichever KV head it is; where several
         attentions have to lose the same heads, those of each by themselves. Otherwise what
-        `graphprune.selection.selector.target_groups` takes.
+        `graphprune.selection.targets.target_groups` takes.
     blocks
         In how many runs of neighbours the units of each group go; by default one by one, and a
         group of more than `SINGLES` units in so many runs.
@@ -380,7 +380,7 @@ def _by_attention(coupling: Coupling, group: Group) -> list[_Part]:
     """A part for each attention of those that have to lose the same heads, as by a shared bias."""
     if len(sites_of(coupling.types, coupling.atom(group.name))) < 2:
         return [_Part(coupling, group)]
-    readers = Evidence(coupling.program, coupling, [group]).consumers(HEADS)[group.name]
+    readers = ScoringContext(coupling.program, coupling, [group]).consumers(HEADS)[group.name]
     return [_Part(coupling, group, reader) for reader in readers]
 
 

@@ -13,8 +13,8 @@ import json
 import math
 import re
 import types
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from graphprune.errors import PipelineError, nearest
@@ -55,6 +55,8 @@ class Option:
         Whether the option is a tuple of such values.
     optional
         Whether None is allowed.
+    renamed
+        Words of old for some of `choices` -> what they are called now.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Option:
     choices: tuple[str, ...] = ()
     many: bool = False
     optional: bool = False
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def required(self) -> bool:
@@ -132,6 +135,8 @@ class Option:
             raise self._refusal(value, _WANTS.get(self.scalar, "a text"))
         if isinstance(value, float) and not math.isfinite(value):
             raise self._refusal(value, "a finite number")
+        if isinstance(value, str):
+            value = self.renamed.get(value, value)
         if self.choices and value not in self.choices:
             raise self._refusal(value, f"one of {', '.join(self.choices)}", str(value))
         return value

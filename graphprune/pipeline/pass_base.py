@@ -194,6 +194,12 @@ class Pass(ABC):
     preserves: ClassVar[frozenset[Analysis[Any]]] = frozenset()
     """The analyses that hold for the new program because they held for the old one."""
 
+    renamed_options: ClassVar[Mapping[str, str]] = {}
+    """Names that options had -> those that they have; both are read, the new ones written."""
+
+    renamed_choices: ClassVar[Mapping[str, Mapping[str, str]]] = {}
+    """Option -> words that its choices had -> those that they have."""
+
     def __post_init__(self) -> None:
         for option in self.options().values():
             object.__setattr__(self, option.name, option.check(getattr(self, option.name)))
@@ -210,18 +216,22 @@ class Pass(ABC):
     @classmethod
     def options(cls) -> dict[str, Option]:
         """The options by name, read from the fields."""
-        return options_of(cls)
+        renamed = cls.renamed_choices
+        return {
+            name: dataclasses.replace(option, renamed=renamed.get(name, {}))
+            for name, option in options_of(cls).items()
+        }
 
     @classmethod
     def option(cls, name: str) -> Option:
-        """The option called `name`.
+        """Return the option that is, or was, called `name`.
 
         Raises
         ------
         PipelineError
             When there is none; names the nearest.
         """
-        options = cls.options()
+        options, name = cls.options(), cls.renamed_options.get(name, name)
         if name not in options:
             hint = nearest(name, options) or _listing(options)
             raise PipelineError(f"pass {cls.name!r} has no option {name!r}{hint}")

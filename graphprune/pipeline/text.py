@@ -99,9 +99,9 @@ def _read_pass(text: str, at: int) -> tuple[Pass, int]:
 
 
 def _read_option(cls: type[Pass], key: str, text: str, values: dict[str, Any]) -> None:
-    if key in values:
-        raise PipelineError(f"option {key!r} is given twice")
     option = cls.option(key)
+    if option.name in values:
+        raise PipelineError(f"option {key!r} is given twice")
     try:
         words = [
             Word(json.loads(match[1]), quoted=True) if match[1] else Word(match[2])
@@ -109,7 +109,7 @@ def _read_option(cls: type[Pass], key: str, text: str, values: dict[str, Any]) -
         ]
     except ValueError as error:
         raise PipelineError(f"option {key!r} holds no JSON string: {text}") from error
-    values[key] = option.read(words)
+    values[option.name] = option.read(words)
 
 
 def _from_item(item: object) -> Pass:

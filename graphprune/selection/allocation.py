@@ -10,18 +10,20 @@ from torch import Tensor
 
 from graphprune.analysis.coupling import Group
 from graphprune.calibration.data import Calibration, inputs_of, task_loss
-from graphprune.criteria import Evidence, Scores
+from graphprune.criteria import Scores, ScoringContext
 from graphprune.errors import SelectionError
 from graphprune.ir.program import Program
 from graphprune.plan.plan import Plan, Step
-from graphprune.selection.selector import lowest
+from graphprune.selection.selector import lowest_units
 
 LEVELS = 8
 """In how many parts a group is taken away while its loss is measured."""
 
 
-def loss_margins(evidence: Evidence, scores: Scores, levels: int = LEVELS) -> dict[str, Tensor]:
-    """What each next unit of a group adds to the loss on the calibration data.
+def loss_margins(
+    context: ScoringContext, scores: Scores, levels: int = LEVELS
+) -> dict[str, Tensor]:
+    """Measure what each next unit of a group adds to the loss on the calibration data.
 
     Ever more units of one group, the least important first, are masked (their weights are zero, as
     they are in the reference that a removal is verified against) while all else stays whole. Where
@@ -31,7 +33,7 @@ def loss_margins(evidence: Evidence, scores: Scores, levels: int = LEVELS) -> di
 
     Parameters
     ----------
-    evidence
+    context
         The program, its coupling, the groups and the calibration data.
     scores
         Which units of each group go first.
@@ -50,32 +52,32 @@ def loss_margins(evidence: Evidence, scores: Scores, levels: int = LEVELS) -> di
     SelectionError
         For a group whose removal does not equal zeroing weights.
     """
-    data, program = evidence.data(), evidence.program
-    for group in evidence.groups:
+    data, program = context.data(), context.program
+    for group in context.groups:
         if not group.is_zeroing:
             raise SelectionError(
                 f"{group.name} ({group.role}, {group.exactness}): its removal is no zeroing of "
                 "weights, so its loss cannot be measured by masking"
             )
     whole, fingerprint = _loss(program, data), program.fingerprint()
-    runs = [(group, count) for group in evidence.groups for count in _counts(group, levels)]
-    points: dict[str, list[tuple[int, float]]] = {g.name: [(0, 0.0)] for g in evidence.groups}
-    for group, count in evidence.track(runs, "measuring the loss of groups"):
-        cut = group.cut(lowest(scores[group.name], count))
+    runs = [(group, count) for group in context.groups for count in _counts(group, levels)]
+    points: dict[str, list[tuple[int, float]]] = {g.name: [(0, 0.0)] for g in context.groups}
+    for group, count in context.track(runs, "measuring the loss of groups"):
+        cut = group.cut(lowest_units(scores[group.name], count))
         plan = Plan((Step(fingerprint, (cut,)),))
         masked = program.with_weights(plan.masked(program.weights))
         points[group.name].append((count, _loss(masked, data) - whole))
-    return {group.name: _slopes(points[group.name], group.size) for group in evidence.groups}
+    return {group.name: _slopes(points[group.name], group.size) for group in context.groups}
 
 
 def _counts(group: Group, levels: int) -> Sequence[int]:
-    """How many units of a group are masked, up to all that may go."""
+    """Return how many units of a group are masked, up to all that may go."""
     most = group.size - group.least
     return sorted({round(most * level / levels) for level in range(1, levels + 1)} - {0})
 
 
 def _loss(program: Program, data: Calibration) -> float:
-    """The mean loss over the samples of `data`."""
+    """Return the mean loss over the samples of `data`."""
     total = 0.0
     for batch in data.labelled():
         rows = len(next(iter(batch.values())))
@@ -85,7 +87,7 @@ def _loss(program: Program, data: Calibration) -> float:
 
 
 def _slopes(points: Sequence[tuple[int, float]], size: int) -> Tensor:
-    """The slopes of the lower convex hull of a curve that never falls, one for each unit."""
+    """Return the slopes of the lower convex hull of a rising curve, one for each unit."""
     hull: list[tuple[int, float]] = []
     highest = 0.0
     for count, loss in points:

@@ -66,7 +66,7 @@ class Costs:
     tokens: int = TOKENS
 
     def after(self, cost: Cost, lost: Mapping[str, int | Sequence[int]]) -> int:
-        """The cost when groups (by name) have lost units under each parent.
+        """Return the cost when groups (by name) have lost units under each parent.
 
         How many is all that matters, but for units that own whole weights, which may be of
         different sizes: there a sequence says which ones, and a number means the first.
@@ -79,7 +79,7 @@ class Costs:
         return self._total(self._terms(cost), cuts)
 
     def unit(self, cost: Cost, name: str) -> int:
-        """What the first unit of a group that goes saves (0 for a group of one unit)."""
+        """Return what the first unit of a group saves when it goes (0 for the only unit)."""
         atom = self.coupling.atom(name)
         terms = self._by_atom[cost].get(atom, [])
         if atom.size < 2:
@@ -121,7 +121,7 @@ class Costs:
         return self._dynamic(axis.size)
 
     def _dynamic(self, size: int) -> int:
-        """The size of an atom; for a dynamic one, what its symbols are taken for."""
+        """Return the size of an atom; for a dynamic one, what its symbols are taken for."""
         expressions, result = self.coupling.types.dynamic, 1
         if size in self._fixed:
             return self._fixed[size]
@@ -158,17 +158,17 @@ class Costs:
         given = {symbol: sizes.get(str(symbol), self.tokens) for symbol in symbols}
         for chosen, (mask, atom) in self._chosen.items():
             shape, least = mask.meta["val"].shape, self.coupling.types.least.get(atom, 1)
-            places = [self._fixed.get(size, size) for size in shape if isinstance(size, int)]
-            slots = 1 if len(shape) > 1 and least in places else least
-            places += [int(expression.xreplace(given)) for expression in _expressions(mask)]
-            given[chosen] = max(1, math.prod(places) * slots // atom.size)
+            mask_sizes = [self._fixed.get(size, size) for size in shape if isinstance(size, int)]
+            slots = 1 if len(shape) > 1 and least in mask_sizes else least
+            mask_sizes += [int(expression.xreplace(given)) for expression in _expressions(mask)]
+            given[chosen] = max(1, math.prod(mask_sizes) * slots // atom.size)
         return given
 
     @cached_property
     def _chosen(self) -> dict[object, tuple[fx.Node, Atom]]:
-        """How many places chose a unit, a dynamic size -> the mask that says so, and its axis.
+        """How many tokens chose a unit (a dynamic size) -> the mask that says so, and its axis.
 
-        The size comes to be where places are looked for, in the last operand.
+        The size arises where the true elements of a mask are listed, the last operand.
         """
         found: dict[object, tuple[fx.Node, Atom]] = {}
         for atom, owner in self.coupling.types.owners.items():
@@ -246,7 +246,7 @@ class Costs:
 
 
 def _expressions(node: fx.Node) -> list[sympy.Expr]:
-    """The dynamic sizes of a tensor, or of several."""
+    """Return the dynamic sizes of a tensor, or of several."""
     value = node.meta.get("val")
     parts = value if isinstance(value, tuple | list) else [value]
     sizes = [size for part in parts for size in getattr(part, "shape", ())]

@@ -27,12 +27,13 @@ import graphprune as gp
 from graphprune.analysis.coupling import Coupling
 from graphprune.backends.huggingface.save import loadability
 from graphprune.calibration.data import Calibration
-from graphprune.criteria import CRITERIA, Evidence, criterion
+from graphprune.criteria import CRITERIA, ScoringContext, criterion
 from graphprune.criteria.base import check_scores
 from graphprune.errors import PlanError, RewriteError
 from graphprune.plan.plan import Plan, Step
 from graphprune.selection.cost import Costs
-from graphprune.selection.selector import Selector, target_groups
+from graphprune.selection.selector import Selector
+from graphprune.selection.targets import target_groups
 
 DEEPSEEK = {
     "vocab_size": 61,
@@ -294,8 +295,8 @@ def test_costs_tell_which_expert_goes() -> None:
 def test_scores_are_those_of_packed_weights(aggregate: Any) -> None:
     _, coupling = looped()
     group, program = experts(coupling)[0], coupling.program
-    evidence = Evidence(program, coupling, [group], aggregate=aggregate)
-    found = criterion("l2").scores(evidence)[group.name]
+    context = ScoringContext(program, coupling, [group], aggregate=aggregate)
+    found = criterion("l2").scores(context)[group.name]
     parts = ["gate", *(f"experts.{{}}.{name}" for name in ("gate_proj", "up_proj", "down_proj"))]
     packed = [
         torch.stack(
@@ -323,9 +324,9 @@ def test_criteria_score_experts_that_are_modules(name: str) -> None:
     _, coupling = looped()
     batches = [{"input_ids": torch.randint(61, (2, 6))} for _ in range(2)]
     calibration = Calibration.from_batches(batches)
-    evidence = Evidence(coupling.program, coupling, experts(coupling), calibration)
-    scores = criterion(name).scores(evidence)
-    check_scores(scores, evidence)
+    context = ScoringContext(coupling.program, coupling, experts(coupling), calibration)
+    scores = criterion(name).scores(context)
+    check_scores(scores, context)
     assert all(len(each.unique()) == 4 for each in scores.values())
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from graphprune.calibration.cache import load_measured, save_measured
 from graphprune.calibration.data import Calibration
-from graphprune.criteria import CRITERIA, Evidence
-from graphprune.criteria.score_cache import kept_scores
+from graphprune.criteria import CRITERIA, ScoringContext
+from graphprune.criteria.score_cache import load_or_score
 from graphprune.errors import CalibrationError, OutputError
 from graphprune.ir.program import Program
 
@@ -82,10 +82,10 @@ def test_a_file_is_never_written_over(kept: Path) -> None:
 # -- scores ---------------------------------------------------------------------------------------
 
 
-def evidence_of(name: str, **changes: Any) -> Evidence:
+def context_of(name: str, **changes: Any) -> ScoringContext:
     coupling = coupling_of(name)
     groups = [group for group in coupling.groups if group.role == "ffn"]
-    found = Evidence(program_of(name), coupling, groups, calibration_of(name))
+    found = ScoringContext(program_of(name), coupling, groups, calibration_of(name))
     return dataclasses.replace(found, **changes)
 
 
@@ -93,26 +93,28 @@ def evidence_of(name: str, **changes: Any) -> Evidence:
 def test_scores_are_computed_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    path, evidence = tmp_path / "scores", evidence_of("llama-gqa")
-    first = kept_scores(path, name, evidence)
+    path, context = tmp_path / "scores", context_of("llama-gqa")
+    first = load_or_score(path, name, context)
 
     def scores(*_: Any) -> Any:
         raise AssertionError("scored again")
 
     monkeypatch.setattr(CRITERIA[name], "scores", scores)
-    for again in (evidence, dataclasses.replace(evidence, calibration=None)):
-        found = kept_scores(path, name, again)
-        assert found.keys() == first.keys() == {group.name for group in evidence.groups}
+    for again in (context, dataclasses.replace(context, calibration=None)):
+        found = load_or_score(path, name, again)
+        assert found.keys() == first.keys() == {group.name for group in context.groups}
         assert all(torch.equal(found[key], value) for key, value in first.items())
-    (one, *_) = evidence.groups
-    assert kept_scores(path, name, dataclasses.replace(evidence, groups=[one])).keys() == {one.name}
+    (one, *_) = context.groups
+    assert load_or_score(path, name, dataclasses.replace(context, groups=[one])).keys() == {
+        one.name
+    }
 
 
 def test_scores_without_data_do_not_depend_on_it(tmp_path: Path) -> None:
-    path, evidence = tmp_path / "scores", evidence_of("llama-gqa")
-    first = kept_scores(path, "l2", evidence)
-    other = dataclasses.replace(evidence, calibration=calibration_of("llama-gqa", 1))
-    assert kept_scores(path, "l2", other).keys() == first.keys()
+    path, context = tmp_path / "scores", context_of("llama-gqa")
+    first = load_or_score(path, "l2", context)
+    other = dataclasses.replace(context, calibration=calibration_of("llama-gqa", 1))
+    assert load_or_score(path, "l2", other).keys() == first.keys()
 
 
 @pytest.mark.parametrize(
@@ -128,9 +130,9 @@ def test_scores_without_data_do_not_depend_on_it(tmp_path: Path) -> None:
 def test_scores_of_something_else_are_refused(
     tmp_path: Path, criterion: str, changes: dict[str, Any], message: str
 ) -> None:
-    kept_scores(tmp_path / "scores", "taylor", evidence_of("llama-gqa"))
+    load_or_score(tmp_path / "scores", "taylor", context_of("llama-gqa"))
     with pytest.raises(CalibrationError, match=message):
-        kept_scores(tmp_path / "scores", criterion, evidence_of("llama-gqa", **changes))
+        load_or_score(tmp_path / "scores", criterion, context_of("llama-gqa", **changes))
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_scoring(
@@ -139,4 +141,4 @@ def test_a_place_that_cannot_be_written_is_refused_before_scoring(
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(CRITERIA["taylor"], "scores", lambda *_: pytest.fail("scored"))
     with pytest.raises(OutputError, match="cannot be written"):
-        kept_scores(tmp_path / "file" / "scores", "taylor", evidence_of("llama-gqa"))
+        load_or_score(tmp_path / "file" / "scores", "taylor", context_of("llama-gqa"))

@@ -31,7 +31,7 @@ from graphprune.calibration.data import Calibration
 from graphprune.criteria import (
     CRITERIA,
     Criterion,
-    Evidence,
+    ScoringContext,
     check_scores,
     criterion,
 )
@@ -49,9 +49,9 @@ def group_of(coupling: Coupling, role: str, weight: str) -> Group:
     return next(g for g in coupling.groups if g.role == role and weight in g.weights())
 
 
-def evidence_of(name: str, groups: Sequence[Group], **options: Any) -> Evidence:
+def context_of(name: str, groups: Sequence[Group], **options: Any) -> ScoringContext:
     given = {"calibration": calibration_of(name), **options}
-    return Evidence(program_of(name), coupling_of(name), groups, **given)
+    return ScoringContext(program_of(name), coupling_of(name), groups, **given)
 
 
 # -- slices by hand -------------------------------------------------------------------------------
@@ -303,7 +303,7 @@ def causal(case: str) -> bool:
 def test_scores_follow_the_definition(case: str, rule: str) -> None:
     group = group_of_case(case)
     options = {} if causal(case) else {"calibration": None}
-    scores = criterion(rule).scores(evidence_of(CASES[case][0], [group], **options))
+    scores = criterion(rule).scores(context_of(CASES[case][0], [group], **options))
     assert_close(scores[group.name], by_definition(case, rule))
 
 
@@ -321,8 +321,8 @@ def test_scores_follow_the_definition(case: str, rule: str) -> None:
 )
 def test_members_are_combined_as_asked(case: str, rule: str, aggregate: Any) -> None:
     group = group_of_case(case)
-    evidence = evidence_of(CASES[case][0], [group], aggregate=aggregate)
-    scores = criterion(rule).scores(evidence)[group.name]
+    context = context_of(CASES[case][0], [group], aggregate=aggregate)
+    scores = criterion(rule).scores(context)[group.name]
     expected = by_definition(case, rule, aggregate)
     assert_close(scores, expected)
     assert torch.equal(scores.argsort(), expected.argsort())
@@ -331,10 +331,10 @@ def test_members_are_combined_as_asked(case: str, rule: str, aggregate: Any) -> 
 def test_all_groups_at_once_score_as_one_by_one() -> None:
     groups = coupling_of("llama-gqa").groups
     for rule in ("l2", "taylor"):
-        together = criterion(rule).scores(evidence_of("llama-gqa", groups))
+        together = criterion(rule).scores(context_of("llama-gqa", groups))
         assert list(together) == [group.name for group in groups]
         for group in groups:
-            alone = criterion(rule).scores(evidence_of("llama-gqa", [group]))
+            alone = criterion(rule).scores(context_of("llama-gqa", [group]))
             assert torch.allclose(alone[group.name], together[group.name], rtol=1e-6)
 
 
@@ -344,7 +344,7 @@ def test_all_groups_at_once_score_as_one_by_one() -> None:
 def test_last_is_the_score_in_what_the_graph_uses_last(case: str, last: str) -> None:
     name, _, slices, sizes = CASES[case]
     group = group_of_case(case)
-    scores = criterion("l1").scores(evidence_of(name, [group], aggregate="last"))[group.name]
+    scores = criterion("l1").scores(context_of(name, [group], aggregate="last"))[group.name]
     for unit in range(sizes[0]):
         ((weight, dim, indices),) = [each for each in slices(unit) if last in each[0]]
         part = weights_of(name)[weight].index_select(dim, torch.tensor(indices))
@@ -354,11 +354,11 @@ def test_last_is_the_score_in_what_the_graph_uses_last(case: str, last: str) -> 
 @pytest.mark.parametrize("case", CASES)
 def test_the_columns_of_a_unit_are_its_slices(case: str) -> None:
     name, _, slices, sizes = CASES[case]
-    group, evidence = group_of_case(case), evidence_of(CASES[case][0], [group_of_case(case)])
+    group, context = group_of_case(case), context_of(CASES[case][0], [group_of_case(case)])
     lines: dict[tuple[str, int], Tensor] = {}
     for member in group.members:
         size = program_of(name).weights[member.weight].shape[member.dim]
-        line = unit_numbers(evidence.sizes(group), group, member, size)
+        line = unit_numbers(context.sizes(group), group, member, size)
         key = member.weight, member.dim
         lines[key] = torch.maximum(lines[key], line) if key in lines else line
     for number, place in enumerate(itertools.product(*map(range, sizes))):
@@ -380,7 +380,7 @@ def test_obs_is_what_the_consumer_loses(case: str, path: str, units: Tensor) -> 
     rows = torch.cat([inputs_to(model_of(name), path, b) for b in calibration_of(name)]).double()
     expected = removal_errors(weights_of(name)[f"{path}.weight"], rows.T @ rows, units)
     assert_close(
-        criterion("obs").scores(evidence_of(name, [group]))[group.name], expected.view(sizes)
+        criterion("obs").scores(context_of(name, [group]))[group.name], expected.view(sizes)
     )
 
 
@@ -427,9 +427,9 @@ def test_gates_have_the_gradients_of_gates_in_the_model(
             loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), part[:, 1:].flatten())
             (gradient,) = torch.autograd.grad(loss, [gated.gate])
             expected += gradient.double().abs()
-    scores = criterion(rule).scores(evidence_of(name, [group]))[group.name]
+    scores = criterion(rule).scores(context_of(name, [group]))[group.name]
     if rule == "gate-token":  # never less than what cancels out over a batch
-        batched = criterion("gate-batch").scores(evidence_of(name, [group]))[group.name]
+        batched = criterion("gate-batch").scores(context_of(name, [group]))[group.name]
         assert bool((scores >= batched * (1 - 1e-6)).all())
         assert not torch.allclose(scores, batched)
     else:
@@ -442,7 +442,7 @@ def test_where_the_absolute_value_is_taken_does_not_matter_for_one_token() -> No
     groups = [group_of_case("kv-head")]
     options = {"calibration": Calibration.from_batches([{"input_ids": ids}])}
     by_sample, by_batch = (
-        criterion(rule).scores(evidence_of("llama-gqa", groups, **options))[groups[0].name]
+        criterion(rule).scores(context_of("llama-gqa", groups, **options))[groups[0].name]
         for rule in ("gate", "gate-batch")
     )
     assert torch.equal(by_sample, by_batch)
@@ -451,7 +451,7 @@ def test_where_the_absolute_value_is_taken_does_not_matter_for_one_token() -> No
 def test_obs_refuses_what_nothing_consumes() -> None:
     (group,) = [g for g in coupling_of("llama-gqa").groups if g.role == "rope-pair"][:1]
     with pytest.raises(SelectionError, match="obs scores what consumes it, and nothing does"):
-        criterion("obs").scores(evidence_of("llama-gqa", [group]))
+        criterion("obs").scores(context_of("llama-gqa", [group]))
 
 
 # -- query heads and their KV head -----------------------------------------------------------------
@@ -493,8 +493,8 @@ def test_a_kv_head_is_scored_with_its_own_query_heads(kv: int, rule: str) -> Non
     lonely = program.with_weights(only)
     group = group_of(coupling, "kv-head", f"{attention}.k_proj.weight")
     calibration = Calibration.from_batches([inputs_of(program)])
-    evidence = Evidence(lonely, coupling, [group], calibration=calibration)
-    scores = criterion(rule).scores(evidence)[group.name]
+    context = ScoringContext(lonely, coupling, [group], calibration=calibration)
+    scores = criterion(rule).scores(context)[group.name]
     assert scores.nonzero().flatten().tolist() == [kv]
 
 
@@ -520,9 +520,9 @@ def test_permuting_units_permutes_their_scores(rule: str) -> None:
     order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
     places = [(weight, dim) for weight, dim, _ in llama_ffn(0)]
     moved = {weight: program.weight(weight).index_select(dim, order) for weight, dim in places}
-    evidence = evidence_of("llama-gqa", [group])
-    before = criterion(rule).scores(evidence)[group.name]
-    after = criterion(rule).scores(replace(evidence, program=program.with_weights(moved)))
+    context = context_of("llama-gqa", [group])
+    before = criterion(rule).scores(context)[group.name]
+    after = criterion(rule).scores(replace(context, program=program.with_weights(moved)))
     assert_close(after[group.name], before[order])
 
 
@@ -533,8 +533,8 @@ def test_how_samples_are_batched_does_not_matter(rule: str) -> None:
     found = []
     for size in (1, 4, 6):
         batches = [{"input_ids": chunk} for chunk in ids.split(size)]
-        evidence = evidence_of("llama-gqa", [group], calibration=Calibration.from_batches(batches))
-        found.append(criterion(rule).scores(evidence)[group.name])
+        context = context_of("llama-gqa", [group], calibration=Calibration.from_batches(batches))
+        found.append(criterion(rule).scores(context)[group.name])
     assert_close(found[0], found[1])
     assert_close(found[0], found[2])
 
@@ -543,7 +543,7 @@ def test_how_samples_are_batched_does_not_matter(rule: str) -> None:
 def test_scoring_leaves_no_gradient_behind(rule: str) -> None:
     program = program_of("llama-gqa")
     before = {name: weight.clone() for name, weight in program.weights.items()}
-    criterion(rule).scores(evidence_of("llama-gqa", coupling_of("llama-gqa").groups))
+    criterion(rule).scores(context_of("llama-gqa", coupling_of("llama-gqa").groups))
     assert all(weight.grad is None for weight in program.weights.values())
     assert all(torch.equal(before[name], weight) for name, weight in program.weights.items())
 
@@ -552,19 +552,19 @@ def test_scoring_leaves_no_gradient_behind(rule: str) -> None:
 def test_the_same_seed_gives_the_same_scores(rule: str) -> None:
     groups = [g for g in coupling_of("llama-gqa").groups if g.role in ("ffn", "kv-head")]
     torch.manual_seed(1)
-    first = criterion(rule).scores(evidence_of("llama-gqa", groups, seed=7))
+    first = criterion(rule).scores(context_of("llama-gqa", groups, seed=7))
     torch.manual_seed(2)
-    again = criterion(rule).scores(evidence_of("llama-gqa", groups, seed=7))
+    again = criterion(rule).scores(context_of("llama-gqa", groups, seed=7))
     assert all(torch.equal(first[group.name], again[group.name]) for group in groups)
-    other = criterion(rule).scores(evidence_of("llama-gqa", groups, seed=8))
+    other = criterion(rule).scores(context_of("llama-gqa", groups, seed=8))
     same = all(torch.equal(first[group.name], other[group.name]) for group in groups)
     assert same == (rule not in ("random", "scop", "scop-beta"))
 
 
 def test_random_scores_do_not_depend_on_the_other_groups() -> None:
     groups = coupling_of("llama-gqa").groups
-    together = criterion("random").scores(evidence_of("llama-gqa", groups, calibration=None))
-    backwards = criterion("random").scores(evidence_of("llama-gqa", groups[::-1]))
+    together = criterion("random").scores(context_of("llama-gqa", groups, calibration=None))
+    backwards = criterion("random").scores(context_of("llama-gqa", groups[::-1]))
     for group in groups:
         scores = together[group.name]
         assert torch.equal(scores, backwards[group.name])
@@ -581,8 +581,8 @@ def test_progress_is_told_of_weights_and_batches() -> None:
         told.append(what)
         return items
 
-    evidence = evidence_of("llama-gqa", [group_of_case("ffn")], track=track)
-    criterion("taylor").scores(evidence)
+    context = context_of("llama-gqa", [group_of_case("ffn")], track=track)
+    criterion("taylor").scores(context)
     assert told == ["scoring weights", "taking gradients"]
 
 
@@ -592,16 +592,16 @@ def test_progress_is_told_of_weights_and_batches() -> None:
 @pytest.mark.parametrize("rule", ["taylor", "taylor-vector"])
 def test_data_is_needed_where_gradients_are(rule: str) -> None:
     assert criterion(rule).requires_calibration
-    evidence = evidence_of("llama-gqa", [group_of_case("ffn")], calibration=None)
+    context = context_of("llama-gqa", [group_of_case("ffn")], calibration=None)
     with pytest.raises(CalibrationError, match="needs calibration data, and none was given"):
-        criterion(rule).scores(evidence)
+        criterion(rule).scores(context)
 
 
 @pytest.mark.parametrize("rule", ["l1", "l2", "magnitude", "random"])
 def test_data_is_not_needed_elsewhere(rule: str) -> None:
     assert not criterion(rule).requires_calibration
     group = group_of_case("ffn")
-    scores = criterion(rule).scores(evidence_of("llama-gqa", [group], calibration=None))
+    scores = criterion(rule).scores(context_of("llama-gqa", [group], calibration=None))
     assert scores[group.name].shape == (48,)
 
 
@@ -609,29 +609,29 @@ def test_data_is_not_needed_elsewhere(rule: str) -> None:
 def test_a_loss_that_is_no_number_is_refused(rule: str) -> None:
     program = program_of("llama-gqa")
     broken = torch.full_like(program.weight("model.norm.weight"), float("nan"))
-    evidence = evidence_of("llama-gqa", [group_of_case("ffn")])
-    evidence = replace(evidence, program=program.with_weights({"model.norm.weight": broken}))
+    context = context_of("llama-gqa", [group_of_case("ffn")])
+    context = replace(context, program=program.with_weights({"model.norm.weight": broken}))
     with pytest.raises(CalibrationError, match="the loss on the calibration data is not finite"):
-        criterion(rule).scores(evidence)
+        criterion(rule).scores(context)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_scores_that_are_no_numbers_are_refused(value: float) -> None:
     group = group_of_case("ffn")
-    evidence = evidence_of("llama-gqa", [group])
+    context = context_of("llama-gqa", [group])
     scores = torch.ones(48, dtype=torch.float64)
     scores[5] = value
     with pytest.raises(SelectionError, match=f"{group.name}: .* scores that are not finite"):
-        check_scores({group.name: scores}, evidence)
+        check_scores({group.name: scores}, context)
 
 
 def test_scores_that_are_missing_or_misshapen_are_refused() -> None:
     group = group_of_case("head-dim")
-    evidence = evidence_of("llama-gqa", [group])
-    check_scores({group.name: torch.ones(2, 8)}, evidence)
+    context = context_of("llama-gqa", [group])
+    check_scores({group.name: torch.ones(2, 8)}, context)
     for scores in ({}, {group.name: torch.ones(8)}, {group.name: torch.ones(8, 2)}):
         with pytest.raises(SelectionError, match=f"{group.name}: .* no scores of the right shape"):
-            check_scores(scores, evidence)
+            check_scores(scores, context)
 
 
 @cache
@@ -664,21 +664,21 @@ def test_a_program_without_weights_is_pruned_at_random() -> None:
 def test_data_that_does_not_fit_the_program_is_refused(
     batch: dict[str, Tensor], message: str
 ) -> None:
-    evidence = evidence_of(
+    context = context_of(
         "llama-gqa", [group_of_case("ffn")], calibration=Calibration.from_batches([batch])
     )
     with pytest.raises(CalibrationError, match=message):
-        criterion("taylor").scores(evidence)
+        criterion("taylor").scores(context)
 
 
 def test_a_program_without_a_next_token_is_refused() -> None:
     coupling = coupling_of("vit")
     batch = inputs_of(program_of("vit"), batch=2)
-    evidence = Evidence(
+    context = ScoringContext(
         program_of("vit"), coupling, coupling.groups, Calibration.from_batches([batch])
     )
     with pytest.raises(CalibrationError, match="a next-token loss needs logits"):
-        criterion("taylor").scores(evidence)
+        criterion("taylor").scores(context)
 
 
 @pytest.mark.parametrize(
@@ -712,8 +712,8 @@ def test_a_criterion_of_another_module_is_found_by_its_name(
     class First(Criterion):
         name = "first"
 
-        def scores(self, evidence: Evidence) -> dict[str, Tensor]:
-            return {group.name: torch.arange(group.size).double() for group in evidence.groups}
+        def scores(self, context: ScoringContext) -> dict[str, Tensor]:
+            return {group.name: torch.arange(group.size).double() for group in context.groups}
 
     assert isinstance(criterion("first"), First)
     pipeline = Pipeline.parse("prune{target=ffn ratio=0.25 criterion=first}")

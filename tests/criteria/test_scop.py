@@ -15,14 +15,14 @@ from torch.nn import functional
 import graphprune as gp
 from graphprune.analysis.coupling import Group
 from graphprune.calibration.data import Calibration
-from graphprune.criteria import Evidence, criterion
+from graphprune.criteria import ScoringContext, criterion
 from graphprune.criteria.knockoffs import permuted
 from graphprune.criteria.scop import Scop, features, find_places, mixed, units_at
 from graphprune.errors import CalibrationError, SelectionError
 from graphprune.ir.program import Program
 from graphprune.pipeline.pipeline import Pipeline
 from graphprune.plan.plan import Plan, Step
-from graphprune.selection.selector import lowest
+from graphprune.selection.selector import lowest_units
 from graphprune.transforms.batch_norms import reestimate
 
 # -- a network with batch norms --------------------------------------------------------------------
@@ -48,11 +48,11 @@ def small() -> tuple[DigitsNet, Program, Calibration]:
     return net, captured(net), Calibration.from_batches(batches)
 
 
-def evidence_of_small(**options: Any) -> Evidence:
+def context_of_small(**options: Any) -> ScoringContext:
     _, program, calibration = small()
     coupling = gp.analyze(program)
     given = {"calibration": calibration, "seed": 3, **options}
-    return Evidence(program, coupling, coupling.groups, **given)
+    return ScoringContext(program, coupling, coupling.groups, **given)
 
 
 def forward(net: DigitsNet, real: Tensor, control: Tensor, beta: list[Tensor]) -> Tensor:
@@ -88,8 +88,8 @@ def by_hand(epochs: int, rate: float, seed: int) -> list[Tensor]:
 
 def test_scores_are_those_of_a_few_lines_of_pytorch() -> None:
     net = small()[0]
-    evidence = evidence_of_small()
-    scores = Short().scores(evidence)
+    context = context_of_small()
+    scores = Short().scores(context)
     beta = by_hand(Short.epochs, Short.rate, seed=3)
     assert len(scores) == len(beta) == 3
     for found, each, norm in zip(scores.values(), beta, net.norms, strict=True):
@@ -99,11 +99,11 @@ def test_scores_are_those_of_a_few_lines_of_pytorch() -> None:
 
 
 def test_the_controls_are_its_two_factors() -> None:
-    evidence = evidence_of_small()
+    context = context_of_small()
     both, gamma, beta = (
-        criterion(name).scores(evidence) for name in ("scop", "scop-gamma", "scop-beta")
+        criterion(name).scores(context) for name in ("scop", "scop-gamma", "scop-beta")
     )
-    for norm, group in zip(small()[0].norms, evidence.groups, strict=True):
+    for norm, group in zip(small()[0].norms, context.groups, strict=True):
         assert torch.equal(gamma[group.name], norm.weight.detach().abs().double())
         assert torch.equal(both[group.name], gamma[group.name] * beta[group.name])
         assert bool((beta[group.name].abs() < 1).all())
@@ -114,10 +114,10 @@ def test_only_real_features_are_the_program_and_only_knockoffs_are_it_on_the_kno
     part: float,
 ) -> None:
     _, program, calibration = small()
-    evidence = evidence_of_small()
-    places = find_places(evidence, "scop")
+    context = context_of_small()
+    places = find_places(context, "scop")
     (batch, _), (control, _) = calibration, permuted(calibration, torch.Generator())
-    beta = {group.name: torch.full((group.size,), part) for group in evidence.groups}
+    beta = {group.name: torch.full((group.size,), part) for group in context.groups}
     found = mixed(program, places, batch, beta, features(program, places, control))
     assert torch.allclose(found, program(**(batch if part else control))["output"], atol=1e-6)
 
@@ -138,8 +138,8 @@ def test_a_unit_that_tells_more_than_its_control_rises_above_one_that_does_not()
     data = Calibration.from_batches([{program.inputs[0].name: x, "labels": labels}])
     scorer = Scop()
     scorer.epochs, scorer.rate = 60, 0.05  # type: ignore[misc]
-    evidence = Evidence(program, coupling, [group], data)
-    telling, silent = scorer.factors(evidence, find_places(evidence, "scop"))[group.name].tolist()
+    context = ScoringContext(program, coupling, [group], data)
+    telling, silent = scorer.factors(context, find_places(context, "scop"))[group.name].tolist()
     assert telling > 0.85
     assert silent < 0.6
 
@@ -147,12 +147,12 @@ def test_a_unit_that_tells_more_than_its_control_rises_above_one_that_does_not()
 def test_a_residual_stream_has_one_factor_and_the_scale_of_all_its_norms() -> None:
     program, coupling = program_of("resnet"), coupling_of("resnet")
     group = next(g for g in coupling.groups if sum("normal" in w for w in g.weights()) > 8)
-    evidence = Evidence(program, coupling, [group])
-    places = find_places(evidence, "scop-gamma")
+    context = ScoringContext(program, coupling, [group])
+    places = find_places(context, "scop-gamma")
     norms = [w for w in group.weights() if w.endswith("normalization.weight")]
     assert len(places) == len(norms) > 1
     expected = sum(program.weight(name).abs().double() for name in norms)
-    found = criterion("scop-gamma").scores(evidence)[group.name]
+    found = criterion("scop-gamma").scores(context)[group.name]
     assert torch.allclose(found, expected, rtol=1e-6)
 
 
@@ -170,21 +170,21 @@ CASES = {
 }
 
 
-def case(role: str) -> tuple[Evidence, Group, nn.Module, str, Tensor]:
+def case(role: str) -> tuple[ScoringContext, Group, nn.Module, str, Tensor]:
     name, path, units = CASES[role]
     coupling = coupling_of(name)
     weight = f"{path}.weight"
     group = next(g for g in coupling.groups if g.role == role and weight in g.weights())
     batches = [inputs_of(program_of(name), batch=rows, seed=rows) for rows in (3, 2)]
-    evidence = Evidence(program_of(name), coupling, [group], Calibration.from_batches(batches))
-    return evidence, group, model_of(name), path, units
+    context = ScoringContext(program_of(name), coupling, [group], Calibration.from_batches(batches))
+    return context, group, model_of(name), path, units
 
 
 @pytest.mark.parametrize("role", CASES)
 def test_without_batch_norms_features_are_mixed_at_what_consumes_them(role: str) -> None:
-    evidence, group, _, path, units = case(role)
-    program, model = evidence.program, build(CASES[role][0])
-    (place,) = find_places(evidence, "scop")
+    context, group, _, path, units = case(role)
+    program, model = context.program, build(CASES[role][0])
+    (place,) = find_places(context, "scop")
     assert torch.equal(place.units.expand(1, 1, -1).flatten(), units)
     data, control = inputs_of(program, seed=1), inputs_of(program, seed=2)
     beta = torch.rand(int(units.max()) + 1, generator=torch.Generator().manual_seed(0))
@@ -203,24 +203,24 @@ def test_without_batch_norms_features_are_mixed_at_what_consumes_them(role: str)
 
 @pytest.mark.parametrize("role", CASES)
 def test_without_batch_norms_the_scale_is_the_deviation(role: str) -> None:
-    evidence, group, model, path, units = case(role)
-    found = criterion("scop-gamma").scores(evidence)[group.name]
-    assert evidence.calibration is not None
-    rows = torch.cat([inputs_to(model, path, batch) for batch in evidence.calibration])
+    context, group, model, path, units = case(role)
+    found = criterion("scop-gamma").scores(context)[group.name]
+    assert context.calibration is not None
+    rows = torch.cat([inputs_to(model, path, batch) for batch in context.calibration])
     each = rows.double().std(0, correction=0)
     expected = torch.zeros(int(units.max()) + 1, dtype=torch.float64).index_add_(0, units, each)
     assert torch.allclose(found, expected.view(found.shape), rtol=1e-4)
 
 
 def test_padding_is_not_counted_in_the_scale() -> None:
-    evidence, group, *_ = case("ffn")
-    batch = inputs_of(evidence.program, batch=2, length=6)["input_ids"]
+    context, group, *_ = case("ffn")
+    batch = inputs_of(context.program, batch=2, length=6)["input_ids"]
     longer = functional.pad(batch, (0, 3), value=5)
     mask = functional.pad(torch.ones_like(batch), (0, 3))
     plain, padded = (
         criterion("scop-gamma").scores(
-            Evidence(
-                evidence.program, evidence.coupling, [group], Calibration.from_batches([given])
+            ScoringContext(
+                context.program, context.coupling, [group], Calibration.from_batches([given])
             )
         )[group.name]
         for given in ({"input_ids": batch}, {"input_ids": longer, "attention_mask": mask})
@@ -231,16 +231,16 @@ def test_padding_is_not_counted_in_the_scale() -> None:
 def test_experts_are_refused_since_the_router_decides_which_are_seen() -> None:
     coupling = coupling_of("mixtral")
     group = next(g for g in coupling.groups if g.role == "expert")
-    evidence = Evidence(program_of("mixtral"), coupling, [group])
+    context = ScoringContext(program_of("mixtral"), coupling, [group])
     with pytest.raises(SelectionError, match=f"{group.name}: scop needs to know which unit"):
-        find_places(evidence, "scop")
+        find_places(context, "scop")
 
 
 def test_what_nothing_sums_over_is_refused() -> None:
     coupling = coupling_of("llama-gqa")
     group = next(g for g in coupling.groups if g.role == "rope-pair")
     with pytest.raises(SelectionError, match="scop scores what consumes it, and nothing does"):
-        find_places(Evidence(coupling.program, coupling, [group]), "scop")
+        find_places(ScoringContext(coupling.program, coupling, [group]), "scop")
 
 
 def test_a_value_without_the_group_has_none_of_its_units() -> None:
@@ -254,13 +254,13 @@ def test_a_value_without_the_group_has_none_of_its_units() -> None:
 def test_data_is_needed(name: str) -> None:
     assert criterion(name).requires_calibration
     with pytest.raises(CalibrationError, match="needs calibration data, and none was given"):
-        criterion(name).scores(evidence_of_small(calibration=None))
+        criterion(name).scores(context_of_small(calibration=None))
 
 
 def test_the_scale_needs_data_only_where_no_batch_norm_is() -> None:
-    assert len(criterion("scop-gamma").scores(evidence_of_small(calibration=None))) == 3
-    evidence, group, *_ = case("ffn")
-    without = Evidence(evidence.program, evidence.coupling, [group])
+    assert len(criterion("scop-gamma").scores(context_of_small(calibration=None))) == 3
+    context, group, *_ = case("ffn")
+    without = ScoringContext(context.program, context.coupling, [group])
     with pytest.raises(CalibrationError, match="needs calibration data, and none was given"):
         criterion("scop-gamma").scores(without)
 
@@ -273,11 +273,11 @@ def test_other_criteria_take_the_loss_of_labels_too(rule: str) -> None:
     net, program, calibration = small()
     images = torch.cat([batch["images"] for batch in calibration])
     labels = torch.cat(list(calibration.labels or ()))
-    evidence = evidence_of_small(
+    context = context_of_small(
         calibration=Calibration.from_batches([{"images": images, "labels": labels}])
     )
-    last = evidence.groups[-1]
-    found = criterion(rule).scores(evidence)[last.name]
+    last = context.groups[-1]
+    found = criterion(rule).scores(context)[last.name]
     seen: list[Tensor] = []
     handle = net.head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     loss = functional.cross_entropy(net(images), labels)
@@ -304,10 +304,10 @@ def test_pruning_by_it_keeps_more_of_a_trained_network_than_the_other_way_round(
     assert accuracy(program, test) > 97
     calibration, coupling = train.calibration(), gp.analyze(program)
     groups = coupling.groups[1:]
-    scores = Short().scores(Evidence(program, coupling, groups, calibration))
+    scores = Short().scores(ScoringContext(program, coupling, groups, calibration))
     found = []
     for sign in (1, -1):
-        chosen = [(g, lowest(sign * scores[g.name], g.size // 2)) for g in groups]
+        chosen = [(g, lowest_units(sign * scores[g.name], g.size // 2)) for g in groups]
         step = Step(program.fingerprint(), tuple(group.cut(units) for group, units in chosen))
         left = gp.apply(program, Plan((step,)))
         found.append(accuracy(left.with_weights(reestimate(left, calibration)), test))

@@ -110,11 +110,11 @@ def test_every_target_is_pruned_and_verified(name: str, target: str) -> None:
     [
         {"criterion": "taylor"},
         {"criterion": "taylor-vector", "aggregate": "max"},
-        {"criterion": "taylor", "scope": "global", "normalise": "sum"},
+        {"criterion": "taylor", "scope": "global", "normalize": "sum"},
         {"criterion": "l1", "aggregate": "product", "scope": "global"},
         {"criterion": "l1", "aggregate": "mean", "ratio": None, "params": 0.2},
-        {"criterion": "magnitude", "scope": "global", "macs": 0.1, "normalise": "max"},
-        {"criterion": "l1", "scope": "global", "normalise": "loss"},
+        {"criterion": "magnitude", "scope": "global", "macs": 0.1, "normalize": "max"},
+        {"criterion": "l1", "scope": "global", "normalize": "loss"},
         {"criterion": "random", "round_to": 8},
         {"criterion": "l1", "runtime": "portable"},
     ],
@@ -155,9 +155,9 @@ def test_every_option_matters(options: dict[str, Any]) -> None:
     assert chosen(**options) != chosen()
 
 
-def test_how_scores_are_normalised_matters_in_scope_global() -> None:
+def test_how_scores_are_normalized_matters_in_scope_global() -> None:
     options = {"target": "all", "scope": "global"}
-    found = [chosen(**options, normalise=how) for how in ("none", "mean", "max", "sum", "l2")]
+    found = [chosen(**options, normalize=how) for how in ("none", "mean", "max", "sum", "l2")]
     assert len({repr(each) for each in found}) > 2
 
 
@@ -229,6 +229,17 @@ def test_pruning_the_residual_stream_again_keeps_the_divisor() -> None:
 # -- refusing -------------------------------------------------------------------------------------
 
 
+def test_old_names_of_options_and_choices_are_read_and_the_new_ones_written() -> None:
+    old = "prune{target=ffn params=0.5 scope=global normalise=l2}"
+    new = "prune{target=ffn scope=global normalize=l2 params=0.5}"
+    assert str(Pipeline.parse(old)) == str(Pipeline.parse(new)) == new
+    yaml = "- prune: {target: [ffn], ratio: 0.5, scope: group, normalise: l2}"
+    assert str(Pipeline.from_yaml(yaml)) == "prune{target=ffn ratio=0.5 normalize=l2}"
+    assert str(Prune(target=("ffn",), ratio=0.5, scope="group")) == "prune{target=ffn ratio=0.5}"  # type: ignore[arg-type]
+    with pytest.raises(PipelineError, match="given twice"):
+        Pipeline.parse("prune{target=ffn ratio=0.5 normalize=l2 normalise=l2}")
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -244,10 +255,10 @@ def test_pruning_the_residual_stream_again_keeps_the_divisor() -> None:
         ("target=ffn ratio=0.5 scope=globl", PipelineError, "did you mean 'global'"),
         ("target=ffn params=2", SelectionError, r"params 2 is not in \[0, 1\)"),
         ("target= ratio=0.5", SelectionError, "no target"),
-        ("target=ffn ratio=0.5 normalise=loss", SelectionError, "add scope=global"),
+        ("target=ffn ratio=0.5 normalize=loss", SelectionError, "add scope=global"),
         ("target=ffn ratio=0.5 aggregate=min", PipelineError, "wants one of sum, mean"),
-        ("target=ffn ratio=0.5 normalise=l3", PipelineError, "did you mean 'l2'"),
-        ("target=ffn ratio=0.5 normalize=l2", PipelineError, "did you mean 'normalise'"),
+        ("target=ffn ratio=0.5 normalize=l3", PipelineError, "did you mean 'l2'"),
+        ("target=ffn ratio=0.5 normalized=l2", PipelineError, "did you mean 'normalize'"),
     ],
 )
 def test_options_that_make_no_sense_are_refused_at_once(
@@ -300,7 +311,7 @@ def test_what_cannot_be_scored_is_refused() -> None:
 # -- in steps, and with layers protected -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("scope", ["group", "global"])
+@pytest.mark.parametrize("scope", ["local", "global"])
 @pytest.mark.parametrize(("ratio", "steps"), [(0.5, 3), (0.3, 4), (0.25, 100)])
 def test_steps_end_where_one_step_does(scope: Any, ratio: float, steps: int) -> None:
     options = {"criterion": "l1", "scope": scope}
@@ -319,9 +330,9 @@ def test_steps_score_what_is_left() -> None:
     class Seen(criteria.Criterion):
         name = "seen"
 
-        def scores(self, evidence: Any) -> Any:
-            seen.append(evidence.groups[0].size)
-            return {g.name: torch.arange(g.size).double() for g in evidence.groups}
+        def scores(self, context: Any) -> Any:
+            seen.append(context.groups[0].size)
+            return {g.name: torch.arange(g.size).double() for g in context.groups}
 
     try:
         run(
@@ -423,7 +434,7 @@ def test_a_runtime_rounds_widths_to_what_its_kernels_like() -> None:
     assert "speed hints" not in details
 
 
-@pytest.mark.parametrize("scope", ["group", "global"])
+@pytest.mark.parametrize("scope", ["local", "global"])
 def test_a_budget_of_parameters_is_met_by_sizes_that_a_runtime_likes(scope: Any) -> None:
     widths, _, program = run_wide(params=0.3, runtime="cuda", scope=scope)
     assert all(width % 64 == 0 for width in widths)

@@ -7,25 +7,26 @@ import torch
 from architectures import calibration_of, coupling_of, program_of
 
 from graphprune.calibration.data import next_token_loss
-from graphprune.criteria import Evidence, criterion
+from graphprune.criteria import ScoringContext, criterion
 from graphprune.errors import CalibrationError, SelectionError
 from graphprune.plan.plan import Plan, Step
 from graphprune.selection.allocation import _slopes, loss_margins
-from graphprune.selection.selector import lowest, target_groups
+from graphprune.selection.selector import lowest_units
+from graphprune.selection.targets import target_groups
 from graphprune.transforms.apply import apply_plan
 
 NAME = "llama-gqa"
 
 
-def evidence(*targets: str, data: bool = True) -> Evidence:
+def context(*targets: str, data: bool = True) -> ScoringContext:
     coupling = coupling_of(NAME)
     groups = [group for target in targets for group in target_groups(coupling, target)]
     calibration = calibration_of(NAME) if data else None
-    return Evidence(program_of(NAME), coupling, groups, calibration=calibration)
+    return ScoringContext(program_of(NAME), coupling, groups, calibration=calibration)
 
 
 def test_margins_add_up_to_the_loss_of_the_pruned_program() -> None:
-    given = evidence("ffn", "kv-heads")
+    given = context("ffn", "kv-heads")
     scores = criterion("l2").scores(given)
     margins = loss_margins(given, scores, levels=1)
 
@@ -39,7 +40,7 @@ def test_margins_add_up_to_the_loss_of_the_pruned_program() -> None:
     dense = loss(Plan(()))
     for group in given.groups:
         most = group.size - group.least
-        cut = group.cut(lowest(scores[group.name], most))
+        cut = group.cut(lowest_units(scores[group.name], most))
         pruned = loss(Plan((Step(given.program.fingerprint(), (cut,)),)))
         assert margins[group.name].shape == (group.size,)
         assert margins[group.name][:most].sum() == pytest.approx(max(0, pruned - dense), abs=1e-5)
@@ -62,19 +63,19 @@ def test_slopes_are_those_of_the_convex_hull(
 
 
 def test_masking_changes_no_weight_of_the_program() -> None:
-    given = evidence("kv-heads")
+    given = context("kv-heads")
     before = {name: weight.clone() for name, weight in given.program.weights.items()}
     loss_margins(given, criterion("l2").scores(given), levels=2)
     assert all(torch.equal(before[name], given.program.weights[name]) for name in before)
 
 
 def test_a_group_that_cannot_be_masked_is_refused_by_name() -> None:
-    given = evidence("hidden")
+    given = context("hidden")
     with pytest.raises(SelectionError, match=r"residual.*cannot be measured by masking"):
         loss_margins(given, criterion("l2").scores(given))
 
 
 def test_data_is_needed() -> None:
-    given = evidence("ffn", data=False)
+    given = context("ffn", data=False)
     with pytest.raises(CalibrationError, match="needs calibration data"):
         loss_margins(given, criterion("l2").scores(given))

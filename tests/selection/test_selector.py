@@ -18,7 +18,8 @@ from graphprune.analysis.coupling import Coupling, Group
 from graphprune.errors import SelectionError
 from graphprune.plan.plan import Plan, Step
 from graphprune.selection.cost import Costs
-from graphprune.selection.selector import TARGETS, Selector, target_groups
+from graphprune.selection.selector import Selector
+from graphprune.selection.targets import TARGETS, target_groups
 
 NAME = "llama-gqa"
 
@@ -239,7 +240,7 @@ def test_a_dependent_group_loses_other_units_under_every_parent() -> None:
 def test_the_same_scores_select_the_same_units_in_any_order_of_groups() -> None:
     groups = list(coupling_of(NAME).groups)
     scores = random_scores(groups)
-    for scope in ("group", "global"):
+    for scope in ("local", "global"):
         forwards = select(Selector(0.3, scope), groups, scores)
         backwards = select(Selector(0.3, scope), groups[::-1], scores)
         assert forwards == backwards
@@ -278,7 +279,7 @@ def test_round_to_beyond_a_group_leaves_it_whole() -> None:
     assert counts(Selector(0.5, round_to=8), groups) == [24, 24, 0, 0]
 
 
-@pytest.mark.parametrize("scope", ["group", "global"])
+@pytest.mark.parametrize("scope", ["local", "global"])
 def test_a_group_keeps_one_of_the_sizes_that_it_may_keep(scope: Any) -> None:
     groups = groups_of("ffn")
     sizes = {groups[0].name: (3, 30, 45), groups[1].name: range(7, 49, 7)}
@@ -298,7 +299,7 @@ def test_sizes_count_for_the_groups_that_have_them_only() -> None:
         counts(Selector(0.05, round_to=10, sizes={groups[1].name: (40,)}), groups)
 
 
-NORMALISERS: dict[str, Callable[[list[float]], float]] = {
+NORMALIZERS: dict[str, Callable[[list[float]], float]] = {
     "none": lambda scores: 1.0,
     "mean": lambda scores: sum(scores) / len(scores),
     "max": max,
@@ -307,9 +308,9 @@ NORMALISERS: dict[str, Callable[[list[float]], float]] = {
 }
 
 
-@pytest.mark.parametrize("normalise", NORMALISERS)
+@pytest.mark.parametrize("normalize", NORMALIZERS)
 @pytest.mark.parametrize("ratio", [0.1, 0.4])
-def test_the_least_important_units_of_all_groups_go(normalise: Any, ratio: float) -> None:
+def test_the_least_important_units_of_all_groups_go(normalize: Any, ratio: float) -> None:
     groups = [*groups_of("ffn"), *groups_of("rope-pair"), *groups_of("kv-head")]
     scores = random_scores(groups)
     for power, group in enumerate(groups):
@@ -317,32 +318,32 @@ def test_the_least_important_units_of_all_groups_go(normalise: Any, ratio: float
     ranked = []
     for index, group in enumerate(groups):
         values = sorted(scores[group.name].tolist())
-        scale = NORMALISERS[normalise](values)
+        scale = NORMALIZERS[normalize](values)
         ranked += [(value / scale, index) for value in values[:-1]]  # one unit always stays
     budget = math.floor(sum(group.size for group in groups) * ratio)
     taken = Counter(index for _, index in sorted(ranked)[:budget])
     expected = [taken[index] for index in range(len(groups))]
-    assert counts(Selector(ratio, "global", normalise=normalise), groups, scores) == expected
+    assert counts(Selector(ratio, "global", normalize=normalize), groups, scores) == expected
     assert sum(expected) == budget
 
 
-def test_how_scores_are_normalised_matters() -> None:
+def test_how_scores_are_normalized_matters() -> None:
     groups = groups_of("ffn")
     scores = random_scores(groups)
     scores[groups[0].name] *= 1e-3
-    assert counts(Selector(0.25, "global", normalise="none"), groups, scores) == [24, 0]
-    for normalise in ("mean", "max", "sum", "l2"):
-        found = counts(Selector(0.25, "global", normalise=normalise), groups, scores)
+    assert counts(Selector(0.25, "global", normalize="none"), groups, scores) == [24, 0]
+    for normalize in ("mean", "max", "sum", "l2"):
+        found = counts(Selector(0.25, "global", normalize=normalize), groups, scores)
         assert sum(found) == 24
         assert all(number >= 8 for number in found)
 
 
-def test_scores_of_zero_are_normalised_too() -> None:
+def test_scores_of_zero_are_normalized_too() -> None:
     groups = groups_of("ffn")
     scores = random_scores(groups)
     scores[groups[1].name] *= 0
-    for normalise in NORMALISERS:
-        selector = Selector(0.25, "global", normalise=normalise)  # type: ignore[arg-type]
+    for normalize in NORMALIZERS:
+        selector = Selector(0.25, "global", normalize=normalize)  # type: ignore[arg-type]
         assert counts(selector, groups, scores) == [0, 24]
 
 
@@ -351,7 +352,7 @@ def test_one_unit_of_every_group_stays_wherever_the_scores_are() -> None:
     scores = random_scores(groups)
     for group in groups_of("kv-head"):
         scores[group.name] *= 1e-9
-    assert counts(Selector(0.1, "global", normalise="none"), groups, scores)[2:] == [1, 1]
+    assert counts(Selector(0.1, "global", normalize="none"), groups, scores)[2:] == [1, 1]
 
 
 def test_a_dependent_group_is_ranked_by_its_mean_over_parents() -> None:
@@ -360,7 +361,7 @@ def test_a_dependent_group_is_ranked_by_its_mean_over_parents() -> None:
         groups[0].name: torch.tensor([[1.0] * 8, [9.0] * 8], dtype=torch.float64),
         groups[1].name: torch.tensor([[4.0] * 8, [4.0] * 8], dtype=torch.float64),
     }
-    assert counts(Selector(0.25, "global", normalise="none"), groups, scores) == [0, 4]
+    assert counts(Selector(0.25, "global", normalize="none"), groups, scores) == [0, 4]
 
 
 def test_round_to_holds_in_scope_global() -> None:
@@ -378,7 +379,7 @@ UNIT = {"ffn": 3 * 32, "kv-head": 2 * 16 * 32 + 2 * 8 * 32, "rope-pair": 2 * 2 *
 """Parameters that a unit of llama-gqa holds: slices of 32 hidden in all its weights."""
 
 
-@pytest.mark.parametrize("scope", ["group", "global"])
+@pytest.mark.parametrize("scope", ["local", "global"])
 @pytest.mark.parametrize(
     ("roles", "ratio"),
     [(["ffn"], 0.1), (["ffn"], 0.25), (["ffn", "kv-head"], 0.3), (["ffn", "rope-pair"], 0.2)],
@@ -390,11 +391,11 @@ def test_a_budget_of_parameters_is_met_within_one_unit(
     share = removed_share(Selector(scope=scope, params=ratio), groups)
     # In scope group all groups of a size lose a unit at once.
     units = [UNIT[group.role] for group in groups]
-    one = (sum(units) if scope == "group" else max(units)) / program_of(NAME).parameter_count()
+    one = (sum(units) if scope == "local" else max(units)) / program_of(NAME).parameter_count()
     assert ratio <= share < ratio + one
 
 
-@pytest.mark.parametrize("scope", ["group", "global"])
+@pytest.mark.parametrize("scope", ["local", "global"])
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "resnet", "bert"])
 def test_a_budget_of_parameters_is_the_smallest_that_suffices(name: str, scope: Any) -> None:
     coupling, ratio = coupling_of(name), 0.15
@@ -418,7 +419,7 @@ def test_the_residual_stream_meets_a_budget_of_parameters() -> None:
 
 def test_round_to_holds_for_a_budget_of_parameters() -> None:
     groups = groups_of("ffn")
-    for scope in ("group", "global"):
+    for scope in ("local", "global"):
         selector = Selector(scope=scope, params=0.15, round_to=8)  # type: ignore[arg-type]
         found = counts(selector, groups)
         assert all((48 - count) % 8 == 0 for count in found)
@@ -435,7 +436,7 @@ def after(name: str, groups: Sequence[Group], found: Sequence[int], cost: Any) -
     return 1 - costs.after(cost, lost) / costs.after(cost, {})
 
 
-@pytest.mark.parametrize("scope", ["group", "global"])
+@pytest.mark.parametrize("scope", ["local", "global"])
 def test_all_budgets_are_met_and_none_by_more_than_needed(scope: Any) -> None:
     groups = [*groups_of("ffn"), *groups_of("kv-head"), *groups_of("rope-pair")]
     budgets = {"params": 0.1, "macs": 0.15, "kv_bytes": 0.3}
@@ -504,14 +505,14 @@ def test_round_to_is_positive(round_to: int) -> None:
         Selector(0.5, round_to=round_to)
 
 
-@pytest.mark.parametrize("scope", ["group", "global"])
+@pytest.mark.parametrize("scope", ["local", "global"])
 @pytest.mark.parametrize("ratio", [0.0, 0.02])
 def test_a_ratio_that_removes_nothing_is_refused(ratio: float, scope: Any) -> None:
     with pytest.raises(SelectionError, match=f"{ratio:g} of the units, in groups of 2 units"):
         select(Selector(ratio, scope), groups_of("kv-head"))
 
 
-@pytest.mark.parametrize("scope", ["group", "global"])
+@pytest.mark.parametrize("scope", ["local", "global"])
 def test_a_budget_of_parameters_that_cannot_be_met_says_what_can(scope: Any) -> None:
     groups = groups_of("ffn")
     most = 2 * 47 * UNIT["ffn"] / program_of(NAME).parameter_count()

@@ -1,0 +1,132 @@
+"""Which groups a pruning target means, and which lie in protected layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+
+from graphprune.analysis.coupling import Coupling, Group
+from graphprune.analysis.roles import Role
+from graphprune.errors import SelectionError
+from graphprune.ir.provenance import layer_of
+
+TARGETS: dict[str, tuple[Role, ...]] = {
+    "ffn": ("ffn", "expert-unit"),
+    "experts": ("expert",),
+    "kv-heads": ("kv-head",),
+    "query-heads": ("query-slot",),
+    "head-dim": ("head-dim",),
+    "rope-dim": ("rope-pair",),
+    "hidden": ("residual",),
+    "channels": ("channel",),
+}
+"""Name of a pruning target -> the roles that it means."""
+
+
+def target_groups(coupling: Coupling, target: str, skip: Iterable[str] = ()) -> list[Group]:
+    """Return the groups that `target` means, without those that match a `skip` pattern.
+
+    Parameters
+    ----------
+    coupling
+        The analysis.
+    target
+        A key of `TARGETS`, "all" (every group whose removal equals zeroing its weight slices, but
+        the residual stream), or a glob over group names.
+    skip
+        Globs over names of groups or of weights.
+
+    Raises
+    ------
+    SelectionError
+        When nothing matches, naming what there is; also for a `skip` pattern that matches nothing.
+    """
+    if target in TARGETS:
+        found = [group for group in coupling.groups if group.role in TARGETS[target]]
+    elif target == "all":
+        found = [
+            group
+            for group in coupling.groups
+            if group.role not in ("residual", "expert") and group.exactness != "approximate"
+        ]
+    else:
+        found = [group for group in coupling.groups if fnmatchcase(group.name, target)]
+    if not found:
+        roles = sorted({group.role for group in coupling.groups})
+        has = (
+            f"its groups are {', '.join(roles)}" if roles else "it has no group that can be pruned"
+        )
+        raise SelectionError(f"target {target!r} matches no group of this program; {has}")
+    for pattern in skip:
+        matched = {group.name for group in coupling.groups if _matches(group, pattern)}
+        if not matched:
+            raise SelectionError(f"skip pattern {pattern!r} matches no group and no weight")
+        found = [group for group in found if group.name not in matched]
+    if not found:
+        raise SelectionError(f"every group of target {target!r} is skipped")
+    return found
+
+
+def _matches(group: Group, pattern: str) -> bool:
+    return any(fnmatchcase(name, pattern) for name in (group.name, *group.weights()))
+
+
+def outer_layers(coupling: Coupling, first: int, last: int) -> set[str]:
+    """Return the weights of the `first` and the `last` numbered layers of every stack of layers.
+
+    LLM-Pruner keeps the outer layers whole (Ma et al. 2305.11627, section 4.1): the first four and
+    the last two of 32.
+
+    Raises
+    ------
+    SelectionError
+        When the program has no numbered layers.
+    """
+    stacks = _stacks(coupling)
+    if not stacks:
+        raise SelectionError("the program has no numbered layers to protect")
+    return {name for layers in stacks for name in _outer(layers, first, last)}
+
+
+def outer_groups(coupling: Coupling) -> set[str]:
+    """Return the groups that lie in an outer layer of a deep stack, and are parts of blocks.
+
+    The first eighth and the last sixteenth of the layers, rounded down: of 32 the first four and
+    the last two, as LLM-Pruner keeps them (see `outer_layers`); of less than eight none.
+    """
+    outer = {
+        name
+        for layers in _stacks(coupling)
+        for name in _outer(layers, len(layers) // 8, len(layers) // 16)
+    }
+    return {
+        group.name
+        for group in coupling.groups
+        if group.role in _BLOCK_ROLES and outer.issuperset(group.weights())
+    }
+
+
+_BLOCK_ROLES: tuple[Role, ...] = (
+    "ffn",
+    "expert",
+    "expert-unit",
+    "kv-head",
+    "query-slot",
+    "head-dim",
+)
+
+
+def _stacks(coupling: Coupling) -> list[dict[int, list[str]]]:
+    """Return the weights of every stack of numbered layers, by the number of the layer."""
+    stacks: dict[str, dict[int, list[str]]] = {}
+    for name in coupling.program.weights:
+        stack, _, number = layer_of(name.rpartition(".")[0]).rpartition(".")
+        if number:
+            stacks.setdefault(stack, {}).setdefault(int(number), []).append(name)
+    return list(stacks.values())
+
+
+def _outer(layers: Mapping[int, list[str]], first: int, last: int) -> Iterator[str]:
+    for at, number in enumerate(sorted(layers)):
+        if at < first or at >= len(layers) - last:
+            yield from layers[number]
