@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from graphprune.errors import MergeError
-from graphprune.pipeline.pass_base import Context, Outcome, Pass
+from graphprune.pipeline.pass_base import Baseline, Context, Outcome, Pass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -126,8 +126,9 @@ class MergeKvHeads(Pass):
         details = {"merged": {m.group: f"{m.size} into {m.groups}" for m in merges}} | details
         if hints := self._hints(program, chosen):
             details["speed hints"] = hints
-        base = None if edited is program else edited
-        return Outcome(merged, Plan((step,)), details, edited=base is not None, base=base)
+        changed = edited is not program
+        baseline = Baseline(edited, len(context.plan_so_far.steps)) if changed else None
+        return Outcome(merged, Plan((step,)), details, edited=changed, baseline=baseline)
 
     def _chosen(self, program: Program, context: Context) -> list[Heads]:
         """The KV heads to merge."""

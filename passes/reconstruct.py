@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from graphprune.errors import UsageError
-from graphprune.pipeline.pass_base import COUPLING, Context, Outcome, Pass
+from graphprune.pipeline.pass_base import COUPLING, Baseline, Context, Outcome, Pass
 from graphprune.transforms.apply import apply_plan
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Reconstruct(Pass):
         """Refit the program before the cuts, then cut it."""
         from graphprune.transforms.refit import refit
 
-        before, plan = context.since_base()
+        before, plan = context.since_baseline()
         if not plan:
             return Outcome(program, details={"note": "nothing was pruned before: nothing to refit"})
         assert context.calibration is not None, "the pass manager has asked for it"
@@ -103,5 +103,6 @@ class Reconstruct(Pass):
             "calibration bytes": walked.peak_bytes,
             "statistics bytes": walked.statistics_bytes,
         }
-        smaller, steps = apply_plan(fitted, plan), context.base_steps
-        return Outcome(smaller, None, details, edited=True, base=fitted, base_steps=steps)
+        steps = context.baseline.steps if context.baseline else 0
+        smaller, baseline = apply_plan(fitted, plan), Baseline(fitted, steps)
+        return Outcome(smaller, None, details, edited=True, baseline=baseline)

@@ -70,5 +70,5 @@ class Verify(Pass):
         from graphprune.verification.verify import verify
 
         with context.bar("verifying"):
-            report = verify(*context.since_base(), program, tolerance=self.tolerance)
+            report = verify(*context.since_baseline(), program, tolerance=self.tolerance)
         return Outcome(program, details=report.to_dict())

@@ -36,9 +36,9 @@ import graphprune as gp
 from graphprune import reference
 from graphprune.errors import GraphPruneError, OutputError, VerificationError
 from graphprune.evaluation.perplexity import perplexity
-from graphprune.io.progress import Maker, counted, maker
+from graphprune.io.progress import DisplayFactory, display_factory, progress_bar
 from graphprune.ir.program import PAST, PRESENT, Program
-from graphprune.pipeline.instruments import Instrument, Place
+from graphprune.pipeline.instruments import Instrument, PassPosition
 from graphprune.pipeline.pass_base import Context, Outcome
 from graphprune.pipeline.pass_manager import Result
 from graphprune.report.overview import group_table
@@ -101,7 +101,7 @@ class Watch(Instrument):
     measure: Callable[[Program], Row]
     rows: list[Row] = field(default_factory=list)
 
-    def after_pass(self, place: Place, outcome: Outcome, context: Context) -> None:
+    def after_pass(self, place: PassPosition, outcome: Outcome, context: Context) -> None:
         """Measure the new program, unless the pass only checks or writes."""
         if not place.pass_.required:
             self.rows.append(self.measure(outcome.program))
@@ -138,7 +138,7 @@ def main(
 
 def demonstrate(output: Path, max_tokens: int | None, rounds: int) -> None:
     """Do it all, leaving the results in `output`."""
-    console, progress = Console(highlight=False), maker()
+    console, progress = Console(highlight=False), display_factory()
     console = console if console.is_terminal else Console(highlight=False, width=100)
     source = reference.checkpoint_dir()
     make_room(output)
@@ -344,7 +344,7 @@ def decode_difference(session: Any, program: Program, ids: torch.Tensor, steps: 
 
 
 def race(
-    entrants: Mapping[str, tuple[Any, Program]], rounds: int, progress: Maker | None
+    entrants: Mapping[str, tuple[Any, Program]], rounds: int, progress: DisplayFactory | None
 ) -> dict[str, Speed]:
     """Prefill and decode speed of each entrant: medians, taken in turns."""
     ids = np.zeros((1, PROMPT), dtype=np.int64)
@@ -354,7 +354,7 @@ def race(
         _, past = step(session, prefill)
         jobs[name] = session, prefill, feed(program, ids[:, :1], past)
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in jobs}
-    with counted(progress, "timing ONNX Runtime", total=rounds) as advance:
+    with progress_bar(progress, "timing ONNX Runtime", total=rounds) as advance:
         for _ in range(rounds):
             for name, (session, prefill, decode) in jobs.items():
                 times[name][0].append(seconds(session, prefill))

@@ -23,7 +23,7 @@ from graphprune.calibration.data import Calibration
 from graphprune.calibration.layerwise import Run, segments, unpadded
 from graphprune.errors import CalibrationError
 from graphprune.io.atomic import staged_file
-from graphprune.io.progress import Track, silent
+from graphprune.io.progress import Progress, no_progress
 from graphprune.ir.program import Program
 
 Kind = Literal["moments", "gram"]
@@ -130,7 +130,7 @@ def observe(
     matrices: Sequence[Matrix],
     calibration: Calibration,
     kind: Kind = "moments",
-    track: Track = silent,
+    track: Progress = no_progress,
     memory: int | None = None,
 ) -> Statistics:
     """Statistics of the inputs of `matrices`, on the program as it is.
@@ -169,7 +169,7 @@ def walk(
     calibration: Calibration,
     kind: Kind = "moments",
     edit: Edit | None = None,
-    track: Track = silent,
+    track: Progress = no_progress,
     *,
     replay: bool = True,
     memory: int | None = None,
@@ -374,7 +374,7 @@ def kept_statistics(
     matrices: Sequence[Matrix],
     calibration: Calibration | None,
     kind: Kind = "moments",
-    track: Track = silent,
+    track: Progress = no_progress,
     memory: int | None = None,
 ) -> Statistics:
     """Those of the file at `path`, or, where there is none, `observe`, written there.

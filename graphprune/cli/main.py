@@ -21,7 +21,7 @@ import typer
 from graphprune.errors import EvaluationError, GraphPruneError, PlanError
 from graphprune.io import reference
 from graphprune.io.version import __version__
-from graphprune.pipeline.instruments import Instrument, Place
+from graphprune.pipeline.instruments import Instrument, PassPosition
 from graphprune.transforms.apply import apply_plan
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from graphprune.backends.onnx.runtime.runner import Generation
     from graphprune.calibration.data import Calibration
-    from graphprune.io.progress import Maker
+    from graphprune.io.progress import DisplayFactory
     from graphprune.ir.program import Program
     from graphprune.pipeline.pass_base import Context, Outcome
     from graphprune.pipeline.pipeline import Pipeline
@@ -204,7 +204,7 @@ def inspect(
     from graphprune.analysis.coupling import analyze
     from graphprune.backends.load import shapes_of
     from graphprune.errors import CaptureError
-    from graphprune.io.progress import maker
+    from graphprune.io.progress import display_factory
     from graphprune.report.charts import draw_scores, draw_sizes
     from graphprune.report.html_page import bare_page, page
     from graphprune.report.overview import module_tree, overview, overview_json
@@ -213,7 +213,7 @@ def inspect(
         raise typer.BadParameter("a plan is shown on a page or picture: give --html or --picture")
     if picture is not None and (plan is None) == (scores is None):
         raise typer.BadParameter("a picture is of a --plan or of --scores: give one of them")
-    progress = maker(quiet=quiet)
+    progress = display_factory(quiet=quiet)
     try:
         program = _load(directory, progress)
     except CaptureError as error:
@@ -273,9 +273,9 @@ def explain(
     """Say what one dimension of a weight is coupled with, or why it cannot be pruned."""
     from graphprune.analysis.coupling import analyze
     from graphprune.analysis.coupling_paths import chain_text
-    from graphprune.io.progress import maker
+    from graphprune.io.progress import display_factory
 
-    progress = maker(quiet=quiet)
+    progress = display_factory(quiet=quiet)
     program = _load(directory, progress)
     with _working(progress, "analysing"):
         coupling = analyze(program)
@@ -303,9 +303,9 @@ def evaluate(
 ) -> None:
     """Measure the perplexity of a causal language model on a text."""
     from graphprune.evaluation.perplexity import perplexity
-    from graphprune.io.progress import maker
+    from graphprune.io.progress import display_factory
 
-    progress = maker(quiet=quiet)
+    progress = display_factory(quiet=quiet)
     path = text or reference.heldout_text()
     found = perplexity(
         _load(directory, progress),
@@ -363,10 +363,10 @@ def sensitivity(
     from graphprune.evaluation.ablation import sensitivity, text_batches
     from graphprune.evaluation.perplexity import text_windows
     from graphprune.io.atomic import staged_file
-    from graphprune.io.progress import maker
+    from graphprune.io.progress import display_factory
     from graphprune.report.plots import check_format
 
-    progress = maker(quiet=quiet)
+    progress = display_factory(quiet=quiet)
     if picture is not None:
         check_format(picture)
     with ExitStack() as stack:  # places that cannot be written are refused first
@@ -464,10 +464,10 @@ def run(
 ) -> None:
     """Run a pipeline: write a smaller checkpoint, its plan and a report."""
     from graphprune.io.atomic import staged_directory
-    from graphprune.io.progress import maker
+    from graphprune.io.progress import display_factory
 
     pipeline = _pipeline(passes)
-    progress = maker(quiet=quiet)
+    progress = display_factory(quiet=quiet)
     with staged_directory(output) as folder, ExitStack() as stack:
         program = _load(directory, progress)
         result = pipeline.run(
@@ -527,7 +527,7 @@ def sweep(
 ) -> None:
     """Measure perplexity against size for several recipes: a table, JSON and a picture."""
     from graphprune.evaluation.sweep import HeldOut, Recipe, read_ratios, sweep
-    from graphprune.io.progress import maker
+    from graphprune.io.progress import display_factory
 
     chosen = read_ratios(ratios, steps)
     recipes = [Recipe.read(text) for text in dict.fromkeys(passes)]
@@ -545,7 +545,7 @@ def sweep(
         batch_size,
         max_tokens,
     )
-    progress = maker(quiet=quiet)
+    progress = display_factory(quiet=quiet)
     found = sweep(
         _load(directory, progress),
         recipes,
@@ -570,10 +570,10 @@ def apply(
 ) -> None:
     """Carry a plan out on a fresh copy of the model that it was made for."""
     from graphprune.io.atomic import staged_directory
-    from graphprune.io.progress import maker
+    from graphprune.io.progress import display_factory
 
     chosen = _plan(plan)
-    progress = maker(quiet=quiet)
+    progress = display_factory(quiet=quiet)
     with staged_directory(output) as folder:
         program = _load(directory, progress)
         with _working(progress, "applying the plan"):
@@ -620,10 +620,10 @@ def verify(
 
     Without OUT, DIR is an ONNX package: its model must give what its program gives.
     """
-    from graphprune.io.progress import maker
+    from graphprune.io.progress import display_factory
     from graphprune.verification.verify import verify as prove
 
-    progress = maker(quiet=quiet)
+    progress = display_factory(quiet=quiet)
     if output is None:
         _parity(directory, provider, progress, quiet=quiet)
         return
@@ -709,21 +709,21 @@ def generate(
 class _Spinner(Instrument):
     """Shows which pass is at work; an interrupt ends that with `stack`."""
 
-    def __init__(self, progress: Maker | None, stack: ExitStack) -> None:
+    def __init__(self, progress: DisplayFactory | None, stack: ExitStack) -> None:
         self.progress = progress
         self.stack = stack
 
-    def before_pass(self, place: Place, program: Program, context: Context) -> None:
-        self.stack.enter_context(_working(self.progress, str(place)))
+    def before_pass(self, position: PassPosition, program: Program, context: Context) -> None:
+        self.stack.enter_context(_working(self.progress, str(position)))
 
-    def after_pass(self, place: Place, outcome: Outcome, context: Context) -> None:
+    def after_pass(self, position: PassPosition, outcome: Outcome, context: Context) -> None:
         self.stack.close()
 
-    def on_error(self, place: Place, error: Exception) -> None:
+    def on_error(self, position: PassPosition, error: Exception) -> None:
         self.stack.close()
 
 
-def _parity(directory: str, provider: str, progress: Maker | None, *, quiet: bool) -> None:
+def _parity(directory: str, provider: str, progress: DisplayFactory | None, *, quiet: bool) -> None:
     """Run the model of an ONNX package beside its program, and print a line for each check."""
     from graphprune.backends.onnx import package as onnx_package
     from graphprune.backends.onnx import session as ort
@@ -741,17 +741,19 @@ def _resolve(directory: str) -> str:
     return str(reference.checkpoint_dir()) if directory == reference.NAME else directory
 
 
-def _load(directory: str, progress: Maker | None) -> Program:
+def _load(directory: str, progress: DisplayFactory | None) -> Program:
     with _working(progress, f"loading {directory}"):
         from graphprune.backends.load import load
 
         return load(_resolve(directory))
 
 
-def _working(progress: Maker | None, what: str) -> AbstractContextManager[Callable[[float], None]]:
-    from graphprune.io.progress import counted
+def _working(
+    progress: DisplayFactory | None, what: str
+) -> AbstractContextManager[Callable[[float], None]]:
+    from graphprune.io.progress import progress_bar
 
-    return counted(progress, what)
+    return progress_bar(progress, what)
 
 
 def _pipeline(passes: str) -> Pipeline:
@@ -790,7 +792,7 @@ def _plan(path: Path) -> Plan:
     return Plan.load(path)
 
 
-def _write(program: Program, plan: Plan, folder: Path, progress: Maker | None) -> str:
+def _write(program: Program, plan: Plan, folder: Path, progress: DisplayFactory | None) -> str:
     """Write checkpoint and plan into `folder`; return what kind of checkpoint it became."""
     from graphprune.backends.huggingface import save as huggingface
 

@@ -15,7 +15,7 @@ from graphprune.analysis.matrices import Matrix, contractions
 from graphprune.calibration.data import Calibration
 from graphprune.criteria.units import consumers
 from graphprune.errors import CalibrationError, SelectionError, UsageError
-from graphprune.io.progress import Track, silent
+from graphprune.io.progress import Progress, no_progress
 from graphprune.ir.program import Program
 
 Aggregate = Literal["sum", "mean", "max", "product", "last"]
@@ -52,7 +52,7 @@ class ScoringContext:
     calibration: Calibration | None = None
     aggregate: Aggregate = "sum"
     seed: int = 0
-    track: Track = silent
+    track: Progress = no_progress
 
     def sizes(self, group: Group) -> tuple[int, ...]:
         """The shape of the scores of `group`: the sizes of its parents, and its own."""

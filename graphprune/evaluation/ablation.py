@@ -27,7 +27,7 @@ from graphprune.criteria import ScoringContext
 from graphprune.errors import EvaluationError, SelectionError
 from graphprune.evaluation.perplexity import why_not_causal
 from graphprune.io.atomic import as_json
-from graphprune.io.progress import Maker, counted
+from graphprune.io.progress import DisplayFactory, progress_bar
 from graphprune.ir.program import PAST, PRESENT, Program
 from graphprune.plan.plan import Cut, Plan, Step
 from graphprune.report import plots as pictures
@@ -211,7 +211,7 @@ def sensitivity(
     *,
     blocks: int | None = None,
     keep_one: bool = True,
-    progress: Maker | None = None,
+    progress: DisplayFactory | None = None,
 ) -> Sensitivity:
     """Remove the units of groups one after the other, each from the whole program.
 
@@ -271,7 +271,7 @@ def sensitivity(
 
     rows = []
     total = sum(len(runs) for _, runs in parts) * (1 + keep_one)
-    with counted(progress, "removing units", total=total) as advance:
+    with progress_bar(progress, "removing units", total=total) as advance:
         for part, runs in parts:
             removed = tuple(_effect(*each) for each in effects(part, runs, False))
             enough = [run for run in runs if run[1] - run[0] >= part.group.least]

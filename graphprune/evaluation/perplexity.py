@@ -21,7 +21,7 @@ from graphprune.calibration.data import (
     tokenize,
 )
 from graphprune.errors import EvaluationError
-from graphprune.io.progress import Maker, counted, maker
+from graphprune.io.progress import DisplayFactory, display_factory, progress_bar
 from graphprune.io.text_sources import read_documents
 from graphprune.ir.program import Program
 
@@ -63,7 +63,7 @@ def perplexity(
     length: int = 256,
     batch_size: int = 4,
     max_tokens: int | None = None,
-    progress: bool | Maker = False,
+    progress: bool | DisplayFactory = False,
 ) -> Perplexity:
     """The perplexity of a causal language model on a text.
 
@@ -97,9 +97,9 @@ def perplexity(
     if problem := why_not_causal(program):
         raise EvaluationError(f"perplexity needs a causal language model{problem}")
     windows = text_windows(program, text, tokenizer, length=length, max_tokens=max_tokens)
-    show = maker() if progress is True else (progress or None)
+    show = display_factory() if progress is True else (progress or None)
     total, count = 0.0, 0
-    with counted(show, "measuring perplexity", total=len(windows)) as advance:
+    with progress_bar(show, "measuring perplexity", total=len(windows)) as advance:
         for chunk in windows.split(batch_size):
             batch = token_batch(chunk)
             tokens = int(predicted(batch).sum())

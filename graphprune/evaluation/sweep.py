@@ -30,7 +30,7 @@ from graphprune.errors import (
 )
 from graphprune.evaluation.perplexity import perplexity
 from graphprune.io.atomic import as_json, staged_file
-from graphprune.io.progress import Maker, counted
+from graphprune.io.progress import DisplayFactory, progress_bar
 from graphprune.io.version import __version__
 from graphprune.ir.program import Program
 from graphprune.pipeline.pipeline import Pipeline
@@ -372,7 +372,7 @@ def sweep(
     folder: str | PathLike[str],
     *,
     draws: Sequence[Calibration | None] = (None,),
-    progress: Maker | None = None,
+    progress: DisplayFactory | None = None,
 ) -> Sweep:
     """Run every recipe at every ratio and seed, and measure what comes out.
 
@@ -421,7 +421,7 @@ def sweep(
     measured = perplexity(program, **vars(heldout), progress=progress or False)
     dense = _size(program, measured.loss, measured.perplexity)
     weights, points = digest([program.weights]), []
-    with counted(progress, "sweeping", total=len(jobs)) as advance:
+    with progress_bar(progress, "sweeping", total=len(jobs)) as advance:
         for recipe, ratio, seed, pipeline, place in jobs:
             draw = draws[seed]
             identity = {
@@ -457,7 +457,7 @@ def _measure(
     seed: int,
     place: Path,
     heldout: HeldOut,
-    progress: Maker | None,
+    progress: DisplayFactory | None,
 ) -> Size:
     result = pipeline.run(
         program, calibration=draw, seed=seed, output=place, quiet=progress is None

@@ -7,36 +7,26 @@ from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
+from rich import progress as rich_progress
 from rich.console import Console, RenderableType
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-)
 from rich.text import Text
 
 DELAY = 1.0
 """Seconds before a task is shown, so that nothing flickers by."""
 
-Maker = Callable[[], Progress]
-"""Makes a progress display, or the one that is already on the screen."""
+DisplayFactory = Callable[[], rich_progress.Progress]
+"""Makes a progress display, or returns the one that is already on the screen."""
 
-
-Track = Callable[[Iterable[Any], str], Iterable[Any]]
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 """Iterates over items beside a bar with a name; what long loops take as an option."""
 
 
-def silent(items: Iterable[Any], what: str) -> Iterable[Any]:
-    """A `Track` without a bar."""
+def no_progress(items: Iterable[Any], what: str) -> Iterable[Any]:
+    """Return `items`: a `Progress` without a bar."""
     return items
 
 
-class Display(Progress):
+class Display(rich_progress.Progress):
     """A display on standard error that may be entered again while it is shown.
 
     Passes open a display of their own inside the one of the command that runs them; both are this
@@ -54,11 +44,11 @@ class Display(Progress):
         self._depth = 0
         self._delay = delay
         super().__init__(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            rich_progress.SpinnerColumn(),
+            rich_progress.TextColumn("{task.description}"),
+            rich_progress.BarColumn(bar_width=24),
             _Count(),
-            TimeElapsedColumn(),
+            rich_progress.TimeElapsedColumn(),
             console=console or Console(stderr=True),
             transient=True,
         )
@@ -81,24 +71,26 @@ class Display(Progress):
             super().stop()
 
     def get_renderables(self) -> Iterator[RenderableType]:
-        """The tasks that have been at it for long enough."""
+        """Return a table of the tasks that have run for longer than the delay."""
         tasks = [task for task in self.tasks if (task.elapsed or 0.0) >= self._delay]
         yield self.make_tasks_table(tasks)
 
 
-class _Count(ProgressColumn):
+class _Count(rich_progress.ProgressColumn):
     """``3/10``, or nothing where the total is unknown."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._counted = MofNCompleteColumn()
+        self._total_known = rich_progress.MofNCompleteColumn()
 
-    def render(self, task: Task) -> Text:
-        return Text() if task.total is None else self._counted.render(task)
+    def render(self, task: rich_progress.Task) -> Text:
+        return Text() if task.total is None else self._total_known.render(task)
 
 
-def maker(*, quiet: bool = False, console: Console | None = None) -> Maker | None:
-    """What makes progress displays, or None where none should be shown.
+def display_factory(
+    *, quiet: bool = False, console: Console | None = None
+) -> DisplayFactory | None:
+    """Return what makes progress displays, or None where none should be shown.
 
     Parameters
     ----------
@@ -122,10 +114,10 @@ def maker(*, quiet: bool = False, console: Console | None = None) -> Maker | Non
 
 
 @contextmanager
-def counted(
-    progress: Maker | None, what: str, total: float | None = None
+def progress_bar(
+    progress: DisplayFactory | None, what: str, total: float | None = None
 ) -> Iterator[Callable[[float], None]]:
-    """A bar called `what` for the body of a ``with``, which advances it by calling what it gets.
+    """Show a bar called `what` while a ``with`` runs, which advances it by calling what it gets.
 
     Parameters
     ----------
@@ -138,7 +130,7 @@ def counted(
 
     Examples
     --------
-    >>> with counted(None, "counting", total=3) as advance:
+    >>> with progress_bar(None, "counting", total=3) as advance:
     ...     for _ in range(3):
     ...         advance(1)
     """

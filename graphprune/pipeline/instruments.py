@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Place:
+class PassPosition:
     """Where in a pipeline a pass stands.
 
     Parameters
@@ -43,13 +43,13 @@ class Place:
 class Instrument:
     """Base of all instruments; each method does nothing unless it is overridden."""
 
-    def before_pass(self, place: Place, program: Program, context: Context) -> None:
+    def before_pass(self, position: PassPosition, program: Program, context: Context) -> None:
         """Look at the program that goes into a pass."""
 
-    def after_pass(self, place: Place, outcome: Outcome, context: Context) -> None:
+    def after_pass(self, position: PassPosition, outcome: Outcome, context: Context) -> None:
         """Look at what a pass made; `context.plan_so_far` includes its plan."""
 
-    def on_error(self, place: Place, error: Exception) -> None:
+    def on_error(self, position: PassPosition, error: Exception) -> None:
         """Look at the error that ends the run."""
 
 
@@ -65,15 +65,15 @@ class VerifyEach(Instrument):
 
     tolerance: float | None = None
 
-    def after_pass(self, place: Place, outcome: Outcome, context: Context) -> None:
+    def after_pass(self, position: PassPosition, outcome: Outcome, context: Context) -> None:
         """Raise `VerificationError` when the program is not what its plan says."""
         resized = outcome.plan is not None and outcome.plan.steps
-        if outcome.base is None and (outcome.edited or not resized):
+        if outcome.baseline is None and (outcome.edited or not resized):
             return  # nothing new, or new values that later passes are compared with
         from graphprune.verification.verify import verify
 
-        with context.bar(f"verifying {place}"):
-            verify(*context.since_base(), outcome.program, tolerance=self.tolerance)
+        with context.bar(f"verifying {position}"):
+            verify(*context.since_baseline(), outcome.program, tolerance=self.tolerance)
 
 
 @dataclass(frozen=True)
@@ -92,15 +92,15 @@ class PrintProgram(Instrument):
     after: Sequence[str] = ()
     console: Console | None = None
 
-    def before_pass(self, place: Place, program: Program, context: Context) -> None:
+    def before_pass(self, position: PassPosition, program: Program, context: Context) -> None:
         """Print `program` if the pass is among `before`."""
-        if _matches(place, self.before):
-            self._print(f"before {place}", program)
+        if _matches(position, self.before):
+            self._print(f"before {position}", program)
 
-    def after_pass(self, place: Place, outcome: Outcome, context: Context) -> None:
+    def after_pass(self, position: PassPosition, outcome: Outcome, context: Context) -> None:
         """Print the new program if the pass is among `after`."""
-        if _matches(place, self.after):
-            self._print(f"after {place}", outcome.program)
+        if _matches(position, self.after):
+            self._print(f"after {position}", outcome.program)
 
     def _print(self, title: str, program: Program) -> None:
         from rich.console import Console
@@ -121,26 +121,26 @@ class Dump(Instrument):
 
     directory: Path
 
-    def before_pass(self, place: Place, program: Program, context: Context) -> None:
+    def before_pass(self, position: PassPosition, program: Program, context: Context) -> None:
         """Write the original program to ``000_input.txt``."""
         if program is context.original:
             self._write("000_input.txt", program_text(program))
 
-    def after_pass(self, place: Place, outcome: Outcome, context: Context) -> None:
+    def after_pass(self, position: PassPosition, outcome: Outcome, context: Context) -> None:
         """Write what the pass made."""
-        name = f"{place.number:03d}_{place.pass_.name}.txt"
+        name = f"{position.number:03d}_{position.pass_.name}.txt"
         self._write(name, program_text(outcome.program))
 
-    def on_error(self, place: Place, error: Exception) -> None:
+    def on_error(self, position: PassPosition, error: Exception) -> None:
         """Write the pipeline up to the failure and the traceback to ``failure.txt``."""
-        upto = ",".join(map(str, place.pipeline[: place.number]))
+        upto = ",".join(map(str, position.pipeline[: position.number]))
         trace = "".join(traceback.format_exception(error))
-        self._write("failure.txt", f"// {place}\n{upto}\n\n{trace}")
+        self._write("failure.txt", f"// {position}\n{upto}\n\n{trace}")
 
     def _write(self, name: str, text: str) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / name).write_text(text.rstrip() + "\n", encoding="utf-8")
 
 
-def _matches(place: Place, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(place.pass_.name, pattern) for pattern in patterns)
+def _matches(position: PassPosition, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(position.pass_.name, pattern) for pattern in patterns)

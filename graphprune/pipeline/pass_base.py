@@ -16,7 +16,7 @@ from graphprune.pipeline.options import Option, options_of
 if TYPE_CHECKING:
     from graphprune.analysis.coupling import Coupling
     from graphprune.calibration.data import Calibration
-    from graphprune.io.progress import Maker
+    from graphprune.io.progress import DisplayFactory
     from graphprune.ir.program import Program
     from graphprune.plan.plan import Plan
 
@@ -80,6 +80,22 @@ class AnalysisCache:
 
 
 @dataclass(frozen=True)
+class Baseline:
+    """A program that verification starts from: the last one whose values a pass edited.
+
+    Parameters
+    ----------
+    program
+        The edited program.
+    steps
+        How many steps of the plan led to it; those after them are verified.
+    """
+
+    program: Program
+    steps: int
+
+
+@dataclass(frozen=True)
 class Context:
     """What a pass may use beside the program; made by the pass manager for each pass.
 
@@ -89,9 +105,8 @@ class Context:
         The program that the pipeline started from.
     plan_so_far
         What the passes before this one removed and merged.
-    base
-        The program with the values of the last pass which edited any, if one did, and `base_steps`:
-        how many steps of the plan led to it. What came after is verified against it.
+    baseline
+        What the program is verified against; None for `original` and the whole plan.
     calibration
         Batches to run the program on, or None.
     output
@@ -109,15 +124,15 @@ class Context:
     calibration: Calibration | None = None
     output: Path = Path()
     seed: int = 0
-    progress: Maker | None = None
+    progress: DisplayFactory | None = None
     analyses: AnalysisCache = field(default_factory=AnalysisCache, repr=False)
-    base: Program | None = None
-    base_steps: int = 0
+    baseline: Baseline | None = None
 
-    def since_base(self) -> tuple[Program, Plan]:
-        """What to verify a program against: the base (the original, without edits) and the plan."""
-        steps = self.plan_so_far.steps[self.base_steps :]
-        return self.base or self.original, dataclasses.replace(self.plan_so_far, steps=steps)
+    def since_baseline(self) -> tuple[Program, Plan]:
+        """Return what to verify a program against: the baseline, and the plan from there on."""
+        baseline = self.baseline or Baseline(self.original, 0)
+        steps = self.plan_so_far.steps[baseline.steps :]
+        return baseline.program, dataclasses.replace(self.plan_so_far, steps=steps)
 
     def analysis(self, analysis: Analysis[T], program: Program) -> T:
         """The result of `analysis` on `program`, from the cache where it is not stale."""
@@ -131,9 +146,9 @@ class Context:
         self, what: str, total: float | None = None
     ) -> AbstractContextManager[Callable[[float], None]]:
         """A progress bar called `what`, advanced by calling what it gives; none on a quiet run."""
-        from graphprune.io.progress import counted
+        from graphprune.io.progress import progress_bar
 
-        return counted(self.progress, what, total)
+        return progress_bar(self.progress, what, total)
 
     def track(self, items: Iterable[T], what: str) -> Iterator[T]:
         """Iterate over `items` beside a progress bar called `what`; none on a quiet run."""
@@ -161,20 +176,17 @@ class Outcome:
         What is worth reporting: anything that JSON can hold.
     edited
         Whether weights or graph changed in another way than by the plan.
-    base
-        Where values were edited before sizes: the edited program that the plan was then applied to,
-        which the new program is verified against. None where the new program is itself what later
-        ones are verified against.
-    base_steps
-        How many steps of the plan so far led to `base`; None: all of them.
+    baseline
+        What the new program is verified against where values were edited before sizes: the edited
+        program, to which the rest of the plan was then applied. None where nothing was edited, or
+        the new program is itself what later ones are verified against.
     """
 
     program: Program
     plan: Plan | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
     edited: bool = False
-    base: Program | None = None
-    base_steps: int | None = None
+    baseline: Baseline | None = None
 
 
 @dataclass(frozen=True)

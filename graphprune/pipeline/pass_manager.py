@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from graphprune.errors import CalibrationError, GraphPruneError, PipelineError, add_context
-from graphprune.pipeline.instruments import Instrument, Place
-from graphprune.pipeline.pass_base import Context, Outcome, Pass
-from graphprune.pipeline.report import PassRecord, Report, Size
+from graphprune.pipeline.instruments import Instrument, PassPosition
+from graphprune.pipeline.pass_base import Baseline, Context, Outcome, Pass
+from graphprune.pipeline.report import PassRecord, ProgramSize, Report
 
 if TYPE_CHECKING:
     from graphprune.ir.program import Program
@@ -64,41 +64,41 @@ class PassManager:
         chosen, skipped = self._limited()
         _refuse_uncalibrated(chosen, calibrated=context.calibration is not None)
         program, records = context.original, []
-        for place in chosen:
-            program, context, record = self._step(place, program, context)
+        for position in chosen:
+            program, context, record = self._step(position, program, context)
             records.append(record)
         calibration = context.calibration
         report = Report(
             pipeline=",".join(map(str, self.passes)),
-            before=Size.of(context.original),
-            after=Size.of(program),
+            before=ProgramSize.of(context.original),
+            after=ProgramSize.of(program),
             passes=tuple(records),
-            skipped=tuple(str(place.pass_) for place in skipped),
+            skipped=tuple(str(position.pass_) for position in skipped),
             seed=context.seed,
             calibration=None if calibration is None else calibration.describe(),
         )
         return Result(program, context.plan_so_far, report)
 
-    def _limited(self) -> tuple[list[Place], list[Place]]:
-        """The places to run and those beyond the bisect limit."""
-        chosen: list[Place] = []
-        skipped: list[Place] = []
+    def _limited(self) -> tuple[list[PassPosition], list[PassPosition]]:
+        """The positions to run and those beyond the bisect limit."""
+        chosen: list[PassPosition] = []
+        skipped: list[PassPosition] = []
         optional = 0
         for number, pass_ in enumerate(self.passes, 1):
             optional += not pass_.required
             beyond = self.stop_after is not None and optional > self.stop_after
-            place = Place(number, pass_, self.passes)
-            (skipped if beyond and not pass_.required else chosen).append(place)
+            position = PassPosition(number, pass_, self.passes)
+            (skipped if beyond and not pass_.required else chosen).append(position)
         return chosen, skipped
 
     def _step(
-        self, place: Place, program: Program, context: Context
+        self, position: PassPosition, program: Program, context: Context
     ) -> tuple[Program, Context, PassRecord]:
         """Run one pass with its instruments; return what the next one needs, and the record."""
-        pass_ = place.pass_
+        pass_ = position.pass_
         try:
             for instrument in self.instruments:
-                instrument.before_pass(place, program, context)
+                instrument.before_pass(position, program, context)
             began = time.perf_counter()
             outcome = pass_.run(program, context)
             seconds = time.perf_counter() - began
@@ -106,27 +106,23 @@ class PassManager:
             if self.audit:
                 audit_preserved(pass_, program, outcome.program, context)
             context.analyses.move(program, outcome.program, pass_.preserves)
-            plan, done = context.plan_so_far, len(context.plan_so_far.steps)
+            plan = context.plan_so_far
             if outcome.plan is not None:
                 plan += outcome.plan
                 context = dataclasses.replace(context, plan_so_far=plan)
             if outcome.edited:
-                base, steps = outcome.base, done
-                if base is None:
-                    base, steps = outcome.program, len(plan.steps)
-                elif outcome.base_steps is not None:
-                    steps = outcome.base_steps
-                context = dataclasses.replace(context, base=base, base_steps=steps)
+                baseline = outcome.baseline or Baseline(outcome.program, len(plan.steps))
+                context = dataclasses.replace(context, baseline=baseline)
             for instrument in self.instruments:
-                instrument.after_pass(place, outcome, context)
+                instrument.after_pass(position, outcome, context)
         except Exception as error:
-            named = _named(error, place)
+            named = _named(error, position)
             for instrument in self.instruments:
-                instrument.on_error(place, named)
+                instrument.on_error(position, named)
             if named is error:
                 raise
             raise named from error
-        sizes = Size.of(program), Size.of(outcome.program)
+        sizes = ProgramSize.of(program), ProgramSize.of(outcome.program)
         record = PassRecord(pass_.name, str(pass_), seconds, *sizes, dict(outcome.details))
         return outcome.program, context, record
 
@@ -173,11 +169,13 @@ def audit_preserved(pass_: Pass, before: Program, after: Program, context: Conte
             raise PipelineError(f"it says that it preserves {analysis.name!r}, but does not")
 
 
-def _refuse_uncalibrated(places: list[Place], calibrated: bool) -> None:
+def _refuse_uncalibrated(positions: list[PassPosition], calibrated: bool) -> None:
     """Ask every pass, so that options that only then turn out to make no sense are refused too."""
-    for place in places:
-        if place.pass_.requires_calibration and not calibrated:
-            raise CalibrationError(f"{place}: {place.pass_} needs calibration data; none was given")
+    for position in positions:
+        if position.pass_.requires_calibration and not calibrated:
+            raise CalibrationError(
+                f"{position}: {position.pass_} needs calibration data; none was given"
+            )
 
 
 def _resized(before: Program, after: Program) -> str:
@@ -195,8 +193,8 @@ def _differs(before: Program, after: Program) -> bool:
     return not same or before.fingerprint() != after.fingerprint()
 
 
-def _named(error: Exception, place: Place) -> Exception:
+def _named(error: Exception, position: PassPosition) -> Exception:
     """The error with the pass in front of its message, of the same class if it is deliberate."""
     if not isinstance(error, GraphPruneError):
-        return PipelineError(f"{place}: {type(error).__name__}: {error}")
-    return add_context(error, str(place))
+        return PipelineError(f"{position}: {type(error).__name__}: {error}")
+    return add_context(error, str(position))

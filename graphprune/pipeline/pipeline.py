@@ -149,7 +149,7 @@ class Pipeline:
         UsageError
             When `stop_after` is negative or a pass to print around is not in the pipeline.
         """
-        from graphprune.io.progress import maker
+        from graphprune.io.progress import display_factory
         from graphprune.plan.plan import Plan
 
         if stop_after is not None and stop_after < 0:
@@ -166,7 +166,7 @@ class Pipeline:
             calibration=calibration,
             output=Path(output),
             seed=seed,
-            progress=maker(quiet=quiet),
+            progress=display_factory(quiet=quiet),
         )
         manager = PassManager(tuple(self.passes), (*watching, *instruments), stop_after, audit)
         return manager.run(context)

@@ -21,7 +21,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Size:
+class ProgramSize:
     """The size of a program.
 
     Parameters
@@ -36,7 +36,7 @@ class Size:
     kv_bytes_per_token: int
 
     @classmethod
-    def of(cls, program: Program) -> Size:
+    def of(cls, program: Program) -> ProgramSize:
         """The size of `program`."""
         return cls(program.parameter_count(), program.kv_bytes_per_token())
 
@@ -48,8 +48,8 @@ class PassRecord:
     name: str
     text: str
     seconds: float
-    before: Size
-    after: Size
+    before: ProgramSize
+    after: ProgramSize
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -76,8 +76,8 @@ class Report:
     """
 
     pipeline: str
-    before: Size
-    after: Size
+    before: ProgramSize
+    after: ProgramSize
     passes: tuple[PassRecord, ...] = ()
     skipped: tuple[str, ...] = ()
     seed: int = 0
@@ -149,7 +149,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def _cells(size: Size, before: Size | None = None) -> tuple[str, str]:
+def _cells(size: ProgramSize, before: ProgramSize | None = None) -> tuple[str, str]:
     old = before or size
     return (
         _cell(size.parameters, old.parameters),
@@ -165,4 +165,4 @@ def _cell(count: int, before: int) -> str:
 
 
 def _sized(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {**data, "before": Size(**data["before"]), "after": Size(**data["after"])}
+    return {**data, "before": ProgramSize(**data["before"]), "after": ProgramSize(**data["after"])}

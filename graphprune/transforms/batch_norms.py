@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from graphprune.calibration.data import Calibration
 from graphprune.calibration.layerwise import Run
 from graphprune.errors import CalibrationError
-from graphprune.io.progress import Track, silent
+from graphprune.io.progress import Progress, no_progress
 from graphprune.ir.nodes import arguments_of
 from graphprune.ir.program import Program
 
@@ -18,7 +18,7 @@ BATCH_NORM = torch.ops.aten.batch_norm.default
 
 
 def reestimate(
-    program: Program, calibration: Calibration, track: Track = silent
+    program: Program, calibration: Calibration, track: Progress = no_progress
 ) -> dict[str, Tensor]:
     """Running means and variances of every batch norm, as they are on the calibration data.
 

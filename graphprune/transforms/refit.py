@@ -12,7 +12,7 @@ from graphprune.analysis.matrices import Matrix, bias_of, contractions
 from graphprune.calibration.data import Calibration
 from graphprune.calibration.statistics import InputStatistics, Statistics, Walk, damped, walk
 from graphprune.errors import CalibrationError, PlanError
-from graphprune.io.progress import Track, silent
+from graphprune.io.progress import Progress, no_progress
 from graphprune.ir.program import Program
 from graphprune.plan.plan import Plan
 from graphprune.transforms.sparsity import check_values
@@ -25,7 +25,7 @@ def refit(
     calibration: Calibration,
     *,
     damp: float = 0.01,
-    track: Track = silent,
+    track: Progress = no_progress,
     memory: int | None = None,
 ) -> tuple[Program, list[str], Walk]:
     """`program` with the units of `plan` at zero and their consumers refitted.

@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from graphprune.io.progress import Display, counted, maker
+from graphprune.io.progress import Display, display_factory, progress_bar
 
 
 def terminal() -> Console:
@@ -20,13 +20,13 @@ def shown(display: Display) -> str:
 
 
 def test_nothing_is_shown_when_quiet_or_off_a_terminal() -> None:
-    assert maker(quiet=True, console=terminal()) is None
-    assert maker(console=Console(file=io.StringIO())) is None
-    assert maker(console=terminal()) is not None
+    assert display_factory(quiet=True, console=terminal()) is None
+    assert display_factory(console=Console(file=io.StringIO())) is None
+    assert display_factory(console=terminal()) is not None
 
 
 def test_one_run_has_one_display() -> None:
-    make = maker(console=terminal())
+    make = display_factory(console=terminal())
     assert make is not None
     assert make() is make()
 
@@ -67,7 +67,7 @@ def test_a_display_can_be_used_again() -> None:
 def test_counted_advances_and_clears_its_bar_even_after_an_error() -> None:
     display = Display(terminal(), delay=0)
     try:
-        with counted(lambda: display, "counting", total=3) as advance:
+        with progress_bar(lambda: display, "counting", total=3) as advance:
             advance(2)
             assert display.tasks[0].completed == 2
             raise ValueError
@@ -78,5 +78,5 @@ def test_counted_advances_and_clears_its_bar_even_after_an_error() -> None:
 
 
 def test_counted_does_without_a_display() -> None:
-    with counted(None, "counting") as advance:
+    with progress_bar(None, "counting") as advance:
         advance(1)

@@ -121,11 +121,11 @@ def test_what_stands_before_and_after_the_edit_is_the_base_of_the_outcome() -> N
     program = program_of("llama-mha")
     outcome = MergeKvHeads(groups=1, init="first").run(program, Context(program, Plan()))
     assert outcome.edited
-    assert outcome.base is not None and outcome.plan is not None
-    assert outcome.base.weights[KEYS].shape == program.weights[KEYS].shape
-    gp.verify(outcome.base, outcome.plan, outcome.program)
+    assert outcome.baseline is not None and outcome.plan is not None
+    assert outcome.baseline.program.weights[KEYS].shape == program.weights[KEYS].shape
+    gp.verify(outcome.baseline.program, outcome.plan, outcome.program)
     plain = MergeKvHeads(groups=1).run(program, Context(program, Plan()))
-    assert (plain.edited, plain.base) == (False, None)
+    assert (plain.edited, plain.baseline) == (False, None)
 
 
 def test_similar_heads_are_merged_and_the_plan_says_what_moved() -> None:

@@ -261,7 +261,7 @@ def test_the_built_in_passes_are_registered() -> None:
 def test_nothing_is_imported_until_a_name_is_asked_for() -> None:
     code = (
         "import sys\n"
-        "from graphprune import registry\n"
+        "from graphprune.pipeline import registry\n"
         "from graphprune.pipeline.pipeline import Pipeline\n"
         "names = registry.names()\n"
         "loaded = [m for m in sys.modules if m.startswith('graphprune.passes.')]\n"

@@ -7,11 +7,15 @@ import pytest
 from rich.console import Console
 
 from graphprune.errors import UsageError
-from graphprune.pipeline.report import PassRecord, Report, Size
+from graphprune.pipeline.report import PassRecord, ProgramSize, Report
 
 
 def report() -> Report:
-    before, between, after = Size(1_000_000, 4096), Size(750_000, 4096), Size(700_000, 2048)
+    before, between, after = (
+        ProgramSize(1_000_000, 4096),
+        ProgramSize(750_000, 4096),
+        ProgramSize(700_000, 2048),
+    )
     return Report(
         pipeline="prune{ratio=0.25},merge-kv-heads{groups=2},verify",
         before=before,

@@ -25,7 +25,7 @@ from graphprune.backends.onnx.lower_attention import OPSETS, Choice, Target, che
 from graphprune.backends.onnx.parity import QUICK, Comparison, Protocol, compare
 from graphprune.errors import BackendError, UsageError, first_line
 from graphprune.io.atomic import staged_file
-from graphprune.io.progress import Maker, counted, maker
+from graphprune.io.progress import DisplayFactory, display_factory, progress_bar
 from graphprune.ir.program import Program
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def export(
     check: bool | Protocol = True,
     external_data: bool | None = None,
     overwrite: bool = False,
-    progress: bool | Maker = False,
+    progress: bool | DisplayFactory = False,
 ) -> OnnxReport:
     """Write `program` as an ONNX model.
 
@@ -162,14 +162,17 @@ def export(
     start = time.perf_counter()
     program = last_only(program) if logits == "last" else program
     names = dimension_names(program)
-    show = maker() if progress is True else (progress or None)
+    show = display_factory() if progress is True else (progress or None)
     stages = 3 if check else 2
     notes = list(program.notes)
     wanted = _parts(target)
     tried: list[frozenset[str]] = []
     failed: list[str] = []
     undone: tuple[Choice, ...] = ()
-    with staged_file(path, overwrite=overwrite) as staged, counted(show, "ONNX", stages) as advance:
+    with (
+        staged_file(path, overwrite=overwrite) as staged,
+        progress_bar(show, "ONNX", stages) as advance,
+    ):
         for fused in _attempts(wanted):
             form, choices = program, tuple[Choice, ...]()
             if target is not None and "attention" in fused:

@@ -45,7 +45,7 @@ from graphprune.backends.onnx.runtime.genai_config import genai_config
 from graphprune.backends.onnx.weights import MODEL, held_weights, weights_beside
 from graphprune.errors import BackendError, CheckpointError, ParityError, first_line
 from graphprune.io.atomic import as_json, staged_directory
-from graphprune.io.progress import Maker
+from graphprune.io.progress import DisplayFactory
 from graphprune.ir.program import Program
 from graphprune.plan.plan import Plan
 
@@ -136,7 +136,7 @@ def write(
     opset: int | None = None,
     logits: Literal["all", "last"] = "all",
     check: bool = True,
-    progress: bool | Maker = False,
+    progress: bool | DisplayFactory = False,
 ) -> OnnxReport:
     """Write `program` as a package.
 

@@ -23,7 +23,7 @@ from graphprune.calibration.data import Calibration
 from graphprune.calibration.layerwise import Run, segments, unpadded
 from graphprune.calibration.statistics import damped
 from graphprune.errors import CalibrationError
-from graphprune.io.progress import Track, silent
+from graphprune.io.progress import Progress, no_progress
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import module_path
 from graphprune.plan.plan import Order
@@ -91,7 +91,7 @@ def align(
     *,
     similar: bool = True,
     damp: float = 0.01,
-    track: Track = silent,
+    track: Progress = no_progress,
 ) -> Aligned:
     """Make the KV heads of every group of `chosen` equal.
 
