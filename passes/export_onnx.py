@@ -87,7 +87,7 @@ class ExportOnnx(Pass):
 
     def run(self, program: Program, context: Context) -> Outcome:
         """Write the file, and return `program` as it is."""
-        from graphprune.backends.onnx import package as onnx_package
+        from graphprune.backends.onnx.package import write_package
 
         path = context.path(self.path)
         options: dict[str, Any] = {
@@ -100,7 +100,7 @@ class ExportOnnx(Pass):
             if path.suffix == ".onnx":
                 report = program.export_onnx(path, **options)
             else:
-                report = onnx_package.write(program, path, plan=context.plan_so_far, **options)
+                report = write_package(program, path, plan=context.plan_so_far, **options)
         details: dict[str, Any] = {"path": self.path, "opset": report.opset}
         if self.target is not None:
             details |= {"target": self.target, "attention": dict(report.attention)}

@@ -39,9 +39,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 import graphprune as gp
-from graphprune.backends.onnx import package as onnx_package
-from graphprune.backends.onnx import session as ort
+from graphprune.backends.onnx.package import read_package, verify_package, write_package
 from graphprune.backends.onnx.runtime.decoder import Batch, layout_of
+from graphprune.backends.onnx.session import CPU, open_session, provider_name
 from graphprune.errors import BackendError, GraphPruneError, first_line
 from graphprune.frontend.capture import capture
 
@@ -116,7 +116,7 @@ def main(
         for name in dtypes.split(","):
             with tempfile.TemporaryDirectory() as folder:
                 try:
-                    measure(name, size, ort.provider_name(provider), Path(folder), console, note)
+                    measure(name, size, provider_name(provider), Path(folder), console, note)
                 except GraphPruneError as error:
                     note(kind="failure", dtype=name, what=str(error))
         for by, products in (("torch", sparse_products), ("TensorRT", tensorrt_products)):
@@ -152,7 +152,7 @@ def measure(
     for model, package in packages.items():
         note(kind="package", dtype=dtype, model=model, **_described(package))
         try:
-            ran = onnx_package.verify(package, provider=provider)
+            ran = verify_package(package, provider=provider)
             note(kind="parity", dtype=dtype, model=model, error=ran.max_relative_error,
                  checks=len(ran.errors), notes=list(ran.notes))  # fmt: skip
         except GraphPruneError as error:
@@ -164,7 +164,7 @@ def measure(
         memory = peak_memory(package, provider, size)
         note(kind="memory", dtype=dtype, model=model, bytes=memory)
     sessions = {
-        model: ort.open_session(onnx_package.read(package).model, provider)
+        model: open_session(read_package(package).model, provider)
         for model, package in runnable.items()
     }
     for batch in size.batches:
@@ -183,12 +183,12 @@ def _packages(
         if passes:
             text = passes.replace("GROUPS", str(size.heads // 4))
             program = gp.Pipeline.parse(text).run(wide, quiet=True).program
-        onnx_package.write(program, folder / name, target="cuda", check=False)
+        write_package(program, folder / name, target="cuda", check=False)
         yield name, folder / name
 
 
 def _described(package: Path) -> dict[str, Any]:
-    read = onnx_package.read(package)
+    read = read_package(package)
     forms = Counter(form.partition(":")[0] for form in read.attention.values())
     size = sum(path.stat().st_size for path in package.glob(f"{read.model.name}*"))
     program = gp.load(package)
@@ -197,7 +197,7 @@ def _described(package: Path) -> dict[str, Any]:
 
 def _opens(package: Path, provider: str) -> bool:
     try:
-        ort.open_session(onnx_package.read(package).model, provider)
+        open_session(read_package(package).model, provider)
     except BackendError:
         return False
     return True
@@ -216,9 +216,9 @@ def placement(package: Path, provider: str) -> dict[str, Any]:
         options.profile_file_prefix = str(Path(folder) / "profile")
         options.log_severity_level = 4
         session = onnxruntime.InferenceSession(
-            str(onnx_package.read(package).model),
+            str(read_package(package).model),
             options,
-            providers=list(dict.fromkeys([provider, ort.CPU])),
+            providers=list(dict.fromkeys([provider, CPU])),
         )
         batch = _batch(session, package, 1, 16)
         batch.prompt([[1, 2, 3]])
@@ -231,7 +231,7 @@ def placement(package: Path, provider: str) -> dict[str, Any]:
             seen[event["name"]] = (held["provider"], held["op_name"])
     by_provider = Counter(where for where, _ in seen.values())
     copies = sum(kind.startswith("Memcpy") for _, kind in seen.values())
-    hosted = Counter(kind for where, kind in seen.values() if where == ort.CPU)
+    hosted = Counter(kind for where, kind in seen.values() if where == CPU)
     return {"nodes": dict(by_provider), "copies": copies, "on_cpu": dict(hosted.most_common(12))}
 
 
@@ -247,7 +247,7 @@ def kernels(package: Path, provider: str) -> list[str]:
 
 def probe(package: str, provider: str) -> None:
     """A prompt and a token."""
-    session = ort.open_session(onnx_package.read(package).model, provider)
+    session = open_session(read_package(package).model, provider)
     batch = _batch(session, Path(package), 1, 64)
     batch.prompt([list(range(32))])
     batch.step([1])
@@ -311,7 +311,7 @@ def rates(
 
 
 def _batch(session: Any, package: Path, rows: int, capacity: int) -> Batch:
-    read = onnx_package.read(package)
+    read = read_package(package)
     shares = read.shares_buffers
     return Batch(
         session,
@@ -325,9 +325,9 @@ def _batch(session: Any, package: Path, rows: int, capacity: int) -> Batch:
 
 def peak_memory(package: Path, provider: str, size: Size) -> int | None:
     """Bytes of the GPU that are taken for the largest batch at the third longest past."""
-    if provider == ort.CPU or (before := _used()) is None:
+    if provider == CPU or (before := _used()) is None:
         return None
-    session = ort.open_session(onnx_package.read(package).model, provider)
+    session = open_session(read_package(package).model, provider)
     past = size.pasts[min(2, len(size.pasts) - 1)]
     try:
         batch = _batch(session, package, size.batches[-1], past + 8)
@@ -392,7 +392,7 @@ def tensorrt_products() -> Iterator[dict[str, Any]]:
         program.export_onnx(path, target="tensorrt", check=False)
         sessions = [
             onnxruntime.InferenceSession(
-                str(path), options, providers=[(_TENSORRT, {"trt_sparsity_enable": flag}), ort.CPU]
+                str(path), options, providers=[(_TENSORRT, {"trt_sparsity_enable": flag}), CPU]
             )
             for flag in ("0", "1")
         ]

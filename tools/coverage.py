@@ -42,7 +42,7 @@ from torch.fx import Node
 
 import graphprune as gp
 from graphprune.analysis.coupling import Coupling, Group
-from graphprune.backends.huggingface.save import loadability
+from graphprune.backends.huggingface.save import checkpoint_form
 from graphprune.frontend.capture import capture
 from graphprune.frontend.example_inputs import example_of
 from graphprune.ir.program import PRESENT, Program
@@ -255,7 +255,7 @@ def _reload(program: Program, coupling: Coupling) -> str:
         sizes = {group.name: group.size for group in coupling.groups}
         plan = Plan((Step(program.fingerprint(), tuple(_cut(g, sizes, chosen) for g in wanted)),))
         pruned = gp.apply(program, plan)
-        found = loadability(pruned)
+        found = checkpoint_form(pruned)
         if found.kind == "none":
             why = found.reason
             continue

@@ -49,7 +49,7 @@ _KINDS = {
     "remote-code": "a Hugging Face checkpoint that needs trust_remote_code=True",
     "none": "an archive that graphprune.load reads, since no Hugging Face checkpoint can hold it",
 }
-"""How the result of a pipeline is written, by `Loadability.kind`."""
+"""How the result of a pipeline is written, by `CheckpointForm.kind`."""
 
 app = typer.Typer(
     name="graphprune",
@@ -725,11 +725,11 @@ class _Spinner(Instrument):
 
 def _parity(directory: str, provider: str, progress: DisplayFactory | None, *, quiet: bool) -> None:
     """Run the model of an ONNX package beside its program, and print a line for each check."""
-    from graphprune.backends.onnx import package as onnx_package
-    from graphprune.backends.onnx import session as ort
+    from graphprune.backends.onnx.package import verify_package
+    from graphprune.backends.onnx.session import provider_name
 
     with _working(progress, f"running {directory}"):
-        ran = onnx_package.verify(directory, provider=ort.provider_name(provider))
+        ran = verify_package(directory, provider=provider_name(provider))
     if not quiet:
         for check, error in ran.errors.items():
             print(f"{check}: max relative error {error:.2e}")
@@ -794,10 +794,10 @@ def _plan(path: Path) -> Plan:
 
 def _write(program: Program, plan: Plan, folder: Path, progress: DisplayFactory | None) -> str:
     """Write checkpoint and plan into `folder`; return what kind of checkpoint it became."""
-    from graphprune.backends.huggingface import save as huggingface
+    from graphprune.backends.huggingface.save import checkpoint_form
 
     with _working(progress, "looking for a config"):
-        found = huggingface.loadability(program)
+        found = checkpoint_form(program)
     kind = _KINDS[found.kind]
     if found.kind != "plain":
         print(f"graphprune: writing {kind}: {found.reason}", file=sys.stderr)

@@ -245,11 +245,11 @@ class _Document:
 
 def _loads(program: Any) -> dict[str, str]:
     """Whether plain transformers loads the result: how it is written, and why."""
-    from graphprune.backends.huggingface.save import loadability
+    from graphprune.backends.huggingface.save import checkpoint_form
 
     if program.source is None:
         return {"kind": "none", "why": "it was not captured from a transformers model"}
-    found = loadability(program)
+    found = checkpoint_form(program)
     return {"kind": found.kind, "why": found.reason}
 
 

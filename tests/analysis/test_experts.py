@@ -25,7 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import graphprune as gp
 from graphprune.analysis.coupling import Coupling
-from graphprune.backends.huggingface.save import loadability
+from graphprune.backends.huggingface.save import checkpoint_form
 from graphprune.calibration.data import Calibration
 from graphprune.criteria import CRITERIA, ScoringContext, criterion
 from graphprune.criteria.base import check_scores
@@ -264,7 +264,7 @@ def test_a_decoder_of_fewer_modules_is_loaded_by_plain_transformers(tmp_path: Pa
     with torch.no_grad():
         assert relative_error(masked(**inputs).logits, pruned(**inputs)["logits"]) <= 1e-5
 
-    assert dict(loadability(pruned).changes) == {"num_experts": 3}
+    assert dict(checkpoint_form(pruned).changes) == {"num_experts": 3}
     pruned.save_pretrained(tmp_path / "small")
     small = LoopedForCausalLM.from_pretrained(tmp_path / "small").eval()
     assert len(small.model.layers[0].mlp.experts) == 3
@@ -340,7 +340,7 @@ def test_a_pipeline_prunes_them_and_what_is_in_them() -> None:
     assert {cut.role for cut in result.plan.steps[0].cuts} == {"ffn"}
     assert [cut.count for cut in result.plan.steps[1].cuts] == [2, 2]
     changes = {"num_experts": 2, "intermediate_size": 9}
-    assert dict(loadability(result.program).changes) == changes
+    assert dict(checkpoint_form(result.program).changes) == changes
 
 
 class Unpacked(nn.Module):

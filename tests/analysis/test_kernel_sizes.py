@@ -20,7 +20,7 @@ from graphprune.analysis.kernel_sizes import (
     query_group_hints,
     speed_hints,
 )
-from graphprune.backends.onnx.lower_attention import Target
+from graphprune.backends.onnx.attention_forms import Target
 from graphprune.passes.merge_kv_heads import MergeKvHeads
 from graphprune.passes.prune import Prune
 from graphprune.report.overview import hint_lines

@@ -469,10 +469,10 @@ def test_what_no_checkpoint_can_hold_is_archived_with_the_reason(
 
 
 def refuse_checkpoints(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
-    from graphprune.backends.huggingface import save as huggingface
+    from graphprune.backends.huggingface import save
 
-    none = huggingface.Loadability("none", reason)
-    monkeypatch.setattr(huggingface, "loadability", lambda _: none)
+    none = save.CheckpointForm("none", reason)
+    monkeypatch.setattr(save, "checkpoint_form", lambda _: none)
 
 
 # -- refusing -----------------------------------------------------------------------------------

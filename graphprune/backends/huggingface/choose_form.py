@@ -43,7 +43,7 @@ _TRIES = 6
 
 
 @dataclass(frozen=True)
-class Loadability:
+class CheckpointForm:
     """How a program can be written as a Hugging Face directory.
 
     Parameters
@@ -80,23 +80,23 @@ class Loadability:
 
 
 @dataclass(frozen=True)
-class Decided:
+class ChosenForm:
     """The answer, the program with its norms folded, and a model that holds its weights.
 
     There is no model where there is no way, or no weights.
     """
 
-    loadability: Loadability
+    form: CheckpointForm
     program: Program
     model: Any = None
 
 
-def decide(program: Program) -> Decided:
+def choose_form(program: Program) -> ChosenForm:
     """Find out how `program` can be written, and make the model that proves it."""
     source = program.source
     if source is None:
         why = "it was not captured from a transformers model"
-        return Decided(Loadability("none", why), program)
+        return ChosenForm(CheckpointForm("none", why), program)
     base_class = getattr(source.model_class, "graphprune_base", source.model_class)
     builder = Builder(source.config, base_class)
     with quiet():
@@ -104,12 +104,12 @@ def decide(program: Program) -> Decided:
     try:
         folded, norms = fold(program)
     except BackendError as error:
-        return Decided(Loadability("none", str(error)), program)
+        return ChosenForm(CheckpointForm("none", str(error)), program)
     with quiet():
-        return _Decision(folded, norms, builder).take()
+        return _FormSearch(folded, norms, builder).take()
 
 
-class _Decision:
+class _FormSearch:
     """Tries plain configs first, then a config for each layer; keeps the first reason of each."""
 
     def __init__(self, program: Program, norms: tuple[Folded, ...], builder: Builder) -> None:
@@ -118,22 +118,22 @@ class _Decision:
         self.builder = builder
         self.base_class = builder.model_class
         self.target = needed_sizes(program, derived=True)
-        self.notes: tuple[str, ...] = ()
         self._types: Types | None = None
-        if without_values(program):
-            self.notes = ("only sizes were compared: the program has no weights",)
+        self.sizes_only = without_values(program)
+        only = "only sizes were compared: the program has no weights"
+        self.notes = (only,) if self.sizes_only else ()
 
-    def take(self) -> Decided:
-        decided, reason = self._plain()
-        if decided is not None:
-            return decided
-        decided, other = self._layered(reason)
-        decided = decided or self._resized(reason)
-        if decided is not None:
-            return decided
-        return Decided(Loadability("none", other or reason), self.program)
+    def take(self) -> ChosenForm:
+        chosen, reason = self._plain()
+        if chosen is not None:
+            return chosen
+        chosen, other = self._layered(reason)
+        chosen = chosen or self._resized(reason)
+        if chosen is not None:
+            return chosen
+        return ChosenForm(CheckpointForm("none", other or reason), self.program)
 
-    def _plain(self) -> tuple[Decided | None, str]:
+    def _plain(self) -> tuple[ChosenForm | None, str]:
         reason = ""
         search = Search(self.builder, self.target, {}, self._unit_sizes)
         for changes in itertools.islice(search.solutions(), _TRIES):
@@ -144,13 +144,13 @@ class _Decision:
             changes = changes | epsilon
             model, why = self._prove(self.builder.config(changes))
             if not why:
-                return Decided(
-                    Loadability("plain", "", changes, notes=self.notes), self.program, model
+                return ChosenForm(
+                    CheckpointForm("plain", "", changes, notes=self.notes), self.program, model
                 ), ""
             reason = reason or why
         return None, reason or search.reason
 
-    def _layered(self, reason: str) -> tuple[Decided | None, str]:
+    def _layered(self, reason: str) -> tuple[ChosenForm | None, str]:
         if not self.base_class.__module__.startswith("transformers."):
             return None, reason
         first = ""
@@ -164,16 +164,16 @@ class _Decision:
                 attributes = {} if epsilon is not None else self._attributes(changes)
             except BackendError as error:
                 return None, str(error)
-            found = Loadability(
+            found = CheckpointForm(
                 "remote-code", reason, changes, layers, attributes=attributes, notes=self.notes
             )
-            decided, why = self._prove_layers(found)
-            if decided is not None:
-                return decided, ""
+            chosen, why = self._prove_layers(found)
+            if chosen is not None:
+                return chosen, ""
             first = first or why
         return None, first or search.reason
 
-    def _resized(self, reason: str) -> Decided | None:
+    def _resized(self, reason: str) -> ChosenForm | None:
         """The model of the config as it was, with some weights and numbers of other sizes."""
         if not self.base_class.__module__.startswith("transformers."):
             return None
@@ -183,7 +183,7 @@ class _Decision:
         if not shapes or any(len(before.get(n, ())) != len(after[n]) for n in shapes):
             return None
         try:
-            found = Loadability(
+            found = CheckpointForm(
                 "remote-code",
                 reason,
                 shapes=shapes,
@@ -194,9 +194,9 @@ class _Decision:
         except BackendError:
             return None
 
-    def _prove_resized(self, found: Loadability) -> Decided | None:
-        if self.notes:
-            return Decided(found, self.program)
+    def _prove_resized(self, found: CheckpointForm) -> ChosenForm | None:
+        if self.sizes_only:
+            return ChosenForm(found, self.program)
         found, model = self._with_buffers(found)
         layers = of_layers(self.program, model, found.shapes)
         search = AttributeSearch(self.program, self.builder.model({}), self._unit_sizes)
@@ -205,10 +205,10 @@ class _Decision:
             return None
         return self._prove_layers(dataclasses.replace(found, attributes=attributes))[0]
 
-    def _prove_layers(self, found: Loadability) -> tuple[Decided | None, str]:
+    def _prove_layers(self, found: CheckpointForm) -> tuple[ChosenForm | None, str]:
         """`found`, completed by buffers and numbers that the model would compute otherwise."""
-        if self.notes:
-            return Decided(found, self.program), ""
+        if self.sizes_only:
+            return ChosenForm(found, self.program), ""
         try:
             found, model = self._with_buffers(found)
             why = difference(self.program, model)
@@ -220,9 +220,9 @@ class _Decision:
                 why = difference(self.program, model) and why
         except BackendError as error:
             return None, str(error)
-        return (None, why) if why else (Decided(found, self.program, model), "")
+        return (None, why) if why else (ChosenForm(found, self.program, model), "")
 
-    def _with_buffers(self, found: Loadability) -> tuple[Loadability, Any]:
+    def _with_buffers(self, found: CheckpointForm) -> tuple[CheckpointForm, Any]:
         """`found` with the buffers that its model would compute otherwise, and the model."""
         model = self._pruned_model(found)
         buffers = {
@@ -234,7 +234,7 @@ class _Decision:
         found = dataclasses.replace(found, buffers={**found.buffers, **buffers})
         return found, self._pruned_model(found)
 
-    def _pruned_model(self, found: Loadability) -> Any:
+    def _pruned_model(self, found: CheckpointForm) -> Any:
         config = self.builder.config(found.changes)
         config.graphprune = {
             "layers": found.layers,
@@ -244,7 +244,7 @@ class _Decision:
         }
         return model_of(self.program, config, pruned_class(self.base_class))
 
-    def _as_before(self, found: Loadability, model: Any) -> dict[str, dict[str, float]]:
+    def _as_before(self, found: CheckpointForm, model: Any) -> dict[str, dict[str, float]]:
         before = _numbers(self.builder.model({}))
         attributes = {path: dict(inner) for path, inner in found.attributes.items()}
         for (path, name), value in _numbers(model).items():
@@ -254,7 +254,7 @@ class _Decision:
         return attributes
 
     def _prove(self, config: Any) -> tuple[Any, str]:
-        if self.notes:
+        if self.sizes_only:
             return None, ""
         try:
             model = model_of(self.program, config, self.base_class)

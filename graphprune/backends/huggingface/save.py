@@ -12,23 +12,23 @@ from os import PathLike
 
 import torch
 
-from graphprune.backends.huggingface.choose_form import Loadability, decide
+from graphprune.backends.huggingface.choose_form import CheckpointForm, choose_form
 from graphprune.backends.huggingface.files import write
 from graphprune.errors import BackendError, UsageError
 from graphprune.io.atomic import staged_directory
 from graphprune.ir.program import Program
 
-__all__ = ["Loadability", "loadability", "save_pretrained"]
+__all__ = ["CheckpointForm", "checkpoint_form", "save_pretrained"]
 
 
-def loadability(program: Program) -> Loadability:
+def checkpoint_form(program: Program) -> CheckpointForm:
     """How `program` can be written as a Hugging Face directory; nothing is written.
 
     The answer is proven: a model built from the new config and the program's weights (shared, not
     copied) gives the program's outputs on random inputs. Without weights (on the meta device) only
     the sizes are compared, and a note says so.
     """
-    return decide(program).loadability
+    return choose_form(program).form
 
 
 def save_pretrained(
@@ -59,13 +59,13 @@ def save_pretrained(
     """
     cast = _floating(dtype)
     with staged_directory(directory) as staged, torch.no_grad():
-        decided = decide(program)
-        if decided.loadability.kind == "none":
-            reason = decided.loadability.reason
+        chosen = choose_form(program)
+        if chosen.form.kind == "none":
+            reason = chosen.form.reason
             raise BackendError(f"no Hugging Face checkpoint can hold this program: {reason}")
-        if decided.model is None:
+        if chosen.model is None:
             raise BackendError("the program has no weights to write: it was captured on meta")
-        write(decided.program, decided.model, staged, cast)
+        write(chosen.program, chosen.model, staged, cast)
 
 
 def _floating(dtype: str | torch.dtype | None) -> torch.dtype | None:

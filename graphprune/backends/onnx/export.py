@@ -16,13 +16,14 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from graphprune.backends.onnx import session as ort
+from graphprune.backends.onnx.attention_forms import OPSETS, AttentionForm, Target, check_target
 from graphprune.backends.onnx.convert import convert, simplify
 from graphprune.backends.onnx.dimension_names import apply_names, dimension_names
 from graphprune.backends.onnx.fuse_norms import as_checked, fuse_norms
 from graphprune.backends.onnx.last_logits import last_only
-from graphprune.backends.onnx.lower_attention import OPSETS, Choice, Target, check_target, lower
+from graphprune.backends.onnx.lower_attention import lower_attention
 from graphprune.backends.onnx.parity import QUICK, Comparison, Protocol, compare
+from graphprune.backends.onnx.session import check_opset
 from graphprune.errors import BackendError, UsageError, first_line
 from graphprune.io.atomic import staged_file
 from graphprune.io.progress import DisplayFactory, display_factory, progress_bar
@@ -158,7 +159,7 @@ def export(
             "the program's weights are on the meta device: there is nothing to write"
         )
     if check:
-        ort.check_opset(opset)
+        check_opset(opset)
     start = time.perf_counter()
     program = last_only(program) if logits == "last" else program
     names = dimension_names(program)
@@ -168,15 +169,15 @@ def export(
     wanted = _parts(target)
     tried: list[frozenset[str]] = []
     failed: list[str] = []
-    undone: tuple[Choice, ...] = ()
+    undone: tuple[AttentionForm, ...] = ()
     with (
         staged_file(path, overwrite=overwrite) as staged,
         progress_bar(show, "ONNX", stages) as advance,
     ):
         for fused in _attempts(wanted):
-            form, choices = program, tuple[Choice, ...]()
+            form, choices = program, tuple[AttentionForm, ...]()
             if target is not None and "attention" in fused:
-                form, choices = lower(program, target, opset, rotary="rotary" in fused)
+                form, choices = lower_attention(program, target, opset, rotary="rotary" in fused)
                 undone = choices
                 if all(choice.positions is None for choice in choices):
                     fused -= {"rotary"}
@@ -204,7 +205,9 @@ def export(
             verb = "are" if what == "norms" or len(lost) > 1 else "is"
             notes.append(f"{what} {verb} not fused: {failed[-1]}")
         if not choices:
-            choices = tuple(Choice(c.module, "decomposed", f"{c.form} failed") for c in undone)
+            choices = tuple(
+                AttentionForm(c.module, "decomposed", f"{c.form} failed") for c in undone
+            )
         notes += _limits(choices)
         size = sum(entry.stat().st_size for entry in staged.parent.iterdir())
     operators = Counter(
@@ -256,7 +259,7 @@ def _written(
     return model
 
 
-def _limits(choices: Sequence[Choice]) -> list[str]:
+def _limits(choices: Sequence[AttentionForm]) -> list[str]:
     """What a graph with GroupQueryAttention does not take, for people."""
     if all(choice.form != "gqa" for choice in choices):
         return []

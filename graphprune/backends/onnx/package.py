@@ -32,16 +32,16 @@ from typing import Any, Literal
 import torch
 
 from graphprune.backends.archive import archive
-from graphprune.backends.huggingface import choose_form as hf_decide
-from graphprune.backends.huggingface import files as hf_files
+from graphprune.backends.huggingface.choose_form import choose_form
+from graphprune.backends.huggingface.files import write_config, write_generation_config
 from graphprune.backends.huggingface.model import quiet
-from graphprune.backends.onnx import session as ort
+from graphprune.backends.onnx.attention_forms import Target
 from graphprune.backends.onnx.dimension_names import dimension_names
 from graphprune.backends.onnx.export import OnnxReport, export
 from graphprune.backends.onnx.last_logits import last_only
-from graphprune.backends.onnx.lower_attention import Target
 from graphprune.backends.onnx.parity import FULL, SHARED, Comparison, compare
 from graphprune.backends.onnx.runtime.genai_config import genai_config
+from graphprune.backends.onnx.session import CPU, provider_name, tolerance
 from graphprune.backends.onnx.weights import MODEL, held_weights, weights_beside
 from graphprune.errors import BackendError, CheckpointError, ParityError, first_line
 from graphprune.io.atomic import as_json, staged_directory
@@ -101,11 +101,11 @@ class Package:
 
 
 def is_package(directory: str | PathLike[str]) -> bool:
-    """Whether `directory` looks like one that `write` wrote."""
+    """Whether `directory` looks like one that `write_package` wrote."""
     return (Path(directory) / PARITY).is_file() and (Path(directory) / MODEL).is_file()
 
 
-def read(directory: str | PathLike[str]) -> Package:
+def read_package(directory: str | PathLike[str]) -> Package:
     """What the package in `directory` says of itself.
 
     Raises
@@ -127,7 +127,7 @@ def read(directory: str | PathLike[str]) -> Package:
         raise CheckpointError(f"{folder / PARITY} is damaged: {first_line(error)}") from error
 
 
-def write(
+def write_package(
     program: Program,
     directory: str | PathLike[str],
     *,
@@ -190,7 +190,7 @@ def write(
             "format": _FORMAT,
             "version": _VERSION,
             "target": target,
-            "provider": ort.provider_name(_PROVIDERS[target]),
+            "provider": provider_name(_PROVIDERS[target]),
             "dtype": str(program.outputs[0].dtype).removeprefix("torch."),
             "opset": report.opset,
             "padding": "right" if "gqa" in forms else "both",
@@ -198,7 +198,7 @@ def write(
             "attention": dict(report.attention),
             "operators": dict(report.operators),
             "parity": dict(report.parity),
-            "tolerance": ort.tolerance(program.outputs[0].dtype),
+            "tolerance": tolerance(program.outputs[0].dtype),
             "versions": _versions(),
             "notes": notes,
         }
@@ -208,7 +208,7 @@ def write(
     return dataclasses.replace(report, path=path, bytes=size, notes=tuple(notes))
 
 
-def verify(directory: str | PathLike[str], *, provider: str | None = None) -> Comparison:
+def verify_package(directory: str | PathLike[str], *, provider: str | None = None) -> Comparison:
     """Prove that the model of a package gives what its program gives, by the whole protocol.
 
     Parameters
@@ -234,9 +234,9 @@ def verify(directory: str | PathLike[str], *, provider: str | None = None) -> Co
     CheckpointError
         When the package is damaged.
     """
-    package = read(directory)
+    package = read_package(directory)
     program = archive.load(package.directory, weights_beside(package.directory))
-    names, provider = dimension_names(program), provider or ort.CPU
+    names, provider = dimension_names(program), provider or CPU
     counts = package.padding == "right"
     try:
         return compare(
@@ -274,14 +274,14 @@ def _write_config(program: Program, folder: Path) -> list[str]:
     """Write the model's config with its new sizes; returns what is to be said of it."""
     if program.source is None:
         return []
-    decided = hf_decide.decide(program)
-    hf_files.write_generation_config(program.source, folder / "generation_config.json")
-    if decided.model is not None:
-        hf_files.write_config(decided.model, folder)
+    chosen = choose_form(program)
+    write_generation_config(program.source, folder / "generation_config.json")
+    if chosen.model is not None:
+        write_config(chosen.model, folder)
         return []
     with quiet():
         program.source.config.to_json_file(folder / "config.json")
-    why = decided.loadability.reason
+    why = chosen.form.reason
     return [f"config.json has the sizes of the model that was loaded: {why}"]
 
 

@@ -16,7 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphprune.backends.onnx import session as ort
+from graphprune.backends.onnx.session import (
+    CPU,
+    Pair,
+    open_session,
+    positions,
+    sample_inputs,
+    sizes_for,
+    tolerance,
+)
 from graphprune.errors import ParityError
 from graphprune.ir.program import PAST, PRESENT, Program, caches_of
 
@@ -95,7 +103,7 @@ def compare(
     *,
     counts: bool = False,
     protocol: Protocol = QUICK,
-    provider: str = ort.CPU,
+    provider: str = CPU,
 ) -> Comparison:
     """Run the ONNX model at `path` and `program` on the same random inputs.
 
@@ -130,16 +138,16 @@ def compare(
         return Comparison(None, None, (note,))
     version = str(onnxruntime.__version__)
     values = (*program.inputs, *program.outputs)
-    if provider == ort.CPU and any(value.dtype == torch.bfloat16 for value in values):
+    if provider == CPU and any(value.dtype == torch.bfloat16 for value in values):
         return Comparison(None, version, ("not run: bfloat16 has no kernels on the CPU",))
-    pair = ort.Pair(program, ort.open_session(path, provider))
+    pair = Pair(program, open_session(path, provider))
     notes: tuple[str, ...] = ()
     if program.is_decoder and {"sequence", "past_sequence"} <= set(names.values()):
         notes = _Decoder(pair, names, protocol, counts).compare()
     else:
         for batch in (3, 1):
             pair.check = f"batch of {batch}"
-            pair.run(ort.sample_inputs(program, ort.sizes_for(program, names, batch)))
+            pair.run(sample_inputs(program, sizes_for(program, names, batch)))
     worst = max(pair.errors.values(), default=0.0)
     return Comparison(worst, version, notes, pair.errors, provider)
 
@@ -148,7 +156,7 @@ class _Decoder:
     """Runs a decoder and its model through a protocol."""
 
     def __init__(
-        self, pair: ort.Pair, names: Mapping[str, str], protocol: Protocol, counts: bool
+        self, pair: Pair, names: Mapping[str, str], protocol: Protocol, counts: bool
     ) -> None:
         self.pair = pair
         self.program = pair.program
@@ -157,7 +165,7 @@ class _Decoder:
         self.counts = counts
         self.logits = self.program.outputs[0].name
         longest = max(length for _, length in protocol.prompts)
-        self.room = ort.positions(self.program, names, longest + protocol.steps)
+        self.room = positions(self.program, names, longest + protocol.steps)
         self.length = min(longest, self.room - 3)
         """Of prompts that are padded, or that a chunk of three follows."""
         self.notes: list[str] = []
@@ -282,7 +290,7 @@ class _Decoder:
     def _greedy(self) -> None:
         """Tokens that each side chooses on its own."""
         length = min(5, self.room)
-        count = min(self.protocol.greedy, ort.positions(self.program, self.names, 512) - length)
+        count = min(self.protocol.greedy, positions(self.program, self.names, 512) - length)
         if self.program.outputs[0].dtype.is_floating_point and count > 0:
             self.pair.check = f"{count} tokens by choice"
             self._choose(self._sample(1, length, 0), length, count)
@@ -295,7 +303,7 @@ class _Decoder:
             if not torch.equal(*chosen):
                 best = last[0].topk(2).values[0]
                 gap = float(best[0] - best[1]) / float(last[0].abs().max())
-                if gap > 2 * ort.tolerance(last[0].dtype):
+                if gap > 2 * tolerance(last[0].dtype):
                     raise ParityError(
                         f"ONNX Runtime chooses token {int(chosen[1])} and the program "
                         f"{int(chosen[0])} ({self.pair.check}, step {step + 1})"
@@ -309,4 +317,4 @@ class _Decoder:
         sizes = {"batch": batch, "sequence": new, "past_sequence": past}
         sizes["total_sequence"] = past + new
         chosen = {symbol: sizes[name] for symbol, name in self.names.items()}
-        return ort.sample_inputs(self.program, chosen, past)
+        return sample_inputs(self.program, chosen, past)

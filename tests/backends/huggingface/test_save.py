@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from graphprune.backends.huggingface.layered import pruned_class
-from graphprune.backends.huggingface.save import loadability, save_pretrained
+from graphprune.backends.huggingface.save import checkpoint_form, save_pretrained
 from graphprune.backends.load import load
 from graphprune.errors import BackendError, OutputError, UsageError
 from graphprune.frontend.capture import capture
@@ -204,7 +204,7 @@ def test_eight_heads_of_width_eight_are_told_apart(changes: dict[str, int]) -> N
     config = copy.deepcopy(big.config)
     for field, value in changes.items():
         setattr(config, field, value)
-    found = loadability(sliced(big, type(big)(config).eval()))
+    found = checkpoint_form(sliced(big, type(big)(config).eval()))
     assert (found.kind, dict(found.changes)) == ("plain", changes)
 
 
@@ -247,7 +247,7 @@ def test_plain_directory_needs_no_graphprune(tmp_path: Path) -> None:
 def test_layers_of_different_size_need_no_graphprune(tmp_path: Path) -> None:
     layers = {"model.layers.1": {"intermediate_size": 80, "num_key_value_heads": 1}}
     program = uneven("llama", layers)
-    found = loadability(program)
+    found = checkpoint_form(program)
     assert found.kind == "remote-code"
     assert "model.layers.0" in found.reason
     assert {path: dict(sizes) for path, sizes in found.layers.items()} == layers
@@ -308,7 +308,7 @@ def pruned(name: str, pipeline: str) -> Program:
 
 def test_hidden_of_llama_is_plain(tmp_path: Path) -> None:
     program = pruned("llama", "prune{target=hidden ratio=0.25 criterion=l2}")
-    found = loadability(program)
+    found = checkpoint_form(program)
     assert found.kind == "plain"
     assert found.changes["hidden_size"] == 48
     assert found.changes["rms_norm_eps"] == pytest.approx(1e-6 * 64 / 48)
@@ -320,7 +320,7 @@ def test_hidden_of_llama_is_plain(tmp_path: Path) -> None:
 def test_hidden_of_gemma_keeps_what_is_not_rescaled(tmp_path: Path) -> None:
     # The norms of queries and keys share the epsilon's field; the embedding's scale is a buffer.
     program = pruned("gemma3", "prune{target=hidden ratio=0.25 criterion=l2}")
-    found = loadability(program)
+    found = checkpoint_form(program)
     assert found.kind == "remote-code"
     assert "epsilon" in found.reason
     assert found.attributes["model.norm"] == {"eps": pytest.approx(1e-6 * 64 / 48)}
@@ -332,7 +332,7 @@ def test_hidden_of_gemma_keeps_what_is_not_rescaled(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_pruned_rotary_pairs_need_their_own_frequencies(tmp_path: Path) -> None:
     program = pruned("llama", "prune{target=all ratio=0.25 criterion=l2}")
-    found = loadability(program)
+    found = checkpoint_form(program)
     assert found.kind == "remote-code"
     assert "inv_freq" in found.reason
     assert len(found.buffers["model.rotary_emb.inv_freq"]) == 6
@@ -345,7 +345,7 @@ def test_pruned_rotary_pairs_need_their_own_frequencies(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_sizes_that_no_field_sets_are_set_by_the_modelling_file(tmp_path: Path) -> None:
     program = pruned("bloom", "prune{target=ffn ratio=0.25 criterion=l2}")
-    found = loadability(program)
+    found = checkpoint_form(program)
     assert found.kind == "remote-code"
     assert "dense_h_to_4h" in found.reason
     assert found.shapes["transformer.h.1.mlp.dense_4h_to_h.weight"] == [64, 192]
@@ -358,7 +358,7 @@ def test_sizes_that_no_field_sets_are_set_by_the_modelling_file(tmp_path: Path) 
 @pytest.mark.slow
 def test_heads_that_the_code_counts_by_itself_need_shapes_only(tmp_path: Path) -> None:
     program = pruned("bert", "prune{target=kv-heads ratio=0.5 criterion=l2}")
-    assert loadability(program).kind == "remote-code"
+    assert checkpoint_form(program).kind == "remote-code"
     save_pretrained(program, tmp_path / "out")
     assert_reloads(program, tmp_path / "out", pruned_class(type(model("bert"))))
 
@@ -373,7 +373,7 @@ def test_refuses_what_no_config_can_say(
     name: str, pipeline: str, words: str, tmp_path: Path
 ) -> None:
     program = pruned(name, pipeline)
-    found = loadability(program)
+    found = checkpoint_form(program)
     assert found.kind == "none"
     assert words in found.reason
     assert "\n" not in found.reason
@@ -398,7 +398,9 @@ def test_leaves_an_occupied_directory_alone(tmp_path: Path) -> None:
 def test_without_weights_only_sizes_are_compared(tmp_path: Path) -> None:
     with torch.device("meta"):
         program = capture(transformers.LlamaForCausalLM(llama().config))
-    assert loadability(program).notes == ("only sizes were compared: the program has no weights",)
+    assert checkpoint_form(program).notes == (
+        "only sizes were compared: the program has no weights",
+    )
     with pytest.raises(BackendError, match="no weights to write"):
         save_pretrained(program, tmp_path / "out")
 

@@ -20,12 +20,11 @@ from byte_llama import byte_llama
 from torch import Tensor
 
 from graphprune.analysis.attention.recognize import read_attention
+from graphprune.backends.onnx import attention_forms, parity
 from graphprune.backends.onnx import export as backend
-from graphprune.backends.onnx import fuse_norms as onnx_fusions
-from graphprune.backends.onnx import lower_attention as onnx_attention
-from graphprune.backends.onnx import parity as onnx_parity
 from graphprune.backends.onnx.dimension_names import dimension_names
-from graphprune.backends.onnx.lower_attention import lower
+from graphprune.backends.onnx.fuse_norms import fuse_norms
+from graphprune.backends.onnx.lower_attention import lower_attention
 from graphprune.backends.onnx.session import relative_error
 from graphprune.errors import BackendError, UsageError
 from graphprune.frontend.capture import capture
@@ -147,7 +146,7 @@ def test_past_and_present_may_share_one_buffer(
 
 
 def test_an_unread_mask_takes_its_subgraph_along(llama: Program) -> None:
-    lowered, _ = lower(llama, "cpu", 20)
+    lowered, _ = lower_attention(llama, "cpu", 20)
     before, after = (
         {str(node.target) for node in program.graph.nodes} for program in (llama, lowered)
     )
@@ -159,7 +158,7 @@ def test_an_unread_mask_takes_its_subgraph_along(llama: Program) -> None:
 
 
 def forms(program: Program, target: Any, opset: int = 23) -> list[tuple[str, str]]:
-    return [(choice.form, choice.why) for choice in lower(program, target, opset)[1]]
+    return [(choice.form, choice.why) for choice in lower_attention(program, target, opset)[1]]
 
 
 @pytest.mark.parametrize(
@@ -186,7 +185,7 @@ def test_each_target_gets_the_best_form_that_it_has(
 def with_site(program: Program, **changes: Any) -> str:
     """Why GroupQueryAttention does not serve the first attention with `changes`."""
     site = dataclasses.replace(read_attention(program)[0], **changes)  # type: ignore[type-var]
-    return onnx_attention._not_gqa(site, "cpu", set())  # type: ignore[arg-type]
+    return attention_forms._not_gqa(site, "cpu", set())  # type: ignore[arg-type]
 
 
 def test_a_form_that_would_compute_something_else_is_refused() -> None:
@@ -198,12 +197,12 @@ def test_a_form_that_would_compute_something_else_is_refused() -> None:
     assert with_site(program, mask=bias) == "its mask is bias and padding"
     unpadded = dataclasses.replace(site.mask, padded=False)
     assert with_site(program, mask=unpadded) == "its mask takes no padding"
-    assert onnx_attention._not_gqa(site, "cuda", set()) == "no kernel of CUDA takes float32"
+    assert attention_forms._not_gqa(site, "cuda", set()) == "no kernel of CUDA takes float32"
     shared = {site.caches[0].joined}
-    assert onnx_attention._not_gqa(site, "cpu", shared) == "its cache is read elsewhere too"
+    assert attention_forms._not_gqa(site, "cpu", shared) == "its cache is read elsewhere too"
     capped = dataclasses.replace(site, softcap=5.0)
-    assert "differ in whether they cap" in onnx_attention._not_standard(capped, 23)
-    assert onnx_attention._not_mha(site) == "2 KV heads would have to be repeated"
+    assert "differ in whether they cap" in attention_forms._not_standard(capped, 23)
+    assert attention_forms._not_mha(site) == "2 KV heads would have to be repeated"
 
 
 def test_head_sizes_decide() -> None:
@@ -305,13 +304,13 @@ def test_a_fusion_that_changes_outputs_is_undone_and_reported(
     program = capture(byte_llama(num_hidden_layers=1))
 
     def wrong(program: Program, *args: Any, **options: Any) -> Any:
-        lowered, choices = lower(program, *args, **options)
+        lowered, choices = lower_attention(program, *args, **options)
         for node in lowered.graph.nodes:
             if "attr_floats" in node.kwargs:
                 node.update_kwarg("attr_floats", [2 * node.kwargs["attr_floats"][0]])
         return lowered, choices
 
-    monkeypatch.setattr(backend, "lower", wrong)
+    monkeypatch.setattr(backend, "lower_attention", wrong)
     report = backend.export(program, tmp_path / "model.onnx", target="cpu")
     assert GQA not in report.operators
     assert report.max_relative_error is not None
@@ -326,7 +325,7 @@ def test_norms_that_change_outputs_are_undone_and_attention_stays(
     program = capture(byte_llama(num_hidden_layers=1))
 
     def wrong(model: Any) -> int:
-        count = onnx_fusions.fuse_norms(model)
+        count = fuse_norms(model)
         for node in model.graph:
             if "epsilon" in node.attributes:
                 node.attributes["epsilon"] = onnx_ir.AttrFloat32("epsilon", 0.5)
@@ -343,9 +342,7 @@ def test_norms_that_change_outputs_are_undone_and_attention_stays(
 
 def test_norms_stay_as_they_are_where_there_are_no_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript.rewriter.ort_fusions", None)
-    assert (
-        onnx_fusions.fuse_norms(onnx_ir.Model(onnx_ir.Graph((), (), nodes=()), ir_version=8)) == 0
-    )
+    assert fuse_norms(onnx_ir.Model(onnx_ir.Graph((), (), nodes=()), ir_version=8)) == 0
 
 
 @pytest.mark.slow
@@ -355,7 +352,7 @@ def test_padded_rows_are_compared_with_each_row_alone(tmp_path: Path) -> None:
     backend.export(program, path, check=False)
     names = dimension_names(program)
     with pytest.raises(BackendError, match="differs from the program in logits"):
-        onnx_parity.compare(program, path, names, counts=True)
+        parity.compare(program, path, names, counts=True)
 
 
 def test_a_half_precision_program_is_written_for_cuda_and_compared_on_the_cpu(
@@ -401,8 +398,8 @@ def test_an_opset_that_onnx_runtime_does_not_read_is_refused(tmp_path: Path) -> 
 def test_the_cpu_takes_no_bfloat16() -> None:
     program = capture(byte_llama(num_hidden_layers=1).bfloat16())
     with pytest.raises(BackendError, match="no kernels for bfloat16"):
-        onnx_attention.check_target(program, "cpu", 23)
-    onnx_attention.check_target(program, "cuda", 20)
+        attention_forms.check_target(program, "cpu", 23)
+    attention_forms.check_target(program, "cuda", 20)
 
 
 def test_the_pass_hands_the_target_on(tmp_path: Path) -> None:

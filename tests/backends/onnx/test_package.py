@@ -18,8 +18,8 @@ from torch import nn
 
 import graphprune as gp
 from graphprune import reference
-from graphprune.backends.onnx import package as onnx_package
 from graphprune.backends.onnx.last_logits import last_only
+from graphprune.backends.onnx.package import read_package, verify_package, write_package
 from graphprune.backends.onnx.parity import REFUSED, SHARED
 from graphprune.backends.onnx.runtime.genai_config import genai_config
 from graphprune.cli import main as cli
@@ -56,7 +56,7 @@ def result(original: Program) -> Result:
 @pytest.fixture(scope="module")
 def package(result: Result, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("package") / "out"
-    onnx_package.write(result.program, folder, plan=result.plan, target="cpu")
+    write_package(result.program, folder, plan=result.plan, target="cpu")
     return folder
 
 
@@ -98,7 +98,7 @@ def test_the_record_names_every_check_and_version(package: Path) -> None:
     assert 0 < max(record["parity"].values()) < 1e-5
     assert record["versions"].keys() >= {"graphprune", "torch", "onnx", "transformers"}
     assert REFUSED in record["notes"]
-    found = onnx_package.read(package)
+    found = read_package(package)
     assert (found.padding, found.shares_buffers, found.target) == ("right", True, "cpu")
 
 
@@ -122,7 +122,7 @@ def test_its_config_has_the_sizes_that_are_left(package: Path) -> None:
 
 
 def test_parity_is_proven_again(package: Path) -> None:
-    ran = onnx_package.verify(package)
+    ran = verify_package(package)
     assert set(ran.errors) == {*CHECKS, SHARED}
     assert ran.max_relative_error is not None
     assert ran.max_relative_error < 1e-5
@@ -156,63 +156,63 @@ def test_a_model_that_was_changed_is_refused_and_the_blame_is_said(copied: Path)
     scale.f *= 1.5
     onnx.save(model, copied / "model.onnx")
     with pytest.raises(ParityError) as caught:
-        onnx_package.verify(copied)
+        verify_package(copied)
     assert "(prompt of 1 x 3)" in str(caught.value)
     assert "without fused operators the largest error is" in str(caught.value)
 
 
 def test_a_provider_that_is_not_here_is_refused(package: Path) -> None:
     with pytest.raises(BackendError, match="NoSuchProvider"):
-        onnx_package.verify(package, provider="NoSuchProvider")
+        verify_package(package, provider="NoSuchProvider")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the provider runs here")
 def test_a_provider_that_would_fall_back_is_refused(package: Path) -> None:
     with pytest.raises(BackendError, match="CUDAExecutionProvider does not run here"):
-        onnx_package.verify(package, provider="CUDAExecutionProvider")
+        verify_package(package, provider="CUDAExecutionProvider")
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "parity.json", "graph.json"])
 def test_a_missing_file_is_named(copied: Path, name: str) -> None:
     (copied / name).unlink()
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
-        onnx_package.verify(copied)
+        verify_package(copied)
 
 
 def test_a_damaged_record_is_named(copied: Path) -> None:
     (copied / "parity.json").write_text('{"format": "graphprune-onnx", "version": 1}')
     with pytest.raises(CheckpointError, match=r"parity\.json is damaged"):
-        onnx_package.read(copied)
+        read_package(copied)
 
 
 def test_a_directory_in_use_is_left_as_it_was(result: Result, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(OutputError, match="is not empty"):
-        onnx_package.write(result.program, tmp_path)
+        write_package(result.program, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_left_padding_is_right_where_no_operator_counts(tmp_path: Path) -> None:
     program = capture(byte_llama())
-    onnx_package.write(program, tmp_path / "out", target="portable")
-    record = onnx_package.read(tmp_path / "out")
+    write_package(program, tmp_path / "out", target="portable")
+    record = read_package(tmp_path / "out")
     assert (record.padding, record.shares_buffers) == ("both", False)
     assert record.parity["padded on the left"] < 1e-5
     assert SHARED not in record.parity
 
 
 def test_what_is_no_decoder_has_no_genai_config(tmp_path: Path) -> None:
-    report = onnx_package.write(program_of("bert"), tmp_path / "out", target="cpu")
+    report = write_package(program_of("bert"), tmp_path / "out", target="cpu")
     assert "no genai_config.json: it is not a decoder with a cache" in report.notes
     assert not (tmp_path / "out" / "genai_config.json").exists()
-    assert set(onnx_package.verify(tmp_path / "out").errors) == {"batch of 3", "batch of 1"}
+    assert set(verify_package(tmp_path / "out").errors) == {"batch of 3", "batch of 1"}
 
 
 def test_any_module_becomes_a_package(tmp_path: Path) -> None:
     module = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     program = capture(module, example_inputs=(torch.randn(2, 8),))
-    onnx_package.write(program, tmp_path / "out")
-    assert onnx_package.verify(tmp_path / "out").max_relative_error is not None
+    write_package(program, tmp_path / "out")
+    assert verify_package(tmp_path / "out").max_relative_error is not None
     assert not (tmp_path / "out" / "config.json").exists()
 
 
@@ -267,7 +267,7 @@ def test_a_package_of_last_logits_generates_the_same(target: Any, tmp_path: Path
     program = capture(byte_llama(num_hidden_layers=1))
     found = []
     for logits in ("all", "last"):
-        onnx_package.write(program, tmp_path / logits, target=target, logits=logits)  # type: ignore[arg-type]
+        write_package(program, tmp_path / logits, target=target, logits=logits)  # type: ignore[arg-type]
         runner = gp.OnnxRunner(tmp_path / logits)
         runner.ends = frozenset()
         prompts = [[72, 101, 108], [7, 250, 31, 0, 5, 9]]

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from graphprune.backends.onnx.attention_forms import Target
 from graphprune.backends.onnx.dimension_names import output_names
-from graphprune.backends.onnx.lower_attention import Target
 from graphprune.ir.program import PAST, PRESENT, Program
 
 _INPUTS = ("input_ids", "attention_mask")

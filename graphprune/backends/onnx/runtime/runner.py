@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 import torch
 
-from graphprune.backends.onnx import package as onnx_package
-from graphprune.backends.onnx import session as ort
+from graphprune.backends.onnx.package import read_package
 from graphprune.backends.onnx.runtime.decoder import CUDA, Batch, layout_of
 from graphprune.backends.onnx.runtime.limits import limits_of
 from graphprune.backends.onnx.runtime.sampling import Sampling, Text
+from graphprune.backends.onnx.session import open_session, provider_name
 from graphprune.calibration.data import load_tokenizer
 from graphprune.errors import CheckpointError, UsageError
 
@@ -146,14 +146,14 @@ class OnnxRunner:
         threads: int | None = None,
         static: bool = False,
     ) -> None:
-        self.package = onnx_package.read(directory)
+        self.package = read_package(directory)
         if static and not self.package.shares_buffers:
             raise UsageError(
                 f"static shapes take past and present in one buffer: {directory} keeps them apart"
             )
-        wanted = ort.provider_name(provider or self.package.provider)
+        wanted = provider_name(provider or self.package.provider)
         graphs = {"enable_cuda_graph": "1"} if static and wanted == CUDA else None
-        self.session = ort.open_session(self.package.model, wanted, threads, graphs)
+        self.session = open_session(self.package.model, wanted, threads, graphs)
         self.layout = layout_of(self.session)
         self.static = static
         self.provider = str(self.session.get_providers()[0])

@@ -17,7 +17,7 @@ import torch
 
 import graphprune as gp
 from graphprune import reference
-from graphprune.backends.onnx import package as onnx_package
+from graphprune.backends.onnx.package import write_package
 
 INTERPRETER = os.environ.get("GRAPHPRUNE_GENAI", "")
 PROMPTS = [[5, 6, 7, 8, 9], [11, 12, 13], [400]]
@@ -52,7 +52,7 @@ def test_it_generates_the_tokens_of_the_program(target: str | None, tmp_path: Pa
         "prune{target=ffn ratio=0.25 criterion=l2},merge-kv-heads{groups=2 skip=model.layers.0.*}"
     )
     result = gp.Pipeline.parse(passes).run(gp.load(reference.checkpoint_dir()), quiet=True)
-    onnx_package.write(result.program, tmp_path / "out", target=target, plan=result.plan)
+    write_package(result.program, tmp_path / "out", target=target, plan=result.plan)
     expected = []
     # What is padded on the right is right where attention counts a mask's ones.
     prompts = PROMPTS if target == "cpu" else PROMPTS[:1]

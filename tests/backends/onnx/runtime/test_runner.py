@@ -17,8 +17,8 @@ import torch
 from byte_llama import byte_llama, byte_tokenizer
 
 import graphprune as gp
-from graphprune.backends.onnx import package as onnx_package
-from graphprune.backends.onnx import session as ort
+from graphprune.backends.onnx.package import write_package
+from graphprune.backends.onnx.runtime import runner as runtime
 from graphprune.backends.onnx.runtime.decoder import CUDA, Batch, layout_of
 from graphprune.backends.onnx.runtime.limits import limits_of
 from graphprune.backends.onnx.runtime.runner import OnnxRunner
@@ -47,7 +47,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             says_that_it_keeps_them_apart(made)
         else:
             targets = {"shared": "cpu", "portable": "portable", "plain": None}
-            onnx_package.write(program, made, target=targets[name], check=False)
+            write_package(program, made, target=targets[name], check=False)
         return made
 
     return package
@@ -115,7 +115,7 @@ def test_each_row_gets_the_tokens_that_it_gets_alone(
 @pytest.mark.slow
 def test_half_precision_runs_where_it_is_asked_to(tmp_path: Path) -> None:
     half = capture(byte_llama(num_key_value_heads=2, num_hidden_layers=1).half())
-    onnx_package.write(half, tmp_path / "out", target="cuda", check=False)
+    write_package(half, tmp_path / "out", target="cuda", check=False)
     found = {}
     for static in (False, True):
         runner = OnnxRunner(tmp_path / "out", provider="cpu", static=static)
@@ -309,7 +309,7 @@ def test_graphs_are_asked_of_cuda_where_shapes_are_static(
         asked.append((provider, *rest))
         raise BackendError("no GPU")
 
-    monkeypatch.setattr(ort, "open_session", open_session)
+    monkeypatch.setattr(runtime, "open_session", open_session)
     for static in (False, True):
         with pytest.raises(BackendError, match="no GPU"):
             OnnxRunner(packages("shared"), provider="cuda", static=static)
