@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from graphprune.backends.archive import archive
-from graphprune.backends.huggingface.layered import FILE, modelling_text, pruned_class
+from graphprune.backends.huggingface.layered import FILE, modeling_text, pruned_class
 from graphprune.backends.huggingface.model import quiet
 from graphprune.backends.onnx.weights import weights_beside
 from graphprune.errors import CheckpointError, first_line
@@ -206,7 +206,7 @@ def _model_class(path: Path, config: Any) -> Any:
         file = path / FILE
         if base is None or not file.is_file():
             raise CheckpointError(f"{path} holds no {FILE} for its architecture {name!r}")
-        if file.read_text(encoding="utf-8") != modelling_text(base):
+        if file.read_text(encoding="utf-8") != modeling_text(base):
             raise CheckpointError(f"{file} is not the file that graphprune writes: it is not run")
         return pruned_class(base)
     if hasattr(transformers, name):

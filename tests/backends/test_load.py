@@ -173,7 +173,7 @@ def test_foreign_code_is_not_run(checkpoint: Path) -> None:
     _refused(checkpoint, "OddForCausalLM", "not run")
 
 
-def test_our_modelling_file_is_not_run_once_edited(checkpoint: Path, tmp_path: Path) -> None:
+def test_our_modeling_file_is_not_run_once_edited(checkpoint: Path, tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 
     from graphprune.backends.huggingface.layered import FILE, pruned_class

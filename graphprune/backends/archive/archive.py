@@ -3,7 +3,7 @@
 ``program.json``
     Names, kinds, ties, notes and the config of the model behind the program.
 ``graph.json``
-    The graph as `torch.export` serialises it, with the provenance of every node.
+    The graph as `torch.export` serializes it, with the provenance of every node.
 ``weights.safetensors``
     Every weight, constants included, under its own name; where an ONNX model lies beside, only
     those that it does not hold; its reader hands them to `load`.
@@ -54,7 +54,7 @@ def save(program: Program, directory: str | PathLike[str]) -> None:
     Raises
     ------
     BackendError
-        When the graph cannot be serialised, or there are no weights to write.
+        When the graph cannot be serialized, or there are no weights to write.
     OutputError
         When `directory` is not empty or cannot be written.
     """
@@ -68,7 +68,7 @@ def save(program: Program, directory: str | PathLike[str]) -> None:
 
 
 def describe(program: Program) -> Callable[[Path, Mapping[str, Tensor]], None]:
-    """What writes an archive of `program` into a directory, beside whatever else goes there.
+    """Return what writes an archive of `program` into a directory, beside whatever else goes there.
 
     It takes the directory and the weights to write, which may be fewer than the program has where
     an ONNX model beside them holds the rest.
@@ -76,7 +76,7 @@ def describe(program: Program) -> Callable[[Path, Mapping[str, Tensor]], None]:
     Raises
     ------
     BackendError
-        When the graph cannot be serialised.
+        When the graph cannot be serialized.
     """
     from safetensors.torch import save_file
 
@@ -112,7 +112,7 @@ def describe(program: Program) -> Callable[[Path, Mapping[str, Tensor]], None]:
 def load(
     directory: str | PathLike[str], more: Callable[[], Iterator[tuple[str, Tensor]]] | None = None
 ) -> Program:
-    """The program that `save` wrote to `directory`.
+    """Return the program that `save` wrote to `directory`.
 
     Parameters
     ----------
@@ -233,7 +233,7 @@ def _describe_source(source: Source | None) -> dict[str, Any] | None:
 
 
 def _rebuild_source(described: Any, folder: Path) -> tuple[Source | None, tuple[str, ...]]:
-    """The source that was described, or a note on why it cannot be had here."""
+    """Return the source that was described, or a note on why it cannot be had here."""
     if described is None:
         return None, ()
     name = described["model_class"]

@@ -36,12 +36,12 @@ _ARITHMETIC = {
 
 
 def serialize_graph(program: Program) -> bytes:
-    """The graph of `program` as JSON.
+    """Return the graph of `program` as JSON.
 
     Raises
     ------
     BackendError
-        When it holds what `torch.export` cannot serialise.
+        When it holds what `torch.export` cannot serialize.
     """
     from torch._export.serde.serialize import serialize
 
@@ -53,9 +53,9 @@ def serialize_graph(program: Program) -> bytes:
                 serialize_constants=False,
                 serialize_example_inputs=False,
             )
-    except Exception as error:  # torch says in many ways what it cannot serialise
+    except Exception as error:  # torch says in many ways what it cannot serialize
         raise BackendError(
-            f"the graph cannot be serialised: {first_line(error, typed=True)}"
+            f"the graph cannot be serialized: {first_line(error, typed=True)}"
         ) from error
     return artifact.exported_program
 
@@ -63,7 +63,7 @@ def serialize_graph(program: Program) -> bytes:
 def deserialize_graph(
     text: bytes, weights: Mapping[str, Tensor], kinds: Mapping[str, str]
 ) -> ExportedProgram:
-    """The graph that `text` holds, with the weights of a program, each of a kind.
+    """Return the graph that `text` holds, with the weights of a program, each of a kind.
 
     Whatever is wrong with `text` shows as an exception of any type.
     """
@@ -91,7 +91,7 @@ def deserialize_graph(
 
 
 def _expressions(tree: Any) -> Iterator[str]:
-    """Every symbolic size in a serialised graph."""
+    """Every symbolic size in a serialized graph."""
     pending = [tree]
     while pending:
         item = pending.pop()

@@ -39,7 +39,7 @@ _Kind = tuple[type, str, int]
 
 
 def of_layers(program: Program, model: nn.Module, changed: Collection[str]) -> Attributes:
-    """What the layers of torch in `model` keep of their sizes, where it is not what they say.
+    """Return what layers of torch in `model` keep of their sizes, where it is not what they say.
 
     Parameters
     ----------
@@ -91,7 +91,7 @@ def _of_layer(module: nn.Module, literals: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _literals(program: Program) -> dict[str, dict[str, Any]]:
-    """Module path -> sizes among the literals of the operators that it became."""
+    """Map each module path to the sizes among the literals of the operators that it became."""
     found: dict[str, dict[str, Any]] = defaultdict(dict)
     for node in program.graph.nodes:
         for name, value in arguments_of(node).items():
@@ -169,7 +169,7 @@ class AttributeSearch:
                         self._kinds[type(module), name, value][path] = values
 
     def run(self, model: nn.Module, base: Attributes) -> Attributes | None:
-        """The attributes with which `model` computes what the program does, `base` among them.
+        """Return attributes with which `model` computes what the program does, `base` among them.
 
         Those of one name, class and value change alike in all modules, and no more of them than
         must. None where none was found.
@@ -185,7 +185,7 @@ class AttributeSearch:
         return merged(base, self._attributes(chosen))
 
     def _best_first(self, model: nn.Module, base: Attributes) -> dict[_Kind, int] | None:
-        """The further a model runs, the sooner it is varied; weak guesses come after all others."""
+        """Try what runs furthest first, and weak guesses after all others."""
         order = itertools.count()
         likely = {kind: 0 for kind in self._kinds if not self._weak(kind, 0)}
         queue: list[tuple[Any, int, dict[_Kind, int]]] = [((0,), next(order), {})]
@@ -227,7 +227,7 @@ class AttributeSearch:
 
 
 def _progress(program: Program, model: nn.Module) -> tuple[str, tuple[int, int], list[type]]:
-    """What is wrong, how far the model ran, and the classes it was in, from the inside out."""
+    """Return what is wrong, how far the model ran, and the classes it was in, innermost first."""
     done = 0
 
     def count(*_: Any) -> None:
@@ -248,7 +248,7 @@ def _progress(program: Program, model: nn.Module) -> tuple[str, tuple[int, int],
 
 
 def _above(path: str) -> list[str]:
-    """The paths of the modules around `path`, from the inside out, but for the whole model."""
+    """Return the paths of the modules around `path`, innermost first, but for the whole model."""
     parts = path.split(".")
     return [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
 
@@ -256,7 +256,7 @@ def _above(path: str) -> list[str]:
 def _became(
     value: int, dims: Mapping[tuple[int, int], Collection[int]]
 ) -> Iterator[tuple[bool, int]]:
-    """What `value` may have become where dimensions did, and whether that is a weak guess."""
+    """Yield what `value` may have become where dimensions did, and whether that is a weak guess."""
     seen = {value}
     for weak, reading in ((False, _whole), (False, _part), (True, _unit)):
         for (before, after), units in dims.items():
@@ -267,13 +267,13 @@ def _became(
 
 
 def _whole(value: int, before: int, after: int, units: Collection[int]) -> Iterator[int]:
-    """The dimension itself."""
+    """Yield the dimension itself."""
     if value == before:
         yield after
 
 
 def _part(value: int, before: int, after: int, units: Collection[int]) -> Iterator[int]:
-    """A factor of it where the other one stayed, or a multiple."""
+    """Yield a factor of it where the other one stayed, or a multiple."""
     rest, odd = divmod(before, value)
     if not odd and after % rest == 0 and after // rest in units:
         yield after // rest
@@ -282,13 +282,13 @@ def _part(value: int, before: int, after: int, units: Collection[int]) -> Iterat
 
 
 def _unit(value: int, before: int, after: int, units: Collection[int]) -> Iterator[int]:
-    """A factor of it where the other one changed too."""
+    """Yield a factor of it where the other one changed too."""
     if before % value == 0:
         yield from sorted(u for u in units if u < value and after % u == 0)
 
 
 def _read_by(kind: type) -> frozenset[str]:
-    """The attributes that the code of a class reads, but for what only makes its modules."""
+    """Return the attributes that the code of a class reads, but for what only makes its modules."""
     functions = [
         function
         for base in kind.__mro__

@@ -50,7 +50,7 @@ class CheckpointForm:
     ----------
     kind
         ``plain``: `from_pretrained` loads it; ``remote-code``: it does with
-        ``trust_remote_code=True``, through a modelling file in the directory; ``none``: no config
+        ``trust_remote_code=True``, through a modeling file in the directory; ``none``: no config
         of the model's class gives such a model.
     reason
         Why it is not plain; empty where it is.
@@ -174,7 +174,7 @@ class _FormSearch:
         return None, first or search.reason
 
     def _resized(self, reason: str) -> ChosenForm | None:
-        """The model of the config as it was, with some weights and numbers of other sizes."""
+        """Try the model of the config as it was, with some weights and numbers of other sizes."""
         if not self.base_class.__module__.startswith("transformers."):
             return None
         before = self.builder.sizes({}) or {}
@@ -265,7 +265,7 @@ class _FormSearch:
         return model, difference(self.program, model)
 
     def _unit_sizes(self, place: Place) -> set[int]:
-        """The sizes of what a dimension is made of, such as heads, their width and their groups."""
+        """Return the sizes of what a dimension is made of: heads, their width, their groups."""
         if self._types is None:
             self._types = infer(self.program)
         name, dim = place
@@ -274,7 +274,7 @@ class _FormSearch:
     # -- epsilons -------------------------------------------------------------------------------
 
     def _epsilon(self, changes: Changes) -> tuple[Changes | None, str]:
-        """The config field that gives exactly the folded norms their epsilon, or why none does.
+        """Return the config field that gives the folded norms, and no others, their epsilon.
 
         Epsilons are compared as numbers of modules: they are too small to show in outputs.
         """
@@ -301,7 +301,7 @@ class _FormSearch:
         )
 
     def _attributes(self, changes: Changes) -> dict[str, dict[str, float]]:
-        """Module path -> the attribute with the epsilon of a folded norm -> its new value."""
+        """Map module path and attribute to the new epsilon of each folded norm."""
         found: dict[str, dict[str, float]] = {}
         numbers = _numbers(self.builder.model(changes))
         for norm in self.norms:
@@ -327,7 +327,7 @@ def _parts(axis: Axis) -> Iterator[int]:
 
 
 def _numbers(model: nn.Module) -> dict[tuple[str, str], float]:
-    """(module path, attribute) -> its value, of all float attributes of modules."""
+    """Map (module path, attribute) to its value, for all float attributes of modules."""
     return {
         (path, name): value
         for path, module in model.named_modules()

@@ -4,7 +4,7 @@ What a field of a config means is not looked up but measured: the model is built
 with the field changed, and the sizes that follow it are its meaning. Where the sizes that a program
 has differ from those that its config gives, fields are solved for, one after the other, until the
 model built from the config has exactly the program's sizes. More than one config may; whoever asks
-takes them in turn until one computes the same logits (`graphprune.backends.hf_proof`).
+takes them in turn until one computes the same (`graphprune.backends.huggingface.choose_form`).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Builder:
         self._known: dict[tuple[tuple[str, Any], ...], Sizes | None] = {}
 
     def config(self, changes: Mapping[str, Any]) -> Any:
-        """A new config with `changes`."""
+        """Return a new config with `changes`."""
         if self.checked:
             fields = copy.deepcopy(self._fields)
             for path, value in changes.items():
@@ -77,13 +77,13 @@ class Builder:
         return config
 
     def model(self, changes: Mapping[str, Any]) -> nn.Module:
-        """The model of the config with `changes`, on the meta device."""
+        """Return the model of the config with `changes`, on the meta device."""
         with torch.device("meta"):
             model: nn.Module = self.model_class(self.config(changes))
         return model
 
     def sizes(self, changes: Mapping[str, Any]) -> Sizes | None:
-        """The shapes of all weights and buffers of that model; None where it cannot be built."""
+        """Return the shapes of that model's weights and buffers; None where it cannot be built."""
         key = tuple(sorted(changes.items()))
         if key not in self._known:
             try:
@@ -146,7 +146,7 @@ def _key(target: Any, name: str) -> Any:
 
 
 def sizes_of(model: nn.Module) -> Sizes:
-    """The shape of every parameter and buffer, tied ones under each of their names."""
+    """Return the shape of every parameter and buffer, tied ones under each of their names."""
     named = itertools.chain(
         model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
     )
@@ -154,7 +154,7 @@ def sizes_of(model: nn.Module) -> Sizes:
 
 
 def needed_sizes(program: Program, *, derived: bool) -> Sizes:
-    """The shapes that a model must have to hold the weights of `program`.
+    """Return the shapes that a model must have to hold the weights of `program`.
 
     `derived` says whether those of buffers that it computes from its config count, where they are
     used.
@@ -220,7 +220,7 @@ class Search:
                     yield changes
 
     def _without_idle(self, changes: Changes, implicit: Changes) -> Changes:
-        """`changes` without the unset fields that need not be set."""
+        """Return `changes` without the unset fields that need not be set."""
         for path, value in implicit.items():
             fewer = {p: v for p, v in changes.items() if p != path}
             if (

@@ -1,4 +1,4 @@
-"""The files of a Hugging Face directory: weights, config, modelling file, tokenizer."""
+"""The files of a Hugging Face directory: weights, config, modeling file, tokenizer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphprune.backends.huggingface.layered import FILE, modelling_text
+from graphprune.backends.huggingface.layered import FILE, modeling_text
 from graphprune.backends.huggingface.model import quiet
 from graphprune.errors import BackendError
 from graphprune.io.atomic import share_mode
@@ -22,7 +22,7 @@ def write(program: Program, model: Any, directory: Path, cast: torch.dtype | Non
     """Write `model`, which holds the weights of `program`, into an empty directory."""
     source = program.source
     assert source is not None
-    _place_modelling_file(model, directory)
+    _place_modeling_file(model, directory)
     # The model was loaded from weights as they are in memory; on disk they take the form in which
     # the checkpoints of its kind are published.
     model._weight_conversions = None
@@ -39,18 +39,18 @@ def write(program: Program, model: Any, directory: Path, cast: torch.dtype | Non
 
 
 def write_config(model: Any, directory: Path) -> None:
-    """Write the config of `model`, and the modelling file where its layers are of their own."""
-    _place_modelling_file(model, directory)
+    """Write the config of `model`, and the modeling file where its layers are of their own."""
+    _place_modeling_file(model, directory)
     with quiet():
         model.config.save_pretrained(directory)
 
 
-def _place_modelling_file(model: Any, directory: Path) -> None:
-    """Write the modelling file where layers are of their own, and name it in the model's config."""
+def _place_modeling_file(model: Any, directory: Path) -> None:
+    """Write the modeling file where layers are of their own, and name it in the model's config."""
     base = getattr(type(model), "graphprune_base", None)
     if base is not None:
-        _name_modelling_file(model.config, base)
-        (directory / FILE).write_text(modelling_text(base), encoding="utf-8")
+        _name_modeling_file(model.config, base)
+        (directory / FILE).write_text(modeling_text(base), encoding="utf-8")
 
 
 def _stored(
@@ -107,8 +107,8 @@ def write_generation_config(source: Source, path: Path) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-def _name_modelling_file(config: Any, base: type) -> None:
-    """Let the auto classes that know `base` find the class in the modelling file."""
+def _name_modeling_file(config: Any, base: type) -> None:
+    """Let the auto classes that know `base` find the class in the modeling file."""
     from transformers.models.auto import modeling_auto
 
     target = f"{Path(FILE).stem}.Pruned{base.__name__}"

@@ -116,7 +116,7 @@ def fold(program: Program) -> tuple[Program, tuple[Folded, ...]]:
 
 
 def _scaled(weight: Tensor, scale: float, offset: float) -> Tensor:
-    """The w' whose gain a w' + b is `scale` times that of `weight`; `offset` is b / a."""
+    """Return the w' whose gain a w' + b is `scale` times that of `weight`; `offset` is b / a."""
     with torch.no_grad():
         return (weight.double() * scale + (scale - 1) * offset).to(weight.dtype)
 

@@ -1,8 +1,8 @@
-"""Models whose layers differ in size, as a config and a small modelling file beside it.
+"""Models whose layers differ in size, as a config and a small modeling file beside it.
 
 transformers has a field for that, ``per_layer_config``, but as of 5.23 its models are not built
 from it and reading a field that differs raises. So the sizes of each layer stand in a field of our
-own, ``graphprune``, which the modelling file reads; ``graphprune_per_layer_config`` repeats them in
+own, ``graphprune``, which the modeling file reads; ``graphprune_per_layer_config`` repeats them in
 the form of ``per_layer_config``, under another name because under its own the config would not
 load.
 """
@@ -124,17 +124,17 @@ class Pruned{base}({base}):
 '''
 
 
-def modelling_text(base: type) -> str:
-    """The modelling file for pruned models of class `base`."""
+def modeling_text(base: type) -> str:
+    """Return the modeling file for pruned models of class `base`."""
     return _TEXT.format(base=base.__name__, module=base.__module__)
 
 
 def pruned_class(base: type) -> Any:
-    """The class that the modelling file defines."""
-    name = f"graphprune_modelling_{base.__module__}_{base.__name__}".replace(".", "_")
+    """Return the class that the modeling file defines."""
+    name = f"graphprune_modeling_{base.__module__}_{base.__name__}".replace(".", "_")
     if name not in sys.modules:
         module = ModuleType(name)
-        text, file = modelling_text(base), f"<{name}>"
+        text, file = modeling_text(base), f"<{name}>"
         module.__file__ = file
         # transformers reads the source of a model's module to see what it can do.
         linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
@@ -145,7 +145,7 @@ def pruned_class(base: type) -> Any:
 
 
 def layer_paths(model: nn.Module) -> list[str]:
-    """The paths of the repeated layers: the children of the outermost module lists."""
+    """Return the paths of the repeated layers: the children of the outermost module lists."""
     found: list[str] = []
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{p}.") for p in found):
@@ -176,7 +176,7 @@ class LayerSearch:
         self.reason = ""
 
     def solutions(self) -> Iterator[tuple[Changes, dict[str, Changes]]]:
-        """Changes for the whole model, and layer path -> what the layer's config changes in it.
+        """Yield changes for the whole model, and layer path -> what its config changes in that.
 
         Where one config gives all layers their sizes, it comes first.
         """

@@ -37,7 +37,7 @@ def quiet() -> Iterator[None]:
 
 
 def dtype_of(program: Program) -> torch.dtype:
-    """The element type that the program computes in."""
+    """Return the element type that the program computes in."""
     floating = (
         weight.dtype
         for name, weight in program.weights.items()
@@ -52,7 +52,7 @@ def without_values(program: Program) -> bool:
 
 
 def model_of(program: Program, config: Any, model_class: Any) -> Any:
-    """The model that `from_pretrained` makes of `config` and the weights of `program`, shared.
+    """Return the model that `from_pretrained` makes of `config` and the program's own weights.
 
     Raises
     ------
@@ -82,7 +82,7 @@ def model_of(program: Program, config: Any, model_class: Any) -> Any:
 
 
 def differing_buffers(program: Program, model: Any) -> list[str]:
-    """The buffers that `model` made from its config with other values than the program uses."""
+    """Return the buffers that `model` made from its config with other values than the program's."""
     found = dict(model.named_buffers(remove_duplicate=False))
     return [
         name

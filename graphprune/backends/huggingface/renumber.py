@@ -70,7 +70,7 @@ def _moved(names: Iterable[str], left: Iterable[str]) -> dict[str, str]:
 
 
 def _modules(name: str) -> Iterator[str]:
-    """The paths of the modules that a weight is in, from the outside in."""
+    """Yield the paths of the modules that a weight is in, from the outside in."""
     return itertools.accumulate(name.split(".")[:-1], "{}.{}".format)
 
 

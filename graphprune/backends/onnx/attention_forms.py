@@ -181,7 +181,7 @@ def _not_standard(site: AttentionSite, opset: int) -> str:
 
 
 def _more_than_masked(site: AttentionSite, capped: str) -> str:
-    """What there is beside scores and a mask tensor, `capped` for a soft cap; "" for nothing."""
+    """Say what there is beside scores and a mask, `capped` for a soft cap; "" for nothing."""
     if site.sink is not None:
         return "it has a sink"
     if site.softcap is not None:
@@ -192,7 +192,7 @@ def _more_than_masked(site: AttentionSite, capped: str) -> str:
 
 
 def rotations_of(program: Program, sites: Sequence[AttentionSite]) -> Rotations:
-    """The rotary embedding of queries and new keys, where GroupQueryAttention has the like."""
+    """Return the rotary embeddings of queries and new keys that GroupQueryAttention has too."""
     config = program.source and program.source.config.get_text_config(decoder=True)
     positions = getattr(config, "max_position_embeddings", None)
     if not sites or not isinstance(positions, int):
@@ -211,7 +211,7 @@ def rotations_of(program: Program, sites: Sequence[AttentionSite]) -> Rotations:
 
 
 def read_by_several(sites: Sequence[AttentionSite | Unread]) -> set[fx.Node]:
-    """Joined keys and values that several attentions read."""
+    """Return joined keys and values that several attentions read."""
     read = (site for site in sites if isinstance(site, AttentionSite))
     joined = [cached.joined for site in read for cached in site.caches or ()]
     return {node for node in joined if joined.count(node) > 1}

@@ -46,7 +46,7 @@ def convert(program: Program, opset: int) -> onnx_ir.Model:
                 input_names=[value.name for value in program.inputs],
                 output_names=output_names(program),
                 custom_translation_table={torch.ops.aten.sym_stride.int: _stride},
-                # Its own optimisation renames, merges and transposes weights.
+                # Its own optimization renames, merges and transposes weights.
                 optimize=False,
                 verbose=False,
             )
@@ -101,14 +101,14 @@ def _reshaping(program: Program) -> ExportedProgram:
 
 
 def _stride(self: Any, dim: int) -> Any:
-    """The stride of a contiguous tensor: the exporter reads sizes from strides of inputs."""
+    """Return the stride of a contiguous tensor: the exporter reads sizes from strides of inputs."""
     from onnxscript import opset18
 
     return opset18.ReduceProd(opset18.Shape(self, start=dim + 1), keepdims=False)
 
 
 def _keep_padding(node: fx.Node) -> None:
-    """Padding by zeros before a pool of maxima, as padding by the least number above zero.
+    """Pad by the least number above zero where a pool of maxima follows, not by zeros.
 
     ONNX Runtime's PadFusion gives zeros to the pool as padding of its own, which is of -inf.
     """

@@ -16,7 +16,7 @@ _TOTAL = {"past_sequence + sequence", "sequence + past_sequence"}
 
 
 def dimension_names(program: Program) -> dict[str, str]:
-    """A name for every symbol among the sizes of a program's inputs.
+    """Return a name for every symbol among the sizes of a program's inputs.
 
     Examples are ``batch``, ``sequence``, ``past_sequence`` and ``total_sequence``. The inputs of a
     transformers model agree in their batch, and its caches in their length, so their symbols may
@@ -35,7 +35,7 @@ def dimension_names(program: Program) -> dict[str, str]:
 
 
 def output_names(program: Program) -> list[str]:
-    """The outputs' names in ONNX, where no input and no weight may have the same one."""
+    """Return the outputs' names in ONNX, where no input and no weight may have the same one."""
     taken = {value.name for value in program.inputs} | set(program.weights)
     return [f"{v.name}_output" if v.name in taken else v.name for v in program.outputs]
 

@@ -230,7 +230,7 @@ def export(
 
 
 def _parts(target: Target | None) -> tuple[str, ...]:
-    """What is fused for `target`, in the order in which it is given up last to first."""
+    """Return what is fused for `target`, in the order in which it is given up last to first."""
     if target is None:
         return ()
     return ("attention", "rotary", "norms") if target in ("cpu", "cuda") else ("attention",)
@@ -260,7 +260,7 @@ def _written(
 
 
 def _limits(choices: Sequence[AttentionForm]) -> list[str]:
-    """What a graph with GroupQueryAttention does not take, for people."""
+    """Return what a graph with GroupQueryAttention does not take, for people."""
     if all(choice.form != "gqa" for choice in choices):
         return []
     limits = [

@@ -50,7 +50,7 @@ def last_only(program: Program) -> Program:
 
 
 def _head(logits: fx.Node) -> list[fx.Node]:
-    """The nodes from `logits` back to the product that they come from, the product last."""
+    """Return the nodes from `logits` back to the product that they come from, the product last."""
     found, node = [], logits
     while node.op == "call_function":
         found.append(node)
@@ -67,7 +67,7 @@ def _head(logits: fx.Node) -> list[fx.Node]:
 
 
 def _last(origin: fx.Node, hidden: fx.Node, mask: fx.Node | None) -> fx.Node:
-    """What is hidden in the last token of each row, ``[batch, 1, hidden]``."""
+    """Return what is hidden in the last token of each row, ``[batch, 1, hidden]``."""
 
     def call(target: Any, *args: Any) -> fx.Node:
         return made_from(origin, target, *args)

@@ -129,7 +129,7 @@ class _Lowering:
         self.tables: list[tuple[Tensor, Tensor, fx.Node, fx.Node]] = []
 
     def place_tables(self) -> dict[str, Tensor]:
-        """The angles that operators read, by the names of weights that their nodes stand for."""
+        """Return the angles that operators read, by the weight names of their nodes."""
         return {
             f"rotary.{index}.{name}": table
             for index, (cos, sin, *_) in enumerate(self.tables)
@@ -211,7 +211,7 @@ class _Lowering:
         return made[0], made[1]
 
     def _rows_before(self, rotary: Rotary) -> fx.Node:
-        """What is rotated, as ``[batch, length, heads * size]``."""
+        """Return what is rotated, as ``[batch, length, heads * size]``."""
         if rotary.heads_first:
             return self._rows(rotary.source)
         return self._joined(self.copies[rotary.source])
@@ -306,7 +306,7 @@ class _Lowering:
         return self._call(_ATEN.transpose.int, apart, 1, 2)
 
     def _bias(self, site: AttentionSite) -> fx.Node | None:
-        """What is added to scores, of as many rows as there are queries."""
+        """Return what is added to scores, of as many rows as there are queries."""
         if site.mask.node is None:
             return None
         mask, query = self.copies[site.mask.node], self.copies[site.query]
@@ -349,7 +349,7 @@ class _Lowering:
         shapes: Sequence[Sequence[Any]],
         version: int | None = None,
     ) -> list[fx.Node]:
-        """The results of an operator of ONNX, as `torch.onnx.ops.symbolic_multi_out` has it."""
+        """Return an ONNX operator's results, as `torch.onnx.ops.symbolic_multi_out` has them."""
         domain, _, kind = name.rpartition("::")
         whole = {k: v for k, v in attributes.items() if isinstance(v, int)}
         real = {k: v for k, v in attributes.items() if k not in whole}

@@ -106,7 +106,7 @@ def is_package(directory: str | PathLike[str]) -> bool:
 
 
 def read_package(directory: str | PathLike[str]) -> Package:
-    """What the package in `directory` says of itself.
+    """Return what the package in `directory` says of itself.
 
     Raises
     ------
@@ -247,7 +247,7 @@ def verify_package(directory: str | PathLike[str], *, provider: str | None = Non
 
 
 def _without_fused(program: Program, names: Mapping[str, str], provider: str) -> str:
-    """What comes of the same checks where nothing is fused, for whoever looks for the fault."""
+    """Run the same checks where nothing is fused, for whoever looks for the fault."""
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / MODEL
         try:
@@ -259,7 +259,7 @@ def _without_fused(program: Program, names: Mapping[str, str], provider: str) ->
 
 
 def _not_in_model(program: Program, model: Path) -> dict[str, torch.Tensor]:
-    """The weights of `program` that its model does not hold as they are."""
+    """Return the weights of `program` that its model does not hold as they are."""
     missing = dict(program.weights)
     for name, tensor in held_weights(model):
         weight = missing.get(name)

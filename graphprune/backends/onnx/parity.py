@@ -222,7 +222,7 @@ class _Decoder:
             self._rows_refused(inputs)
 
     def _rows_refused(self, inputs: dict[str, Tensor]) -> None:
-        """What counts ones cannot know where they are: only the row without padding is right."""
+        """Check that rows padded on the left come out as NaN: counting ones cannot place them."""
         theirs = self.pair.theirs(inputs)[self.logits]
         ours = self.pair.ours(inputs)[self.logits]
         self.pair.compare(self.logits, ours[1:2], theirs[1:2])
@@ -231,7 +231,7 @@ class _Decoder:
         self.notes.append(REFUSED)
 
     def _shared(self) -> None:
-        """A token of each row, where past and present are one buffer longer than what it holds."""
+        """Run a token of each row with past and present in one buffer longer than needed."""
         ours = self.pair.ours(self._sample(2, self.length, 0))
         inputs = self._sample(2, 1, self.length)
         caches = {name: tensor for name, tensor in ours.items() if name.startswith(PRESENT)}
@@ -260,7 +260,7 @@ class _Decoder:
             self.pair.compare(self.logits, ours[self.logits], theirs[self.logits])
 
     def _rows_alone(self, inputs: dict[str, Tensor], mask: Tensor, held: tuple[int, ...]) -> None:
-        """The model on all rows, the program on each, and two tokens more."""
+        """Run the model on all rows, the program on each, and two tokens more."""
         pair, logits = self.pair, self.logits
         theirs = pair.theirs(inputs)
         alone = []

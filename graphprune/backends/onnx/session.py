@@ -39,7 +39,7 @@ _PROVIDERS = {
 
 
 def provider_name(name: str) -> str:
-    """An execution provider by its short name, such as "cuda"; any other name is one as it is."""
+    """Return the execution provider of a short name such as "cuda"; others are as they are."""
     return _PROVIDERS.get(name, name)
 
 
@@ -49,7 +49,7 @@ def open_session(
     threads: int | None = None,
     provider_options: Mapping[str, str] | None = None,
 ) -> Any:
-    """A session of ONNX Runtime on the model at `path`.
+    """Return a session of ONNX Runtime on the model at `path`.
 
     Parameters
     ----------
@@ -147,7 +147,7 @@ class Pair:
     def run(
         self, inputs: Mapping[str, Tensor], theirs: Mapping[str, Tensor] | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The outputs of the program and of ONNX Runtime, the latter on `inputs` with `theirs`."""
+        """Return the program's outputs, and ONNX Runtime's on `inputs` with `theirs`."""
         reference = self.ours(inputs)
         found = self.theirs({**inputs, **(theirs or {})})
         for name in reference:
@@ -155,12 +155,12 @@ class Pair:
         return reference, found
 
     def ours(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The outputs of the program."""
+        """Return the outputs of the program."""
         ours = self.program(**{name: tensor.to(self.device) for name, tensor in inputs.items()})
         return {name: tensor.cpu() for name, tensor in ours.items()}
 
     def theirs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The outputs of ONNX Runtime."""
+        """Return the outputs of ONNX Runtime."""
         feeds = {name: tensor.numpy() for name, tensor in inputs.items()}
         try:
             arrays = self.session.run(self.wanted, feeds)
@@ -173,7 +173,7 @@ class Pair:
     def in_place(
         self, inputs: Mapping[str, Tensor], caches: Mapping[str, Tensor], room: int
     ) -> dict[str, Tensor]:
-        """The outputs of ONNX Runtime where each past and present are one buffer of `room` places.
+        """Return ONNX Runtime's outputs with each past and present in one buffer of `room` places.
 
         `inputs` are all but the caches, which `caches` hold by the names of the outputs.
         """
@@ -261,7 +261,7 @@ def positions(program: Program, names: Mapping[str, str], wanted: int) -> int:
 
 
 def sizes_for(program: Program, names: Mapping[str, str], batch: int) -> dict[str, int]:
-    """A size for every symbol: `batch`, and lengths of which no two are equal."""
+    """Return a size for every symbol: `batch`, and lengths of which no two are equal."""
     lengths = iter(_LENGTHS * len(names))
     chosen: dict[str, int] = {}
     for name in dict.fromkeys(names.values()):

@@ -343,7 +343,7 @@ def test_pruned_rotary_pairs_need_their_own_frequencies(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sizes_that_no_field_sets_are_set_by_the_modelling_file(tmp_path: Path) -> None:
+def test_sizes_that_no_field_sets_are_set_by_the_modeling_file(tmp_path: Path) -> None:
     program = pruned("bloom", "prune{target=ffn ratio=0.25 criterion=l2}")
     found = checkpoint_form(program)
     assert found.kind == "remote-code"

@@ -61,7 +61,7 @@ class Layout:
 
 
 def layout_of(session: Any) -> Layout:
-    """The layout of the model of `session`.
+    """Return the layout of the model of `session`.
 
     Raises
     ------
@@ -176,7 +176,7 @@ class Batch:
         return found
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """The logits after one more token of each row, ``[rows, vocabulary]``."""
+        """Return the logits after one more token of each row, ``[rows, vocabulary]``."""
         ids = np.array(tokens, np.int64)[:, None]
         if self.fixed is None:
             self.mask[:, self.width] = 1
@@ -209,7 +209,7 @@ class Batch:
         return _buffer(shape, self.layout.element, self.device)
 
     def _read(self, logits: Any, places: np.ndarray) -> Tensor:
-        """What `logits` hold of each row at its place, on the host and in float32."""
+        """Return what `logits` hold of each row at its place, on the host and in float32."""
         if self.device != "cpu" and not torch.cuda.is_available():
             whole = _buffer(logits.shape(), self.layout.element, "cpu")
             whole.update_inplace(logits)

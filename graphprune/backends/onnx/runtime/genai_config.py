@@ -19,7 +19,7 @@ _INPUTS = ("input_ids", "attention_mask")
 def genai_config(
     program: Program, *, shares_buffers: bool, target: Target | None = None
 ) -> tuple[dict[str, Any] | None, str]:
-    """The config of a decoder, or None and why onnxruntime-genai cannot run it.
+    """Return the config of a decoder, or None and why onnxruntime-genai cannot run it.
 
     Parameters
     ----------
@@ -102,7 +102,7 @@ def _layer(name: str) -> re.Match[str] | None:
 
 
 def _token(name: str, *configs: Any) -> Any:
-    """A token's number as the first of `configs` that names it does."""
+    """Return a token's number from the first of `configs` that names it."""
     return next((v for c in configs if (v := getattr(c, name, None)) is not None), None)
 
 

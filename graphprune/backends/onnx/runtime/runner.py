@@ -271,7 +271,7 @@ class OnnxRunner:
         *,
         shown: bool = False,
     ) -> tuple[list[_Row], frozenset[int]]:
-        """A row for each prompt, which must have a text if that is `shown`, and what ends one."""
+        """Return a row for each prompt (with its text if that is `shown`), and what ends one."""
         if not prompts:
             raise UsageError("there are no prompts")
         if most < 1:
@@ -296,7 +296,7 @@ class OnnxRunner:
         return rows, self.ends | {each for each in chosen if not isinstance(each, str)}
 
     def _tokens(self, index: int, prompt: Prompt) -> list[int]:
-        """The token ids of a prompt."""
+        """Return the token ids of a prompt."""
         if isinstance(prompt, str):
             given: Any = self.tokenizer(prompt, verbose=False)["input_ids"]
         else:

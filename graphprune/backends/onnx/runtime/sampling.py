@@ -58,13 +58,13 @@ class Sampling:
             raise UsageError(f"a seed is 0 or more, not {self.seed}")
 
     def generator(self, row: int) -> torch.Generator:
-        """What is random in one row."""
+        """Return the generator of one row."""
         # The generator keeps 32 bits of its seed: what tells rows apart is mixed into them.
         mixed = np.random.SeedSequence((self.seed, row)).generate_state(1)
         return torch.Generator().manual_seed(int(mixed[0]))
 
     def choose(self, logits: Tensor, generator: torch.Generator) -> int:
-        """A token by its logits, ``[vocabulary]``."""
+        """Choose a token by its logits, ``[vocabulary]``."""
         if self.temperature == 0:
             return int(logits.argmax())
         # Divided after the largest is taken away, no temperature is too small.
@@ -108,7 +108,7 @@ class Text:
         return "".join(self.pieces)
 
     def add(self, token: int) -> str:
-        """What can be shown after one more token."""
+        """Return what can be shown after one more token."""
         self.tokens.append(token)
         piece = self._piece()
         if not piece or piece.endswith(_INCOMPLETE):
@@ -118,7 +118,7 @@ class Text:
         return self._show(piece)
 
     def end(self) -> str:
-        """What is left to be shown after the last token."""
+        """Return what is left to be shown after the last token."""
         return self._show(self._piece(), last=True)
 
     def _piece(self) -> str:
