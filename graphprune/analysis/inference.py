@@ -29,18 +29,10 @@ from graphprune.analysis.operators.rule import (
     Zero,
 )
 from graphprune.analysis.ownership import Branches, Ownership, Seeds
+from graphprune.ir.aten import MOVES, is_mutating, is_view, name_of, rule_name
 from graphprune.ir.program import PAST, PRESENT, Program
 
 _FIRST_PRIME = 1_000_003
-
-# fmt: off
-_CARRYING = {
-    "view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze", "permute",
-    "transpose", "t", "expand", "repeat", "repeat_interleave", "slice", "select", "narrow", "clone",
-    "to", "_to_copy", "alias", "detach", "contiguous", "lift_fresh_copy",
-}
-# fmt: on
-"""Operators that leave values as they are: places of an axis stay places of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -359,7 +351,7 @@ class Types:
 
     def _base(self, node: fx.Node) -> fx.Node:
         """The tensor whose memory `node` may share: views are followed to what they look at."""
-        while _is_view(node) and node.args[0] in self.held:
+        while _may_share(node) and node.args[0] in self.held:
             node = node.args[0]  # type: ignore[assignment]
         return node
 
@@ -380,10 +372,9 @@ class Types:
         return found
 
 
-def _is_view(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    first = schema.arguments[:1] if schema is not None else ()
-    return node.target is operator.getitem or any(arg.alias_info is not None for arg in first)
+def _may_share(node: fx.Node) -> bool:
+    """Whether the result may share the memory of an operand."""
+    return node.target is operator.getitem or is_view(node)
 
 
 def _vanishing(
@@ -510,10 +501,12 @@ class _Inference:
             return types[node.args[1]]
         shape = self.shapes(node)
         if shape is None:
-            if not str(node.target).startswith("aten.sym_"):
+            if not name_of(node).startswith("sym_"):
                 self._read(node.all_input_nodes, node)
             return None
-        name = self._name(node)
+        if is_mutating(node) and node.args:
+            self.written.add(node)
+        name = rule_name(node.target)
         rule = RULES.get(name)
         if rule is None:
             return self._unruled(node, shape)
@@ -521,7 +514,7 @@ class _Inference:
         type_ = rule.apply(op)
         self.laws[node] = op.zero if op.terms is None else op.terms
         inputs = node.all_input_nodes
-        if name.partition(".")[0] in _CARRYING and node.meta["val"].dtype is not torch.bool:
+        if name.partition(".")[0] in MOVES and node.meta["val"].dtype is not torch.bool:
             self._carry((inputs[0], 0), node)
             inputs = inputs[1:]
         self._read((other for other in inputs if other not in op.picked), node)
@@ -542,20 +535,6 @@ class _Inference:
             if (other, 0) in self.contents:
                 why = "its places are used as numbers"
                 self._op(node, Zero.NEVER).freeze(self.contents[other, 0], why)
-
-    def _name(self, node: fx.Node) -> str:
-        """The operator's name without namespace and without the mark of in-place operators."""
-        target = node.target
-        if target not in self._names:
-            name = str(target).partition(".")[2] if hasattr(target, "_schema") else str(target)
-            base, _, overload = name.rpartition(".")
-            if base.endswith("_") and not base.endswith("__"):
-                name = f"{base[:-1]}.{overload}"
-            self._names[target] = name
-        schema = getattr(target, "_schema", None)
-        if schema is not None and schema.is_mutable and node.args:
-            self.written.add(node)
-        return self._names[target]
 
     def _unruled(self, node: fx.Node, shape: Any) -> Any:
         why = f"operator {node.target} has no rule"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
+from graphprune.ir.aten import PARTS, PERMUTES, PRODUCTS, RESHAPES, SPLITS, is_copy, name_of
 from graphprune.ir.nodes import arguments_of
 from graphprune.ir.program import Program
 
@@ -170,32 +171,26 @@ def _matrices_of(name: str, node: fx.Node, view: Tensor) -> list[Matrix]:
     return list(found.values())
 
 
-_SAME = {_ATEN.to, _ATEN._to_copy, _ATEN.clone, _ATEN.contiguous, _ATEN.alias, _ATEN.detach}
-_VIEWS = {_ATEN.t, _ATEN.transpose, _ATEN.permute, _ATEN.view, _ATEN.reshape, _ATEN.unsqueeze}
-_VIEWS |= {_ATEN.squeeze, _ATEN.slice, _ATEN.select, _ATEN.flatten, _ATEN.unflatten, _ATEN.numpy_T}
-_PIECES = {_ATEN.split, _ATEN.split_with_sizes, _ATEN.chunk, _ATEN.unbind}
-
-
 def _uses(name: str, node: fx.Node, view: Tensor, ids: fx.Node | None) -> Iterator[Matrix]:
     """Follow a weight, now the value of `node`, to its contractions.
 
     `ids` is the node whose values say which of the first axis' places each place now stands for.
     """
     for user in node.users:
-        packet = getattr(user.target, "overloadpacket", None)
+        moved = name_of(user)
         first = bool(user.args) and user.args[0] is node
         rest = (*user.args[1:], *user.kwargs.values())
         literal = not any(isinstance(arg, fx.Node) for arg in _flat(rest))
-        if packet in _SAME and first:
+        if first and is_copy(user):
             yield from _uses(name, user, view, ids)
-        elif packet in _VIEWS and first and literal:
+        elif moved in RESHAPES | PERMUTES | PARTS and first and literal:
             viewed = user.target(view, *user.args[1:], **user.kwargs)  # type: ignore[operator]
             if not torch._C._is_alias_of(viewed, view):  # type: ignore[attr-defined]
                 raise _Unknown(f"it is rearranged by {user.target}")
             if ids is not None and not _same_first(viewed, view):
                 raise _Unknown(f"what is picked of it is rearranged by {user.target}")
             yield from _uses(name, user, viewed, ids)
-        elif packet in _PIECES and first and literal and ids is None:
+        elif moved in SPLITS and first and literal and ids is None:
             pieces = user.target(view, *user.args[1:], **user.kwargs)  # type: ignore[operator]
             for getter in user.users:
                 yield from _uses(name, getter, pieces[getter.args[1]], ids)
@@ -237,14 +232,14 @@ def _contraction(
     name: str, user: fx.Node, node: fx.Node, view: Tensor, ids: fx.Node | None
 ) -> Matrix:
     args = arguments_of(user)
-    packet = getattr(user.target, "overloadpacket", None)
-    if packet is _ATEN.linear and args["weight"] is node and view.ndim == 2 and ids is None:
+    product = name_of(user)
+    if product == "linear" and args["weight"] is node and view.ndim == 2 and ids is None:
         return _product(name, user, args["input"], view.mT, None, right=True)
-    if packet in (_ATEN.mm, _ATEN.bmm, _ATEN.matmul):
+    if product in PRODUCTS:
         left, right = (args[key] for key in list(args)[:2])
-    elif packet in (_ATEN.addmm, _ATEN.baddbmm):
+    elif product in ("addmm", "baddbmm"):
         left, right = (args[key] for key in list(args)[1:3])
-    elif packet in (_ATEN.conv1d, _ATEN.conv2d) and args["weight"] is node and ids is None:
+    elif product in ("conv1d", "conv2d") and args["weight"] is node and ids is None:
         return _convolution(name, user, args, view)
     else:
         raise _Unknown(f"it is used by {user.target}")
@@ -339,8 +334,7 @@ def bias_of(program: Program, matrix: Matrix) -> str:
     if len(matrix.uses) != 1:
         return ""
     args = arguments_of(matrix.uses[0].node)
-    packet = getattr(matrix.uses[0].node.target, "overloadpacket", None)
-    bias = args.get("self") if packet is _ATEN.addmm else args.get("bias")
+    bias = args.get("self") if name_of(matrix.uses[0].node) == "addmm" else args.get("bias")
     name = next((name for name, node in program.weight_nodes() if node is bias), "")
     parts, out, _ = matrix.shape
     fits = name and program.weights[name].shape == (parts * out,) and len(bias.users) == 1  # type: ignore[union-attr]

@@ -21,6 +21,7 @@ from torch import fx
 
 from graphprune.analysis.axes import Axis
 from graphprune.analysis.operators.rule import Frozen, Law, Zero
+from graphprune.ir.aten import name_of, rule_name
 from graphprune.ir.nodes import arguments_of
 
 _ATEN = torch.ops.aten
@@ -267,7 +268,7 @@ class _Flow:
             return True
         if not any(map(self._is_gone, operands)):
             return False
-        if _name(node) == "where" and self._is_gone(node.args[0]):
+        if name_of(node) == "where" and self._is_gone(node.args[0]):
             other = arguments_of(node)["other"]
             return self._is_gone(other) if isinstance(other, fx.Node) else other == 0
         law = self.laws.get(node, Zero.NEVER)
@@ -309,7 +310,7 @@ class _Flow:
 
     def _absorbing(self, node: fx.Node) -> fx.Node | None:
         """What `node` is equal to when operands of it are gone, if that is one of its operands."""
-        name, given = _name(node), arguments_of(node)
+        name, given = rule_name(node.target).partition(".")[0], arguments_of(node)
         other: Any = None
         if name in ("add", "sub"):
             if self._is_gone(given["other"]):
@@ -346,12 +347,6 @@ class _Flow:
             for index in indices
             if index is not None
         )
-
-
-def _name(node: fx.Node) -> str:
-    """An operator's name without namespace, overload and the mark of in-place operators."""
-    target = node.target
-    return target._schema.name.partition("::")[2].rstrip("_") if hasattr(target, "_schema") else ""
 
 
 def _symbols(values: Iterable[Any]) -> set[Any]:

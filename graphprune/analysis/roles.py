@@ -10,6 +10,7 @@ from torch import fx
 from graphprune.analysis.axes import Atom, Axis
 from graphprune.analysis.inference import Types
 from graphprune.analysis.operators.rule import Attention, Zero
+from graphprune.ir.aten import PRODUCTS, name_of, uncopied
 
 Role = Literal[
     "kv-head",
@@ -110,7 +111,7 @@ def _multiplied(types: Types) -> set[Atom]:
         computed.add(node)
         factors = [other for other in node.all_input_nodes if other in computed]
         alone = len(node.all_input_nodes) == 1
-        if _kind(node) in _PRODUCTS and (alone or len(factors) > 1):
+        if name_of(node) in _PRODUCTS and (alone or len(factors) > 1):
             found = found.union(*(types.held[other] for other in factors))
     return found
 
@@ -142,7 +143,7 @@ def _attended(types: Types) -> set[Atom]:
 
 _PARTING = ("slice", "narrow", "split_with_sizes", "split")
 _JOINTS = ("cat", "constant_pad_nd", "pad")
-_PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
+_PRODUCTS = PRODUCTS | {"baddbmm", "einsum"}
 
 
 def attention_sites(types: Types) -> Iterator[Attention]:
@@ -170,10 +171,6 @@ def attention_sites(types: Types) -> Iterator[Attention]:
             )
 
 
-def _kind(node: fx.Node) -> str:
-    return str(node.target).split(".")[1] if "." in str(node.target) else str(node.target)
-
-
 def _back_to_products(types: Types, node: fx.Node) -> list[fx.Node]:
     """The products behind a softmax: the nearest along the axis that it runs over.
 
@@ -182,10 +179,10 @@ def _back_to_products(types: Types, node: fx.Node) -> list[fx.Node]:
     pending, seen = [node], {node}
     while pending:
         node = pending.pop(0)
-        if _kind(node) in _PRODUCTS:
+        if name_of(node) in _PRODUCTS:
             return [node]
         along = types.of[node][-1]
-        joint = _kind(node) in _JOINTS
+        joint = name_of(node) in _JOINTS
         inputs = []
         for other in dict.fromkeys(node.all_input_nodes):
             type_ = types.of.get(other)
@@ -207,10 +204,10 @@ def _on_to_products(node: fx.Node, steps: int = 12) -> list[fx.Node]:
     """The products in which probabilities, or parts of them, weigh values."""
     users = list(node.users)
     if len(users) > 1:
-        users = [user for user in users if _kind(user) in _PARTING]
+        users = [user for user in users if name_of(user) in _PARTING]
     found: list[fx.Node] = []
     for user in users:
-        if _kind(user) in _PRODUCTS:
+        if name_of(user) in _PRODUCTS:
             found += [user] if user.all_input_nodes[0] is node else []
         elif steps:
             found += _on_to_products(user, steps - 1)
@@ -226,9 +223,9 @@ def _residual(types: Types, atoms: Collection[Atom]) -> set[Atom]:
     order = {node: index for index, node in enumerate(types.program.graph.nodes)}
     found: set[Atom] = set()
     for node in types.program.graph.nodes:
-        if node.op != "call_function" or not str(node.target).startswith("aten.add"):
+        if name_of(node) != "add":
             continue
-        operands = [_uncast(n) for n in node.all_input_nodes if n.op == "call_function"]
+        operands = [uncopied(n) for n in node.all_input_nodes if n.op == "call_function"]
         if len(operands) != 2 or any(operand.op != "call_function" for operand in operands):
             continue
         early, late = sorted(operands, key=order.__getitem__)
@@ -237,16 +234,6 @@ def _residual(types: Types, atoms: Collection[Atom]) -> set[Atom]:
             if around and not _reaches(late, early, order, types, atom):
                 found.add(atom)
     return found
-
-
-_CASTS = ("to", "_to_copy", "type_as", "clone", "alias", "detach", "dropout", "contiguous")
-
-
-def _uncast(node: fx.Node) -> fx.Node:
-    """The value that `node` is a copy of, in another type maybe."""
-    while _kind(node) in _CASTS:
-        node = node.all_input_nodes[0]
-    return node
 
 
 def _reaches(

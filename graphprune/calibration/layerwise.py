@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from graphprune.analysis.matrices import Matrix
 from graphprune.calibration.data import Calibration
 from graphprune.errors import CalibrationError
+from graphprune.ir.aten import is_mutating
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import layer_of, module_path
 
@@ -51,7 +52,7 @@ class Run:
 
     def copied(self, nodes: Sequence[fx.Node]) -> dict[fx.Node, Any]:
         """Values for a trial run; copies, where an operator of `nodes` writes into its input."""
-        if not any(_writes(node) for node in nodes):
+        if not any(is_mutating(node) for node in nodes):
             return dict(self.values)
         held = set(self.nodes.values())
         return {
@@ -79,11 +80,6 @@ class Run:
             for node, value in (self.values if values is None else values).items()
             if node not in weights and isinstance(value, Tensor)
         )
-
-
-def _writes(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and bool(schema.is_mutable)
 
 
 def _layer(node: fx.Node) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.frontend.complex_to_real import write_in_reals
+from graphprune.ir.aten import is_mutating, is_operator, is_random, is_view, name_of
 from graphprune.ir.nodes import arguments_of, made_from, valued
 
 _ATEN = torch.ops.aten
@@ -103,7 +104,7 @@ def _erase_checks(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        if any(name in str(node.target) for name in _CHECKS):
+        if name_of(node) in _CHECKS:
             graph.erase_node(node)
             continue
         if any(
@@ -132,23 +133,17 @@ def _write_down_sizes(graph: fx.Graph) -> None:
 def _rename(graph: fx.Graph) -> None:
     """Call every operator by one name."""
     for node in graph.nodes:
-        name, _, overload = getattr(node.target, "__name__", "").partition(".")
+        name = name_of(node)
         plain = name.removesuffix("_")
-        if isinstance(node.target, torch._ops.OpOverload) and plain in _ALIASES:
+        if plain in _ALIASES:
             packet = getattr(_ATEN, _ALIASES[plain] + name[len(plain) :])
-            node.target = getattr(packet, overload)
+            node.target = getattr(packet, node.target._overloadname)
 
 
 def _erase_unused(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and not node.users and not _mutates(node):
+        if node.op == "call_function" and not node.users and not is_mutating(node):
             graph.erase_node(node)
-
-
-def _mutates(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    writes = schema is not None and schema.is_mutable
-    return bool(writes and node.target is not _ATEN.detach_.default)
 
 
 # -- constants ----------------------------------------------------------------------------------
@@ -165,7 +160,7 @@ def _evaluate(
         inputs = node.all_input_nodes
         if not (inputs or node.target in _COUNTING) or not all(each in values for each in inputs):
             continue
-        if any(map(_mutates, (node, *node.users))) or _is_random(node):
+        if any(map(is_mutating, (node, *node.users))) or is_random(node):
             continue
         value = node.meta["val"]
         if value.numel() <= _LARGEST and not set(map(int, value.shape)) & set(dynamic):
@@ -173,10 +168,6 @@ def _evaluate(
             with torch.no_grad():
                 values[node] = node.target(*args, **kwargs)
     return values
-
-
-def _is_random(node: fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _lift(graph: fx.Graph, values: Values) -> dict[fx.Node, Tensor]:
@@ -225,11 +216,9 @@ def _make_apart(graph: fx.Graph) -> None:
 def _is_written(node: fx.Node) -> bool:
     """Whether `node`, or what may share its memory, is written in place or leaves the graph."""
     for user in node.users:
-        schema = getattr(user.target, "_schema", None)
-        if user.op == "output" or schema is None or schema.is_mutable:
+        if not is_operator(user) or is_mutating(user):
             return True
-        views = any(argument.alias_info is not None for argument in schema.arguments)
-        if views and _is_written(user):
+        if is_view(user) and _is_written(user):
             return True
     return False
 

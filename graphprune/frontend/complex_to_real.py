@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphprune.ir.aten import CASTS, MOVES, is_mutating, name_of
 from graphprune.ir.nodes import made_from, valued
 
 _ATEN = torch.ops.aten
@@ -21,30 +22,8 @@ _ATEN = torch.ops.aten
 Pair = tuple[fx.Node, fx.Node]
 """The real and the imaginary part."""
 
-_MOVING = {
-    _ATEN.unsqueeze.default,
-    _ATEN.squeeze.dim,
-    _ATEN.slice.Tensor,
-    _ATEN.select.int,
-    _ATEN.transpose.int,
-    _ATEN.permute.default,
-    _ATEN.view.default,
-    _ATEN.reshape.default,
-    _ATEN.expand.default,
-    _ATEN.flatten.using_ints,
-    _ATEN.clone.default,
-    _ATEN.alias.default,
-    _ATEN.contiguous.default,
-    _ATEN.detach.default,
-    _ATEN.index.Tensor,
-    _ATEN.index_select.default,
-    _ATEN.repeat.default,
-    _ATEN.repeat_interleave.self_int,
-    _ATEN.neg.default,
-    _ATEN.add.Tensor,
-    _ATEN.sub.Tensor,
-}
-"""Operators that treat the two parts alike, each by itself."""
+_LINEAR = {_ATEN.neg.default, _ATEN.add.Tensor, _ATEN.sub.Tensor}
+"""Operators that compute the two parts alike, each by itself; so does what only moves values."""
 
 _REAL_TYPES = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
@@ -75,10 +54,16 @@ def _is_complex(node: fx.Node) -> bool:
 
 
 def _is_known(node: fx.Node) -> bool:
-    if node.target in _MOVING:
+    if _is_each(node):
         both = node.target not in (_ATEN.add.Tensor, _ATEN.sub.Tensor)
         return both or all(isinstance(a, fx.Node) and _is_complex(a) for a in node.args)
     return node.target in _RULES
+
+
+def _is_each(node: fx.Node) -> bool:
+    """Whether each part of the result is computed of that part of the operands, both alike."""
+    moves = name_of(node) in (MOVES - CASTS) | {"index", "index_select"}
+    return node.target in _LINEAR or (moves and not is_mutating(node))
 
 
 class _Parts:
@@ -89,7 +74,7 @@ class _Parts:
         self.pairs = pairs
 
     def make(self) -> Pair | fx.Node:
-        if self.node.target in _MOVING:
+        if _is_each(self.node):
             return self._each(0), self._each(1)
         return _RULES[self.node.target](self)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -11,22 +13,70 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 
+class _Argument(NamedTuple):
+    """How an operator takes an argument; `place` is where among positional ones."""
+
+    place: int
+    default: Any
+    is_required: bool
+
+
+@cache
+def _signature(target: Any) -> dict[str, _Argument]:
+    if not isinstance(target, torch._ops.OpOverload):
+        return {}
+    return {
+        argument.name: _Argument(
+            sys.maxsize if argument.kwarg_only else place,
+            argument.default_value if argument.has_default_value() else None,
+            not argument.has_default_value(),
+        )
+        for place, argument in enumerate(target._schema.arguments)
+    }
+
+
 def arguments_of(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a call by name, in the order of its schema, with defaults filled in.
+    """Return the arguments of a call by name, in the order of its schema, with defaults filled in.
 
     Empty where `node` calls no operator of torch.
     """
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return {}
-    found = {}
-    for position, argument in enumerate(node.target._schema.arguments):
-        if position < len(node.args):
-            found[argument.name] = node.args[position]
-        elif argument.name in node.kwargs:
-            found[argument.name] = node.kwargs[argument.name]
-        elif argument.has_default_value():
-            found[argument.name] = argument.default_value
-    return found
+    return {
+        name: get_argument(node, name)
+        for name, argument in _signature(node.target).items()
+        if not argument.is_required or argument.place < len(node.args) or name in node.kwargs
+    }
+
+
+def argument_names(node: fx.Node) -> list[str]:
+    """Return the names of all that the operator of `node` takes, in order."""
+    return list(_signature(node.target))
+
+
+def get_argument(node: fx.Node, name: str, index: int | None = None) -> Any:
+    """Return the argument called `name` of a call, or its default; of a list the entry `index`.
+
+    None where the operator takes no such argument.
+    """
+    argument = _signature(node.target).get(name)
+    if argument is None:
+        return None
+    if argument.place < len(node.args):
+        value = node.args[argument.place]
+    else:
+        value = node.kwargs.get(name, argument.default)
+    return value if index is None else value[index]  # type: ignore[index]
+
+
+def set_argument(node: fx.Node, name: str, index: int | None, value: Any) -> None:
+    """Set the argument called `name` of a call, or the entry `index` of it when it is a list."""
+    if index is not None:
+        entries = list(get_argument(node, name))
+        entries[index] = value
+        value = entries
+    if (place := _signature(node.target)[name].place) < len(node.args):
+        node.update_arg(place, value)
+    else:
+        node.update_kwarg(name, value)
 
 
 def copy_of(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:

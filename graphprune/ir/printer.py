@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from graphprune.ir.aten import printed_name
+
 if TYPE_CHECKING:
     from torch import fx
 
@@ -49,13 +51,7 @@ def _lines(program: Program) -> Iterator[str]:
 def _call(node: fx.Node, names: dict[fx.Node, str]) -> str:
     args = [_operand(arg, names) for arg in node.args]
     args += [f"{key}={_operand(arg, names)}" for key, arg in node.kwargs.items()]
-    target = node.target if isinstance(node.target, str) else _target(node.target)
-    return f"{target}({', '.join(args)})"
-
-
-def _target(function: Any) -> str:
-    # Operators print as aten.linear.default; plain functions are those of Python on sizes.
-    return str(function) if hasattr(function, "overloadpacket") else function.__name__
+    return f"{printed_name(node.target)}({', '.join(args)})"
 
 
 def _operand(arg: Any, names: dict[fx.Node, str]) -> str:

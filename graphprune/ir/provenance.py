@@ -7,6 +7,8 @@ from pathlib import Path
 
 from torch import fx
 
+from graphprune.ir.aten import printed_name
+
 
 def module_path(node: fx.Node) -> str:
     """The dotted path of the module whose forward made `node` ("" for the model itself)."""
@@ -33,12 +35,12 @@ def layer_of(path: str) -> str:
 
 def operator_of(node: fx.Node) -> str:
     """``operator in module`` of a node."""
-    return f"{node.target} in {module_path(node) or 'the model'}"
+    return f"{printed_name(node.target)} in {module_path(node) or 'the model'}"
 
 
 def whereabouts(node: fx.Node) -> str:
     """``operator in module (file:line)`` of a node, or the name of an input or weight."""
-    target = node.name if node.op == "placeholder" else node.target
+    target = node.name if node.op == "placeholder" else printed_name(node.target)
     path, line = module_path(node), source_line(node)
     return f"{target}" + (f" in {path}" if path else "") + (f" ({line})" if line else "")
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
+from graphprune.ir.aten import name_of
 from graphprune.ir.program import PAST, Program, Value
 
 _BATCH, _LENGTH = 2, 7
@@ -53,7 +54,7 @@ def _table_rows(node: fx.Node) -> int:
     rows = [
         user.args[0].meta["val"].shape[0]
         for user in node.users
-        if "embedding" in str(user.target) and isinstance(user.args[0], fx.Node)
+        if name_of(user) == "embedding" and isinstance(user.args[0], fx.Node)
     ]
     return min(rows, default=2)
 

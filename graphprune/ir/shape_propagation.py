@@ -1,4 +1,4 @@
-"""Building a program from an edited graph: arguments by name, and sizes derived again."""
+"""Building a program from an edited graph, whose sizes are derived again."""
 
 from __future__ import annotations
 
@@ -14,37 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from graphprune.errors import RewriteError, first_line
+from graphprune.ir.nodes import get_argument, set_argument
 from graphprune.ir.program import Program, value_of
 from graphprune.ir.provenance import operator_of
 from graphprune.ir.sample_inputs import random_inputs
-
-# -- arguments ----------------------------------------------------------------------------------
-
-
-def _position(node: fx.Node, name: str) -> int:
-    arguments = node.target._schema.arguments  # type: ignore[union-attr]
-    return next(i for i, argument in enumerate(arguments) if argument.name == name)
-
-
-def get_argument(node: fx.Node, name: str, index: int | None = None) -> Any:
-    """The argument of `node` called `name` in its schema, or element `index` of it."""
-    position = _position(node, name)
-    value = node.args[position] if position < len(node.args) else node.kwargs[name]
-    return value if index is None else value[index]  # type: ignore[index]
-
-
-def set_argument(node: fx.Node, name: str, index: int | None, value: Any) -> None:
-    """Replace the argument of `node` called `name`, or element `index` of it."""
-    position = _position(node, name)
-    if index is not None:
-        whole = list(get_argument(node, name))
-        whole[index] = value
-        value = whole
-    if position < len(node.args):
-        node.update_arg(position, value)
-    else:
-        node.update_kwarg(name, value)
-
 
 # -- dynamic sizes ------------------------------------------------------------------------------
 

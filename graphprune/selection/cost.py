@@ -18,6 +18,7 @@ from graphprune.analysis.axes import Cut as AxisCut
 from graphprune.analysis.coupling import Coupling
 from graphprune.analysis.operators.rule import Type
 from graphprune.frontend.capture import FIXED_BATCH, FIXED_NEW, FIXED_PAST
+from graphprune.ir.aten import name_of
 from graphprune.ir.program import PAST
 
 Cost = Literal["params", "macs", "kv_bytes"]
@@ -220,17 +221,17 @@ class Costs:
         found: Terms = []
         for node, axes in summed.items():
             result = types[node]
-            name = str(node.target).removeprefix("aten.")
+            name = name_of(node)
             terms: list[Type] = []
             operands: list[Any] = [types.get(operand) for operand in node.all_input_nodes]
-            if name.startswith("scaled_dot_product_attention"):
+            if name == "scaled_dot_product_attention":
                 (*heads, rows, _), key, value = operands[:3]
                 terms += [(*heads, rows, key[-2], width[-1]) for width in (key, value)]
             elif name.startswith("conv_transpose"):
                 terms.append((*operands[0], *operands[1][1:]))
             elif name.startswith("conv"):
                 terms.append((*result, *operands[1][1:]))
-            elif name.partition("_")[0].partition(".")[0] in ("lstm", "gru", "rnn"):
+            elif name.partition("_")[0] in ("lstm", "gru", "rnn"):
                 rows = operands[0][:-1]  # every matrix meets every one of them
                 terms += [
                     (*rows, *types[operand])

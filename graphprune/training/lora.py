@@ -17,11 +17,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from graphprune.analysis.matrices import Matrix, Use
+from graphprune.ir.aten import PRODUCTS, name_of
 from graphprune.ir.nodes import arguments_of
 from graphprune.ir.program import Program
 from graphprune.training.loop import Batch
 
-_ATEN = torch.ops.aten
 _ADAPTER = "default"
 
 
@@ -187,12 +187,12 @@ class _Beside(fx.Interpreter):
 def _is_beside(use: Use) -> bool:
     """Whether a product is of the last axis of the activations with the whole matrix."""
     args = arguments_of(use.node)
-    packet = getattr(use.node.target, "overloadpacket", None)
-    if packet is _ATEN.linear:
+    product = name_of(use.node)
+    if product == "linear":
         left, right = args["input"], args["weight"]
-    elif packet in (_ATEN.mm, _ATEN.matmul):
+    elif product in PRODUCTS - {"bmm"}:
         left, right = (args[key] for key in list(args)[:2])
-    elif packet is _ATEN.addmm and args["alpha"] == 1:
+    elif product == "addmm" and args["alpha"] == 1:
         left, right = args["mat1"], args["mat2"]
     else:
         return False

@@ -15,9 +15,10 @@ from graphprune.analysis.axes import Axis, Cut, Cuts
 from graphprune.analysis.inference import Types
 from graphprune.analysis.operators.rule import MeanLiteral, Type
 from graphprune.errors import RewriteError
+from graphprune.ir.nodes import get_argument, set_argument
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import module_path, operator_of
-from graphprune.ir.shape_propagation import follow_size, get_argument, rebuild, set_argument
+from graphprune.ir.shape_propagation import follow_size, rebuild
 
 RESCALE = "rescale"
 """Key in a node's meta: (new size, old size) of a mean whose divisor this multiplication keeps."""

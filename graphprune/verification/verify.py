@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from graphprune.analysis.axes import Axis, Occurrence
 from graphprune.analysis.inference import Types, infer
 from graphprune.errors import VerificationError
+from graphprune.ir.nodes import argument_names
 from graphprune.ir.program import PRESENT, Program, caches_of
 from graphprune.ir.sample_inputs import continuation, random_inputs
 from graphprune.plan.plan import Place, Plan, Step
@@ -358,7 +359,7 @@ class _Masked(fx.Interpreter):
             result = super().run_node(n)
             return self._without_quotients_of_nothing(n, result)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        return _over_what_stays(n.target, self.statistics[n], *args, **kwargs)
+        return _over_what_stays(n, self.statistics[n], *args, **kwargs)
 
     def _without_quotients_of_nothing(self, n: fx.Node, result: Any) -> Any:
         """Zero divided by zero is zero: what goes may be divided by what goes along with it."""
@@ -370,10 +371,10 @@ class _Masked(fx.Interpreter):
 
 
 def _over_what_stays(
-    target: Any, left: Sequence[Left], whole: Tensor, *args: Any, **kwargs: Any
+    node: fx.Node, left: Sequence[Left], whole: Tensor, *args: Any, **kwargs: Any
 ) -> Any:
-    """What `target` makes of the places of `whole` that are left, with zeros at those that went."""
-    names = [argument.name for argument in target._schema.arguments[1:]]
+    """What `node` makes of the places of `whole` that are left, with zeros at those that went."""
+    names = argument_names(node)[1:]
     given = dict(zip(names, args, strict=False)) | kwargs
     narrow = whole
     for dim, kept, _ in left:
@@ -392,7 +393,7 @@ def _over_what_stays(
         for dim, kept in affine:
             if given.get(name) is not None:
                 given[name] = given[name].index_select(dim, kept)
-    result = target(narrow, **given)
+    result = node.target(narrow, **given)  # type: ignore[operator]
     if not any(clears for _, _, clears in left):
         return result
     for dim, kept, _ in left:

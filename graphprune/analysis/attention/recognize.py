@@ -15,20 +15,21 @@ from torch import Tensor, fx
 
 from graphprune.analysis.attention.masks import Mask, meaning_of
 from graphprune.analysis.attention.probes import SAMPLE, Trials, run_part
+from graphprune.ir.aten import (
+    MOVES,
+    PERMUTES,
+    PRODUCTS,
+    RESHAPES,
+    is_copy,
+    is_idle_dropout,
+    name_of,
+    uncopied,
+)
 from graphprune.ir.nodes import arguments_of
 from graphprune.ir.program import PAST, PRESENT, Program
 from graphprune.ir.provenance import module_path
 
 _ATEN = torch.ops.aten
-_PRODUCTS = (_ATEN.matmul.default, _ATEN.bmm.default)
-
-# fmt: off
-_CARRYING = {
-    "view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze", "slice",
-    "expand", "repeat", "repeat_interleave", "clone", "contiguous", "alias", "detach", "dropout",
-    "to", "_to_copy",
-}
-# fmt: on
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,7 +211,7 @@ class _Reader:
     def _sink(self, scores: fx.Node, heads: int) -> fx.Node:
         """The scores of each head that `scores`, ``[batch, heads, queries, 1]``, repeats."""
         node = scores
-        while _name(node) in _CARRYING and node.meta["val"].dim() > 1:
+        while _keeps_order(node) and node.meta["val"].dim() > 1:
             node = node.all_input_nodes[0]
         if node.meta["val"].shape != (heads,):
             raise _Refused("its softmax runs over more than keys")
@@ -224,7 +225,7 @@ class _Reader:
         """What `operand` repeats for each query head of a group, or `operand` if nothing is."""
         found, node = plain(operand), operand
         length, width = (str(size) for size in operand.meta["val"].shape[2:])
-        while _name(node) in _CARRYING:
+        while _keeps_order(node):
             node = node.all_input_nodes[0]
             value = node.meta.get("val")
             if not isinstance(value, Tensor) or value.dtype != operand.meta["val"].dtype:
@@ -309,17 +310,17 @@ def _spelled_out(softmax: fx.Node) -> _Parts | None:
     if softmax.args[1] not in (-1, rank - 1):
         raise _Refused("its softmax does not run over the keys")
     mask, softcap, scale, sink = None, None, 1.0, None
-    node = _uncast(softmax.all_input_nodes[0])
+    node = uncopied(softmax.all_input_nodes[0])
     if parted:
         node, sink = _joined_scores(node)
-    if _name(node) == "add":
+    if name_of(node) == "add":
         mask, node = _added(node)
     if (capped := _capped(node)) is not None:
         softcap, node = capped
     while (scaled := _scaled(node)) is not None:
         factor, node = scaled
         scale *= factor
-    if node.target not in _PRODUCTS:
+    if name_of(node) not in PRODUCTS:
         raise _Refused(f"{node.target} lies between its product and its softmax")
     query, turned = (operand for operand in node.args[:2] if isinstance(operand, fx.Node))
     turned = plain(turned)
@@ -340,7 +341,7 @@ def _product_after(node: fx.Node) -> tuple[fx.Node | None, bool]:
     parted = False
     while True:
         users = list(node.users)
-        into = [user for user in users if user.target in _PRODUCTS]
+        into = [user for user in users if name_of(user) in PRODUCTS]
         if len(users) != 1:
             if into:
                 raise _Refused("its probabilities are read elsewhere too")
@@ -356,26 +357,26 @@ def _product_after(node: fx.Node) -> tuple[fx.Node | None, bool]:
             if not last or given["start"] not in (None, 0) or given["end"] != -1:
                 return None, parted
             parted = True
-        elif _name(user) in ("view", "reshape") and any(u.target in _PRODUCTS for u in user.users):
+        elif name_of(user) in RESHAPES and any(name_of(u) in PRODUCTS for u in user.users):
             raise _Refused("its products have batch and heads in one dimension")
-        elif _uncast(user) is not _uncast(node):
+        elif uncopied(user) is not uncopied(node):
             return None, parted
         node = user
 
 
 def _joined_scores(node: fx.Node) -> tuple[fx.Node, fx.Node]:
     """(scores, those of a sink) that are joined, maybe less the largest of them."""
-    if _name(node) == "sub" and isinstance(node.args[1], fx.Node):
+    if name_of(node) == "sub" and isinstance(node.args[1], fx.Node):
         most = node.args[1]
         source = most.all_input_nodes[0] if most.target is operator.getitem else most
-        if _name(source) in ("max", "amax") and source.args[0] is node.args[0]:
-            node = _uncast(node.all_input_nodes[0])
+        if name_of(source) in ("max", "amax") and source.args[0] is node.args[0]:
+            node = uncopied(node.all_input_nodes[0])
     if node.target is not _ATEN.cat.default or len(node.all_input_nodes) != 2:
         raise _Refused("its softmax runs over more than keys")
     scores, sink = node.all_input_nodes
     if sink.meta["val"].shape[-1] != 1:
         raise _Refused("its softmax runs over more than keys")
-    return _uncast(scores), sink
+    return uncopied(scores), sink
 
 
 def _added(node: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -383,19 +384,19 @@ def _added(node: fx.Node) -> tuple[fx.Node, fx.Node]:
     operands = [other for other in node.args if isinstance(other, fx.Node)]
     if node.kwargs.get("alpha", 1) != 1 or len(operands) != 2:
         raise _Refused("its scores are added to in a way that is not read")
-    leading = [other for other in operands if _to_product(_uncast(other))]
+    leading = [other for other in operands if _to_product(uncopied(other))]
     if len(leading) != 1:
         raise _Refused("it is not told which addend its scores are")
     (scores,) = leading
     mask = operands[1 - operands.index(scores)]
-    return mask, _uncast(scores)
+    return mask, uncopied(scores)
 
 
 def _to_product(node: fx.Node) -> bool:
     for _ in range(8):
-        if node.target in _PRODUCTS:
+        if name_of(node) in PRODUCTS:
             return True
-        if _name(node) not in ("mul", "div", "tanh", "to", "_to_copy") or not node.all_input_nodes:
+        if not is_copy(node) and name_of(node) not in ("mul", "div", "tanh"):
             return False
         node = node.all_input_nodes[0]
     return False
@@ -404,7 +405,7 @@ def _to_product(node: fx.Node) -> bool:
 def _capped(node: fx.Node) -> tuple[float, fx.Node] | None:
     """(c, scores) where `node` is ``c * tanh(scores / c)``."""
     outer = _scaled(node)
-    if outer is None or _name(outer[1]) != "tanh":
+    if outer is None or name_of(outer[1]) != "tanh":
         return None
     inner = _scaled(outer[1].all_input_nodes[0])
     if inner is None or not math.isclose(inner[0] * outer[0], 1.0, rel_tol=1e-6):
@@ -414,36 +415,23 @@ def _capped(node: fx.Node) -> tuple[float, fx.Node] | None:
 
 def _scaled(node: fx.Node) -> tuple[float, fx.Node] | None:
     """(factor, scores) where `node` multiplies or divides by a number."""
-    if _name(node) not in ("mul", "div") or len(node.args) != 2:
+    if name_of(node) not in ("mul", "div") or len(node.args) != 2:
         return None
     scores, number = node.args
     if not isinstance(scores, fx.Node) or not isinstance(number, int | float):
         return None
-    factor = float(number) if _name(node) == "mul" else 1.0 / float(number)
-    return factor, _uncast(scores)
+    factor = float(number) if name_of(node) == "mul" else 1.0 / float(number)
+    return factor, uncopied(scores)
 
 
-def _name(node: fx.Node) -> str:
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return ""
-    return node.target._schema.name.partition("::")[2]
-
-
-def _uncast(node: fx.Node) -> fx.Node:
-    """The value that `node` is a copy of, in another type maybe."""
-    names = ("to", "_to_copy", "type_as", "clone", "contiguous", "alias", "detach")
-    while _name(node) in names or _is_no_dropout(node):
-        node = node.all_input_nodes[0]
-    return node
-
-
-def _is_no_dropout(node: fx.Node) -> bool:
-    return _name(node) == "dropout" and (not node.args[1] or not node.args[2])
+def _keeps_order(node: fx.Node) -> bool:
+    """Whether what is left of the values of the first input stands in their order."""
+    return is_idle_dropout(node) or name_of(node) in MOVES - PERMUTES - {"select"}
 
 
 def plain(node: fx.Node) -> fx.Node:
     """The node whose values `node` has at the same places, in the same type."""
-    while _name(node) in _CARRYING and (_name(node) != "dropout" or _is_no_dropout(node)):
+    while _keeps_order(node):
         inner = node.all_input_nodes[0]
         ours, theirs = node.meta["val"], inner.meta["val"]
         if str(tuple(ours.shape)) != str(tuple(theirs.shape)) or ours.dtype != theirs.dtype:

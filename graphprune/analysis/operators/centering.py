@@ -8,20 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
+from graphprune.ir.aten import is_copy, uncopied
+
 _ATEN = torch.ops.aten
 
-_CASTS = {
-    _ATEN._to_copy.default,
-    _ATEN.to.device,
-    _ATEN.to.dtype,
-    _ATEN.to.dtype_layout,
-    _ATEN.to.other,
-    _ATEN.type_as.default,
-    _ATEN.alias.default,
-    _ATEN.detach.default,
-    _ATEN.contiguous.default,
-    _ATEN.clone.default,
-}
 _MEANS = {_ATEN.mean.dim, _ATEN.mean.default}
 _PAIRS = {
     _ATEN.std_mean.correction,
@@ -71,10 +61,8 @@ def is_centre(node: fx.Node) -> bool:
 
 def _users(node: fx.Node) -> Iterator[fx.Node]:
     for user in node.users:
-        yield from _users(user) if user.target in _CASTS else (user,)
+        yield from _users(user) if is_copy(user) else (user,)
 
 
 def _plain(value: object) -> object:
-    while isinstance(value, fx.Node) and value.target in _CASTS:
-        value = value.args[0]
-    return value
+    return uncopied(value) if isinstance(value, fx.Node) else value

@@ -7,6 +7,7 @@ from torch import fx
 from graphprune.analysis.axes import UNIT
 from graphprune.analysis.operators.centering import is_centring
 from graphprune.analysis.operators.rule import Op, Type, Zero, rule
+from graphprune.ir.aten import rule_name
 
 # fmt: off
 _ZERO_AT_ZERO = [
@@ -85,7 +86,7 @@ def binary(op: Op) -> Type:
 @rule(*(f"{name}.default" for name in _LOGICAL), zero=Zero.NEVER)
 def compare(op: Op) -> Type:
     """Comparisons and logic: operands of one shape after broadcasting."""
-    name, other = op.node.target.__name__, op.arg("other")  # type: ignore[union-attr]
+    name, other = rule_name(op.node.target), op.arg("other")
     if name in ("gt.Scalar", "lt.Scalar", "ne.Scalar") and other == 0:
         op.zero = Zero.KEEP
     return binary(op)

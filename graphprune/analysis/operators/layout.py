@@ -9,6 +9,8 @@ from torch import fx
 
 from graphprune.analysis.axes import UNIT, Axis
 from graphprune.analysis.operators.rule import Op, Type, Zero, rule
+from graphprune.ir.aten import name_of
+from graphprune.ir.nodes import argument_names
 
 
 def _regroup(op: Op, before: Sequence[Axis], shape: Sequence[int]) -> Type:
@@ -42,7 +44,7 @@ def reshape_by_rank(op: Op) -> Type:
     """Merges axes, or adds or drops axes of size 1; no size is written down."""
     dim = op.arg("dim")
     type_ = op.types[op.node.args[0]]  # type: ignore[index]
-    if "unsqueeze" in op.node.target.__name__:  # type: ignore[union-attr]
+    if name_of(op.node) == "unsqueeze":
         at = dim if dim >= 0 else dim + len(type_) + 1
         return (*type_[:at], UNIT, *type_[at:])
     result = _regroup(op, type_, op.shape())
@@ -82,8 +84,7 @@ def permute(op: Op) -> Type:
 def transpose(op: Op) -> Type:
     """Two axes exchanged."""
     type_ = list(op.type("self"))
-    names = [argument.name for argument in op.node.target._schema.arguments[1:3]]  # type: ignore[union-attr]
-    first, second = (op.dim(name, len(type_)) for name in names)
+    first, second = (op.dim(name, len(type_)) for name in argument_names(op.node)[1:3])
     type_[first], type_[second] = type_[second], type_[first]
     return tuple(type_)
 
@@ -92,7 +93,7 @@ def transpose(op: Op) -> Type:
 def transpose_matrix(op: Op) -> Type:
     """The last two axes exchanged (all reversed for `T`)."""
     type_ = op.type("self")
-    if "numpy_T" in op.node.target.__name__:  # type: ignore[union-attr]
+    if name_of(op.node) == "numpy_T":
         return type_[::-1]
     return (*type_[:-2], *reversed(type_[-2:])) if len(type_) > 1 else type_
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from graphprune.analysis.axes import UNIT, Axis
 from graphprune.analysis.operators.centering import is_centre, is_of_centred
 from graphprune.analysis.operators.rule import MeanLiteral, Op, Type, Zero, rule
+from graphprune.ir.aten import name_of
 
 
 def _reduced(op: Op, type_: Type, dims: Iterable[int]) -> Type:
@@ -76,7 +77,7 @@ def extreme(op: Op) -> Type:
     type_ = op.types[op.operands()[0]]
     dims = op.dims("dim", len(type_))
     for dim in dims:
-        op.freeze(type_[dim], f"{op.node.target.__name__.split('.')[0]} runs over it")  # type: ignore[union-attr]
+        op.freeze(type_[dim], f"{name_of(op.node)} runs over it")
     return _reduced(op, type_, dims)
 
 
@@ -133,7 +134,7 @@ def normalised(op: Op) -> Type:
     """Running sums and the like: the axis is frozen, the others stay."""
     type_ = op.type("self")
     dim = op.dim("dim", len(type_))
-    op.freeze(type_[dim], f"{op.node.target.__name__.split('.')[0]} runs over it")  # type: ignore[union-attr]
+    op.freeze(type_[dim], f"{name_of(op.node)} runs over it")
     return type_
 
 
@@ -280,7 +281,7 @@ def pool_with_index(op: Op) -> list[Type | None]:
 
 
 def _pooled(op: Op, type_: Type, shape: tuple[int, ...]) -> Type:
-    found = re.search(r"(\d)d", op.node.target.__name__)  # type: ignore[union-attr]
+    found = re.search(r"(\d)d", name_of(op.node))
     assert found is not None
     result = list(type_)
     for back in range(1, int(found[1]) + 1):
@@ -306,7 +307,7 @@ def _is_whole(op: Op, back: int, count: int) -> bool:
 def unpool(op: Op) -> Type:
     """Values go back to the places of an image that they came from, each channel alone."""
     type_, shape = op.type("self"), op.shape()
-    spatial = int(op.node.target.__name__.partition("d.")[0][-1])  # type: ignore[union-attr]
+    spatial = int(name_of(op.node).removesuffix("d")[-1])
     for axis, other in zip(type_, op.type("indices"), strict=True):
         op.unify(axis, other)
     for axis in type_[-spatial:]:

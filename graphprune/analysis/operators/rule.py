@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import cache
 from typing import Any, Literal, TypeVar
 
 from torch import fx
 
 from graphprune.analysis.axes import UNIT, Atom, Axes, Axis, Conflict
+from graphprune.ir.nodes import get_argument
 
 Type = tuple[Axis, ...]
 """The axes of one tensor, one for each dimension."""
@@ -284,12 +284,7 @@ class Op:
 
     def arg(self, name: str) -> Any:
         """The argument called `name` in the operator's schema, or its default."""
-        for position, argument, positional, default in _arguments(self.node.target):
-            if argument == name:
-                if positional and position < len(self.node.args):
-                    return self.node.args[position]
-                return self.node.kwargs.get(name, default)
-        return None
+        return get_argument(self.node, name)
 
     def type(self, name: str) -> Type:
         """The axes of the tensor argument called `name`."""
@@ -469,20 +464,6 @@ class Op:
         """Say how the node uses `axis`."""
         if axis is not UNIT:
             self.facts.marks.append(Mark(kind, axis, self.node))
-
-
-@cache
-def _arguments(target: Any) -> list[tuple[int, str, bool, Any]]:
-    """(position, name, whether it may be positional, default) of an operator's arguments."""
-    return [
-        (
-            position,
-            argument.name,
-            not argument.kwarg_only,
-            argument.default_value if argument.has_default_value() else None,
-        )
-        for position, argument in enumerate(target._schema.arguments)
-    ]
 
 
 RULES: dict[str, Rule] = {}

@@ -21,26 +21,13 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.errors import BackendError
+from graphprune.ir.aten import MOVES, name_of
 from graphprune.ir.nodes import copy_of
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import module_path, source_line
 from graphprune.transforms.resize import RESCALE
 
 _ATEN = torch.ops.aten
-
-_CASTS = (
-    _ATEN._to_copy.default,
-    _ATEN.to.dtype,
-    _ATEN.to.dtype_layout,
-    _ATEN.to.device,
-    _ATEN.type_as.default,
-    _ATEN.clone.default,
-    _ATEN.alias.default,
-    _ATEN.view.default,
-    _ATEN.expand.default,
-    _ATEN.unsqueeze.default,
-)
-"""Operators through which a factor passes as it is."""
 
 _POWERS = (
     _ATEN.rsqrt.default,
@@ -173,7 +160,7 @@ class _Norm:
                 user.args = (user.args[0], self.epsilon)
             elif user.target is _ATEN.div.Tensor and user.args[1] is node:
                 pass
-            elif user.target not in (*_CASTS, *_POWERS):
+            elif name_of(user) not in MOVES and user.target not in _POWERS:
                 raise self._refusal(f"{user.target} comes before any gain")
             node = user
 
@@ -199,7 +186,7 @@ class _Norm:
                 offset += number
             elif step.target is _ATEN.mul.Tensor and isinstance(number, int | float):
                 slope, offset = slope * number, offset * number
-            elif step.target not in _CASTS:
+            elif name_of(step) not in MOVES:
                 return False
         self.gain = node
         self.offset = offset / slope

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.errors import BackendError, RewriteError
+from graphprune.ir.aten import PRODUCTS, name_of
 from graphprune.ir.nodes import copy_of, made_from
 from graphprune.ir.program import Program
 from graphprune.ir.shape_propagation import rebuild
 
 _ATEN = torch.ops.aten
-_PRODUCTS = (_ATEN.linear.default, _ATEN.matmul.default)
+_PRODUCTS = PRODUCTS | {"linear"}
 
 
 def last_only(program: Program) -> Program:
@@ -57,7 +58,7 @@ def _head(logits: fx.Node) -> list[fx.Node]:
         like = [other for other in node.all_input_nodes if _lengths(other) == _lengths(node)]
         if len(like) != 1 or any(not _is_tensor(other) for other in node.all_input_nodes):
             break
-        if node.target in _PRODUCTS and node.all_input_nodes[0] is like[0]:
+        if name_of(node) in _PRODUCTS and node.all_input_nodes[0] is like[0]:
             return found
         (node,) = like
     raise BackendError(

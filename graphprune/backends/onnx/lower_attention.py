@@ -22,6 +22,7 @@ from graphprune.backends.onnx.attention_forms import (
     read_by_several,
     rotations_of,
 )
+from graphprune.ir.aten import CASTS, COPIES, RESHAPES, is_mutating, name_of
 from graphprune.ir.nodes import arguments_of, copy_of, made_from, valued
 from graphprune.ir.program import Program
 
@@ -93,19 +94,17 @@ def lower_attention(
 
 def _is_kept(node: fx.Node) -> bool:
     """Whether a node stays though nothing uses it; dropout, which does nothing here, does not."""
-    schema = getattr(node.target, "_schema", None)
-    return node.op in ("placeholder", "output") or (schema is not None and schema.is_mutable)
+    return node.op in ("placeholder", "output") or is_mutating(node)
 
 
 def _drop_round_trips(graph: fx.Graph) -> None:
     """Let what takes rows of heads take them as they were before heads came apart."""
-    shaping = (_ATEN.view.default, _ATEN.reshape.default, _ATEN._unsafe_view.default)
     for node in graph.nodes:
         source = node
-        while source.target in (*shaping, _ATEN.clone.default, _ATEN.contiguous.default):
+        while name_of(source) in RESHAPES | COPIES - CASTS:
             source = source.all_input_nodes[0]
             before, after = source.meta["val"], node.meta["val"]
-            if node.target in shaping and str(before.shape) == str(after.shape):
+            if name_of(node) in RESHAPES and str(before.shape) == str(after.shape):
                 node.replace_all_uses_with(source)
                 break
 

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from graphprune.backends.onnx.dimension_names import output_names
 from graphprune.errors import BackendError, ParityError, first_line
+from graphprune.ir.aten import LOOKUPS, name_of
 from graphprune.ir.nodes import size_of
 from graphprune.ir.program import PAST, PRESENT, Program
 
@@ -298,7 +299,7 @@ def sample_inputs(program: Program, sizes: Mapping[str, int], seed: int = 0) -> 
     return inputs
 
 
-_SHIFTS = ("aten.add.", "aten.sub.", "aten.mul.")
+_SHIFTS = ("add", "sub", "mul")
 """Operators after which an index is another than what went in, by an offset say."""
 
 
@@ -316,7 +317,7 @@ def _rows(node: fx.Node, *, shifted: bool = True) -> int | None:
         node, changed = queue.pop()
         for user in node.users:
             value = user.meta.get("val")
-            after = (user, changed or str(user.target).startswith(_SHIFTS))
+            after = (user, changed or name_of(user) in _SHIFTS)
             if _looks_up(user, node):
                 rows[user] = int(user.args[0].meta["val"].shape[0])  # type: ignore[union-attr]
                 moved |= {user} if changed else set()
@@ -331,4 +332,4 @@ def _looks_up(user: fx.Node, index: fx.Node) -> bool:
     table: Any = user.args[0] if user.args else None
     if not isinstance(table, fx.Node) or table is index or table.op != "placeholder":
         return False
-    return str(user.target).startswith(("aten.embedding.", "aten.index.", "aten.index_select."))
+    return name_of(user) in LOOKUPS

@@ -18,6 +18,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from graphprune.ir.aten import CASTS, MOVES, REPEATS, SPLITS, name_of
 from graphprune.ir.nodes import copy_of, made_from
 from graphprune.ir.program import Program
 from graphprune.ir.shape_propagation import rebuild
@@ -25,14 +26,8 @@ from graphprune.plan.plan import Order
 
 _ATEN = torch.ops.aten
 
-# fmt: off
-_MOVING = {
-    "view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze", "permute",
-    "transpose", "contiguous", "clone", "alias", "detach", "slice", "select", "narrow",
-    "split_with_sizes", "split", "unbind", "getitem",
-}
-# fmt: on
-"""Operators that move values, or take some of them, and change none."""
+_MOVING = (MOVES - CASTS - REPEATS) | SPLITS
+"""Operators that move values, or take some of them, and compute none."""
 
 _SIZES = (2, 3, 5, 7, 11, 13)
 """Sizes that stand for dynamic ones."""
@@ -199,8 +194,8 @@ def _number(size: Any, symbols: dict[Any, int]) -> int | None:
 
 def _moved(node: fx.Node, source: fx.Node, numbers: Any, symbols: dict[Any, int]) -> Any:
     """What `node` makes of row numbers in place of `source`; None where it does more than move."""
-    name = getattr(node.target, "__name__", str(node.target)).partition(".")[0]
-    if node.op != "call_function" or name not in _MOVING or node.args[0] is not source:
+    moves = node.target is operator.getitem or name_of(node) in _MOVING
+    if not moves or node.args[0] is not source:
         return None
 
     def value(other: fx.Node) -> Any:
