@@ -29,7 +29,7 @@ from graphprune.analysis.operators.rule import (
     Zero,
 )
 from graphprune.analysis.ownership import Branches, Ownership, Seeds
-from graphprune.ir.aten import MOVES, is_mutating, is_view, name_of, rule_name
+from graphprune.ir.aten import MOVES, is_mutating, is_view, name_of, plain_name, rule_name
 from graphprune.ir.program import PAST, PRESENT, Program
 
 _FIRST_PRIME = 1_000_003
@@ -514,7 +514,7 @@ class _Inference:
         type_ = rule.apply(op)
         self.laws[node] = op.zero if op.terms is None else op.terms
         inputs = node.all_input_nodes
-        if name.partition(".")[0] in MOVES and node.meta["val"].dtype is not torch.bool:
+        if plain_name(node) in MOVES and node.meta["val"].dtype is not torch.bool:
             self._carry((inputs[0], 0), node)
             inputs = inputs[1:]
         self._read((other for other in inputs if other not in op.picked), node)

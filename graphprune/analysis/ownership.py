@@ -21,7 +21,7 @@ from torch import fx
 
 from graphprune.analysis.axes import Axis
 from graphprune.analysis.operators.rule import Frozen, Law, Zero
-from graphprune.ir.aten import name_of, rule_name
+from graphprune.ir.aten import name_of, plain_name
 from graphprune.ir.nodes import arguments_of
 
 _ATEN = torch.ops.aten
@@ -310,7 +310,7 @@ class _Flow:
 
     def _absorbing(self, node: fx.Node) -> fx.Node | None:
         """What `node` is equal to when operands of it are gone, if that is one of its operands."""
-        name, given = rule_name(node.target).partition(".")[0], arguments_of(node)
+        name, given = plain_name(node), arguments_of(node)
         other: Any = None
         if name in ("add", "sub"):
             if self._is_gone(given["other"]):

@@ -10,7 +10,7 @@ from torch import fx
 from graphprune.analysis.axes import Atom, Axis
 from graphprune.analysis.inference import Types
 from graphprune.analysis.operators.rule import Attention, Zero
-from graphprune.ir.aten import PRODUCTS, name_of, uncopied
+from graphprune.ir.aten import PRODUCTS, name_of, plain_name, uncopied
 
 Role = Literal[
     "kv-head",
@@ -223,7 +223,7 @@ def _residual(types: Types, atoms: Collection[Atom]) -> set[Atom]:
     order = {node: index for index, node in enumerate(types.program.graph.nodes)}
     found: set[Atom] = set()
     for node in types.program.graph.nodes:
-        if name_of(node) != "add":
+        if plain_name(node) != "add":
             continue
         operands = [uncopied(n) for n in node.all_input_nodes if n.op == "call_function"]
         if len(operands) != 2 or any(operand.op != "call_function" for operand in operands):

@@ -64,9 +64,14 @@ def name_of(node: fx.Node) -> str:
     return str(node.target).split(".")[1] if is_operator(node) else ""
 
 
+def plain_name(node: fx.Node) -> str:
+    """Return `name_of` without the mark of in-place forms: where it does not matter who writes."""
+    return rule_name(node.target).partition(".")[0] if is_operator(node) else ""
+
+
 @cache
 def rule_name(target: Any) -> str:
-    """Return the name that rules are found by: without namespace and the mark of in-place forms.
+    """Return the name that rules are found by, which an operator and its in-place form share.
 
     Examples
     --------

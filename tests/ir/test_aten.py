@@ -20,6 +20,7 @@ from graphprune.ir.aten import (
     is_random,
     is_view,
     name_of,
+    plain_name,
     printed_name,
     rule_name,
     uncopied,
@@ -82,6 +83,7 @@ def test_a_weight_that_is_dropped_from_is_no_matrix_of_its_product(p: float) -> 
 def test_what_writes_is_not_its_plain_form() -> None:
     node = _call(_ATEN.squeeze_.dim, 0)
     assert name_of(node) == "squeeze_"
+    assert plain_name(node) == "squeeze"
     assert rule_name(node.target) == "squeeze.dim"
     assert rule_name(_ATEN.__and__.Tensor) == "__and__.Tensor"
     assert is_mutating(node)
