@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import graphprune as gp
 from graphprune import errors
 from graphprune.calibration.data import Calibration
+from graphprune.cli import console
 from graphprune.cli import main as cli
 from graphprune.errors import (
     CalibrationError,
@@ -386,7 +387,7 @@ def graphprune(
 
     monkeypatch.setattr(loading, "load", remember)
     monkeypatch.setattr(cli, "_fail", note)
-    monkeypatch.delenv(cli.TRACEBACK, raising=False)
+    monkeypatch.delenv(console.TRACEBACK, raising=False)
     for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS"):
         monkeypatch.setenv(name, os.environ.get(name, "1" if "HUB" in name else "error"))
 

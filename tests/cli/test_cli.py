@@ -16,10 +16,11 @@ import pytest
 from byte_llama import byte_tokenizer, save_checkpoint
 from safetensors.torch import load_file, save_file
 
+from graphprune.cli import console
 from graphprune.cli import main as cli
 
 VERBS = ["inspect", "explain", "run", "apply", "verify", "evaluate", "sensitivity", "sweep"]
-VERBS += ["passes", "operators", "generate"]
+VERBS += ["page", "plot", "diff", "passes", "operators", "generate"]
 TEXT = "".join(f"line {number} of a text that is long enough\n" for number in range(60))
 PRUNE = "prune{target=ffn ratio=0.25 criterion=magnitude}"
 
@@ -58,7 +59,7 @@ def remembered(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
 def graphprune(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], remembered: None
 ) -> Run:
-    monkeypatch.delenv(cli.TRACEBACK, raising=False)
+    monkeypatch.delenv(console.TRACEBACK, raising=False)
     for name in (
         "TRANSFORMERS_VERBOSITY",
         "HF_HUB_DISABLE_PROGRESS_BARS",
@@ -275,6 +276,20 @@ def test_inspect_draws_layers_around_a_plan_and_scores_of_groups(
     assert graphprune("inspect", checkpoint, "--picture", sizes).status == 2
 
 
+def test_page_and_plot_write_what_inspect_wrote(
+    graphprune: Run, checkpoint: Path, smaller: Path, tmp_path: Path
+) -> None:
+    plan = ["--plan", smaller / "plan.json"]
+    old, new = (tmp_path / f"{name}.html" for name in ("old", "new"))
+    assert graphprune("inspect", checkpoint, "--html", old, *plan).status == 0
+    assert graphprune("page", checkpoint, "-o", new, *plan).status == 0
+    assert new.read_bytes() == old.read_bytes()
+    assert graphprune("plot", checkpoint, "-o", tmp_path / "new.svg", *plan).status == 0
+    assert "<!-- model.layers.0 -->" in (tmp_path / "new.svg").read_text()
+    neither = graphprune("plot", checkpoint, "-o", tmp_path / "none.svg")
+    assert (neither.status, "--plan" in neither.err) == (2, True)
+
+
 def test_explain_names_the_operators_that_couple(graphprune: Run, checkpoint: Path) -> None:
     out = graphprune("explain", checkpoint, "model.layers.0.mlp.up_proj.weight", "0").out
     assert "aten.mul.Tensor in model.layers.0.mlp" in out
@@ -428,6 +443,20 @@ def test_a_quiet_run_says_nothing(graphprune: Run, checkpoint: Path, tmp_path: P
     done = graphprune("run", checkpoint, "--passes", PRUNE, "-o", tmp_path / "out", "--quiet")
     assert done == Done(0, "", "")
     assert (tmp_path / "out" / "plan.json").is_file()
+
+
+def test_the_old_name_of_calibration_length_works_with_a_word(
+    graphprune: Run, checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    sizes = []
+    for option in ("--length", "--calibration-length"):
+        out = tmp_path / option
+        options = ["--passes", PRUNE, "--calibration", text, option, 32, "-o", out]
+        done = graphprune("run", checkpoint, *options)
+        assert done.status == 0, done
+        assert ("--calibration-length" in done.err) is (option == "--length")
+        sizes.append(json.loads((out / "report.json").read_text())["calibration"])
+    assert sizes[0] == sizes[1]
 
 
 def test_passes_may_be_a_yaml_file(graphprune: Run, checkpoint: Path, tmp_path: Path) -> None:
@@ -695,7 +724,7 @@ def test_a_traceback_is_shown_on_request(
     from graphprune.errors import GraphPruneError
 
     if how == "environment":
-        monkeypatch.setenv(cli.TRACEBACK, "1")
+        monkeypatch.setenv(console.TRACEBACK, "1")
     with pytest.raises(GraphPruneError):
         graphprune("inspect", tmp_path / "gone", *(["--traceback"] if how == "option" else []))
 

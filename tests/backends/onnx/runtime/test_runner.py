@@ -22,6 +22,7 @@ from graphprune.backends.onnx.runtime import runner as runtime
 from graphprune.backends.onnx.runtime.decoder import CUDA, Batch, layout_of
 from graphprune.backends.onnx.runtime.limits import limits_of
 from graphprune.backends.onnx.runtime.runner import OnnxRunner
+from graphprune.cli import console
 from graphprune.cli import main as cli
 from graphprune.errors import BackendError, CheckpointError, UsageError
 from graphprune.frontend.capture import capture
@@ -478,7 +479,7 @@ def test_the_command_line_refuses_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.delenv(cli.TRACEBACK, raising=False)
+    monkeypatch.delenv(console.TRACEBACK, raising=False)
     assert invoke(monkeypatch, packages("shared"), *arguments) == status
     out, err = capsys.readouterr()
     assert out == ""

@@ -1,0 +1,187 @@
+"""Verbs that measure: `evaluate`, `sensitivity`, `sweep`."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from graphprune.cli.console import show
+from graphprune.cli.inputs import read_calibration, resolve
+from graphprune.cli.options import (
+    BatchSize,
+    CalibrationLength,
+    CalibrationText,
+    Checkpoint,
+    HeldOutText,
+    Length,
+    MaxTokens,
+    Samples,
+    TokenizerDirectory,
+)
+from graphprune.cli.session import Session, verb
+from graphprune.errors import EvaluationError
+from graphprune.io import reference
+
+
+@verb
+def evaluate(
+    session: Session,
+    directory: Checkpoint,
+    text: HeldOutText = None,
+    tokenizer: TokenizerDirectory = None,
+    length: Length = 256,
+    max_tokens: MaxTokens = None,
+    batch_size: BatchSize = 4,
+) -> None:
+    """Measure the perplexity of a causal language model on a text."""
+    from graphprune.evaluation.perplexity import perplexity
+
+    path = text or reference.heldout_text()
+    found = perplexity(
+        session.load(directory),
+        path,
+        resolve(tokenizer or directory),
+        length=length,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        progress=session.progress or False,
+    )
+    print(f"perplexity {found.perplexity:.4f}")
+    print(f"loss       {found.loss:.4f} nats per token")
+    print(f"tokens     {found.tokens} of {path.name}, in windows of {found.length}")
+
+
+@verb
+def sensitivity(
+    session: Session,
+    directory: Checkpoint,
+    group: Annotated[
+        str,
+        typer.Option(
+            help="heads: the query heads of every attention. Or a target of 'prune', such as "
+            "kv-heads, ffn, experts or a glob over group names."
+        ),
+    ] = "heads",
+    blocks: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=2,
+            help="Remove units in N runs of neighbors; one by one if left out, and in 64 runs "
+            "where a group has more units than that.",
+        ),
+    ] = None,
+    keep_one: Annotated[
+        bool, typer.Option(help="Also remove all units of a group but the best one.")
+    ] = True,
+    json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the effects as JSON.")
+    ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw them as a heat map: .png, .svg or .pdf."),
+    ] = None,
+    text: HeldOutText = None,
+    tokenizer: TokenizerDirectory = None,
+    length: Length = 256,
+    max_tokens: MaxTokens = None,
+    batch_size: BatchSize = 4,
+) -> None:
+    """Measure what the model loses by each unit, such as each head, one at a time."""
+    from graphprune.analysis.coupling import analyze
+    from graphprune.evaluation.ablation import sensitivity, text_batches
+    from graphprune.evaluation.perplexity import text_windows
+    from graphprune.io.atomic import staged_file
+    from graphprune.report.plots import check_format
+
+    if picture is not None:
+        check_format(picture)
+    with ExitStack() as stack:  # places that cannot be written are refused first
+        json_file = stack.enter_context(staged_file(json)) if json else None
+        picture_file = stack.enter_context(staged_file(picture)) if picture else None
+        program = session.load(directory)
+        windows = text_windows(
+            program,
+            text or reference.heldout_text(),
+            resolve(tokenizer or directory),
+            length=length,
+            max_tokens=max_tokens,
+        )
+        batches = text_batches(program, windows, batch_size)
+        with session.working("analyzing"):
+            coupling = analyze(program)
+        found = sensitivity(
+            coupling, batches, group, blocks=blocks, keep_one=keep_one, progress=session.progress
+        )
+        if json_file is not None:
+            json_file.write_text(found.to_json() + "\n", encoding="utf-8")
+        if picture_file is not None:
+            found.picture(picture_file)
+    show(found)
+
+
+@verb
+def sweep(
+    session: Session,
+    directory: Checkpoint,
+    passes: Annotated[
+        list[str],
+        typer.Option(
+            help="A recipe such as 'prune{target=ffn ratio={ratio}}', or a .yaml file; may be "
+            "repeated."
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="OUT", help="A directory to make, or a sweep to go on with."
+        ),
+    ],
+    ratios: Annotated[
+        str, typer.Option(help="Numbers and ranges a..b or a..b..step, with commas between.")
+    ] = "0.1..0.6",
+    steps: Annotated[int, typer.Option(help="Ratios of a range a..b.", min=2)] = 6,
+    seeds: Annotated[int, typer.Option(help="Draws of calibration text, and seeds.", min=1)] = 1,
+    calibration: CalibrationText = None,
+    samples: Samples = 10,
+    calibration_length: CalibrationLength = 64,
+    text: HeldOutText = None,
+    tokenizer: TokenizerDirectory = None,
+    length: Length = 256,
+    max_tokens: MaxTokens = None,
+    batch_size: BatchSize = 4,
+) -> None:
+    """Measure perplexity against size for several recipes: a table, JSON and a picture."""
+    from graphprune.evaluation.sweep import HeldOut, Recipe, read_ratios, sweep
+
+    chosen = read_ratios(ratios, steps)
+    recipes = [Recipe.read(text) for text in dict.fromkeys(passes)]
+    pipelines = [recipe.at(ratio) for recipe in recipes for ratio in chosen]
+    draws = [
+        read_calibration(
+            pipelines, directory, calibration, tokenizer, samples, calibration_length, seed
+        )
+        for seed in range(seeds)
+    ]
+    heldout = HeldOut(
+        text or reference.heldout_text(),
+        resolve(tokenizer or directory),
+        length,
+        batch_size,
+        max_tokens,
+    )
+    found = sweep(
+        session.load(directory),
+        recipes,
+        chosen,
+        heldout,
+        output,
+        draws=draws,
+        progress=session.progress,
+    )
+    show(found)
+    if not any(point.size for point in found.points):
+        raise EvaluationError(f"every point failed, the first with: {found.points[0].reason}")

@@ -1,0 +1,115 @@
+"""The verb `generate`: text by the model of an ONNX package."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from graphprune.cli.options import Seed
+from graphprune.cli.session import Session, verb
+
+if TYPE_CHECKING:
+    from graphprune.backends.onnx.runtime.runner import Generation
+
+_SAMPLING = "Choice of tokens"
+_RUNTIME = "ONNX Runtime"
+
+
+@verb
+def generate(
+    session: Session,
+    directory: Annotated[
+        str, typer.Argument(metavar="DIR", help="An ONNX package, as 'export-onnx' writes it.")
+    ],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="A text to continue; may be repeated."),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="A file that is one prompt, or JSON lines with a prompt each."
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The most tokens of a text.", min=1)] = 64,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="A string that ends a text; may be repeated."),
+    ] = None,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            help="0 chooses the likeliest token; else one is drawn.",
+            min=0,
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = 0.0,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            help="Draw from so many of the likeliest tokens.", min=1, rich_help_panel=_SAMPLING
+        ),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Draw from the likeliest tokens of this probability.", rich_help_panel=_SAMPLING
+        ),
+    ] = None,
+    seed: Seed = 0,
+    provider: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A provider of ONNX Runtime, as 'cuda'; the package's own if left out.",
+            rich_help_panel=_RUNTIME,
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Threads of the CPU.", min=1, rich_help_panel=_RUNTIME),
+    ] = None,
+) -> None:
+    """Continue prompts by the model of an ONNX package; one prompt alone is shown as it grows."""
+    from graphprune.backends.onnx.runtime.runner import OnnxRunner
+    from graphprune.errors import UsageError
+    from graphprune.io.text_sources import read_documents
+
+    prompts = list(prompt or ())
+    if prompt_file is not None:
+        prompts += read_documents(prompt_file, UsageError)
+    if not prompts:
+        raise typer.BadParameter("there is nothing to continue: give --prompt or --prompt-file")
+    runner = OnnxRunner(directory, provider=provider, threads=threads)
+    alone = len(prompts) == 1
+    found = runner.generate(
+        prompts,
+        max_new_tokens=max_new_tokens,
+        stop=stop or (),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        on_text=(lambda _, piece: print(piece, end="", flush=True)) if alone else None,
+    )
+    print("" if alone else "\n\n".join(str(generation.text) for generation in found))
+    if not session.quiet:
+        _say_speed(found)
+
+
+def _say_speed(found: Sequence[Generation]) -> None:
+    """Say on standard error how fast a batch was; the first new tokens count with the prompts."""
+    for what, count, seconds in (
+        ("prompt", sum(each.prompt_tokens for each in found), found[0].prompt_seconds),
+        (
+            "new",
+            sum(len(each.tokens) - 1 for each in found),
+            max(each.decode_seconds for each in found),
+        ),
+    ):
+        if count:
+            print(f"{what}: {count} tokens, {count / seconds:.1f} per second", file=sys.stderr)

@@ -1,0 +1,71 @@
+"""What verbs read: the model that a name means, pipelines, plans and calibration text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from graphprune.errors import PlanError
+from graphprune.io import reference
+
+if TYPE_CHECKING:
+    from graphprune.calibration.data import Calibration
+    from graphprune.pipeline.pipeline import Pipeline
+    from graphprune.plan.plan import Plan
+
+
+def resolve(directory: str) -> str:
+    """Return the directory that the command line means: the packaged one, or itself."""
+    return str(reference.checkpoint_dir()) if directory == reference.NAME else directory
+
+
+def read_pipeline(passes: str) -> Pipeline:
+    """Read a pipeline from its text, or from a YAML file if `passes` ends as the name of one."""
+    from graphprune.pipeline.pipeline import Pipeline
+
+    if passes.endswith((".yaml", ".yml")):
+        return Pipeline.from_yaml(Path(passes))
+    return Pipeline.parse(passes)
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan.
+
+    Raises
+    ------
+    PlanError
+        When there is no such file, or it is not a plan.
+    """
+    from graphprune.plan.plan import Plan
+
+    if not path.is_file():
+        raise PlanError(f"{path} does not exist")
+    return Plan.load(path)
+
+
+def read_calibration(
+    pipelines: Iterable[Pipeline],
+    directory: str,
+    path: Path | None,
+    tokenizer: str | None,
+    samples: int,
+    length: int,
+    seed: int,
+) -> Calibration | None:
+    """Read calibration text: that at `path`, or the packaged one for the packaged model.
+
+    Returns
+    -------
+    Calibration or None
+        None where no text is given and the packaged one is of no use.
+    """
+    from graphprune.calibration.data import Calibration
+
+    needed = any(each.requires_calibration for p in pipelines for each in p.passes)
+    if path is None and needed and directory == reference.NAME:
+        path = reference.calibration_text()
+    if path is None:
+        return None
+    where = resolve(tokenizer or directory)
+    return Calibration.from_text(path, where, samples=samples, length=length, seed=seed)

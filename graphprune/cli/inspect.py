@@ -1,0 +1,179 @@
+"""Verbs that look into a model: `inspect`, `page`, `plot`, `explain`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from graphprune.cli.console import note, show
+from graphprune.cli.inputs import read_plan, resolve
+from graphprune.cli.options import Checkpoint
+from graphprune.cli.session import Session, verb
+
+if TYPE_CHECKING:
+    from graphprune.ir.program import Program
+
+
+class Format(StrEnum):
+    """How `inspect` prints."""
+
+    text = "text"
+    json = "json"
+    dot = "dot"
+    graphml = "graphml"
+
+
+@verb
+def inspect(
+    session: Session,
+    directory: Checkpoint,
+    format: Annotated[Format, typer.Option("--format", help="What to print.")] = Format.text,
+    group: Annotated[str | None, typer.Option(help="Print one group.")] = None,
+    weight: Annotated[str | None, typer.Option(help="Print the dimensions of one weight.")] = None,
+    tree: Annotated[bool, typer.Option("--tree", help="Print the weights by module.")] = False,
+    html: Annotated[Path | None, typer.Option(hidden=True, help="What 'page' writes.")] = None,
+    plan: Annotated[Path | None, typer.Option(hidden=True, help="A plan to show.")] = None,
+    scores: Annotated[Path | None, typer.Option(hidden=True, help="Scores to draw.")] = None,
+    picture: Annotated[Path | None, typer.Option(hidden=True, help="What 'plot' draws.")] = None,
+) -> None:
+    """Print what can be pruned: the coupled groups and the axis types of the weights."""
+    from graphprune.analysis.coupling import analyze
+    from graphprune.report.overview import module_tree, overview, overview_json
+
+    if html is not None or picture is not None:
+        _page_and_plot(session, directory, html, plan, scores, picture)
+        return
+    if plan is not None or scores is not None:
+        raise typer.BadParameter("'page' and 'plot' show a plan, and 'plot' draws scores")
+    program = session.load(directory)
+    with session.working("analyzing"):
+        coupling = analyze(program)
+    if group is not None:
+        print(coupling.group(group))
+    elif weight is not None:
+        for dim in range(program.weight(weight).ndim):
+            print(coupling.explain(weight, dim))
+    elif tree:
+        show(module_tree(directory, program, coupling))
+    elif format is Format.text:
+        show(overview(directory, program, coupling))
+    else:
+        written = {
+            Format.json: lambda: overview_json(coupling),
+            Format.dot: coupling.to_dot,
+            Format.graphml: coupling.to_graphml,
+        }
+        print(written[format]())
+
+
+@verb
+def page(
+    session: Session,
+    directory: Checkpoint,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The page.")],
+    plan: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A plan.json: what goes, what is left.")
+    ] = None,
+) -> None:
+    """Write all that 'inspect' knows as one page for a browser."""
+    _page_and_plot(session, directory, output, plan, None, None)
+
+
+@verb
+def plot(
+    session: Session,
+    directory: Checkpoint,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="A .png, .svg or .pdf.")
+    ],
+    plan: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A plan.json: layers before and after it.")
+    ] = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What 'prune{scores=FILE}' wrote: histograms of it."),
+    ] = None,
+) -> None:
+    """Draw the sizes of layers around a plan, or histograms of scores."""
+    _page_and_plot(session, directory, None, plan, scores, output)
+
+
+@verb
+def explain(
+    session: Session,
+    directory: Checkpoint,
+    weight: Annotated[str, typer.Argument(metavar="WEIGHT", help="A weight's dotted name.")],
+    dim: Annotated[int, typer.Argument(metavar="DIM", help="Its dimension; -1 is the last.")],
+) -> None:
+    """Say what one dimension of a weight is coupled with, or why it cannot be pruned."""
+    from graphprune.analysis.coupling import analyze
+    from graphprune.analysis.coupling_paths import chain_text
+
+    program = session.load(directory)
+    with session.working("analyzing"):
+        coupling = analyze(program)
+    print(coupling.explain(weight, dim))
+    name = program.aliases.get(weight, weight)
+    dim %= program.weight(name).ndim
+    for group in coupling.groups:
+        if any(member.weight == name and member.dim == dim for member in group.members):
+            print(f"\n{group}")
+            other = next((each for each in reversed(group.weights()) if each != name), None)
+            if other is not None:
+                print(chain_text(coupling, group.name, name, other))
+
+
+def _page_and_plot(
+    session: Session,
+    directory: str,
+    html: Path | None,
+    plan: Path | None,
+    scores: Path | None,
+    picture: Path | None,
+) -> None:
+    """Write a page, a picture or both; what cannot be captured has a page of its weights."""
+    from graphprune.backends.load import shapes_of
+    from graphprune.errors import CaptureError
+    from graphprune.report.html_page import bare_page
+
+    if picture is not None and (plan is None) == (scores is None):
+        raise typer.BadParameter("a picture is of a --plan or of --scores: give one of them")
+    try:
+        program = session.load(directory)
+    except CaptureError as error:
+        if html is None:
+            raise
+        _write_page(html, bare_page(directory, shapes_of(resolve(directory)), str(error)))
+        note(str(error))
+        return
+    if picture is not None:
+        _draw(picture, program, plan, scores)
+    if html is not None:
+        from graphprune.analysis.coupling import analyze
+        from graphprune.report.html_page import page
+
+        with session.working("analyzing"):
+            coupling = analyze(program)
+        with session.working("writing the page"):
+            _write_page(html, page(coupling, directory, read_plan(plan) if plan else None))
+
+
+def _draw(picture: Path, program: Program, plan: Path | None, scores: Path | None) -> None:
+    from graphprune.report.charts import draw_scores, draw_sizes
+
+    if plan is not None:
+        draw_sizes(picture, program, read_plan(plan))
+    elif scores is not None:
+        draw_scores(picture, scores, program)
+    print(f"wrote {picture}")
+
+
+def _write_page(path: Path, text: str) -> None:
+    from graphprune.io.atomic import staged_file
+
+    with staged_file(path) as staged:
+        staged.write_text(text, encoding="utf-8")
+    print(f"wrote {path}")

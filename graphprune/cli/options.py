@@ -1,0 +1,79 @@
+"""Arguments and options that several verbs take, under the titles that help shows them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from graphprune.io import reference
+
+CALIBRATION = "Calibration"
+HELDOUT = "Held-out text"
+
+Checkpoint = Annotated[
+    str,
+    typer.Argument(
+        metavar="DIR",
+        help=f"A Hugging Face directory, or one that graphprune wrote; '{reference.NAME}' is the "
+        "small model that comes with graphprune.",
+    ),
+]
+Output = Annotated[
+    Path,
+    typer.Option("--output", "-o", metavar="OUT", help="A directory to make; it appears whole."),
+]
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json that 'run' wrote.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of whatever is random.")]
+TokenizerDirectory = Annotated[
+    str | None,
+    typer.Option("--tokenizer", metavar="DIR", help="Where the tokenizer is, if not in DIR."),
+]
+
+CalibrationText = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE",
+        help="A text, JSON lines or NAME:SPLIT:COLUMN of a data set.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+Samples = Annotated[
+    int,
+    typer.Option(
+        "--samples", help="Windows of calibration text.", min=1, rich_help_panel=CALIBRATION
+    ),
+]
+CalibrationLength = Annotated[
+    int,
+    typer.Option(
+        "--calibration-length",
+        help="Tokens of each window of calibration text.",
+        min=1,
+        rich_help_panel=CALIBRATION,
+    ),
+]
+
+HeldOutText = Annotated[
+    Path | None,
+    typer.Option(
+        "--text",
+        metavar="FILE",
+        help="A text, JSON lines or NAME:SPLIT:COLUMN of a data set; the packaged held-out text "
+        "if left out.",
+        rich_help_panel=HELDOUT,
+    ),
+]
+Length = Annotated[
+    int, typer.Option("--length", help="Tokens of each window.", rich_help_panel=HELDOUT)
+]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option("--max-tokens", help="Use no more of the text.", min=1, rich_help_panel=HELDOUT),
+]
+BatchSize = Annotated[
+    int,
+    typer.Option("--batch-size", help="Windows at once.", min=1, rich_help_panel=HELDOUT),
+]
