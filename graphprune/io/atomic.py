@@ -22,7 +22,7 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 @contextmanager
 def staged_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A directory to write into, which becomes `path` when the ``with`` ends well.
+    """Make a directory to write into, which becomes `path` when the ``with`` ends well.
 
     Missing parents are made. After a failure, an interrupt included, nothing is left: neither what
     was written nor a parent that was made for it.
@@ -71,7 +71,7 @@ def staged_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def staged_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """A file to write, which becomes `path` when the ``with`` ends well.
+    """Name a file to write, which becomes `path` when the ``with`` ends well.
 
     What is written beside it, such as external data that it refers to by name, goes along. Missing
     parents are made, and are gone again after a failure.
@@ -120,7 +120,9 @@ def staged_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
 
 
 def as_json(data: Any, indent: int | None = None) -> str:
-    """`data` as JSON text, with null for a number that is not finite, which JSON cannot say.
+    """Return `data` as JSON text, with null for a number that is not finite.
+
+    JSON has no such numbers.
 
     Examples
     --------
@@ -140,7 +142,7 @@ def _finite(data: Any) -> Any:
 
 @contextmanager
 def _staged(path: str | os.PathLike[str], parent: Path, name: str) -> Iterator[Path]:
-    """A hidden directory in `parent`, which is made where it is missing; gone afterwards.
+    """Make a hidden directory in `parent`, which is made where it is missing; gone afterwards.
 
     After a failure so are the parents that were made for it.
     """

@@ -16,7 +16,7 @@ NAME = "reference"
 
 
 def checkpoint_dir() -> Path:
-    """The packaged checkpoint, a Hugging Face directory.
+    """Return the packaged checkpoint, a Hugging Face directory.
 
     Raises
     ------
@@ -27,7 +27,7 @@ def checkpoint_dir() -> Path:
 
 
 def heldout_text() -> Path:
-    """Text that the packaged checkpoint was not trained on.
+    """Return text that the packaged checkpoint was not trained on.
 
     Raises
     ------
@@ -38,7 +38,7 @@ def heldout_text() -> Path:
 
 
 def calibration_text() -> Path:
-    """Text to calibrate the packaged checkpoint with.
+    """Return text to calibrate the packaged checkpoint with.
 
     Raises
     ------

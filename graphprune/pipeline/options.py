@@ -79,7 +79,7 @@ class Option:
         return text + (",..." if self.many else "") + (" or none" if self.optional else "")
 
     def read(self, words: Sequence[Word]) -> Any:
-        """The value that `words` spell.
+        """Return the value that `words` spell.
 
         Raises
         ------
@@ -95,7 +95,7 @@ class Option:
         return self._read(words[0].text)
 
     def check(self, value: object) -> Any:
-        """`value`, with an int made a float, and a list or one text a tuple, where the type asks.
+        """Return `value`, with an int made a float and a list or one text a tuple if the type asks.
 
         Raises
         ------
@@ -113,7 +113,7 @@ class Option:
         return tuple(self._check(each) for each in value)
 
     def write(self, value: Any) -> str:
-        """`value` as text that `read` reads back."""
+        """Return `value` as text that `read` reads back."""
         if value is None:
             return "none"
         return ",".join(_spell(each) for each in (value if self.many else (value,)))
@@ -147,7 +147,7 @@ class Option:
 
 
 def options_of(cls: type) -> dict[str, Option]:
-    """The options of a dataclass by name, in the order of its fields.
+    """Return the options of a dataclass by name, in the order of its fields.
 
     Raises
     ------

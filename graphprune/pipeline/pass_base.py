@@ -63,7 +63,7 @@ class AnalysisCache:
         self._results: dict[Analysis[Any], object] = {}
 
     def get(self, analysis: Analysis[T], program: Program) -> T:
-        """The analysis of `program`, computed unless it is known."""
+        """Return the analysis of `program`, computed unless it is known."""
         if program is not self._program:
             self._program, self._results = program, {}
         if analysis not in self._results:
@@ -135,17 +135,17 @@ class Context:
         return baseline.program, dataclasses.replace(self.plan_so_far, steps=steps)
 
     def analysis(self, analysis: Analysis[T], program: Program) -> T:
-        """The result of `analysis` on `program`, from the cache where it is not stale."""
+        """Return the result of `analysis` on `program`, from the cache where it is not stale."""
         return self.analyses.get(analysis, program)
 
     def coupling(self, program: Program) -> Coupling:
-        """The coupled groups of `program`, from the cache where they are not stale."""
+        """Return the coupled groups of `program`, from the cache where they are not stale."""
         return self.analysis(COUPLING, program)
 
     def bar(
         self, what: str, total: float | None = None
     ) -> AbstractContextManager[Callable[[float], None]]:
-        """A progress bar called `what`, advanced by calling what it gives; none on a quiet run."""
+        """Show a progress bar called `what`, advanced by calling what it gives; none if quiet."""
         from graphprune.io.progress import progress_bar
 
         return progress_bar(self.progress, what, total)
@@ -158,7 +158,7 @@ class Context:
                 advance(1)
 
     def path(self, path: str) -> Path:
-        """Where a pass writes: `path` under the run's output folder, or itself if absolute."""
+        """Return where a pass writes: `path` in the output folder, or itself if absolute."""
         return self.output / path
 
 
@@ -227,7 +227,7 @@ class Pass(ABC):
 
     @classmethod
     def options(cls) -> dict[str, Option]:
-        """The options by name, read from the fields."""
+        """Return the options by name, read from the fields."""
         renamed = cls.renamed_choices
         return {
             name: dataclasses.replace(option, renamed=renamed.get(name, {}))
@@ -251,7 +251,7 @@ class Pass(ABC):
 
     @classmethod
     def build(cls, values: Mapping[str, Any]) -> Pass:
-        """The pass with these option values.
+        """Return the pass with these option values.
 
         Raises
         ------
@@ -264,12 +264,12 @@ class Pass(ABC):
         return cls(**values)
 
     def values(self) -> dict[str, Any]:
-        """The option values that differ from their defaults."""
+        """Return the option values that differ from their defaults."""
         pairs = ((option, getattr(self, option.name)) for option in self.options().values())
         return {option.name: value for option, value in pairs if value != option.default}
 
     def __str__(self) -> str:
-        """The text form, such as ``prune{target=ffn ratio=0.25}``; defaults are left out."""
+        """Return the text form, such as ``prune{target=ffn ratio=0.25}``, without defaults."""
         options = self.options()
         pairs = [f"{name}={options[name].write(value)}" for name, value in self.values().items()]
         return f"{self.name}{{{' '.join(pairs)}}}" if pairs else self.name

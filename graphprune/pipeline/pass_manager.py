@@ -80,7 +80,7 @@ class PassManager:
         return Result(program, context.plan_so_far, report)
 
     def _limited(self) -> tuple[list[PassPosition], list[PassPosition]]:
-        """The positions to run and those beyond the bisect limit."""
+        """Return the positions to run and those beyond the bisect limit."""
         chosen: list[PassPosition] = []
         skipped: list[PassPosition] = []
         optional = 0
@@ -179,7 +179,7 @@ def _refuse_uncalibrated(positions: list[PassPosition], calibrated: bool) -> Non
 
 
 def _resized(before: Program, after: Program) -> str:
-    """The first weight whose shape differs between the two, or ""."""
+    """Return the first weight whose shape differs between the two, or ""."""
     old = {name: tuple(weight.shape) for name, weight in before.weights.items()}
     new = {name: tuple(weight.shape) for name, weight in after.weights.items()}
     return next((name for name in {**old, **new} if old.get(name) != new.get(name)), "")
@@ -194,7 +194,7 @@ def _differs(before: Program, after: Program) -> bool:
 
 
 def _named(error: Exception, position: PassPosition) -> Exception:
-    """The error with the pass in front of its message, of the same class if it is deliberate."""
+    """Put the pass in front of the error's message; a deliberate error keeps its class."""
     if not isinstance(error, GraphPruneError):
         return PipelineError(f"{position}: {type(error).__name__}: {error}")
     return add_context(error, str(position))

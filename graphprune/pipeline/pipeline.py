@@ -53,7 +53,7 @@ class Pipeline:
 
     @classmethod
     def parse(cls, text: str) -> Pipeline:
-        """The pipeline that a text such as ``prune{ratio=0.25},verify`` spells.
+        """Read a pipeline from a text such as ``prune{ratio=0.25},verify``.
 
         Raises
         ------
@@ -65,7 +65,7 @@ class Pipeline:
 
     @classmethod
     def from_yaml(cls, source: str | PathLike[str]) -> Pipeline:
-        """The pipeline in a YAML file, or in YAML text.
+        """Read a pipeline from a YAML file, or from YAML text.
 
         Parameters
         ----------
@@ -81,15 +81,15 @@ class Pipeline:
         return cls(pipeline_text.read_yaml(_yaml_text(source)))
 
     def to_text(self) -> str:
-        """The text that `parse` reads back."""
+        """Return the text that `parse` reads back."""
         return pipeline_text.write_text(self.passes)
 
     def to_yaml(self) -> str:
-        """The YAML text that `from_yaml` reads back."""
+        """Return the YAML text that `from_yaml` reads back."""
         return pipeline_text.write_yaml(self.passes)
 
     def __str__(self) -> str:
-        """The text form."""
+        """Return the text form."""
         return self.to_text()
 
     def run(

@@ -38,12 +38,12 @@ class PassInfo:
 
 
 def names() -> list[str]:
-    """The names of all passes that are installed, sorted; imports none."""
+    """Return the names of all passes that are installed, sorted; imports none."""
     return sorted(provided(GROUP))
 
 
 def find(name: str) -> type[Pass]:
-    """The pass called `name`.
+    """Return the pass called `name`.
 
     Raises
     ------
@@ -68,12 +68,12 @@ def find(name: str) -> type[Pass]:
 
 
 def listing() -> list[PassInfo]:
-    """Every installed pass with its summary and options; one that fails to load says so."""
+    """Describe every installed pass; one that fails to load says so."""
     return [_describe(name) for name in names()]
 
 
 def sections(cls: type) -> dict[str, str]:
-    """The underlined sections of a class's docstring by title, in order.
+    """Return the underlined sections of a class's docstring by title, in order.
 
     Examples
     --------
@@ -103,7 +103,7 @@ def _describe(name: str) -> PassInfo:
 
 
 def _definitions(text: str) -> dict[str, str]:
-    """A list of terms, each with its indented description on the lines below."""
+    """Read a list of terms, each with its indented description on the lines below."""
     parts = re.split(r"^(\w+)(?: :.*)?\n(?=\s)", text, flags=re.MULTILINE)
     pairs = zip(parts[1::2], parts[2::2], strict=True)
     return {term: " ".join(body.split()) for term, body in pairs}

@@ -37,7 +37,7 @@ class ProgramSize:
 
     @classmethod
     def of(cls, program: Program) -> ProgramSize:
-        """The size of `program`."""
+        """Return the size of `program`."""
         return cls(program.parameter_count(), program.kv_bytes_per_token())
 
 
@@ -90,12 +90,12 @@ class Report:
         return sum(record.seconds for record in self.passes)
 
     def to_json(self) -> str:
-        """The report as JSON text, the same for equal reports."""
+        """Return the report as JSON text, the same for equal reports."""
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=2, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        """The report that `to_json` wrote.
+        """Read the report that `to_json` wrote.
 
         Raises
         ------
@@ -113,7 +113,7 @@ class Report:
             raise UsageError(f"not a report of graphprune: {error}") from error
 
     def __rich__(self) -> Table:
-        """The report as a table of rich."""
+        """Return the report as a table of rich."""
         from rich.table import Table
         from rich.text import Text
 
@@ -132,7 +132,7 @@ class Report:
         return table
 
     def __str__(self) -> str:
-        """The table as plain text."""
+        """Return the table as plain text."""
         from rich.console import Console
 
         page = io.StringIO()
@@ -141,7 +141,7 @@ class Report:
 
 
 def versions() -> dict[str, str]:
-    """Versions of graphprune and of what decides its results."""
+    """Return the versions of graphprune and of what decides its results."""
     from graphprune.io.version import __version__
 
     return {"graphprune": __version__} | {

@@ -28,7 +28,7 @@ _CLOSE = re.compile(r"\s*\}\s*")
 
 
 def read_text(text: str) -> list[Pass]:
-    """The passes that `text` spells, at least one.
+    """Read the passes that `text` spells, at least one.
 
     Raises
     ------
@@ -45,12 +45,12 @@ def read_text(text: str) -> list[Pass]:
 
 
 def write_text(passes: Iterable[Pass]) -> str:
-    """The text that `read_text` reads back."""
+    """Return the text that `read_text` reads back."""
     return ",".join(map(str, passes))
 
 
 def read_yaml(text: str) -> list[Pass]:
-    """The passes that a YAML list holds, at least one.
+    """Read the passes that a YAML list holds, at least one.
 
     Raises
     ------
@@ -72,14 +72,14 @@ def read_yaml(text: str) -> list[Pass]:
 
 
 def write_yaml(passes: Iterable[Pass]) -> str:
-    """The YAML text that `read_yaml` reads back."""
+    """Return the YAML text that `read_yaml` reads back."""
     items = [{each.name: _plain(each)} if each.values() else each.name for each in passes]
     # Escaped to ASCII, because PyYAML does not read back every other character that it writes.
     return str(yaml.safe_dump(items, sort_keys=False))
 
 
 def _read_pass(text: str, at: int) -> tuple[Pass, int]:
-    """The pass at a position, and the position after it."""
+    """Read the pass at a position; return the position after it too."""
     name = _expect(_NAME, text, at, "the name of a pass")
     here = f"pipeline column {name.start(1) + 1}"
     with _at(here):
@@ -113,7 +113,7 @@ def _read_option(cls: type[Pass], key: str, text: str, values: dict[str, Any]) -
 
 
 def _from_item(item: object) -> Pass:
-    """One pass of a YAML list."""
+    """Read one pass of a YAML list."""
     if isinstance(item, str):
         item = {item: None}
     if not isinstance(item, dict) or len(item) != 1:

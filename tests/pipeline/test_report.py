@@ -60,7 +60,7 @@ def test_the_plain_table_has_every_pass_and_the_totals() -> None:
     assert ["total", "1.75", "700,000", "(-30.0%)", "2,048", "(-50.0%)"] in lines
 
 
-def test_the_plain_table_fits_the_page_and_has_no_colour() -> None:
+def test_the_plain_table_fits_the_page_and_has_no_color() -> None:
     assert all(len(line) <= 100 for line in str(report()).splitlines())
     assert "\x1b" not in str(report())
 
