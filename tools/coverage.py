@@ -80,7 +80,8 @@ def measure(task: str, model_type: str) -> Row:
     if program is None:
         return row
     row["cache"] = program.is_decoder
-    row["notes"] = list(program.notes)
+    row["notes"] = [note.text for note in program.notes]
+    row["paths"] = [note.text for note in program.notes if note.kind == "example-path"]
     _stage(row, "equal", lambda: _compare_with_eager(program, model))
     coupling = _stage(row, "analysed", lambda: _analysed(program, row))
     if coupling is None:

@@ -113,4 +113,4 @@ def _misses(row: Row) -> Iterator[str]:
             yield f"frozen, {size:,} elements: {reason}"
     if row.get("attention") and not _has_heads(row):
         yield "its heads are frozen"
-    yield from (note for note in row.get("notes", ()) if "captured along the way" in note)
+    yield from row.get("paths", ())

@@ -135,7 +135,7 @@ def _page_and_plot(
     picture: Path | None,
 ) -> None:
     """Write a page, a picture or both; what cannot be captured has a page of its weights."""
-    from graphprune.backends.load import shapes_of
+    from graphprune.backends.huggingface.read import shapes_of
     from graphprune.errors import CaptureError
     from graphprune.report.html_page import bare_page
 

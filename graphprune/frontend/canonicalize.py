@@ -1,4 +1,4 @@
-"""The form in which a captured graph is analysed: it only computes, and every size is spelled out.
+"""The form in which a captured graph is analyzed: it only computes, and every size is spelled out.
 
 What the code of a model computes from constants alone, such as the slopes of ALiBi from a number of
 heads, becomes a constant of the program: a tensor whose axes can lose units as those of a weight
@@ -34,7 +34,7 @@ _COUNTING = {
     _ATEN.tril_indices.default,
     _ATEN.triu_indices.default,
 }
-"""Operators whose values tell their places."""
+"""Operators whose values are indices or positions."""
 
 _ALIASES = {
     "absolute": "abs",
@@ -76,7 +76,7 @@ def canonicalize(
     constants
         Placeholders of constants -> their values.
     dynamic
-        Sizes that stand for dynamic ones: what has one of them is no constant.
+        Sizes that stand for dynamic ones: a tensor with one of them is no constant.
 
     Returns
     -------
@@ -99,7 +99,7 @@ def canonicalize(
 
 
 def _erase_checks(graph: fx.Graph) -> None:
-    """Erase checks, and let constants made while captured on meta be made on the CPU."""
+    """Erase checks, and create on the CPU what a capture on meta would create there."""
     meta, cpu = torch.device("meta"), torch.device("cpu")
     for node in list(graph.nodes):
         if node.op != "call_function":
@@ -117,7 +117,7 @@ def _erase_checks(graph: fx.Graph) -> None:
 
 
 def _write_down_sizes(graph: fx.Graph) -> None:
-    """Let a size that turned out to be fixed be a number, which does not change with a tensor."""
+    """Replace a size that turned out to be fixed by its number."""
     numbers: dict[fx.Node, int] = {}
     for node in graph.nodes:
         if not numbers.keys().isdisjoint(node.all_input_nodes):
@@ -152,7 +152,7 @@ def _erase_unused(graph: fx.Graph) -> None:
 def _evaluate(
     graph: fx.Graph, constants: Values, dynamic: Collection[int]
 ) -> dict[fx.Node, Tensor]:
-    """Every node whose value follows from `constants` and from counting alone -> that value."""
+    """Map every node whose value follows from `constants` and indices alone to that value."""
     values = {node: value for node, value in constants.items() if not value.is_meta}
     for node in graph.nodes:
         if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor):
@@ -171,7 +171,7 @@ def _evaluate(
 
 
 def _lift(graph: fx.Graph, values: Values) -> dict[fx.Node, Tensor]:
-    """Let placeholders stand for the last values that count places and nothing else."""
+    """Replace the last values that derive from constants and indices alone by placeholders."""
     lifted: dict[fx.Node, Tensor] = {}
     counted: set[fx.Node] = set()
     first = next(iter(graph.nodes))
@@ -191,7 +191,7 @@ def _lift(graph: fx.Graph, values: Values) -> dict[fx.Node, Tensor]:
     return lifted
 
 
-# -- what has no structure of its own --------------------------------------------------------------
+# -- tensors without structure --------------------------------------------------------------
 
 _SHAPELESS = {
     _ATEN.expand.default,
@@ -199,11 +199,11 @@ _SHAPELESS = {
     _ATEN.ones.default,
     _ATEN.zeros.default,
 }
-"""Operators whose result is of any size that is asked for: every use may have one of its own."""
+"""Operators that make a tensor of whatever size is asked for: every user may have its own."""
 
 
 def _make_apart(graph: fx.Graph) -> None:
-    """Let every user of what has no structure make its own, so that no two are one through it."""
+    """Give every user of such a tensor its own, so that it couples no two users."""
     for node in list(graph.nodes):
         if node.target not in _SHAPELESS or _is_written(node):
             continue
@@ -214,7 +214,7 @@ def _make_apart(graph: fx.Graph) -> None:
 
 
 def _is_written(node: fx.Node) -> bool:
-    """Whether `node`, or what may share its memory, is written in place or leaves the graph."""
+    """Tell whether `node`, or a view of it, is written in place or leaves the graph."""
     for user in node.users:
         if not is_operator(user) or is_mutating(user):
             return True
@@ -230,7 +230,7 @@ _SPLITTING = {_ATEN.split.Tensor, _ATEN.split_with_sizes.default, _ATEN.chunk.de
 
 
 def _spell_out(node: fx.Node, values: Values) -> None:
-    """Write down what an operator would derive from a size, so that it can follow the size."""
+    """Make explicit what an operator would derive from a size, so that it can be edited."""
     if node.target in _SPLITTING:
         _spell_out_split(node)
     elif node.target is _ATEN.unbind.int:
@@ -260,7 +260,7 @@ def _value(argument: object) -> Tensor:
 
 
 def _spell_out_split(node: fx.Node) -> None:
-    """Pieces of one size, or so many of them, as pieces of the sizes that they have."""
+    """Write pieces of one size, or a number of pieces, as pieces of explicit sizes."""
     dim: Any = arguments_of(node)["dim"]
     sizes = [piece.shape[dim] for piece in node.meta["val"]]
     if all(type(size) is int and size == 1 for size in sizes):
@@ -271,18 +271,18 @@ def _spell_out_split(node: fx.Node) -> None:
 
 
 def _take_one_by_one(node: fx.Node, target: Any) -> None:
-    """Single places, each taken by itself: one of them may then go without the others."""
+    """Take each index by itself, so that one of them may be removed without the others."""
     given = arguments_of(node)
     for user in list(node.users):
         assert user.target is operator.getitem
-        place = user.args[1]
-        end = (place + 1,) if target is _ATEN.slice.Tensor else ()  # type: ignore[operator]
-        user.target, user.args = target, (given["self"], given["dim"], place, *end)
+        index = user.args[1]
+        end = (index + 1,) if target is _ATEN.slice.Tensor else ()  # type: ignore[operator]
+        user.target, user.args = target, (given["self"], given["dim"], index, *end)
     node.graph.erase_node(node)
 
 
 def _spell_out_squeeze(node: fx.Node) -> None:
-    """Only dimensions that are of one place now: others may come to be so."""
+    """Name the dimensions that have size 1 now: others may come to have it."""
     source = _value(node.args[0])
     given: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", range(source.ndim))
     dims = [given] if isinstance(given, int) else list(given)
@@ -295,7 +295,7 @@ def _spell_out_squeeze(node: fx.Node) -> None:
 
 
 def _spell_out_weight_norm(node: fx.Node) -> None:
-    """A direction and a length, as what they are multiplied from."""
+    """Write the weight as the product of direction and length over norm."""
     direction, length, *rest = node.args
     kept, rank = (rest[0] if rest else node.kwargs.get("dim", 0)), _value(direction).ndim
     dims = [dim for dim in range(rank) if kept == -1 or dim != kept % rank]  # type: ignore[operator]
@@ -311,16 +311,16 @@ def _spell_out_weight_norm(node: fx.Node) -> None:
 
 
 def _spell_out_index(node: fx.Node, values: Values) -> None:
-    """Neighbouring places that are picked by a constant, as a slice."""
+    """Write neighboring indices that a constant picks as a slice."""
     source, picks = node.args
     chosen = [(dim, pick) for dim, pick in enumerate(picks) if pick is not None]  # type: ignore[arg-type]
     if len(chosen) != 1 or chosen[0][1] not in values:
         return
     (dim, pick), size = chosen[0], _value(source).shape[chosen[0][0]]
-    places = values[pick]
-    if places.ndim != 1 or places.dtype != torch.int64 or not isinstance(size, int):
+    indices = values[pick]
+    if indices.ndim != 1 or indices.dtype != torch.int64 or not isinstance(size, int):
         return
-    start = int(places[0]) % size if len(places) else 0
-    if len(places) and torch.equal(places % size, torch.arange(start, start + len(places))):
+    start = int(indices[0]) % size if len(indices) else 0
+    if len(indices) and torch.equal(indices % size, torch.arange(start, start + len(indices))):
         node.target = _ATEN.slice.Tensor
-        node.args = (source, dim, start, start + len(places))
+        node.args = (source, dim, start, start + len(indices))

@@ -79,7 +79,7 @@ class _Parts:
         return _RULES[self.node.target](self)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A new node with the value that it would have and the provenance of the old one."""
+        """Insert a node with its value and the provenance of the old one."""
         return valued(made_from(self.node, target, *args, **kwargs))
 
     def _each(self, part: int) -> fx.Node:
@@ -90,7 +90,7 @@ class _Parts:
         return self.call(self.node.target, *args, **kwargs)
 
     def pair(self, position: int = 0) -> Pair:
-        """The parts of an argument."""
+        """Return the parts of an argument."""
         argument = self.node.args[position]
         assert isinstance(argument, fx.Node)
         return self.pairs[argument]

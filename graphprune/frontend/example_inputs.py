@@ -33,13 +33,13 @@ _TOKEN_FRAMES = 16
 """Frames of a waveform where the config says how many samples make one."""
 
 _CODEBOOKS = ("num_codebooks", "num_channels")
-"""Config fields with the number of tokens at one place of a sequence."""
+"""Config fields with the number of tokens at one position of a sequence."""
 
 _FEATURES = ("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "input_dim")
 """Config fields with the number of features of a frame of sound."""
 
 _STACKED = (1, 2, 4)
-"""How many of those (slopes, neighbouring frames) one frame may hold."""
+"""How many of those (slopes, neighboring frames) one frame may hold."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Example:
 
 
 def example_of(model: Any) -> Example:
-    """Example inputs of `model`: the first of those that its config allows on which it runs.
+    """Return the first example that the config of `model` allows on which it runs.
 
     Raises
     ------
@@ -80,7 +80,7 @@ def example_of(model: Any) -> Example:
 
 
 def _refusal(model: Any, example: Example) -> str:
-    """Why `model` does not run on `example`; "" where it does."""
+    """Return why `model` does not run on `example`; "" where it does."""
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -91,7 +91,7 @@ def _refusal(model: Any, example: Example) -> str:
 
 
 def _candidates(model: Any) -> Iterator[Example]:
-    """Every example that config and signature allow: the main input alone, then with another."""
+    """Yield every example that config and signature allow: the main input alone, then more."""
     names = inspect.signature(model.forward).parameters
     main = model.main_input_name
     makers = _MAKERS.values() if main == "inputs" else filter(None, [_MAKERS.get(main)])
@@ -110,7 +110,7 @@ def _candidates(model: Any) -> Iterator[Example]:
 
 
 def _words(model: Any, name: str) -> Iterator[Example]:
-    """Token ids, with the mask of attention where they are `input_ids` and have a row each."""
+    """Yield token ids, with an attention mask where they are `input_ids` with one row each."""
     names = inspect.signature(model.forward).parameters
     takes_mask = name == "input_ids" and "attention_mask" in names
     for example in _tokens(model, name, NEW + PAST_LENGTH):
@@ -121,7 +121,7 @@ def _words(model: Any, name: str) -> Iterator[Example]:
 
 
 def _tokens(model: Any, name: str, length: int) -> Iterator[Example]:
-    """Ids of one token at each place, then of several: as rows of their own, or side by side."""
+    """Yield ids of one token a position, then of several, as rows of their own or side by side."""
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int64, device=model.device)
@@ -134,7 +134,7 @@ def _tokens(model: Any, name: str, length: int) -> Iterator[Example]:
 
 
 def _pixels(model: Any, name: str) -> Iterator[Example]:
-    """Images, of the size of the config."""
+    """Yield images of the size of the config."""
     for channels in _values(model.config, ("num_channels",)) or [3]:
         for size in _values(model.config, ("image_size",)) or _PIXELS:
             sides = tuple(size) if isinstance(size, Sequence) else (size, size)
@@ -142,7 +142,7 @@ def _pixels(model: Any, name: str) -> Iterator[Example]:
 
 
 def _waveform(model: Any, name: str) -> Iterator[Example]:
-    """Samples of a sound, with or without a dimension of channels."""
+    """Yield samples of a sound, with or without a dimension of channels."""
     ratios = _values(model.config, ("inputs_to_logits_ratio",))
     lengths = [*(_TOKEN_FRAMES * ratio for ratio in ratios), _SAMPLES]
     for length in lengths:
@@ -151,7 +151,7 @@ def _waveform(model: Any, name: str) -> Iterator[Example]:
 
 
 def _frames(model: Any, name: str) -> Iterator[Example]:
-    """Features of a sound, as frames of features or as features of frames.
+    """Yield features of a sound, as frames of features or as features of frames.
 
     There are as many frames as encoders take, where they take no other number, or as belong to the
     example's words.
@@ -181,7 +181,7 @@ _MAKERS: dict[str, Callable[[Any, str], Iterator[Example]]] = {
 
 
 def _example(name: str, value: Tensor, *lengths: int) -> Example:
-    """One input of which the first dimension and the `lengths` are dynamic."""
+    """Return one input of which the first dimension and the `lengths` are dynamic."""
     return Example({name: value}, {name: dict.fromkeys((0, *lengths), Dim.AUTO)})
 
 
@@ -190,7 +190,7 @@ def _floats(model: Any, *shape: int) -> Tensor:
 
 
 def configs(config: Any) -> list[Any]:
-    """`config` and the configs inside it, at any depth."""
+    """Return `config` and the configs inside it, at any depth."""
     parts = [config]
     for name in getattr(config, "sub_configs", {}):
         inner = getattr(config, name, None)
@@ -199,7 +199,7 @@ def configs(config: Any) -> list[Any]:
 
 
 def _values(config: Any, names: Iterable[str]) -> list[Any]:
-    """The different values that fields of these names have in `config` and the configs inside."""
+    """Return the distinct values of fields of these names in `config` and the configs inside."""
     found = [getattr(part, name, None) for name in names for part in configs(config)]
     kept: list[Any] = []
     for value in (value() if callable(value) else value for value in found):

@@ -74,6 +74,41 @@ class Source:
     stored_dtype: torch.dtype | None = None
 
 
+NoteKind = Literal[
+    "",
+    "no-cache",
+    "stand-ins",
+    "fixed-size",
+    "least-size",
+    "example-path",
+    "full-loops",
+    "no-source",
+]
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a user has to know of how a program was captured: a kind for code, a text for people.
+
+    Parameters
+    ----------
+    kind
+        ``no-cache``: a model that generates has none. ``stand-ins``: there are no weights, and
+        dynamic sizes are numbers. ``fixed-size``, ``least-size``: a size of an input that is fixed
+        or has a lower limit. ``example-path``: of a branch on data, the path that the example
+        takes. ``full-loops``: loops over what is found run over everything. ``no-source``: the
+        transformers model behind it is unknown here. "" in archives from before there were kinds.
+    text
+        One sentence.
+    """
+
+    kind: NoteKind
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
 @dataclass(frozen=True, eq=False)
 class Program:
     """A captured model: an ATen graph whose placeholders are its weights, then its inputs.
@@ -98,7 +133,10 @@ class Program:
     ranges
         Ranges of the dynamic sizes, as `torch.export` gives them.
     notes
-        What capture had to leave out, for people.
+        What capture had to fix, limit, assume or leave out.
+    stand_ins
+        Sizes that stand for dynamic ones in a program without weights -> "batch", "new", "past" or
+        "total" (new and past); empty for programs that run.
     """
 
     graph_module: fx.GraphModule
@@ -109,7 +147,8 @@ class Program:
     outputs: tuple[Value, ...]
     source: Source | None = None
     ranges: Mapping[Any, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
+    stand_ins: Mapping[int, str] = field(default_factory=dict)
 
     # -- looking --------------------------------------------------------------------------------
 

@@ -94,7 +94,7 @@ class _Document:
             "class": source.model_class.__name__ if source else "",
             "costs": costs,
             "tokens": TOKENS,
-            "notes": list(program.notes),
+            "notes": [note.text for note in program.notes],
             "weights": weights,
             "groups": groups,
             "reasons": [{"w": why, "a": where} for why, where in self.reasons],

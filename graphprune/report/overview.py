@@ -205,7 +205,7 @@ def _sizes(title: str, program: Program) -> Iterator[Text]:
     shown = list(dict.fromkeys(map(alike, names)))
     yield Text(f"takes {', '.join(fold(n for n in names if alike(n) == each) for each in shown)}")
     for note in program.notes:
-        yield Text(f"note: {note}")
+        yield Text(f"note: {note.text}")
 
 
 def _types(program: Program, coupling: Coupling) -> Table:

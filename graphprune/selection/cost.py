@@ -17,7 +17,6 @@ from graphprune.analysis.axes import Atom, Axis, Product, Sum
 from graphprune.analysis.axes import Cut as AxisCut
 from graphprune.analysis.coupling import Coupling
 from graphprune.analysis.operators.rule import Type
-from graphprune.frontend.capture import FIXED_BATCH, FIXED_NEW, FIXED_PAST
 from graphprune.ir.aten import name_of
 from graphprune.ir.program import PAST
 
@@ -136,14 +135,11 @@ class Costs:
 
     @cached_property
     def _fixed(self) -> dict[int, int]:
-        """What the sizes stand for with which a decoder is captured on the meta device."""
-        caches = [v.shape for v in self.coupling.program.inputs if v.name.startswith(PAST)]
-        if not caches or (caches[0][0], caches[0][2]) != (FIXED_BATCH, FIXED_PAST):
-            return {}
-        total = FIXED_NEW + FIXED_PAST
-        lengths = {FIXED_NEW: self.tokens, FIXED_PAST: 0, total: self.tokens}
-        flattened = {FIXED_BATCH * size: meant for size, meant in lengths.items()}
-        return {FIXED_BATCH: 1, **lengths, **flattened}
+        """What the stand-ins of a program without weights, and their products, are taken for."""
+        meant = {"batch": 1, "new": self.tokens, "past": 0, "total": self.tokens}
+        sizes = {size: meant[name] for size, name in self.coupling.program.stand_ins.items()}
+        rows = [size for size, name in self.coupling.program.stand_ins.items() if name == "batch"]
+        return sizes | {row * size: sizes[size] for row in rows for size in sizes if size != row}
 
     @cached_property
     def _symbols(self) -> dict[object, int]:

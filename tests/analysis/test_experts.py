@@ -406,7 +406,7 @@ def test_a_loop_over_experts_that_are_hit_is_captured_for_all_of_them(tmp_path: 
     torch.manual_seed(0)
     model = perturb(tf.SwitchTransformersForConditionalGeneration(config).eval())
     program = gp.capture(model)
-    assert any("running over all places" in note for note in program.notes)
+    assert "full-loops" in {note.kind for note in program.notes}
     for length in (1, 9):  # one token leaves experts without any
         ids = torch.randint(2, VOCABULARY, (2, length), generator=torch.Generator().manual_seed(1))
         given = {"input_ids": ids, "decoder_input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -58,9 +58,20 @@ def test_loads_and_leaves_the_directory_as_it_was(checkpoint: Path) -> None:
 def test_dtype_is_what_it_computes_in(checkpoint: Path) -> None:
     program = load(checkpoint, dtype="bfloat16", cache=False)
     assert program.weight("lm_head.weight").dtype is torch.bfloat16
+    same = load(checkpoint, dtype=torch.bfloat16, cache=False)
+    assert same.weight("lm_head.weight").dtype is torch.bfloat16
     assert not program.is_decoder
     with pytest.raises(CheckpointError, match="'floaty'"):
         load(checkpoint, dtype="floaty")
+
+
+def test_auto_is_the_type_that_the_checkpoint_stores(checkpoint: Path) -> None:
+    weights = load_file(checkpoint / "model.safetensors")
+    half = {name: weight.bfloat16() for name, weight in weights.items()}
+    save_file(half, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    assert load(checkpoint, cache=False).weight("lm_head.weight").dtype is torch.float32
+    program = load(checkpoint, dtype="auto", cache=False)
+    assert program.weight("lm_head.weight").dtype is torch.bfloat16
 
 
 def test_reads_what_program_save_wrote(checkpoint: Path, tmp_path: Path) -> None:

@@ -26,10 +26,10 @@ from transformers import masking_utils
 
 import graphprune as gp
 from graphprune.errors import CaptureError, UsageError
-from graphprune.frontend.capture import _capture_transformers
 from graphprune.frontend.example_inputs import example_of
+from graphprune.frontend.transformers_models import capture_transformers
 from graphprune.ir.exported import to_exported_program
-from graphprune.ir.program import PAST, PRESENT, Program
+from graphprune.ir.program import PAST, PRESENT, Note, Program
 from graphprune.ir.provenance import module_path, source_line
 
 CLOSE = 1e-5
@@ -123,7 +123,7 @@ def test_batch_and_lengths_are_dynamic_and_shared_by_all_inputs(name: str) -> No
 
 def test_a_decoder_may_be_captured_without_its_cache() -> None:
     program = gp.capture(model_of("llama-gqa"), cache=False)
-    assert program.notes == ("captured without a cache, as asked",)
+    assert program.notes == (Note("no-cache", "captured without a cache, as asked"),)
     assert not program.is_decoder
     assert [value.name for value in program.outputs] == ["logits"]
     inputs = inputs_of(program)
@@ -143,7 +143,8 @@ def test_a_decoder_on_meta_is_captured_with_fixed_sizes_and_says_so() -> None:
     with torch.device("meta"):
         model = build("gpt2")
     program = gp.capture(model)
-    assert "without weights and with fixed sizes" in program.notes[0]
+    assert [note.kind for note in program.notes] == ["stand-ins"]
+    assert program.stand_ins == {101: "batch", 103: "new", 107: "past", 210: "total"}
     assert all(isinstance(size, int) for value in program.inputs for size in value.shape)
     assert all(weight.is_meta for weight in program.weights.values())
     real = program_of("gpt2")
@@ -239,7 +240,8 @@ def test_a_waveform_is_dynamic_from_the_length_of_its_example_on() -> None:
     batch, length = waveform.shape
     assert isinstance(batch, str)
     assert program.within(length, 7) == 16 * model.config.inputs_to_logits_ratio == 160
-    assert program.notes == ("captured for lengths from 160 on: shorter ones were not tried",)
+    text = "captured for lengths from 160 on: shorter ones were not tried"
+    assert program.notes == (Note("least-size", text),)
     samples = torch.randn(3, 201)
     with torch.no_grad():
         expected = model(samples).logits
@@ -338,7 +340,7 @@ class _Masked(nn.Module):
 
 
 def _masked(function: Callable[..., Tensor]) -> Program:
-    return _capture_transformers(_Masked(function), cache=False)
+    return capture_transformers(_Masked(function), cache=False)
 
 
 def test_a_mask_that_is_made_by_vmap_is_captured_for_every_length() -> None:
@@ -366,7 +368,7 @@ class _Unbroadcast(_Masked):
 
 
 def test_tokens_and_their_mask_share_their_sizes() -> None:
-    program = _capture_transformers(_Unbroadcast(), cache=False)
+    program = capture_transformers(_Unbroadcast(), cache=False)
     ids, mask = program.inputs
     assert ids.shape == mask.shape
     assert all(isinstance(size, str) for size in ids.shape)
@@ -608,7 +610,7 @@ def test_a_branch_on_data_is_refused_with_its_line() -> None:
     message = str(caught.value)
     assert message.startswith("torch.export could not capture Sequential")
     assert "data-dependent" in message
-    assert f"(at tests/test_capture.py:{line}); along_example=True" in message
+    assert f"(at frontend/test_capture.py:{line}); along_example=True" in message
     assert "\n" not in message
     assert module.training
 
@@ -655,7 +657,8 @@ def test_a_branch_on_data_is_followed_as_the_example_does_and_said() -> None:
     with torch.no_grad():
         expected = model(input_ids=ids).logits
     assert (program(input_ids=ids)["logits"] - expected).abs().max() < 1e-4
-    assert any("the way that its example takes at transformers" in n for n in program.notes)
+    (note,) = (note for note in program.notes if note.kind == "example-path")
+    assert "the path that its example takes at transformers" in note.text
     for node in program.graph.nodes:
         for value in pytree.tree_leaves(node.meta.get("val")):
             assert getattr(value, "real_tensor", None) is None

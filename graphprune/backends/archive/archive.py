@@ -18,6 +18,7 @@ import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from graphprune.backends.archive.graph import deserialize_graph, serialize_graph
 from graphprune.errors import BackendError, CheckpointError, first_line
 from graphprune.io.atomic import share_mode, staged_directory
 from graphprune.io.companions import copy_companions
-from graphprune.ir.program import Program, Source, value_of
+from graphprune.ir.program import Note, Program, Source, value_of
 
 _FORMAT, _VERSION = "graphprune-archive", 1
 _PROGRAM, _GRAPH, _WEIGHTS = "program.json", "graph.json", "weights.safetensors"
@@ -94,7 +95,7 @@ def describe(program: Program) -> Callable[[Path, Mapping[str, Tensor]], None]:
         "aliases": dict(program.aliases),
         "inputs": [value.name for value in program.inputs],
         "outputs": [value.name for value in program.outputs],
-        "notes": list(program.notes),
+        "notes": [asdict(note) for note in program.notes],
         "source": _describe_source(program.source),
     }
 
@@ -137,7 +138,7 @@ def load(
     weights = _read_weights(folder / _WEIGHTS)
     with _naming(folder / _PROGRAM):
         kinds = {entry["name"]: entry["kind"] for entry in described["weights"]}
-        aliases, notes = dict(described["aliases"]), tuple(described["notes"])
+        aliases, notes = dict(described["aliases"]), tuple(map(_note, described["notes"]))
         names = list(described["inputs"]), list(described["outputs"])
         fingerprint, digest = described["fingerprint"], described["graph_sha256"]
         source, note = _rebuild_source(described["source"], folder)
@@ -232,7 +233,12 @@ def _describe_source(source: Source | None) -> dict[str, Any] | None:
     }
 
 
-def _rebuild_source(described: Any, folder: Path) -> tuple[Source | None, tuple[str, ...]]:
+def _note(described: Any) -> Note:
+    """Read a note; one from before notes had kinds is a text alone."""
+    return Note("", described) if isinstance(described, str) else Note(**described)
+
+
+def _rebuild_source(described: Any, folder: Path) -> tuple[Source | None, tuple[Note, ...]]:
     """Return the source that was described, or a note on why it cannot be had here."""
     if described is None:
         return None, ()
@@ -249,9 +255,8 @@ def _rebuild_source(described: Any, folder: Path) -> tuple[Source | None, tuple[
             stored_dtype=dtype,
         )
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        return None, (
-            f"without its config, since {name} is not to be had: {first_line(error, typed=True)}",
-        )
+        text = f"without its config, since {name} is not to be had: {first_line(error, typed=True)}"
+        return None, (Note("no-source", text),)
     return source, ()
 
 

@@ -165,7 +165,7 @@ def export(
     names = dimension_names(program)
     show = display_factory() if progress is True else (progress or None)
     stages = 3 if check else 2
-    notes = list(program.notes)
+    notes = [note.text for note in program.notes]
     wanted = _parts(target)
     tried: list[frozenset[str]] = []
     failed: list[str] = []

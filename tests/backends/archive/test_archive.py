@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -16,7 +17,7 @@ import graphprune
 from graphprune.backends.archive import archive
 from graphprune.errors import BackendError, CheckpointError, OutputError
 from graphprune.frontend.capture import capture
-from graphprune.ir.program import Program
+from graphprune.ir.program import Note, Program
 from graphprune.ir.provenance import module_path, source_line
 
 FILES = ["graph.json", "program.json", "weights.safetensors"]
@@ -127,13 +128,23 @@ def test_views_of_one_storage_are_saved_apart(mixed: Program, tmp_path: Path) ->
     assert_equal(archive.load(tmp_path / "archive"), sliced, x=torch.randn(3, 4))
 
 
+def test_notes_keep_their_kinds_and_old_ones_are_read(llama: Program, tmp_path: Path) -> None:
+    noted = dataclasses.replace(llama, notes=(Note("fixed-size", "at 7"),))
+    noted.save(tmp_path / "archive")
+    assert archive.load(tmp_path / "archive").notes == noted.notes
+    path = tmp_path / "archive" / "program.json"
+    described = json.loads(path.read_text())
+    path.write_text(json.dumps({**described, "notes": ["as it once was"]}))
+    assert archive.load(tmp_path / "archive").notes == (Note("", "as it once was"),)
+
+
 def test_an_unknown_source_leaves_a_note(llama: Program, tmp_path: Path) -> None:
     llama.save(tmp_path / "archive")
     path = tmp_path / "archive" / "program.json"
     path.write_text(path.read_text().replace("LlamaForCausalLM", "LlamaOfTomorrow"))
     loaded = archive.load(tmp_path / "archive")
     assert loaded.source is None
-    assert "LlamaOfTomorrow" in loaded.notes[-1]
+    assert "LlamaOfTomorrow" in loaded.notes[-1].text
     ids = torch.arange(4)[None]
     assert torch.equal(loaded(input_ids=ids)["logits"], llama(input_ids=ids)["logits"])
 
@@ -146,7 +157,7 @@ def test_a_source_outside_transformers_is_not_imported(llama: Program, tmp_path:
     path.write_text(json.dumps(described))
     loaded = archive.load(tmp_path / "archive")
     assert loaded.source is None
-    assert "antigravity is not part of transformers" in loaded.notes[-1]
+    assert "antigravity is not part of transformers" in loaded.notes[-1].text
 
 
 @pytest.mark.parametrize("name", FILES)

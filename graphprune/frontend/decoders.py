@@ -1,0 +1,148 @@
+"""Capture of a transformers decoder with its KV cache as inputs and outputs."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from graphprune.frontend.example_inputs import BATCH, NEW, PAST_LENGTH
+from graphprune.frontend.from_exported import to_program
+from graphprune.frontend.patches import without_pad_token
+from graphprune.frontend.torch_export import Follow, export, line_and_place
+from graphprune.ir.program import PAST, PRESENT, Note, Program, Source
+
+_STAND_INS = (101, 103, 107)
+"""Batch, new and past length of a decoder captured on the meta device, where dynamic
+ones would cost four times the time for a graph that can only be analyzed: primes, so that no other
+size is taken for them."""
+
+
+def cache_layers(model: Any) -> tuple[list[tuple[int, Tensor, Tensor]], str]:
+    """Return (layer, keys, values) that a short run leaves in the cache, or why there is none."""
+    names = inspect.signature(model.forward).parameters
+    if getattr(model.config, "is_encoder_decoder", False):
+        return [], "an encoder-decoder is captured as one call"
+    if not {"past_key_values", "use_cache", "input_ids"} <= set(names):
+        return [], "its forward takes no past_key_values"
+    ids = torch.zeros((BATCH, NEW), dtype=torch.int64, device=model.device)
+    try:
+        with torch.no_grad(), warnings.catch_warnings(), without_pad_token(model.config):
+            warnings.simplefilter("ignore")
+            result = model(input_ids=ids, use_cache=True, return_dict=True)
+    except Exception as error:  # noqa: BLE001 - any model code may fail in any way here
+        return [], f"a short run failed: {line_and_place(error)}"
+    held = getattr(result, "past_key_values", None)
+    found = []
+    for index, layer in enumerate(getattr(held, "layers", ())):
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if not (isinstance(keys, Tensor) and isinstance(values, Tensor)):
+            continue
+        if keys.ndim != 4 or values.ndim != 4 or keys.shape[2] != NEW:
+            return [], f"layer {index} caches something other than keys and values per token"
+        found.append((index, keys, values))
+    others = [layer for layer in getattr(held, "layers", ()) if not hasattr(layer, "keys")]
+    if others:
+        return [], f"its cache holds a {type(others[0]).__name__}"
+    return found, "" if found else "a short run left nothing in it"
+
+
+def capture_decoder(
+    model: Any,
+    layers: Sequence[tuple[int, Tensor, Tensor]],
+    source: Source,
+    *,
+    follow: Sequence[Follow] = (),
+) -> Program:
+    """Capture `model` with a cache of `layers`, as `cache_layers` finds them.
+
+    Raises
+    ------
+    CaptureError
+        When `torch.export` refuses.
+    """
+    fixed = model.device.type == "meta"
+    rows, new, held = _STAND_INS if fixed else (BATCH, NEW, PAST_LENGTH)
+    ids = torch.zeros((rows, new), dtype=torch.int64, device=model.device)
+    mask = torch.ones((rows, held + new), dtype=torch.int64, device=model.device)
+    past, names = [], []
+    for position, (_, keys, values) in enumerate(layers):
+        for kind, like in (("key", keys), ("value", values)):
+            shape = (rows, like.shape[1], held, like.shape[3])
+            past.append(torch.zeros(shape, dtype=like.dtype, device=model.device))
+            names.append(f"{position}.{kind}")
+    wrapper = _Decoder(model, [index for index, _, _ in layers])
+    shapes, fallback = _decoder_dims(len(past)), None
+    notes: tuple[Note, ...] = ()
+    if fixed:
+        shapes = (None, None, [None] * len(past))
+        text = "captured without weights and with fixed sizes: it can be analyzed, not run"
+        notes = (Note("stand-ins", text),)
+    else:
+        fallback = ({0: Dim.AUTO, 1: Dim.AUTO},) * 2 + ([{0: Dim.AUTO, 2: Dim.AUTO}] * len(past),)
+    name = type(model).__name__
+    args = (ids, mask, past)
+    exported = export(wrapper, args, shapes, name, follow=follow, fallback=fallback)
+    inputs = ["input_ids", "attention_mask", *(PAST + name for name in names)]
+    outputs = ["logits", *(PRESENT + name for name in names)]
+    stand_ins = {rows: "batch", new: "new", held: "past", new + held: "total"} if fixed else {}
+    return to_program(exported, model, inputs, outputs, source, notes, stand_ins)
+
+
+def _decoder_dims(caches: int) -> tuple[Any, ...]:
+    """Name the dynamic sizes of ids, mask and caches, so that all caches share one length."""
+    batch, new, held = Dim("batch", min=1), Dim("new", min=1), Dim("past", min=0)
+    return {0: batch, 1: new}, {0: batch, 1: Dim.AUTO}, [{0: batch, 2: held}] * caches
+
+
+class _Decoder(nn.Module):
+    """A decoder as a function of ids, mask and past keys and values.
+
+    Positions are counted on the mask, so that a batch padded on either side is right without an
+    input of its own.
+    """
+
+    def __init__(self, inner: nn.Module, layers: Sequence[int]) -> None:
+        super().__init__()
+        self.inner = inner
+        self.layers = layers
+        self.takes_positions = "position_ids" in inspect.signature(inner.forward).parameters
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, past: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        cache = _filled_cache(past, self.layers)
+        extra = {}
+        if self.takes_positions:
+            positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+            extra["position_ids"] = positions[:, -input_ids.shape[1] :]
+        result = self.inner(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+            **extra,
+        )
+        kept = [cache.layers[index] for index in self.layers]
+        first = result["logits"] if "logits" in result else result["last_hidden_state"]
+        return (first, *(tensor for layer in kept for tensor in (layer.keys, layer.values)))
+
+
+def _filled_cache(past: Sequence[Tensor], layers: Sequence[int]) -> Any:
+    """Return a cache that already holds `past` (keys and values in turn) at `layers`."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    cache = DynamicCache()
+    cache.layers = [DynamicLayer() for _ in range(max(layers) + 1)]
+    for position, index in enumerate(layers):
+        layer = cache.layers[index]
+        keys, values = past[2 * position], past[2 * position + 1]
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+    return cache

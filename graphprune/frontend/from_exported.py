@@ -1,0 +1,113 @@
+"""From an `ExportedProgram` to a `Program`: weights by the model's names, a canonical graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind
+
+from graphprune.frontend.canonicalize import canonicalize
+from graphprune.frontend.torch_export import Exported
+from graphprune.ir.program import Kind, Note, Program, Source, value_of
+from graphprune.ir.provenance import module_path
+
+
+def to_program(
+    exported: Exported,
+    model: nn.Module,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    source: Source | None = None,
+    notes: tuple[Note, ...] = (),
+    stand_ins: Mapping[int, str] | None = None,
+) -> Program:
+    """Make a program of `exported` that shares the weights of `model`.
+
+    Parameters
+    ----------
+    exported
+        An export of `model`, or of a wrapper that holds it as ``inner``.
+    model
+        Whose names and tensors the weights get.
+    input_names, output_names
+        For the graph's inputs, and its last outputs, in order; the outputs before them are dropped.
+    source, notes, stand_ins
+        As the program keeps them.
+    """
+    if exported.path:
+        notes = (*notes, exported.path)
+    signature, lifted_constants = exported.program.graph_signature, exported.program.constants
+    graph_module = exported.program.graph_module
+    graph = graph_module.graph
+    canonical, aliases = _ties(model)
+    originals: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    originals.update(model.named_buffers(remove_duplicate=False))
+    stored = set(model.state_dict(keep_vars=True))
+    placeholders = {node.name: node for node in graph.find_nodes(op="placeholder")}
+    weights: dict[str, Tensor] = {}
+    kinds: dict[str, Kind] = {}
+    nodes: dict[str, fx.Node] = {}
+    user: list[fx.Node] = []
+    for spec in signature.input_specs:
+        node = placeholders[spec.arg.name]
+        if spec.kind == InputKind.USER_INPUT:
+            user.append(node)
+            continue
+        target = (spec.target or "").removeprefix("inner.")
+        name = canonical.get(target, target)
+        if name in nodes:
+            # A tied weight has a placeholder per name; one of them is enough.
+            node.replace_all_uses_with(nodes[name])
+            graph.erase_node(node)
+            continue
+        nodes[name] = node
+        tensor = originals.get(name, lifted_constants.get(spec.target or ""))
+        assert tensor is not None, f"torch.export lifted {name!r} and kept no value"
+        weights[name] = tensor.detach()
+        if spec.kind == InputKind.PARAMETER:
+            kinds[name] = "parameter"
+        elif spec.kind == InputKind.BUFFER:
+            kinds[name] = "buffer" if name in stored else "derived"
+        else:
+            kinds[name] = "constant"
+    constants = {nodes[n]: weights[n] for n, kind in kinds.items() if kind == "constant"}
+    lifted = canonicalize(graph, constants, stand_ins or {})
+    for name in [n for n, kind in kinds.items() if kind == "constant" and not nodes[n].users]:
+        graph.erase_node(nodes[name])
+        del weights[name], kinds[name]
+    made = {".".join(filter(None, (module_path(n), n.name))): v for n, v in lifted.items()}
+    weights = {**made, **weights}
+    kinds = {**dict.fromkeys(made, "constant"), **kinds}
+    (output,) = graph.find_nodes(op="output")
+    count = len(output_names)
+    output.args = (tuple(output.args[0][-count:]),)
+    graph.lint()
+    graph_module.recompile()
+    return Program(
+        graph_module=graph_module,
+        weights=weights,
+        kinds=kinds,
+        aliases=aliases,
+        inputs=tuple(value_of(name, node) for name, node in zip(input_names, user, strict=True)),
+        outputs=tuple(
+            value_of(name, node) for name, node in zip(output_names, output.args[0], strict=True)
+        ),
+        source=source,
+        ranges=dict(exported.program.range_constraints),
+        notes=notes,
+        stand_ins=stand_ins or {},
+    )
+
+
+def _ties(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
+    """Map every name of a tied weight to its first name; the second map lacks the first names."""
+    first: dict[int, str] = {}
+    canonical: dict[str, str] = {}
+    named = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    for name, tensor in named:
+        canonical[name] = first.setdefault(id(tensor), name)
+    return canonical, {name: to for name, to in canonical.items() if name != to}

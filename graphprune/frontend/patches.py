@@ -1,0 +1,119 @@
+"""Every patch of torch and transformers that capture needs: one context manager each, with why.
+
+Each states the versions whose code it was read in; all are undone on leaving.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphprune.frontend.example_inputs import configs
+
+# -- torch 2.13 ---------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def quiet_export() -> Iterator[None]:
+    """Keep `torch.export` from printing the graph so far before it raises, and its guards."""
+    from torch.export import _trace
+
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    _trace.print = lambda *_, **__: None  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del _trace.print  # type: ignore[attr-defined]
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def no_moves_in_place() -> Iterator[None]:
+    """Make `Module.to` do nothing for a module that already has that type and device.
+
+    `torch.export` refuses any move of a module while it is traced, but some code moves one to the
+    type that it has each time.
+    """
+    move = nn.Module.to
+
+    def to(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        device, dtype, _, form = torch._C._nn._parse_to(*args, **kwargs)
+        held = (*self.parameters(), *self.buffers())
+        there = all(
+            device in (None, t.device) and (not t.is_floating_point() or dtype in (None, t.dtype))
+            for t in held
+        )
+        return self if there and form is None else move(self, *args, **kwargs)
+
+    nn.Module.to = to  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.to = move  # type: ignore[method-assign]
+
+
+# -- transformers 5.23 ---------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def broadcast_masks() -> Iterator[list[Any]]:
+    """Let masks that transformers makes with `vmap` be made by broadcasting, as its others are.
+
+    A graph cannot be read through `vmap`. A mask is a function of four indices, which may be called
+    on all of them at once where each element depends on its own indices alone; capture compares
+    outputs to find out whether it does. Yields the functions that were broadcast.
+    """
+    from transformers import masking_utils
+
+    before = masking_utils._vmap_expansion_sdpa, masking_utils.TransformGetItemToIndex
+    seen: list[Any] = []
+
+    def broadcast(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def mask(*indices: Tensor) -> Tensor:
+            seen.append(function)
+            made = function(*masking_utils._non_vmap_expansion_sdpa(*indices))
+            return made.expand([index.shape[0] for index in indices])
+
+        return mask
+
+    masking_utils._vmap_expansion_sdpa = broadcast
+    masking_utils.TransformGetItemToIndex = contextlib.nullcontext  # it serves `vmap` alone
+    try:
+        yield seen
+    finally:
+        masking_utils._vmap_expansion_sdpa, masking_utils.TransformGetItemToIndex = before
+
+
+@contextlib.contextmanager
+def without_pad_token(config: Any) -> Iterator[None]:
+    """Let no model look for padding in its ids, which it cannot on the meta device."""
+    token = getattr(config, "pad_token_id", None)
+    if token is not None:
+        with contextlib.suppress(Exception):  # some configs insist on one
+            config.pad_token_id = None
+    try:
+        yield
+    finally:
+        if token is not None:
+            config.pad_token_id = token
+
+
+@contextlib.contextmanager
+def batched_experts(model: Any) -> Iterator[None]:
+    """Let packed experts run as batched products, which every back end can express."""
+    switched = [c for c in configs(model.config) if hasattr(c, "_experts_implementation")]
+    before = [c._experts_implementation for c in switched]
+    for config in switched:
+        config._experts_implementation = "batched_mm"
+    try:
+        yield
+    finally:
+        for config, value in zip(switched, before, strict=True):
+            config._experts_implementation = value

@@ -1,0 +1,111 @@
+"""One call of `torch.export`: quiet, in evaluation mode, with one line of error."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from graphprune.errors import CaptureError, first_line
+from graphprune.frontend.patches import no_moves_in_place, quiet_export
+from graphprune.ir.program import Note
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `torch.export` made, and which path through branches on data it holds."""
+
+    program: ExportedProgram
+    path: Note | None = None
+
+
+Follow = Callable[[nn.Module, tuple[Any, ...], Any, Exception], Exported]
+"""Another way to export a module where the first one raised an exception (the last argument)."""
+
+
+def export(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    shapes: Any,
+    name: str,
+    *,
+    follow: Sequence[Follow] = (),
+    fallback: Any = None,
+) -> Exported:
+    """Export `module`; where that fails, as each of `follow` does, then with other shapes.
+
+    Parameters
+    ----------
+    module, args, shapes
+        As `torch.export.export` takes them.
+    name
+        The model's name in errors.
+    follow
+        What to try where a model branches on data.
+    fallback
+        Dynamic shapes to try last.
+
+    Raises
+    ------
+    CaptureError
+        In one line, with the place in the model's code.
+    """
+    try:
+        return Exported(export_once(module, args, shapes))
+    except Exception as error:
+        for attempt in follow:
+            with contextlib.suppress(Exception):  # then the first error says more
+                return attempt(module, args, shapes, error)
+        if fallback is not None:
+            return export(module, args, fallback, name, follow=follow)
+        advice = ""
+        if isinstance(error, GuardOnDataDependentSymNode):
+            advice = "; along_example=True captures the path that the example takes"
+        raise CaptureError(
+            f"torch.export could not capture {name}: {line_and_place(error)}{advice}"
+        ) from error
+
+
+def export_once(module: nn.Module, args: tuple[Any, ...], shapes: Any) -> ExportedProgram:
+    """Call `torch.export.export`, whatever it raises."""
+    # Without no_grad, the grad-mode switches in transformers' rotary code become sub-graphs.
+    with torch.no_grad(), warnings.catch_warnings(), quiet_export(), no_moves_in_place():
+        warnings.simplefilter("ignore")
+        return torch.export.export(module.eval(), args, dynamic_shapes=shapes, strict=False)
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch `model` to evaluation, and every module back to its own mode at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def line_and_place(error: BaseException) -> str:
+    """Return the first line of `error`, with the last line of the model's code on its way."""
+    place = place_of(error)
+    return first_line(error, typed=True) + (f" (at {place})" if place else "")
+
+
+def place_of(error: BaseException) -> str:
+    """Return file and line of the model's code where `error` came up; "" outside of any."""
+    place = ""
+    trace = error.__traceback__
+    while trace is not None:
+        path = trace.tb_frame.f_code.co_filename
+        if "/transformers/models/" in path or "/torch/" not in path and "/graphprune/" not in path:
+            place = f"{'/'.join(path.split('/')[-2:])}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return place
