@@ -15,7 +15,10 @@ from graphprune.pipeline.pass_base import COUPLING, Analysis, Context, Outcome, 
 if TYPE_CHECKING:
     from graphprune.calibration.data import Calibration
     from graphprune.ir.program import Program
-    from graphprune.training.loop import Objective, Recipe, Samples, Trainable, Trained
+    from graphprune.training.loop import Trained, TrainingConfig
+    from graphprune.training.objective import Objective
+    from graphprune.training.samples import Samples
+    from graphprune.training.trainable import Trainable
 
 _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ("at least 0", lambda value: value >= 0, ("warmup", "weight_decay", "clip")),
@@ -66,7 +69,7 @@ class Recover(Pass):
     epochs
         How often all samples are gone through; none takes 2 unless steps are given.
     steps
-        Steps of the optimiser.
+        Steps of the optimizer.
     share
         The part of these steps that is done: uptraining's alpha, with the steps of pre-training.
     batch
@@ -191,20 +194,21 @@ class Recover(Pass):
         import torch
 
         from graphprune.calibration.data import LABELS
-        from graphprune.training.loop import Samples, train
+        from graphprune.training.loop import train
+        from graphprune.training.samples import Samples
 
         data = self._data(program, context)
         samples, held = Samples.split(data, self.held_out, context.seed)
         objective = self._objective(program, context, LABELS in samples.rows[0])
-        recipe = self._recipe(samples, context.seed)
+        config = self._config(samples, context.seed)
         student, details = self._student(program, context.seed)
-        with context.bar("recovering", recipe.steps) as advance:
+        with context.bar("recovering", config.steps) as advance:
             trained = train(
                 student,
                 objective,
                 samples,
                 held,
-                recipe,
+                config,
                 checkpoint=self._checkpoint(program, data, context),
                 advance=advance,
             )
@@ -214,7 +218,7 @@ class Recover(Pass):
         ]
         details = {
             **_told(objective, samples, held, trained),
-            "learning rate": recipe.lr,
+            "learning rate": config.lr,
             **details,
         }
         if note := _note(trained, bool(changed)):
@@ -224,7 +228,7 @@ class Recover(Pass):
         return Outcome(program.with_weights(new), details=details, edited=True)
 
     def _data(self, program: Program, context: Context) -> Calibration:
-        """The windows of the text, or the calibration data."""
+        """Return the windows of the text, or the calibration data."""
         from graphprune.calibration.data import Calibration, token_batch, tokenize
         from graphprune.io.text_sources import read_documents
 
@@ -248,25 +252,25 @@ class Recover(Pass):
         data.check(program)
         return data
 
-    def _objective(self, program: Program, context: Context, labelled: bool) -> Objective:
-        from graphprune.training.loop import Objective
+    def _objective(self, program: Program, context: Context, labeled: bool) -> Objective:
+        from graphprune.training.objective import Objective
 
         if self.distil and program is context.original:
             raise TrainingError("distil: no pass has changed the program, which is its own teacher")
         names = [value.name for value in program.outputs]
         output = "logits" if "logits" in names else names[0]
         teacher = context.original if self.distil else None
-        return Objective(output, teacher, self.distil, labelled)
+        return Objective(output, teacher, self.distil, labeled)
 
-    def _recipe(self, samples: Samples, seed: int) -> Recipe:
-        from graphprune.training.loop import Recipe
+    def _config(self, samples: Samples, seed: int) -> TrainingConfig:
+        from graphprune.training.loop import TrainingConfig
 
         total = self.steps or (self.epochs or 2) * samples.steps(self.batch)
         steps = max(1, round(total * self.share))
         warmup = min(100, steps // 10) if self.warmup is None else self.warmup
         if warmup >= steps:
             raise TrainingError(f"{warmup} steps of warm-up leave none of {steps} to train")
-        return Recipe(
+        return TrainingConfig(
             steps=steps,
             lr=self.lr,
             batch=self.batch,
@@ -281,10 +285,10 @@ class Recover(Pass):
         )
 
     def _student(self, program: Program, seed: int) -> tuple[Trainable, dict[str, Any]]:
-        """What is trained, and what there is to say of it."""
+        """Return what is trained, and what there is to say of it."""
         from graphprune.analysis.matrices import contractions
-        from graphprune.training.loop import AllWeights, kept_zeros
         from graphprune.training.lora import Adapters
+        from graphprune.training.trainable import AllWeights, kept_zeros
 
         others = _untrainable(program)
         known = {name for name, kind in program.kinds.items() if kind == "parameter"} - {*others}
@@ -351,7 +355,7 @@ class Recover(Pass):
 
 
 def _untrainable(program: Program) -> dict[str, str]:
-    """Parameters that no gradient reaches, and why."""
+    """Return the parameters that no gradient reaches, and why."""
     why = {}
     for name, node in program.weight_nodes():
         if program.kinds[name] == "parameter" and not program.weights[name].is_floating_point():
@@ -364,7 +368,7 @@ def _untrainable(program: Program) -> dict[str, str]:
 def _told(
     objective: Objective, samples: Samples, held: Samples, trained: Trained
 ) -> dict[str, Any]:
-    """What a report says of a training."""
+    """Return what a report says of a training."""
     told: dict[str, Any] = {
         "loss": objective.name,
         "measured on": f"{len(held)} held-out samples" if len(held) else "what is trained on",
@@ -389,7 +393,7 @@ def _short(loss: float) -> float:
 
 
 def _note(trained: Trained, changed: bool) -> str:
-    """What should not be overlooked."""
+    """Return what should not be overlooked."""
     if not changed:
         why = "no step lowered the loss" if trained.best == 0 else "the steps were too small"
         return f"no weight has changed: {why}"

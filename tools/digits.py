@@ -130,12 +130,12 @@ def _train(
 ) -> None:
     """Descend along the cross entropy, with momentum and a rate that falls to nothing."""
     generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.SGD(parameters, lr=rate, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(parameters, lr=rate, momentum=0.9, nesterov=True, weight_decay=1e-4)
     steps = epochs * -(-len(digits) // BATCH)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(epochs):
         for batch in digits.epoch(generator):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             functional.cross_entropy(run(batch.images), batch.labels).backward()
-            optimiser.step()
+            optimizer.step()
             schedule.step()

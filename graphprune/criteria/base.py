@@ -14,7 +14,7 @@ from graphprune.analysis.coupling import Coupling, Group
 from graphprune.analysis.matrices import Matrix, contractions
 from graphprune.calibration.data import Calibration
 from graphprune.criteria.units import consumers
-from graphprune.errors import CalibrationError, SelectionError, UsageError
+from graphprune.errors import CalibrationError, SelectionError, UsageError, nearest
 from graphprune.io.progress import Progress, no_progress
 from graphprune.ir.program import Program
 
@@ -55,11 +55,11 @@ class ScoringContext:
     track: Progress = no_progress
 
     def sizes(self, group: Group) -> tuple[int, ...]:
-        """The shape of the scores of `group`: the sizes of its parents, and its own."""
+        """Return the shape of the scores of `group`: the sizes of its parents, and its own."""
         return self.coupling.sizes(group)
 
     def data(self) -> Calibration:
-        """The calibration batches.
+        """Return the calibration batches.
 
         Raises
         ------
@@ -72,7 +72,7 @@ class ScoringContext:
         return self.calibration
 
     def consumers(self, criterion: str) -> dict[str, list[tuple[Matrix, Tensor]]]:
-        """For each group the matrices that sum over it, and the unit of each of their columns.
+        """Return the matrices that sum over each group, and the unit of each of their columns.
 
         `criterion` names who asks. Units are ``[parts, in]``, counted over all parents, -1 for a
         column of none.
@@ -94,7 +94,7 @@ class ScoringContext:
         return found
 
     def parameters(self) -> list[str]:
-        """Names of the parameters that the groups reach into, each once."""
+        """Return the names of the parameters that the groups reach into, each once."""
         kinds = self.program.kinds
         names = dict.fromkeys(name for group in self.groups for name in group.weights())
         return [name for name in names if kinds[name] == "parameter"]
@@ -113,7 +113,7 @@ class Criterion(ABC):
 
     @abstractmethod
     def scores(self, context: ScoringContext) -> Scores:
-        """The score of every unit of ``context.groups``; higher is more important."""
+        """Return the score of every unit of ``context.groups``; higher is more important."""
 
 
 CRITERIA: dict[str, type[Criterion]] = {}
@@ -121,7 +121,7 @@ CRITERIA: dict[str, type[Criterion]] = {}
 
 
 def criterion(name: str) -> Criterion:
-    """The criterion called `name`.
+    """Return the criterion called `name`.
 
     Raises
     ------
@@ -129,8 +129,6 @@ def criterion(name: str) -> Criterion:
         When there is none, with the nearest name.
     """
     if name not in CRITERIA:
-        from graphprune.errors import nearest
-
         raise UsageError(f"there is no criterion {name!r}{nearest(name, CRITERIA)}")
     return CRITERIA[name]()
 

@@ -29,7 +29,7 @@ class Gate(Criterion):
     absolute: ClassVar[Literal["token", "sample", "batch"]] = "sample"
 
     def scores(self, context: ScoringContext) -> Scores:
-        """Gradients of gates of one, by the chain rule at the consumers' inputs.
+        """Take gradients of gates of one, by the chain rule at the consumers' inputs.
 
         Raises
         ------
@@ -78,9 +78,9 @@ class GateBatch(Gate):
 def _activations(
     program: Program, batch: Mapping[str, Tensor], sources: Collection[fx.Node]
 ) -> dict[fx.Node, Any]:
-    """Values of the graph's nodes; those of `sources` are multiplied with the loss's gradient."""
+    """Return the values of nodes; those of `sources` are multiplied with the loss's gradient."""
     inputs = program.placed(program.weights, inputs_of(batch))
-    interpreter = _Keeping(program.graph_module, sources)
+    interpreter = _GateInterpreter(program.graph_module, sources)
     with torch.enable_grad():
         outputs = interpreter.run(*(tensor.detach() for tensor in inputs))
         loss = finite_loss(outputs[0], batch)
@@ -92,7 +92,7 @@ def _activations(
     return values
 
 
-class _Keeping(fx.Interpreter):
+class _GateInterpreter(fx.Interpreter):
     """Runs a graph with a gradient at every one of `sources`."""
 
     def __init__(self, module: fx.GraphModule, sources: Collection[fx.Node]) -> None:
@@ -109,7 +109,7 @@ class _Keeping(fx.Interpreter):
 
 
 def _gates(rows: Tensor, units: Tensor, count: int) -> Tensor:
-    """``[n, units]``: sums over the columns of each unit."""
+    """Sum over the columns of each unit: ``[n, units]``."""
     found = torch.zeros(len(rows), count + 1, dtype=torch.float64)
     at = torch.where(units < 0, count, units)
     return found.index_add_(1, at, rows.double())[:, :count]

@@ -14,7 +14,7 @@ from graphprune.ir.program import Program
 
 
 def loss_gradients(context: ScoringContext, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    """(name, gradient) of the mean `task_loss` on the calibration batches.
+    """Yield (name, gradient) of the mean `task_loss` on the calibration batches.
 
     Gradients are taken of the weights called `names` only, and given away one by one.
 
@@ -31,7 +31,7 @@ def loss_gradients(context: ScoringContext, names: Sequence[str]) -> Iterator[tu
 def sample_gradients(
     context: ScoringContext, names: Sequence[str]
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, mean gradient, mean squared gradient) over the samples, taken one at a time.
+    """Yield (name, mean gradient, mean squared gradient) over single samples.
 
     Raises
     ------
@@ -52,7 +52,7 @@ def sample_gradients(
 def _gradients(
     program: Program, batches: Iterable[Mapping[str, Tensor]], samples: int, names: Sequence[str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, gradient) of the mean loss on `batches`, which hold `samples` samples together."""
+    """Yield (name, gradient) of the mean loss on `batches`, `samples` samples together."""
     weights = {name: weight.detach() for name, weight in program.weights.items()}
     for name in names:
         if not weights[name].is_floating_point():
@@ -71,7 +71,7 @@ def _gradients(
 
 
 def finite_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """The `task_loss` of a batch, refused (`CalibrationError`) when it is not finite."""
+    """Return the `task_loss` of a batch; refuse (`CalibrationError`) one that is not finite."""
     loss = task_loss(logits, batch)
     if not bool(torch.isfinite(loss)):
         raise CalibrationError("the loss on the calibration data is not finite")

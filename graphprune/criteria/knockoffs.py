@@ -12,7 +12,7 @@ from graphprune.errors import CalibrationError
 
 
 def permuted(calibration: Calibration, generator: torch.Generator) -> list[dict[str, Tensor]]:
-    """For each batch one of the same shapes, every sample of which is another sample's input.
+    """Return for each batch one of the same shapes, every sample of it another's input.
 
     Who stands in for whom is drawn anew from `generator`, never a sample for itself; whatever the
     inputs are (images, tokens with their mask), the controls are as real as they. As a whole, a
@@ -48,19 +48,19 @@ def permuted(calibration: Calibration, generator: torch.Generator) -> list[dict[
     for at, batch in enumerate(batches):
         alike.setdefault(_shapes(batch), []).append(at)
     found = batches.copy()
-    for places in alike.values():
-        counts = [len(next(iter(batches[at].values()))) for at in places]
+    for same in alike.values():
+        counts = [len(next(iter(batches[at].values()))) for at in same]
         if sum(counts) < 2:
             raise CalibrationError(
-                f"calibration batch {places[0]}: no other sample has the shapes of its one, which "
+                f"calibration batch {same[0]}: no other sample has the shapes of its one, which "
                 "needs another as its control"
             )
         cycle = torch.randperm(sum(counts), generator=generator)
         other = torch.empty_like(cycle)
         other[cycle] = cycle.roll(1)
-        for name in batches[places[0]]:
-            rows = torch.cat([batches[at][name] for at in places])[other]
-            for at, part in zip(places, rows.split(counts), strict=True):
+        for name in batches[same[0]]:
+            rows = torch.cat([batches[at][name] for at in same])[other]
+            for at, part in zip(same, rows.split(counts), strict=True):
                 found[at] = {**found[at], name: part}
     return found
 

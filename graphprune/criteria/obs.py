@@ -24,7 +24,7 @@ class Obs(Criterion):
     requires_calibration = True
 
     def scores(self, context: ScoringContext) -> Scores:
-        """Greedy removal in the consumers of every group.
+        """Remove greedily in the consumers of every group.
 
         Raises
         ------

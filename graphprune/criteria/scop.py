@@ -41,7 +41,7 @@ class Scop(Criterion):
     program's own outputs and nothing real comes into the knockoff features.
 
     An adaptation, where no batch norm is on the group: the features are mixed where the unit's
-    activations come into what sums over them (as gates stand), and in the place of gamma is the
+    activations come into what sums over them (as gates stand), and gamma is replaced by the
     standard deviation of the activations on the calibration data, which is what |gamma| is behind
     a batch norm.
     """
@@ -53,31 +53,31 @@ class Scop(Criterion):
     """Adam's learning rate for the argument of the sigmoid."""
 
     def scores(self, context: ScoringContext) -> Scores:
-        """Gamma times the difference of the factors.
+        """Return gamma times the difference of the factors.
 
         Raises
         ------
         SelectionError
-            When nothing sums over a group, or which of its units stand where depends on the data.
+            When nothing sums over a group, or where its units are depends on the data.
         CalibrationError
             As `loss_gradients` does, or when a sample has no other of its shapes.
         """
-        places = find_places(context, self.name)
-        beta = self.factors(context, places)
-        gamma = scales(context, places)
+        sites = find_sites(context, self.name)
+        beta = self.factors(context, sites)
+        gamma = scales(context, sites)
         return {name: gamma[name] * (2 * each - 1) for name, each in beta.items()}
 
     @staticmethod
     def controls(calibration: Calibration, generator: torch.Generator) -> list[dict[str, Tensor]]:
-        """The knockoff inputs of an epoch, of the shapes of the batches."""
+        """Return the knockoff inputs of an epoch, of the shapes of the batches."""
         return permuted(calibration, generator)
 
-    def factors(self, context: ScoringContext, places: Sequence[Place]) -> Scores:
-        """Beta of every unit after training, in (0, 1)."""
+    def factors(self, context: ScoringContext, sites: Sequence[FeatureSite]) -> Scores:
+        """Train beta of every unit, in (0, 1)."""
         data, program = context.data(), context.program
         sizes = {group.name: context.sizes(group) for group in context.groups}
         inner = {name: torch.zeros(math.prod(size)) for name, size in sizes.items()}
-        optimiser = torch.optim.Adam(
+        optimizer = torch.optim.Adam(
             [each.requires_grad_() for each in inner.values()], lr=self.rate, betas=(0.5, 0.9)
         )
         generator = torch.Generator().manual_seed(context.seed)
@@ -85,14 +85,14 @@ class Scop(Criterion):
         for _ in context.track(range(self.epochs), "learning what is real"):
             knockoffs = self.controls(data, generator)
             for at in torch.randperm(len(batches), generator=generator).tolist():
-                controls = features(program, places, knockoffs[at])
+                controls = features(program, sites, knockoffs[at])
                 with torch.enable_grad():
                     beta = {name: each.sigmoid() for name, each in inner.items()}
-                    logits = mixed(program, places, batches[at], beta, controls)
+                    logits = mixed(program, sites, batches[at], beta, controls)
                     loss = finite_loss(logits, batches[at])
-                    optimiser.zero_grad()
+                    optimizer.zero_grad()
                     loss.backward()
-                optimiser.step()
+                optimizer.step()
         return {n: each.detach().sigmoid().double().view(sizes[n]) for n, each in inner.items()}
 
 
@@ -106,14 +106,14 @@ class ScopGamma(Scop):
     requires_calibration = False
 
     def scores(self, context: ScoringContext) -> Scores:
-        """Gamma of every unit.
+        """Return gamma of every unit.
 
         Raises
         ------
         SelectionError, CalibrationError
             As `Scop.scores` does.
         """
-        return scales(context, find_places(context, self.name))
+        return scales(context, find_sites(context, self.name))
 
 
 class ScopBeta(Scop):
@@ -122,14 +122,14 @@ class ScopBeta(Scop):
     name = "scop-beta"
 
     def scores(self, context: ScoringContext) -> Scores:
-        """The difference of the factors of every unit.
+        """Return the difference of the factors of every unit.
 
         Raises
         ------
         SelectionError, CalibrationError
             As `Scop.scores` does.
         """
-        beta = self.factors(context, find_places(context, self.name))
+        beta = self.factors(context, find_sites(context, self.name))
         return {name: 2 * each - 1 for name, each in beta.items()}
 
 
@@ -137,8 +137,8 @@ class ScopBeta(Scop):
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
-    """Where the features of a group's units are read.
+class FeatureSite:
+    """Where the features of a group's units are read, and mixed.
 
     Parameters
     ----------
@@ -149,8 +149,8 @@ class Place:
     source
         The node whose value they are.
     units
-        Which unit (counted over all parents) is at each place of the value, or -1; of a shape that
-        broadcasts to the value's.
+        The unit (counted over all parents) that each element of the value belongs to, or -1; of a
+        shape that broadcasts to the value's.
     gamma
         The batch norm's weight, of a shape that broadcasts so too; None where there is none.
     """
@@ -162,21 +162,21 @@ class Place:
     gamma: Tensor | None = None
 
     def total(self, values: Tensor, count: int) -> Tensor:
-        """``[count]``: the sum over the places of each unit of values of the shape of `units`."""
+        """Sum `values`, of the shape of `units`, over the elements of each unit: ``[count]``."""
         at = torch.where(self.units < 0, count, self.units).flatten()
         found = torch.zeros(count + 1, dtype=torch.float64)
         return found.index_add_(0, at, values.double().flatten())[:count]
 
 
-def find_places(context: ScoringContext, criterion: str) -> list[Place]:
-    """Where the features of each group are mixed: at its batch norms, else at what sums over it.
+def find_sites(context: ScoringContext, criterion: str) -> list[FeatureSite]:
+    """Find where each group's features are mixed: at its batch norms, else at what sums over it.
 
     Raises
     ------
     SelectionError
-        When nothing sums over a group, or which of its units stand where depends on the data.
+        When nothing sums over a group, or where its units are depends on the data.
     """
-    program, found, rest = context.program, list[Place](), list[Group]()
+    program, found, rest = context.program, list[FeatureSite](), list[Group]()
     names = {node: name for name, node in program.weight_nodes()}
     norms = program.graph.find_nodes(op="call_function", target=BATCH_NORM)
     for group in context.groups:
@@ -189,7 +189,7 @@ def find_places(context: ScoringContext, criterion: str) -> list[Place]:
             gamma = torch.ones(units.shape)
             if args["weight"] is not None:
                 gamma = program.weights[names[args["weight"]]].detach().view(units.shape)
-            here.append(Place(group.name, node, args["input"], units, gamma))
+            here.append(FeatureSite(group.name, node, args["input"], units, gamma))
         found += here
         if not here:
             rest.append(group)
@@ -200,18 +200,18 @@ def find_places(context: ScoringContext, criterion: str) -> list[Place]:
             units = units_at(context.coupling, group, source)
             if units is None:
                 raise SelectionError(
-                    f"{group.name}: {criterion} needs to know which unit stands where in what "
+                    f"{group.name}: {criterion} needs to know which unit is which element of what "
                     f"{operator_of(node)} sums over, and that depends on the data"
                 )
-            found.append(Place(group.name, node, source, units))
+            found.append(FeatureSite(group.name, node, source, units))
     return found
 
 
 def units_at(coupling: Coupling, group: Group, node: fx.Node) -> Tensor | None:
-    """Which unit of `group` is at each place of a node's value, or -1; broadcasts to the value.
+    """Return the unit of `group` that each element of a value belongs to; broadcasts to the value.
 
-    Units are counted over all parents. None where the value has no, or more than one, axis of the
-    group or of a parent.
+    Units are counted over all parents; -1 is no unit. None where the value has no axis of the group
+    or of a parent, or more than one.
     """
     types, type_ = coupling.types, coupling.types.of[node]
     numbers: Tensor | None = None
@@ -232,102 +232,105 @@ def units_at(coupling: Coupling, group: Group, node: fx.Node) -> Tensor | None:
 
 
 def features(
-    program: Program, places: Sequence[Place], batch: Mapping[str, Tensor]
-) -> dict[Place, Tensor]:
-    """What is read at each place when the program runs on a batch, without gradients."""
-    found: dict[Place, Tensor] = {}
+    program: Program, sites: Sequence[FeatureSite], batch: Mapping[str, Tensor]
+) -> dict[FeatureSite, Tensor]:
+    """Return what is read at each site when the program runs on a batch, without gradients."""
+    found: dict[FeatureSite, Tensor] = {}
 
-    def keep(place: Place, value: Tensor) -> Tensor:
-        found[place] = value.clone()
+    def keep(site: FeatureSite, value: Tensor) -> Tensor:
+        found[site] = value.clone()
         return value
 
     with torch.no_grad():
-        _Reading(program, places, keep).outputs(batch)
+        _SiteInterpreter(program, sites, keep).outputs(batch)
     return found
 
 
 def mixed(
     program: Program,
-    places: Sequence[Place],
+    sites: Sequence[FeatureSite],
     batch: Mapping[str, Tensor],
     beta: Mapping[str, Tensor],
-    controls: Mapping[Place, Tensor],
+    controls: Mapping[FeatureSite, Tensor],
 ) -> Tensor:
-    """The program's first output on a batch with its features mixed with the `controls`.
+    """Return the first output on a batch, with features mixed with the `controls`.
 
     `beta` is ``[units]`` by the name of the group; what belongs to no unit stays as it is.
     """
 
-    def mix(place: Place, value: Tensor) -> Tensor:
-        control = controls[place]
+    def mix(site: FeatureSite, value: Tensor) -> Tensor:
+        control = controls[site]
         if control.shape != value.shape:
             raise SelectionError(
-                f"{place.group}: its activations at {operator_of(place.node)} are "
+                f"{site.group}: its activations at {operator_of(site.node)} are "
                 f"{tuple(value.shape)} on the data and {tuple(control.shape)} on its knockoff: "
                 "they cannot be mixed"
             )
-        part = beta[place.group][place.units.clamp(min=0)].masked_fill(place.units < 0, 1)
+        part = beta[site.group][site.units.clamp(min=0)].masked_fill(site.units < 0, 1)
         return torch.lerp(control, value, part.to(value.dtype))
 
-    return _Reading(program, places, mix).outputs(batch)[0]
+    return _SiteInterpreter(program, sites, mix).outputs(batch)[0]
 
 
-class _Reading(fx.Interpreter):
-    """Runs a graph; what is read at each place is what `read` gives for it."""
+class _SiteInterpreter(fx.Interpreter):
+    """Runs a graph; what is read at each site is what `read` gives for it."""
 
     def __init__(
-        self, program: Program, places: Sequence[Place], read: Callable[[Place, Tensor], Tensor]
+        self,
+        program: Program,
+        sites: Sequence[FeatureSite],
+        read: Callable[[FeatureSite, Tensor], Tensor],
     ) -> None:
         super().__init__(program.graph_module)
         self.program, self.read = program, read
-        self.places = {p.node: [q for q in places if q.node is p.node] for p in places}
+        self.sites = {p.node: [q for q in sites if q.node is p.node] for p in sites}
 
     def outputs(self, batch: Mapping[str, Tensor]) -> Sequence[Tensor]:
         given = self.program.placed(self.program.weights, inputs_of(batch))
         return self.run(*(tensor.detach() for tensor in given))
 
     def run_node(self, n: fx.Node) -> object:
-        places = self.places.get(n, ())
-        held = {place.source: self.env[place.source] for place in places}
-        for place in places:
-            self.env[place.source] = self.read(place, self.env[place.source])
+        sites = self.sites.get(n, ())
+        held = {site.source: self.env[site.source] for site in sites}
+        for site in sites:
+            self.env[site.source] = self.read(site, self.env[site.source])
         result = super().run_node(n)
         self.env.update(held)
         return result
 
 
-def scales(context: ScoringContext, places: Sequence[Place]) -> Scores:
-    """``|gamma|`` of every unit, summed over its places; without a batch norm the deviation.
+def scales(context: ScoringContext, sites: Sequence[FeatureSite]) -> Scores:
+    """Return ``|gamma|`` of every unit, summed over its sites; the deviation where there is none.
 
     Raises
     ------
     CalibrationError
         Where data is needed, and there is none or it does not fit the program.
     """
-    rest = [place for place in places if place.gamma is None]
+    rest = [site for site in sites if site.gamma is None]
     deviation = _deviations(context, rest) if rest else {}
     found: Scores = {}
     for group in context.groups:
         sizes = context.sizes(group)
         count = math.prod(sizes)
-        here = (place for place in places if place.group == group.name)
+        here = (site for site in sites if site.group == group.name)
         values = (p.total(deviation[p] if p.gamma is None else p.gamma.abs(), count) for p in here)
         found[group.name] = torch.stack(list(values)).sum(0).view(sizes)
     return found
 
 
-def _deviations(context: ScoringContext, places: Sequence[Place]) -> dict[Place, Tensor]:
-    """The standard deviation of what is read at each place, over all that has no units."""
-    total = {place: torch.zeros(place.units.shape, dtype=torch.float64) for place in places}
-    squares = {place: torch.zeros_like(each) for place, each in total.items()}
-    count = dict.fromkeys(places, 0)
+def _deviations(context: ScoringContext, sites: Sequence[FeatureSite]) -> dict[FeatureSite, Tensor]:
+    """Return the standard deviation of what is read at each site, over all other dimensions."""
+    total = {site: torch.zeros(site.units.shape, dtype=torch.float64) for site in sites}
+    squares = {site: torch.zeros_like(each) for site, each in total.items()}
+    count = dict.fromkeys(sites, 0)
     for batch in context.track(unpadded(context.data()), "measuring activations"):
-        for place, value in features(context.program, places, batch).items():
+        for site, value in features(context.program, sites, batch).items():
             wide = value.double()
-            total[place] += wide.sum_to_size(place.units.shape)
-            squares[place] += wide.square().sum_to_size(place.units.shape)
-            count[place] += value.numel() // place.units.numel()
+            total[site] += wide.sum_to_size(site.units.shape)
+            squares[site] += wide.square().sum_to_size(site.units.shape)
+            count[site] += value.numel() // site.units.numel()
     return {
-        place: (squares[place] / n - (total[place] / n).square()).clamp(min=0).sqrt()
-        for place, n in count.items()
+        site: (squares[site] / n - (total[site] / n).square()).clamp(min=0).sqrt()
+        for site, n in count.items()
     }

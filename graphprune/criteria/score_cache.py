@@ -12,9 +12,9 @@ from graphprune.io.atomic import staged_file
 
 
 def load_or_score(path: str | PathLike[str], name: str, context: ScoringContext) -> Scores:
-    """The scores of criterion `name` from the file at `path`, or, where there is none, computed.
+    """Read the scores of criterion `name` from the file at `path`; without a file, make them.
 
-    What is computed is checked and written there. A file serves every budget and selection on the
+    What is made is checked and written there. A file serves every budget and selection on the
     same weights, for groups that are among those it was made for.
 
     Parameters
@@ -41,7 +41,7 @@ def load_or_score(path: str | PathLike[str], name: str, context: ScoringContext)
     # What looks at no data does not depend on it.
     data = context.calibration if held.requires_calibration else None
     if not Path(path).exists():
-        with staged_file(path) as staged:  # first, so that a place that is none costs no work
+        with staged_file(path) as staged:  # first: a path that cannot be written costs no work
             scores = held.scores(context)
             check_scores(scores, context)
             save_measured(staged, "scores", scores, context.program, data, **options)

@@ -27,7 +27,7 @@ class Taylor(WeightCriterion):
     def elements(
         self, context: ScoringContext, names: Sequence[str]
     ) -> Iterator[tuple[str, Tensor]]:
-        """The product g w."""
+        """Yield the product g w."""
         for name, gradient in loss_gradients(context, names):
             yield name, gradient.mul_(context.program.weights[name].detach())
 
@@ -42,7 +42,7 @@ class TaylorVector(Taylor):
     measure = "sum"
 
     def finish(self, total: Tensor) -> Tensor:
-        """The absolute value after the sum."""
+        """Take the absolute value after the sum."""
         return total.abs()
 
 
@@ -60,7 +60,7 @@ class TaylorSecond(Taylor):
     def elements(
         self, context: ScoringContext, names: Sequence[str]
     ) -> Iterator[tuple[str, Tensor]]:
-        """The product w F w."""
+        """Yield the product w F w."""
         for name, _, fisher in sample_gradients(context, names):
             yield name, fisher.mul_(context.program.weights[name].detach().square())
 
@@ -76,7 +76,7 @@ class TaylorMixed(Taylor):
     def elements(
         self, context: ScoringContext, names: Sequence[str]
     ) -> Iterator[tuple[str, Tensor]]:
-        """The difference g w - 1/2 w F w."""
+        """Yield the difference g w - 1/2 w F w."""
         for name, gradient, fisher in sample_gradients(context, names):
             weight = context.program.weights[name].detach()
             yield name, gradient.mul_(weight).sub_(fisher.mul_(weight.square()), alpha=0.5)

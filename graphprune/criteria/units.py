@@ -25,7 +25,7 @@ def sum_units(line: Tensor, group: Group, member: IndexMap) -> Tensor:
 
 
 def _units(line: Tensor, group: Group, member: IndexMap) -> Tensor:
-    """A dimension's places as a view ``[*outer, size, width]``: those of every unit of `group`."""
+    """View a dimension as ``[*outer, size, width]``: the indices of every unit of `group`."""
     loops = [*member.outer, (group.size, member.width), (member.width, 1)]
     sizes, strides = zip(*loops, strict=True)
     return line.as_strided(sizes, strides, member.offset)
@@ -34,9 +34,9 @@ def _units(line: Tensor, group: Group, member: IndexMap) -> Tensor:
 def consumers(
     weights: Mapping[str, Tensor], sizes: Sequence[int], group: Group, matrices: Sequence[Matrix]
 ) -> list[tuple[Matrix, Tensor]]:
-    """Those of `matrices` that sum over `group`; ``[parts, in]``: the unit of each column, or -1.
+    """Return those of `matrices` that sum over `group`, with the unit of each column, or -1.
 
-    `sizes` are the sizes of the parents of `group`, and its own.
+    Units are ``[parts, in]``. `sizes` are the sizes of the parents of `group`, and its own.
     """
     found = []
     for matrix in matrices:
@@ -54,7 +54,7 @@ def consumers(
 
 
 def unit_numbers(sizes: Sequence[int], group: Group, member: IndexMap, size: int) -> Tensor:
-    """``[size]``: which unit (counted over all parents) is at each place of a dimension, or -1.
+    """Return the unit of each index of a dimension, counted over all parents, or -1: ``[size]``.
 
     `sizes` are the sizes of the parents of `group`, and its own.
     """

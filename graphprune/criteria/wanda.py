@@ -28,7 +28,7 @@ class Wanda(WeightCriterion):
     def elements(
         self, context: ScoringContext, names: Sequence[str]
     ) -> Iterator[tuple[str, Tensor]]:
-        """The product |w| ||x||."""
+        """Yield the product |w| ||x||."""
         held = [m for m in contractions(context.program).matrices if m.weight in names]
         found = observe(context.program, held, context.data(), track=context.track)
         for name in names:

@@ -40,14 +40,14 @@ class WeightCriterion(Criterion):
         """
         per_weight: dict[str, dict[str, Tensor]] = {group.name: {} for group in context.groups}
         stands_for = {group.name: _stands_for(group) for group in context.groups}
-        places = _members_by_weight(context)
+        members = _members_by_weight(context)
         names = context.parameters()
         if any(context.program.weights[name].is_meta for name in names):
             raise SelectionError(f"{self.name}: the program was captured without weights to score")
         for name, elements in context.track(self.elements(context, names), "scoring weights"):
-            dims = {member.dim for _, member in places[name]}
+            dims = {member.dim for _, member in members[name]}
             lines = {dim: _reduce(elements, dim, self.measure) for dim in dims}
-            for group, member in places[name]:
+            for group, member in members[name]:
                 found, slot = per_weight[group.name], stands_for[group.name][name]
                 score = sum_units(lines[member.dim], group, member)
                 found[slot] = found[slot] + score if slot in found else score
@@ -62,7 +62,7 @@ class WeightCriterion(Criterion):
     def elements(
         self, context: ScoringContext, names: Sequence[str]
     ) -> Iterator[tuple[str, Tensor]]:
-        """(name, a tensor of the weight's shape) for the weights called `names`, one by one."""
+        """Yield (name, a tensor of the weight's shape) for the weights called `names`."""
 
     def finish(self, total: Tensor) -> Tensor:
         """Turn the reduced slices of one weight into scores."""
@@ -70,7 +70,7 @@ class WeightCriterion(Criterion):
 
 
 def _stands_for(group: Group) -> dict[str, str]:
-    """Weight of a group -> the first of those that are one weight of all units together."""
+    """Map weights of a group to the first of those that are one weight of all units together."""
     owned = group.owned()
     first = {at: name for name, at in reversed(owned.items())}
     return {name: first[owned[name]] if name in owned else name for name in group.weights()}
@@ -109,16 +109,16 @@ _SINGLE: dict[Measure, Callable[[Tensor], Tensor]] = {
 
 
 def _use_order(program: Program) -> dict[str, int]:
-    """Name of a weight -> when the graph first uses it."""
-    places = {node: at for at, node in enumerate(program.graph.nodes)}
+    """Return for each weight when the graph first uses it."""
+    order = {node: at for at, node in enumerate(program.graph.nodes)}
     return {
-        name: min((places[user] for user in node.users), default=0)
+        name: min((order[user] for user in node.users), default=0)
         for name, node in program.weight_nodes()
     }
 
 
 def _combine(scores: Sequence[Tensor], aggregate: Aggregate) -> Tensor:
-    """Scores in the weights of a group, in the order in which the graph uses them, as one."""
+    """Combine scores in the weights of a group, given in the order of their use."""
     if aggregate == "last":
         return scores[-1]
     stacked = torch.stack(list(scores))
@@ -138,7 +138,7 @@ class L1(WeightCriterion):
     def elements(
         self, context: ScoringContext, names: Sequence[str]
     ) -> Iterator[tuple[str, Tensor]]:
-        """The weights themselves."""
+        """Yield the weights themselves."""
         for name in names:
             yield name, context.program.weights[name].detach()
 
@@ -162,7 +162,7 @@ class Random(Criterion):
     name = "random"
 
     def scores(self, context: ScoringContext) -> Scores:
-        """Independent of the order of groups: each is seeded by its name."""
+        """Draw scores for each group from a seed of its name, whatever the order of groups."""
         found = {}
         for group in context.groups:
             seed = zlib.crc32(f"{context.seed}:{group.name}".encode())

@@ -20,7 +20,7 @@ from graphprune.analysis.matrices import Matrix, Use
 from graphprune.ir.aten import PRODUCTS, name_of
 from graphprune.ir.nodes import arguments_of
 from graphprune.ir.program import Program
-from graphprune.training.loop import Batch
+from graphprune.training.trainable import Batch
 
 _ADAPTER = "default"
 
@@ -74,7 +74,7 @@ class Adapters:
         self._interpreter = _Beside(program.graph_module, beside)
 
     def run(self, batch: Batch, training: bool) -> dict[str, Tensor]:
-        """The outputs of the program with its adapters."""
+        """Return the outputs of the program with its adapters."""
         self._modules.train(training)
         outputs = self._interpreter.run(*self._program.placed(self._with(self._inside), batch))
         named = zip(self._program.outputs, outputs, strict=True)
@@ -82,7 +82,7 @@ class Adapters:
 
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
-        """The weights with their adapters merged into them."""
+        """Merge the adapters into the weights."""
         merged = self._with(list(self._layers))
         return {matrix.weight: merged[matrix.weight] for matrix in self._layers}
 
@@ -105,7 +105,7 @@ class Adapters:
 def _adapted(
     matrices: Sequence[Matrix], rank: int, alpha: float, dropout: float
 ) -> dict[Matrix, Any]:
-    """A layer of peft for every matrix, whose own weight takes no memory."""
+    """Make a layer of peft for every matrix, whose own weight takes no memory."""
     from peft import LoraConfig, inject_adapter_in_model
 
     single = {f"m{at}": each for at, each in enumerate(matrices) if each.shape[0] == 1}
@@ -176,7 +176,7 @@ class _Beside(fx.Interpreter):
         self.sides = sides
 
     def run_node(self, n: fx.Node) -> Any:
-        """The value of a node."""
+        """Return the value of a node."""
         value = super().run_node(n)
         if n in self.sides:
             source, side = self.sides[n]

@@ -17,7 +17,7 @@ from graphprune.analysis.coupling import Group
 from graphprune.calibration.data import Calibration
 from graphprune.criteria import ScoringContext, criterion
 from graphprune.criteria.knockoffs import permuted
-from graphprune.criteria.scop import Scop, features, find_places, mixed, units_at
+from graphprune.criteria.scop import Scop, features, find_sites, mixed, units_at
 from graphprune.errors import CalibrationError, SelectionError
 from graphprune.ir.program import Program
 from graphprune.pipeline.pipeline import Pipeline
@@ -71,7 +71,7 @@ def by_hand(epochs: int, rate: float, seed: int) -> list[Tensor]:
     """Beta of every channel of `small`, as the paper trains it."""
     net, _, calibration = small()
     inner = [torch.zeros(len(norm.weight), requires_grad=True) for norm in net.norms]
-    optimiser = torch.optim.Adam(inner, lr=rate, betas=(0.5, 0.9))
+    optimizer = torch.optim.Adam(inner, lr=rate, betas=(0.5, 0.9))
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         controls = permuted(calibration, generator)
@@ -82,7 +82,7 @@ def by_hand(epochs: int, rate: float, seed: int) -> list[Tensor]:
             gradients = torch.autograd.grad(functional.cross_entropy(logits, labels), inner)
             for each, gradient in zip(inner, gradients, strict=True):
                 each.grad = gradient
-            optimiser.step()
+            optimizer.step()
     return [each.detach().sigmoid().double() for each in inner]
 
 
@@ -115,10 +115,10 @@ def test_only_real_features_are_the_program_and_only_knockoffs_are_it_on_the_kno
 ) -> None:
     _, program, calibration = small()
     context = context_of_small()
-    places = find_places(context, "scop")
+    sites = find_sites(context, "scop")
     (batch, _), (control, _) = calibration, permuted(calibration, torch.Generator())
     beta = {group.name: torch.full((group.size,), part) for group in context.groups}
-    found = mixed(program, places, batch, beta, features(program, places, control))
+    found = mixed(program, sites, batch, beta, features(program, sites, control))
     assert torch.allclose(found, program(**(batch if part else control))["output"], atol=1e-6)
 
 
@@ -139,7 +139,7 @@ def test_a_unit_that_tells_more_than_its_control_rises_above_one_that_does_not()
     scorer = Scop()
     scorer.epochs, scorer.rate = 60, 0.05  # type: ignore[misc]
     context = ScoringContext(program, coupling, [group], data)
-    telling, silent = scorer.factors(context, find_places(context, "scop"))[group.name].tolist()
+    telling, silent = scorer.factors(context, find_sites(context, "scop"))[group.name].tolist()
     assert telling > 0.85
     assert silent < 0.6
 
@@ -148,9 +148,9 @@ def test_a_residual_stream_has_one_factor_and_the_scale_of_all_its_norms() -> No
     program, coupling = program_of("resnet"), coupling_of("resnet")
     group = next(g for g in coupling.groups if sum("normal" in w for w in g.weights()) > 8)
     context = ScoringContext(program, coupling, [group])
-    places = find_places(context, "scop-gamma")
+    sites = find_sites(context, "scop-gamma")
     norms = [w for w in group.weights() if w.endswith("normalization.weight")]
-    assert len(places) == len(norms) > 1
+    assert len(sites) == len(norms) > 1
     expected = sum(program.weight(name).abs().double() for name in norms)
     found = criterion("scop-gamma").scores(context)[group.name]
     assert torch.allclose(found, expected, rtol=1e-6)
@@ -184,8 +184,8 @@ def case(role: str) -> tuple[ScoringContext, Group, nn.Module, str, Tensor]:
 def test_without_batch_norms_features_are_mixed_at_what_consumes_them(role: str) -> None:
     context, group, _, path, units = case(role)
     program, model = context.program, build(CASES[role][0])
-    (place,) = find_places(context, "scop")
-    assert torch.equal(place.units.expand(1, 1, -1).flatten(), units)
+    (site,) = find_sites(context, "scop")
+    assert torch.equal(site.units.expand(1, 1, -1).flatten(), units)
     data, control = inputs_of(program, seed=1), inputs_of(program, seed=2)
     beta = torch.rand(int(units.max()) + 1, generator=torch.Generator().manual_seed(0))
     kept = inputs_to(model, path, control).view(3, 9, -1)
@@ -195,8 +195,8 @@ def test_without_batch_norms_features_are_mixed_at_what_consumes_them(role: str)
     )
     with torch.no_grad():
         expected = model(**data).logits
-        controls = features(program, [place], control)
-        found = mixed(program, [place], data, {group.name: beta}, controls)
+        controls = features(program, [site], control)
+        found = mixed(program, [site], data, {group.name: beta}, controls)
     assert torch.allclose(found, expected, atol=1e-5)
     assert not torch.allclose(found, program(**data)["logits"], atol=1e-3)
 
@@ -233,14 +233,14 @@ def test_experts_are_refused_since_the_router_decides_which_are_seen() -> None:
     group = next(g for g in coupling.groups if g.role == "expert")
     context = ScoringContext(program_of("mixtral"), coupling, [group])
     with pytest.raises(SelectionError, match=f"{group.name}: scop needs to know which unit"):
-        find_places(context, "scop")
+        find_sites(context, "scop")
 
 
 def test_what_nothing_sums_over_is_refused() -> None:
     coupling = coupling_of("llama-gqa")
     group = next(g for g in coupling.groups if g.role == "rope-pair")
     with pytest.raises(SelectionError, match="scop scores what consumes it, and nothing does"):
-        find_places(ScoringContext(coupling.program, coupling, [group]), "scop")
+        find_sites(ScoringContext(coupling.program, coupling, [group]), "scop")
 
 
 def test_a_value_without_the_group_has_none_of_its_units() -> None:

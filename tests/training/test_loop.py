@@ -18,22 +18,15 @@ from graphprune.analysis.matrices import contractions
 from graphprune.calibration.data import Calibration
 from graphprune.errors import CalibrationError, OutputError, TrainingError
 from graphprune.ir.program import Program
-from graphprune.training.loop import (
-    AllWeights,
-    Checkpoint,
-    Objective,
-    Recipe,
-    Samples,
-    Trainable,
-    Trained,
-    kept_zeros,
-    train,
-)
+from graphprune.training.loop import Checkpoint, Trained, TrainingConfig, train
 from graphprune.training.lora import Adapters
+from graphprune.training.objective import Objective
+from graphprune.training.samples import Samples
+from graphprune.training.trainable import AllWeights, Trainable, kept_zeros
 
 NAME = "llama-gqa"
 CE = Objective("logits")
-RECIPE = Recipe(steps=5, lr=1e-2, batch=4, micro=2, every=2)
+CONFIG = TrainingConfig(steps=5, lr=1e-2, batch=4, micro=2, every=2)
 
 
 def parameters_of(program: Program) -> list[str]:
@@ -56,14 +49,14 @@ def samples_of(program: Program, count: int = 6, seed: int = 0) -> Samples:
 
 def fit(
     student: Trainable,
-    recipe: Recipe = RECIPE,
+    config: TrainingConfig = CONFIG,
     objective: Objective = CE,
     name: str = NAME,
     **options: Any,
 ) -> Trained:
     program = program_of(name)
     held = samples_of(program, 3, seed=1)
-    return train(student, objective, samples_of(program), held, recipe, **options)
+    return train(student, objective, samples_of(program), held, config, **options)
 
 
 def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
@@ -77,21 +70,23 @@ def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
 
 def test_a_plain_loop_on_the_model_gives_the_same_weights() -> None:
     program, model = program_of(NAME), build(NAME)
-    recipe = Recipe(steps=3, lr=1e-2, batch=6, micro=2, warmup=1, weight_decay=0.1, clip=0.5)
+    config = TrainingConfig(
+        steps=3, lr=1e-2, batch=6, micro=2, warmup=1, weight_decay=0.1, clip=0.5
+    )
     student = everything(program)
-    fit(student, recipe)
+    fit(student, config)
     wide = [p for p in model.parameters() if p.ndim >= 2]
     narrow = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": wide, "weight_decay": 0.1}, {"params": narrow, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups)
+    optimizer = torch.optim.AdamW(groups)
     (batch,) = samples_of(program).all(6)
     for rate in (0.005, 0.01, 0.005):
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = rate
         model(**batch, labels=batch["input_ids"]).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     new = student.weights()
     assert new.keys() == {name for name, _ in model.named_parameters()}
     for name, weight in model.named_parameters():
@@ -111,8 +106,8 @@ def test_how_many_run_at_once_makes_no_difference(micro: int) -> None:
     found = []
     for size in (2, micro):
         student = everything(program)
-        recipe = replace(RECIPE, steps=1, batch=6, micro=size)
-        trained = train(student, CE, samples, samples, recipe)
+        config = replace(CONFIG, steps=1, batch=6, micro=size)
+        trained = train(student, CE, samples, samples, config)
         found.append((student.weights(), trained.measured))
     (first, losses), (second, others) = found
     assert losses == pytest.approx(others, rel=1e-5)
@@ -133,7 +128,7 @@ def test_the_loss_goes_down_and_the_same_seed_gives_the_same(
             CE,
             samples_of(program_of(NAME)),
             Samples(()),
-            Recipe(steps=8, lr=1e-2, batch=4, seed=seed),
+            TrainingConfig(steps=8, lr=1e-2, batch=4, seed=seed),
         )
         assert trained.measured[8] < trained.measured[0]
         runs.append(student.weights())
@@ -159,15 +154,15 @@ def test_the_program_is_not_edited() -> None:
 
 
 def test_rates() -> None:
-    constant = Recipe(steps=5, lr=2.0, warmup=1, schedule="constant")
+    constant = TrainingConfig(steps=5, lr=2.0, warmup=1, schedule="constant")
     assert [constant.rate(step) for step in range(5)] == [1.0, 2.0, 2.0, 2.0, 2.0]
-    linear = Recipe(steps=4, lr=2.0)
+    linear = TrainingConfig(steps=4, lr=2.0)
     assert [linear.rate(step) for step in range(4)] == [2.0, 1.5, 1.0, 0.5]
 
 
 def test_a_loss_that_is_not_finite_is_refused() -> None:
     with pytest.raises(TrainingError, match=r"not finite at step \d+, where the learning rate"):
-        fit(everything(program_of(NAME)), Recipe(steps=9, lr=1e30, batch=4, clip=0))
+        fit(everything(program_of(NAME)), TrainingConfig(steps=9, lr=1e30, batch=4, clip=0))
 
 
 # -- half precision and zeros ----------------------------------------------------------------------
@@ -177,7 +172,7 @@ def test_weights_of_half_precision_have_masters() -> None:
     """Steps far smaller than a weight's last place add up."""
     program = gp.capture(build(NAME).to(torch.bfloat16))
     student = everything(program)
-    fit(student, Recipe(steps=40, lr=2e-5, batch=4, schedule="constant"))
+    fit(student, TrainingConfig(steps=40, lr=2e-5, batch=4, schedule="constant"))
     assert {each.dtype for each in student.parameters.values()} == {torch.float32}
     new = student.weights()
     assert {each.dtype for each in new.values()} == {torch.bfloat16}
@@ -198,7 +193,7 @@ def test_zeros_stay_zero_and_the_rest_moves() -> None:
     assert zeros.keys() == {up}
     assert torch.equal(zeros[up], gone)
     student = everything(program, zeros=zeros)
-    train(student, CE, samples_of(program), Samples(()), replace(RECIPE, weight_decay=0.1))
+    train(student, CE, samples_of(program), Samples(()), replace(CONFIG, weight_decay=0.1))
     new = student.weights()
     assert not new[up][gone].any()
     assert (new[up] != program.weights[up])[~gone].all()
@@ -229,21 +224,23 @@ def cut_after(steps: int) -> Callable[[float], None]:
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     make: Callable[[Program], Trainable], patience: int | None, tmp_path: Path
 ) -> None:
-    recipe = Recipe(steps=7, lr=3e-2, batch=4, micro=3, warmup=2, every=2, patience=patience)
+    config = TrainingConfig(
+        steps=7, lr=3e-2, batch=4, micro=3, warmup=2, every=2, patience=patience
+    )
     whole = make(program_of(NAME))
-    expected = fit(whole, recipe)
+    expected = fit(whole, config)
     checkpoint = Checkpoint(tmp_path / "deep" / "here.pt", {"of": "this"})
     with pytest.raises(Cut):
-        fit(make(program_of(NAME)), recipe, checkpoint=checkpoint, advance=cut_after(3))
+        fit(make(program_of(NAME)), config, checkpoint=checkpoint, advance=cut_after(3))
     student = make(program_of(NAME))
     seen: list[float] = []
-    found = fit(student, recipe, checkpoint=checkpoint, advance=seen.append)
+    found = fit(student, config, checkpoint=checkpoint, advance=seen.append)
     assert found.resumed == 2
     assert seen == [2, *[1] * (found.step - 2)]
     assert replace(found, resumed=0) == expected
     assert same(student.weights(), whole.weights())
     again = make(program_of(NAME))
-    assert fit(again, recipe, checkpoint=checkpoint).resumed == expected.step
+    assert fit(again, config, checkpoint=checkpoint).resumed == expected.step
     assert same(again.weights(), whole.weights())
 
 
@@ -317,8 +314,8 @@ def test_it_stops_when_patience_is_over_and_takes_the_best(
 ) -> None:
     curve = Curve(losses)
     rows = Samples([{"x": torch.zeros(1)}])
-    recipe = Recipe(steps=4, lr=1.0, schedule="constant", every=1, patience=patience)
-    trained = train(curve, Given("loss"), rows, rows, recipe)
+    config = TrainingConfig(steps=4, lr=1.0, schedule="constant", every=1, patience=patience)
+    trained = train(curve, Given("loss"), rows, rows, config)
     assert (trained.step, trained.best) == (done, best)
     assert trained.stopped is (done < 4)
     assert trained.measured == dict(enumerate(losses[: done + 1]))
@@ -401,8 +398,8 @@ def test_a_teacher_is_mixed_in_by_its_weight() -> None:
 def test_distilling_brings_every_kind_of_program_nearer_to_its_teacher(name: str) -> None:
     program = program_of(name)
     student = everything(scaled(program, 1.2))
-    recipe = Recipe(steps=8, lr=1e-3, batch=6)
-    trained = fit(student, recipe, Objective("logits", program, 1.0), name)
+    config = TrainingConfig(steps=8, lr=1e-3, batch=6)
+    trained = fit(student, config, Objective("logits", program, 1.0), name)
     assert trained.measured[8] < 0.9 * trained.measured[0]
 
 
