@@ -155,10 +155,11 @@ def sweep(
     batch_size: BatchSize = 4,
 ) -> None:
     """Measure perplexity against size for several recipes: a table, JSON and a picture."""
-    from graphprune.evaluation.sweep import HeldOut, Recipe, read_ratios, sweep
+    from graphprune.evaluation.sweep import HeldOut, sweep
+    from graphprune.evaluation.template import PipelineTemplate, read_ratios
 
     chosen = read_ratios(ratios, steps)
-    recipes = [Recipe.read(text) for text in dict.fromkeys(passes)]
+    recipes = [PipelineTemplate.read(text) for text in dict.fromkeys(passes)]
     pipelines = [recipe.at(ratio) for recipe in recipes for ratio in chosen]
     draws = [
         read_calibration(

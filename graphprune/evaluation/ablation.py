@@ -9,12 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from os.path import commonprefix
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from scipy.special import stdtr
@@ -25,189 +21,29 @@ from graphprune.analysis.matrices import Matrix
 from graphprune.calibration.data import LABELS, task_loss
 from graphprune.criteria import ScoringContext
 from graphprune.errors import EvaluationError, SelectionError
+from graphprune.evaluation.ablation_result import Effect, GroupEffects, Sensitivity, Span
 from graphprune.evaluation.perplexity import why_not_causal
-from graphprune.io.atomic import as_json
 from graphprune.io.progress import DisplayFactory, progress_bar
 from graphprune.ir.program import PAST, PRESENT, Program
 from graphprune.plan.plan import Cut, Plan, Step
-from graphprune.report import plots as pictures
 from graphprune.selection.targets import target_groups
 from graphprune.transforms.heads.layout import sites_of
 from graphprune.verification.verify import masked
 
-if TYPE_CHECKING:
-    from rich.console import Group as Shown
-
-HEADS = "heads"
+ALL_HEADS = "heads"
 """The target that means the query heads of every attention."""
 
 SINGLES = 64
 """Units of a group that are removed one by one; those of a larger group go in so many runs."""
 
-SIGNIFICANT = 0.01
-"""The p below which an effect counts, as in the paper."""
-
-_COLUMNS = 10
-"""A table shows every effect where no group has more than this."""
-
 Run = Callable[..., Mapping[str, Tensor]]
 Batch = Mapping[str, Tensor]
-Span = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Effect:
-    """What happened when units went, or all others did.
-
-    Parameters
-    ----------
-    units
-        The first of the units and the one after the last, counted over all parents.
-    difference
-        How much larger the loss became.
-    error
-        Standard error of the difference, from the samples' paired differences; None for one sample.
-    p
-        How probable so large a difference would be, either way, if there were none (Student's t of
-        the paired differences; nothing is corrected for the number of units).
-    """
-
-    units: Span
-    difference: float
-    error: float | None
-    p: float | None
-
-    @property
-    def significant(self) -> bool:
-        """Whether the difference is more than chance."""
-        return self.p is not None and self.p < SIGNIFICANT
-
-    @property
-    def text(self) -> str:
-        """Which units: ``3``, or ``0-6``."""
-        first, end = self.units
-        return str(first) if end - first == 1 else f"{first}-{end - 1}"
-
-
-@dataclass(frozen=True)
-class Row:
-    """The effects in one group.
-
-    Parameters
-    ----------
-    group, role
-        The group, or the weight that reads the heads of one attention of several that share them.
-    shape
-        Sizes of its parents, and its own; units are counted row-major.
-    removed
-        What the removal of each unit, or of each run of units, does.
-    kept
-        What the removal of all others does, for the best to keep. It is chosen on every other
-        sample, and its effect is that on the rest. None where it was not asked for, or fewer units
-        would be left than are chosen at once.
-    """
-
-    group: str
-    role: str
-    shape: tuple[int, ...]
-    removed: tuple[Effect, ...]
-    kept: Effect | None
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """The result of `sensitivity`; printable by rich.
-
-    Parameters
-    ----------
-    measure
-        What the loss is.
-    loss
-        That of the whole program.
-    samples
-        How many samples it is a mean over.
-    rows
-        One for every group.
-    """
-
-    measure: str
-    loss: float
-    samples: int
-    rows: tuple[Row, ...]
-
-    def to_json(self) -> str:
-        """The effects as JSON text; what is not finite is null."""
-        return as_json({"format": 1, **asdict(self)}, indent=1)
-
-    def picture(self, path: Path) -> None:
-        """Draw the effects as a heat map, a row for each group.
-
-        Raises
-        ------
-        OutputError
-            When the name of the file says no format.
-        """
-        _, names = self._names()
-        values = ([effect.difference for effect in row.removed] for row in self.rows)
-        alone = [row.kept.difference if row.kept else None for row in self.rows]
-        single = all(math.prod(row.shape) == len(row.removed) for row in self.rows)
-        pictures.heat_map(
-            path,
-            dict(zip(names, values, strict=True)),
-            beside=alone if any(row.kept for row in self.rows) else (),
-            titles=(f"change of the {self.measure}\nwithout it", "without\nall others"),
-            columns="unit" if single else "run of units",
-        )
-
-    def _names(self) -> tuple[str, list[str]]:
-        """The names of all groups with ``*`` for what differs, and that of each."""
-        names = [row.group for row in self.rows]
-        if len(names) == 1:
-            return names[0], [""]
-        start, end = commonprefix(names), commonprefix([name[::-1] for name in names])[::-1]
-        start = start[: max(start.rfind("."), start.rfind(":")) + 1]
-        marks = [at for at in (end.find("."), end.find(":")) if at >= 0]
-        end = end[min(marks) :] if marks else ""
-        return f"{start}*{end}", [name.removeprefix(start).removesuffix(end) for name in names]
-
-    def __rich__(self) -> Shown:
-        """The table for a terminal."""
-        from rich.box import SIMPLE_HEAD
-        from rich.console import Group as Shown
-        from rich.table import Table
-        from rich.text import Text
-
-        title, names = self._names()
-        wide = max(len(row.removed) for row in self.rows)
-        every = wide <= _COLUMNS
-        table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-        table.add_column("", overflow="fold")
-        titles = map(str, range(wide)) if every else ("runs", "least", "median", "most")
-        for each in (*titles, "free", *(["best alone"] if any(r.kept for r in self.rows) else [])):
-            table.add_column(each, justify="right", no_wrap=True)
-        for name, row in zip(names, self.rows, strict=True):
-            free = sum(not e.significant or e.difference <= 0 for e in row.removed)
-            cells = [*map(_cell, row.removed)] if every else _summary(row)
-            cells += [""] * (wide - len(cells)) if every else []
-            alone = [f"{row.kept.text}: {_cell(row.kept)}"] if row.kept else []
-            table.add_row(*map(Text, (name, *cells, f"{free} of {len(row.removed)}", *alone)))
-        return Shown(
-            Text(
-                f"{self.measure} {self.loss:.4f} over {self.samples} samples; how much it grows "
-                f"without each unit of {title}:"
-            ),
-            table,
-            Text(
-                f"* differs from no change at p < {SIGNIFICANT:g} (paired over samples)\n"
-                "free: units whose removal makes it no worse at that p, each by itself"
-            ),
-        )
 
 
 def sensitivity(
     coupling: Coupling,
     batches: Sequence[Batch],
-    target: str = HEADS,
+    target: str = ALL_HEADS,
     *,
     blocks: int | None = None,
     keep_one: bool = True,
@@ -231,7 +67,7 @@ def sensitivity(
         attentions have to lose the same heads, those of each by themselves. Otherwise what
         `graphprune.selection.targets.target_groups` takes.
     blocks
-        In how many runs of neighbours the units of each group go; by default one by one, and a
+        In how many runs of neighbors the units of each group go; by default one by one, and a
         group of more than `SINGLES` units in so many runs.
     keep_one
         Whether to also remove all but one.
@@ -276,12 +112,12 @@ def sensitivity(
             removed = tuple(_effect(*each) for each in effects(part, runs, False))
             enough = [run for run in runs if run[1] - run[0] >= part.group.least]
             kept = _best(list(effects(part, enough, True))) if keep_one else None
-            rows.append(Row(part.name, part.group.role, part.shape, removed, kept))
+            rows.append(GroupEffects(part.name, part.group.role, part.shape, removed, kept))
     return Sensitivity(measure, float(whole.mean()), len(whole), tuple(rows))
 
 
 def text_batches(program: Program, windows: Tensor, batch_size: int) -> list[dict[str, Tensor]]:
-    """What `program` takes, made of windows of tokens ``[windows, length]``.
+    """Make what `program` takes of windows of tokens ``[windows, length]``.
 
     An encoder and a decoder get the same windows.
 
@@ -327,7 +163,7 @@ class _Part:
         return math.prod(self.shape)
 
     def runs(self, blocks: int | None) -> list[Span]:
-        """Runs of neighbouring units, counted over all parents."""
+        """Return runs of neighboring units, counted over all parents."""
         count = min(self.total, SINGLES if blocks is None else max(blocks, 1))
         bounds = [self.total * at // count for at in range(count + 1)]
         runs = list(itertools.pairwise(bounds))
@@ -340,7 +176,7 @@ class _Part:
         return runs
 
     def without(self, lost: Sequence[bool]) -> Run:
-        """The program without some units, counted over all parents."""
+        """Return the program without some units, counted over all parents."""
         program = self.coupling.program
         if self.reader is not None:
             matrix, units = self.reader
@@ -349,11 +185,11 @@ class _Part:
             clear = matrix.read(weight).masked_fill(gone[:, None], 0)
             return program.with_weights({matrix.weight: matrix.write(weight, clear)})
         units_of: dict[tuple[int, ...], list[int]] = {}
-        for (*place, unit), goes in zip(
+        for (*parents, unit), goes in zip(
             itertools.product(*map(range, self.shape)), lost, strict=True
         ):
             if goes:
-                units_of.setdefault(tuple(place), []).append(unit)
+                units_of.setdefault(tuple(parents), []).append(unit)
         group, cut_units = self.group, {at: tuple(units) for at, units in units_of.items()}
         cut = Cut(group.name, group.size, group.role, cut_units, group.parents, group.members)
         plan = Plan((Step(program.fingerprint(), (cut,)),))
@@ -361,7 +197,7 @@ class _Part:
 
 
 def _parts(coupling: Coupling, target: str) -> list[_Part]:
-    if target != HEADS:
+    if target != ALL_HEADS:
         return [_Part(coupling, group) for group in target_groups(coupling, target)]
     heads = [group for group in coupling.groups if group.role in ("kv-head", "query-slot")]
     if not heads:
@@ -377,10 +213,10 @@ def _parts(coupling: Coupling, target: str) -> list[_Part]:
 
 
 def _by_attention(coupling: Coupling, group: Group) -> list[_Part]:
-    """A part for each attention of those that have to lose the same heads, as by a shared bias."""
+    """Return a part for each attention of those that must lose the same heads."""
     if len(sites_of(coupling.types, coupling.atom(group.name))) < 2:
         return [_Part(coupling, group)]
-    readers = ScoringContext(coupling.program, coupling, [group]).consumers(HEADS)[group.name]
+    readers = ScoringContext(coupling.program, coupling, [group]).consumers(ALL_HEADS)[group.name]
     return [_Part(coupling, group, reader) for reader in readers]
 
 
@@ -390,7 +226,7 @@ def _by_attention(coupling: Coupling, group: Group) -> list[_Part]:
 def _loss(
     program: Program, batches: Sequence[Batch]
 ) -> tuple[str, Callable[[Mapping[str, Tensor], Batch], Tensor]]:
-    """What the loss is called, and its values for the samples of a batch, ``[samples]``."""
+    """Return what the loss is called, and its values for the samples of a batch, ``[samples]``."""
     if all(LABELS in batch for batch in batches):
         return "cross entropy", _cross_entropy
     if "decoder_input_ids" not in batches[0] and not why_not_causal(program):
@@ -413,7 +249,7 @@ def _loss(
 def _losses(
     run: Run, batches: Sequence[Batch], loss: Callable[[Mapping[str, Tensor], Batch], Tensor]
 ) -> Tensor:
-    """``[samples]``, float64."""
+    """Return the loss of every sample, ``[samples]``, float64."""
     return torch.cat([loss(_run(run, batch), batch) for batch in batches]).double()
 
 
@@ -455,20 +291,8 @@ def _effect(run: Span, differences: Tensor) -> Effect:
 
 
 def _best(kept: Sequence[tuple[Span, Tensor]]) -> Effect | None:
-    """The best run to keep, chosen on every other sample and measured on the rest."""
+    """Choose the best run to keep on every other sample, and measure it on the rest."""
     if not kept:
         return None
     run, differences = min(kept, key=lambda each: float(each[1][::2].mean()))
     return _effect(run, differences[1::2] if len(differences) > 1 else differences)
-
-
-def _cell(effect: Effect) -> str:
-    return f"{effect.difference:+.3f}{'*' if effect.significant else ' '}"
-
-
-def _summary(row: Row) -> list[str]:
-    """How many effects there are, the least, the median and the largest, with the units."""
-    ordered = sorted(row.removed, key=lambda effect: effect.difference)
-    median = statistics.median(effect.difference for effect in ordered)
-    least, most = (f"{effect.text}: {_cell(effect)}" for effect in (ordered[0], ordered[-1]))
-    return [f"{len(ordered)}", least, f"{median:+.3f}", most]

@@ -51,7 +51,7 @@ class Perplexity:
     sha256: str
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields by name."""
+        """Return the fields by name."""
         return asdict(self)
 
 
@@ -65,7 +65,7 @@ def perplexity(
     max_tokens: int | None = None,
     progress: bool | DisplayFactory = False,
 ) -> Perplexity:
-    """The perplexity of a causal language model on a text.
+    """Measure the perplexity of a causal language model on a text.
 
     The text is cut into windows of `length` tokens that do not overlap, and what is left over at
     the end is not used. In every window each token after the first is predicted from those before.
@@ -119,7 +119,7 @@ def text_windows(
     length: int = 256,
     max_tokens: int | None = None,
 ) -> Tensor:
-    """The windows of a text that `perplexity` measures, ``[windows, length]``.
+    """Cut a text into the windows that `perplexity` measures, ``[windows, length]``.
 
     Raises
     ------
@@ -155,7 +155,7 @@ def _is_file(text: str) -> bool:
 
 
 def why_not_causal(program: Program) -> str:
-    """What a program lacks of a causal language model, to follow the words; "" for nothing."""
+    """Say what a program lacks of a causal language model, to follow the words; "" for nothing."""
     inputs = {value.name for value in program.inputs}
     logits = next((value for value in program.outputs if value.name == "logits"), None)
     if "input_ids" not in inputs or logits is None or len(logits.shape) != 3:
@@ -169,7 +169,7 @@ def why_not_causal(program: Program) -> str:
 
 
 def _looks_back_only(program: Program) -> bool:
-    """Whether logits stay when a later token changes."""
+    """Return whether logits stay when a later token changes."""
     # A decoder captured without its cache has nothing in its graph that says so.
     ids = torch.zeros((2, 6), dtype=torch.int64)
     ids[1, -1] = 1

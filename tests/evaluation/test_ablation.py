@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from graphprune.errors import EvaluationError, OutputError, SelectionError
-from graphprune.evaluation.ablation import Effect, Row, Sensitivity, sensitivity, text_batches
+from graphprune.evaluation.ablation import sensitivity, text_batches
+from graphprune.evaluation.ablation_result import Effect, GroupEffects, Sensitivity
 from graphprune.evaluation.perplexity import text_windows
 
 Measure = Callable[[Any, dict[str, Tensor]], Tensor]
@@ -64,7 +65,7 @@ def next_token(outputs: Any, batch: dict[str, Tensor]) -> Tensor:
     return functional.cross_entropy(outputs.logits[0, :-1], batch["input_ids"][0, 1:])
 
 
-def labelled(outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+def labeled(outputs: Any, batch: dict[str, Tensor]) -> Tensor:
     logits = outputs.logits.reshape(-1, outputs.logits.shape[-1])
     return functional.cross_entropy(logits, batch["labels"].flatten())
 
@@ -130,7 +131,7 @@ def test_heads_are_those_of_encoder_decoder_and_cross_attention() -> None:
         batch["labels"][:, 0] = -100
     found = sensitivity(coupling_of(name), batches, keep_one=False)
     assert found.measure == "cross entropy"
-    whole = losses(name, batches, labelled)
+    whole = losses(name, batches, labeled)
     assert found.loss == pytest.approx(float(whole.mean()), abs=1e-6)
     rows = {row.group: row for row in found.rows}
     assert len(rows) == 6
@@ -142,7 +143,7 @@ def test_heads_are_those_of_encoder_decoder_and_cross_attention() -> None:
         path = f"{stack}.block.1.layer.{layer}.{attention}"
         (row,) = (row for group, row in rows.items() if group.startswith(path))
         for at, effect in enumerate(row.removed):
-            differences = hooked(name, f"{path}.o", head(at), batches, labelled) - whole
+            differences = hooked(name, f"{path}.o", head(at), batches, labeled) - whole
             assert effect.difference == pytest.approx(float(differences.mean()), abs=1e-6)
 
 
@@ -170,7 +171,7 @@ def test_an_encoder_without_labels_is_measured_by_how_far_its_output_moves() -> 
 # -- other groups -------------------------------------------------------------------------------
 
 
-def test_blocks_are_runs_of_neighbours() -> None:
+def test_blocks_are_runs_of_neighbors() -> None:
     name, batches = "llama-mha", batches_of("llama-mha")
     found = sensitivity(coupling_of(name), batches, "ffn", blocks=5)
     whole = losses(name, batches, next_token)
@@ -258,7 +259,8 @@ def small(columns: int = 2) -> Sensitivity:
     )
     kept = Effect((1, 2), math.inf, None, None)
     rows = tuple(
-        Row(f"layers.{n}.attn:head", "kv-head", (columns,), removed, kept) for n in range(2)
+        GroupEffects(f"layers.{n}.attn:head", "kv-head", (columns,), removed, kept)
+        for n in range(2)
     )
     return Sensitivity("next-token loss", 2.5, 3, rows)
 

@@ -17,19 +17,11 @@ from rich.console import Console
 import graphprune as gp
 from graphprune.calibration.data import Calibration
 from graphprune.errors import CalibrationError, OutputError, PipelineError, UsageError
+from graphprune.evaluation.journal import POINTS
 from graphprune.evaluation.perplexity import perplexity
-from graphprune.evaluation.sweep import (
-    PICTURE,
-    POINTS,
-    RESULT,
-    HeldOut,
-    Point,
-    Recipe,
-    Size,
-    Sweep,
-    read_ratios,
-    sweep,
-)
+from graphprune.evaluation.sweep import PICTURE, RESULT, HeldOut, sweep
+from graphprune.evaluation.sweep_result import MeasuredProgram, Sweep, SweepPoint
+from graphprune.evaluation.template import PipelineTemplate, read_ratios
 from graphprune.ir.program import Program
 
 TEXT = "".join(f"line {number} of a text that is long enough\n" for number in range(20))
@@ -50,7 +42,9 @@ def heldout() -> HeldOut:
 def run(
     folder: Path, *recipes: str, ratios: tuple[float, ...] = (0.25, 0.5), **options: Any
 ) -> Sweep:
-    return sweep(program(), [Recipe.read(r) for r in recipes], ratios, heldout(), folder, **options)
+    return sweep(
+        program(), [PipelineTemplate.read(r) for r in recipes], ratios, heldout(), folder, **options
+    )
 
 
 # -- what is asked for --------------------------------------------------------------------------
@@ -92,10 +86,10 @@ def test_other_ratios_are_refused(text: str, words: str) -> None:
 
 def test_the_ratio_goes_wherever_it_is_marked(tmp_path: Path) -> None:
     text = "prune{target=ffn ratio={ratio}},prune{target=kv-heads ratio={ratio}},verify"
-    assert str(Recipe.read(text).at(0.5)) == text.replace("{ratio}", "0.5")
+    assert str(PipelineTemplate.read(text).at(0.5)) == text.replace("{ratio}", "0.5")
     path = tmp_path / "recipe.yaml"
     path.write_text("- prune: {target: ffn, ratio: {ratio}}\n- verify\n")
-    assert str(Recipe.read(str(path)).at(0.25)) == "prune{target=ffn ratio=0.25},verify"
+    assert str(PipelineTemplate.read(str(path)).at(0.25)) == "prune{target=ffn ratio=0.25},verify"
 
 
 @pytest.mark.parametrize(
@@ -107,7 +101,7 @@ def test_the_ratio_goes_wherever_it_is_marked(tmp_path: Path) -> None:
 )
 def test_a_recipe_without_a_place_for_the_ratio_is_refused(text: str, words: str) -> None:
     with pytest.raises(PipelineError, match=words):
-        Recipe.read(text)
+        PipelineTemplate.read(text)
 
 
 def test_a_bad_recipe_is_refused_before_any_work(tmp_path: Path) -> None:
@@ -210,7 +204,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
     run(folder, FFN, ratios=(0.5, 0.75))
     assert ran[1:] == [FFN.replace("{ratio}", "0.75")]
     other = HeldOut(TEXT, byte_tokenizer(), length=16)
-    sweep(program(), [Recipe.read(FFN)], (0.5,), other, folder)
+    sweep(program(), [PipelineTemplate.read(FFN)], (0.5,), other, folder)
     assert ran[2:] == [FFN.replace("{ratio}", "0.5")]
 
 
@@ -252,10 +246,10 @@ def printed(found: Sweep) -> str:
 
 def made(*perplexities: float) -> Sweep:
     points = tuple(
-        Point("first", 0.5, seed, Size(50, 40, 8, 1.0, value))
+        SweepPoint("first", 0.5, seed, MeasuredProgram(50, 8, 40, 1.0, value))
         for seed, value in enumerate(perplexities)
     )
-    return Sweep(Size(100, 100, 8, 0.5, 2.0), 10, "digest", points)
+    return Sweep(MeasuredProgram(100, 8, 100, 0.5, 2.0), 10, "digest", points)
 
 
 def test_the_table_shows_mean_and_spread() -> None:

@@ -1,0 +1,186 @@
+"""What ablation found: the effect of each unit, as a table, JSON and a picture."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import asdict, dataclass
+from os.path import commonprefix
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from graphprune.io.atomic import as_json
+from graphprune.report import plots
+
+if TYPE_CHECKING:
+    from rich.console import Group as Shown
+
+Span = tuple[int, int]
+"""The first of some units and the one after the last, counted over all parents."""
+
+SIGNIFICANT = 0.01
+"""The p below which an effect counts, as in the paper."""
+
+_COLUMNS = 10
+"""A table shows every effect where no group has more than this."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What happened when units went, or all others did.
+
+    Parameters
+    ----------
+    units
+        The first of the units and the one after the last, counted over all parents.
+    difference
+        How much larger the loss became.
+    error
+        Standard error of the difference, from the samples' paired differences; None for one sample.
+    p
+        How probable so large a difference would be, either way, if there were none (Student's t of
+        the paired differences; nothing is corrected for the number of units).
+    """
+
+    units: Span
+    difference: float
+    error: float | None
+    p: float | None
+
+    @property
+    def significant(self) -> bool:
+        """Whether the difference is more than chance."""
+        return self.p is not None and self.p < SIGNIFICANT
+
+    @property
+    def text(self) -> str:
+        """Which units: ``3``, or ``0-6``."""
+        first, end = self.units
+        return str(first) if end - first == 1 else f"{first}-{end - 1}"
+
+
+@dataclass(frozen=True)
+class GroupEffects:
+    """The effects in one group.
+
+    Parameters
+    ----------
+    group, role
+        The group, or the weight that reads the heads of one attention of several that share them.
+    shape
+        Sizes of its parents, and its own; units are counted row-major.
+    removed
+        What the removal of each unit, or of each run of units, does.
+    kept
+        What the removal of all others does, for the best to keep. It is chosen on every other
+        sample, and its effect is that on the rest. None where it was not asked for, or fewer units
+        would be left than are chosen at once.
+    """
+
+    group: str
+    role: str
+    shape: tuple[int, ...]
+    removed: tuple[Effect, ...]
+    kept: Effect | None
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The result of `sensitivity`; printable by rich.
+
+    Parameters
+    ----------
+    measure
+        What the loss is.
+    loss
+        That of the whole program.
+    samples
+        How many samples it is a mean over.
+    rows
+        One for every group.
+    """
+
+    measure: str
+    loss: float
+    samples: int
+    rows: tuple[GroupEffects, ...]
+
+    def to_json(self) -> str:
+        """Return the effects as JSON text; what is not finite is null."""
+        return as_json({"format": 1, **asdict(self)}, indent=1)
+
+    def picture(self, path: Path) -> None:
+        """Draw the effects as a heat map, a row for each group.
+
+        Raises
+        ------
+        OutputError
+            When the name of the file says no format.
+        """
+        _, names = self._names()
+        values = ([effect.difference for effect in row.removed] for row in self.rows)
+        alone = [row.kept.difference if row.kept else None for row in self.rows]
+        single = all(math.prod(row.shape) == len(row.removed) for row in self.rows)
+        plots.heat_map(
+            path,
+            dict(zip(names, values, strict=True)),
+            beside=alone if any(row.kept for row in self.rows) else (),
+            titles=(f"change of the {self.measure}\nwithout it", "without\nall others"),
+            columns="unit" if single else "run of units",
+        )
+
+    def _names(self) -> tuple[str, list[str]]:
+        """Return the names of all groups with ``*`` for what differs, and that of each."""
+        names = [row.group for row in self.rows]
+        if len(names) == 1:
+            return names[0], [""]
+        start, end = commonprefix(names), commonprefix([name[::-1] for name in names])[::-1]
+        start = start[: max(start.rfind("."), start.rfind(":")) + 1]
+        marks = [at for at in (end.find("."), end.find(":")) if at >= 0]
+        end = end[min(marks) :] if marks else ""
+        return f"{start}*{end}", [name.removeprefix(start).removesuffix(end) for name in names]
+
+    def __rich__(self) -> Shown:
+        """Lay out the table for a terminal."""
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Group as Shown
+        from rich.table import Table
+        from rich.text import Text
+
+        title, names = self._names()
+        wide = max(len(row.removed) for row in self.rows)
+        every = wide <= _COLUMNS
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        table.add_column("", overflow="fold")
+        titles = map(str, range(wide)) if every else ("runs", "least", "median", "most")
+        for each in (*titles, "free", *(["best alone"] if any(r.kept for r in self.rows) else [])):
+            table.add_column(each, justify="right", no_wrap=True)
+        for name, row in zip(names, self.rows, strict=True):
+            free = sum(not e.significant or e.difference <= 0 for e in row.removed)
+            cells = [*map(_cell, row.removed)] if every else _summary(row)
+            cells += [""] * (wide - len(cells)) if every else []
+            alone = [f"{row.kept.text}: {_cell(row.kept)}"] if row.kept else []
+            table.add_row(*map(Text, (name, *cells, f"{free} of {len(row.removed)}", *alone)))
+        return Shown(
+            Text(
+                f"{self.measure} {self.loss:.4f} over {self.samples} samples; how much it grows "
+                f"without each unit of {title}:"
+            ),
+            table,
+            Text(
+                f"* differs from no change at p < {SIGNIFICANT:g} (paired over samples)\n"
+                "free: units whose removal makes it no worse at that p, each by itself"
+            ),
+        )
+
+
+def _cell(effect: Effect) -> str:
+    return f"{effect.difference:+.3f}{'*' if effect.significant else ' '}"
+
+
+def _summary(row: GroupEffects) -> list[str]:
+    """Return how many effects there are, the least, the median and the largest, with units."""
+    ordered = sorted(row.removed, key=lambda effect: effect.difference)
+    median = statistics.median(effect.difference for effect in ordered)
+    least, most = (f"{effect.text}: {_cell(effect)}" for effect in (ordered[0], ordered[-1]))
+    return [f"{len(ordered)}", least, f"{median:+.3f}", most]

@@ -1,0 +1,217 @@
+"""What a sweep found: every point, their means over seeds, a table and a picture."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from graphprune.io.atomic import as_json
+from graphprune.ir.program import Program
+from graphprune.pipeline.report import ProgramSize
+from graphprune.report import plots
+
+if TYPE_CHECKING:
+    from rich.console import Group as Shown
+
+
+@dataclass(frozen=True)
+class MeasuredProgram(ProgramSize):
+    """The size of a program, and how well it predicts the held-out text.
+
+    Parameters
+    ----------
+    parameters, kv_bytes_per_token
+        As in `ProgramSize`.
+    nonzero
+        How many parameters are not zero.
+    loss, perplexity
+        On the held-out text; infinite where it is too large for a number.
+    """
+
+    nonzero: int
+    loss: float
+    perplexity: float
+
+    @classmethod
+    def measured(cls, program: Program, loss: float, perplexity: float) -> MeasuredProgram:
+        """Count the parameters of `program`, whose loss is known."""
+        kinds = program.kinds
+        parameters = [w for name, w in program.weights.items() if kinds[name] == "parameter"]
+        nonzero = sum(int(weight.count_nonzero()) for weight in parameters)
+        size = ProgramSize.of(program)
+        return cls(**vars(size), nonzero=nonzero, loss=loss, perplexity=perplexity)
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One pipeline that was run and measured, or failed.
+
+    Parameters
+    ----------
+    recipe, ratio, seed
+        Which.
+    size
+        What came out, or None.
+    reason
+        Why nothing came out.
+    """
+
+    recipe: str
+    ratio: float
+    seed: int
+    size: MeasuredProgram | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The points of a recipe at a ratio.
+
+    Parameters
+    ----------
+    recipe, ratio
+        Which.
+    parameters, nonzero
+        Means over the points that did not fail; None where all did.
+    perplexity, loss
+        Means over them.
+    spread
+        The standard deviation of the perplexity over seeds; None for fewer than two.
+    measured
+        How many points did not fail.
+    reasons
+        Why the others did, each reason once.
+    """
+
+    recipe: str
+    ratio: float
+    parameters: float | None
+    nonzero: float | None
+    perplexity: float | None
+    loss: float | None
+    spread: float | None
+    measured: int
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The result of `sweep`; printable by rich.
+
+    Parameters
+    ----------
+    dense
+        The program that all points start from.
+    tokens, text_sha256
+        How many tokens were predicted, and a digest of the windows.
+    points
+        In the order of recipes, ratios and seeds.
+    """
+
+    dense: MeasuredProgram
+    tokens: int
+    text_sha256: str
+    points: tuple[SweepPoint, ...]
+
+    def summaries(self) -> list[Summary]:
+        """Summarize the points of each recipe and ratio."""
+        together: dict[tuple[str, float], list[SweepPoint]] = {}
+        for point in self.points:
+            together.setdefault((point.recipe, point.ratio), []).append(point)
+        return [_summary(*key, points) for key, points in together.items()]
+
+    def to_json(self) -> str:
+        """Return everything as JSON text; a number that is not finite is null."""
+        document = {
+            "format": 1,
+            **asdict(self),
+            "summary": [asdict(each) for each in self.summaries()],
+        }
+        return as_json(document, indent=1)
+
+    def picture(self, path: Path) -> None:
+        """Draw perplexity against parameters, a curve for each recipe.
+
+        Raises
+        ------
+        OutputError
+            When the name of the file says no format.
+        """
+        series: dict[str, list[plots.Point]] = {}
+        for each in self.summaries():
+            if each.nonzero and each.perplexity and math.isfinite(each.perplexity):
+                point = plots.Point(each.nonzero, each.perplexity, each.spread or 0.0)
+                series.setdefault(each.recipe, []).append(point)
+        plots.curves(
+            path,
+            series,
+            marks={"unpruned": plots.Point(self.dense.nonzero, self.dense.perplexity)},
+            labels=("parameters that are not zero", "perplexity"),
+        )
+
+    def __rich__(self) -> Shown:
+        """Lay out the table for a terminal, and what failed."""
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Group as Shown
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        table.add_column("recipe", overflow="fold")
+        for title in ("ratio", "parameters", "not zero", "perplexity"):
+            table.add_column(title, justify="right", no_wrap=True)
+        dense = self.dense
+        whole = f"{dense.parameters:,}", f"{dense.nonzero / dense.parameters:.1%}"
+        table.add_row("(unpruned)", "", *whole, f"{dense.perplexity:.2f}", end_section=True)
+        summaries = self.summaries()
+        for at, each in enumerate(summaries):
+            first = not at or summaries[at - 1].recipe != each.recipe
+            last = at + 1 == len(summaries) or summaries[at + 1].recipe != each.recipe
+            cells = (each.recipe if first else "", f"{each.ratio:g}", *_cells(each, dense))
+            table.add_row(*map(Text, cells), end_section=last)
+        failed: dict[tuple[str, str], list[str]] = {}
+        for point in self.points:
+            if point.reason:
+                where = f"{point.ratio:g} (seed {point.seed})"
+                failed.setdefault((point.recipe, point.reason), []).append(where)
+        lines = [
+            Text(f"failed: {recipe} at {', '.join(points)}: {reason}")
+            for (recipe, reason), points in failed.items()
+        ]
+        return Shown(table, *lines)
+
+
+def _cells(summary: Summary, dense: MeasuredProgram) -> tuple[str, str, str]:
+    if summary.parameters is None or summary.nonzero is None or summary.perplexity is None:
+        return "", "", "failed"
+    change = summary.parameters / dense.parameters - 1
+    spread = "" if summary.spread is None else f" ± {summary.spread:.2f}"
+    return (
+        f"{summary.parameters:,.0f} ({change:+.1%})",
+        f"{summary.nonzero / dense.parameters:.1%}",
+        f"{summary.perplexity:.2f}{spread}",
+    )
+
+
+def _summary(recipe: str, ratio: float, points: Sequence[SweepPoint]) -> Summary:
+    sizes = [point.size for point in points if point.size is not None]
+    reasons = tuple(dict.fromkeys(point.reason for point in points if point.reason))
+    if not sizes:
+        return Summary(recipe, ratio, None, None, None, None, None, 0, reasons)
+    perplexities = [size.perplexity for size in sizes]
+    certain = len(sizes) > 1 and all(map(math.isfinite, perplexities))
+    return Summary(
+        recipe,
+        ratio,
+        statistics.mean(size.parameters for size in sizes),
+        statistics.mean(size.nonzero for size in sizes),
+        statistics.fmean(perplexities),
+        statistics.fmean(size.loss for size in sizes),
+        statistics.stdev(perplexities) if certain else None,
+        len(sizes),
+        reasons,
+    )
