@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from graphprune.ir.program import Program
-    from graphprune.plan.plan import Order
-    from graphprune.transforms.heads.merge import Heads
+    from graphprune.plan.steps import Permutation
+    from graphprune.transforms.heads.kv_heads import Heads
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class MergeKvHeads(Pass):
         "aligned": the head that all can share at the least cost on calibration data, with queries
         and outputs refitted to it.
     order
-        Which heads form a group. "contiguous": neighbours; "similarity": those that cost the least
+        Which heads form a group. "contiguous": neighbors; "similarity": those that cost the least
         to share (with "aligned" on the data, else by distance of their weights), whose queries and
         outputs change places with them. None: "similarity" with "aligned", else "contiguous".
     damp
@@ -61,7 +61,7 @@ class MergeKvHeads(Pass):
     Requires
     --------
     Attention whose key and value heads have an axis of their own, or are interleaved with those of
-    the queries in one projection, whose rows are then laid out part by part. Calibration data, for
+    the queries in one projection, whose rows are then permuted part by part. Calibration data, for
     "aligned".
 
     Preserves
@@ -111,18 +111,19 @@ class MergeKvHeads(Pass):
 
     def run(self, program: Program, context: Context) -> Outcome:
         """Find the KV heads of every attention, make those of each group equal, and merge them."""
-        from graphprune.plan.plan import Plan, Step
-        from graphprune.transforms.apply import carry_out
+        from graphprune.plan.plan import Plan
+        from graphprune.plan.steps import Step
+        from graphprune.transforms.apply import apply_step
         from graphprune.transforms.heads.merge import merge_of
 
         chosen = self._chosen(program, context)
         for heads in chosen:
             merge_of(heads, self.groups)  # refuses what cannot be merged before any work
-        edited, moves, details = self._equal(program, context, chosen)
-        merges = tuple(merge_of(heads, self.groups, moves[heads.name]) for heads in chosen)
+        edited, reordering, details = self._equal(program, context, chosen)
+        merges = tuple(merge_of(heads, self.groups, reordering[heads.name]) for heads in chosen)
         step = Step(edited.fingerprint(), (), merges)
         with context.bar("merging KV heads"):
-            merged = carry_out(edited, step)
+            merged = apply_step(edited, step)
         details = {"merged": {m.group: f"{m.size} into {m.groups}" for m in merges}} | details
         if hints := self._hints(program, chosen):
             details["speed hints"] = hints
@@ -131,8 +132,8 @@ class MergeKvHeads(Pass):
         return Outcome(merged, Plan((step,)), details, edited=changed, baseline=baseline)
 
     def _chosen(self, program: Program, context: Context) -> list[Heads]:
-        """The KV heads to merge."""
-        from graphprune.transforms.heads.merge import find_heads
+        """Return the KV heads to merge."""
+        from graphprune.transforms.heads.kv_heads import find_heads
 
         with context.bar("finding KV heads"):
             found = find_heads(program)
@@ -150,7 +151,7 @@ class MergeKvHeads(Pass):
         return chosen
 
     def _hints(self, program: Program, chosen: list[Heads]) -> list[str]:
-        """Which query groups are off the fast path of `runtime` once the heads are merged."""
+        """Return which query groups are off the fast path of `runtime` once heads are merged."""
         from graphprune.analysis.kernel_sizes import query_group_hints
         from graphprune.report.overview import hint_lines
 
@@ -167,12 +168,13 @@ class MergeKvHeads(Pass):
 
     def _equal(
         self, program: Program, context: Context, chosen: list[Heads]
-    ) -> tuple[Program, Mapping[str, tuple[Order, ...]], dict[str, Any]]:
-        """`program` with the heads of each group equal, how they come together, and what to say.
+    ) -> tuple[Program, Mapping[str, tuple[Permutation, ...]], dict[str, Any]]:
+        """Return `program` with the heads of each group equal, their reordering, and details.
 
         The mean makes them equal by itself when they are merged.
         """
-        from graphprune.transforms.heads.align import align, grouping
+        from graphprune.transforms.heads.align import align
+        from graphprune.transforms.heads.grouping import group_by_weights
         from graphprune.transforms.heads.merge import equal_heads
 
         aligned = self.init == "aligned"
@@ -189,26 +191,27 @@ class MergeKvHeads(Pass):
                 damp=self.damp,
                 track=context.track,
             )
-            return made.program, made.moves, {"errors": made.errors, "not aligned": made.notes}
+            return made.program, made.reordering, {"errors": made.errors, "not aligned": made.notes}
         choose = _choice(self.init, context.seed)
-        moves: dict[str, tuple[Order, ...]] = {}
+        reordering: dict[str, tuple[Permutation, ...]] = {}
         weights = dict(program.weights)
         stay: dict[str, str] = {}
         for heads in chosen:
             types = context.coupling(program).types if similar else None
-            way, moves[heads.name], why = grouping(program, types, heads, self.groups)
-            if why:
-                stay[heads.name] = why
+            way = group_by_weights(program, types, heads, self.groups)
+            reordering[heads.name] = way.reordering
+            if way.in_order:
+                stay[heads.name] = way.in_order
             if choose is not None:
-                weights |= equal_heads(weights, heads, way, choose)
+                weights |= equal_heads(weights, heads, way.groups, choose)
         details = {"in order": stay} if stay else {}
         if choose is None:
-            return program, moves, details
-        return program.with_weights(weights), moves, details
+            return program, reordering, details
+        return program.with_weights(weights), reordering, details
 
 
 def _choice(init: str, seed: int) -> Callable[[str, Tensor], Tensor] | None:
-    """What makes one head of ``[heads, ...]``, the slices of a weight; None for the mean."""
+    """Return what makes one head of ``[heads, ...]``, the slices of a weight; None for the mean."""
     import torch
 
     from graphprune.transforms.heads.merge import mean_of

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from graphprune.analysis.coupling import Coupling, Group
     from graphprune.ir.program import Program
-    from graphprune.plan.plan import Cut
+    from graphprune.plan.steps import Cut
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class Prune(Pass):
             if not cuts:  # what this part of the budget asks for is less than one unit more
                 continue
             steps.append(Step(program.fingerprint(), tuple(cuts)))
-            program = carry_out(program, steps[-1], coupling)
+            program = apply_step(program, steps[-1], coupling)
             coupling = context.coupling(program) if number < self.steps else coupling
         removed: dict[str, int] = {}
         for step in steps:

@@ -42,8 +42,8 @@ class ReestimateNorms(Pass):
 
     Refuses
     -------
-    Data that has fewer than two values of a channel, and batch norms at two places that keep their
-    statistics together (`CalibrationError`).
+    Data that has fewer than two values of a channel, and two batch norms that keep their statistics
+    together (`CalibrationError`).
 
     Reference
     ---------

@@ -34,14 +34,14 @@ class Sparsify(Pass):
 
     After
     -----
-    With ``pattern=2:4``, in every four neighbours along the 64 inputs::
+    With ``pattern=2:4``, in every four neighbors along the 64 inputs::
 
         up[112, 64]  3584 elements that are not zero
 
     Options
     -------
     pattern
-        A ratio of zeros such as 0.5, or n:m, which keeps n of every m neighbours along the axis
+        A ratio of zeros such as 0.5, or n:m, which keeps n of every m neighbors along the axis
         that is summed over.
     criterion
         How elements are scored: wanda, wanda-variant (rows lose the same share of their score),
@@ -171,7 +171,7 @@ class Sparsify(Pass):
     def _new(
         self, program: Program, matrices: Sequence[Matrix], work: _Work, context: Context
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The sparse weights, and what finding them took."""
+        """Return the sparse weights, and what finding them took."""
         from graphprune.calibration.statistics import (
             kept_statistics,
             observe,
@@ -205,14 +205,14 @@ class Sparsify(Pass):
         }
 
     def _together(self, matrices: Sequence[Matrix]) -> list[list[Matrix]]:
-        """The matrices that are compared with each other or lie in one weight."""
+        """Group the matrices that are compared with each other or lie in one weight."""
         found: dict[str, list[Matrix]] = {}
         for matrix in matrices:
             found.setdefault("" if self.scope == "global" else matrix.weight, []).append(matrix)
         return list(found.values())
 
     def _targets(self, matrices: Sequence[Matrix], coupling: Coupling) -> list[Matrix]:
-        """The matrices that the options name."""
+        """Return the matrices that the options name."""
         from graphprune.ir.provenance import layer_of
 
         names = {matrix.weight for matrix in matrices}
@@ -231,7 +231,7 @@ class Sparsify(Pass):
 
 
 def _routers(coupling: Coupling) -> set[str]:
-    """Weights whose outputs are scores of experts."""
+    """Return the weights whose outputs are scores of experts."""
     weights = coupling.program.weights
     return {
         member.weight
@@ -243,7 +243,7 @@ def _routers(coupling: Coupling) -> set[str]:
 
 
 def _hardware(matrices: Sequence[Matrix], weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What sparse tensor cores would gain in 16 bits, in theory."""
+    """Return what sparse tensor cores would gain in 16 bits, in theory."""
     import torch
 
     from graphprune.backends.semi_structured import SemiStructured

@@ -20,7 +20,8 @@ import graphprune as gp
 from graphprune.analysis.coupling import Coupling
 from graphprune.calibration.data import Calibration
 from graphprune.ir.program import PAST, PRESENT, Program
-from graphprune.plan.plan import Cut, Plan, Step
+from graphprune.plan.plan import Plan
+from graphprune.plan.steps import Cut, Step
 
 VOCABULARY = 61
 

@@ -47,7 +47,8 @@ from graphprune.errors import (
 )
 from graphprune.ir.program import Program
 from graphprune.pipeline.pipeline import Pipeline
-from graphprune.plan.plan import Cut, Plan, Step
+from graphprune.plan.plan import Plan
+from graphprune.plan.steps import Cut, Step
 
 PRUNE = "prune{target=ffn ratio=0.25 criterion=l1}"
 UP = "model.layers.1.mlp.up_proj.weight"

@@ -19,7 +19,8 @@ import graphprune as gp
 from graphprune.analysis.axes import Axes
 from graphprune.analysis.coupling import Coupling
 from graphprune.ir.program import Program
-from graphprune.plan.plan import Plan, Step
+from graphprune.plan.plan import Plan
+from graphprune.plan.steps import Step
 
 Move = tuple[str, int, int, int]
 """A step's name, how far back its operand was made, and two choices that the step reads freely."""

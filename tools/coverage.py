@@ -48,9 +48,12 @@ from graphprune.frontend.example_inputs import example_of
 from graphprune.ir.program import PRESENT, Program
 from graphprune.ir.provenance import module_path, source_line
 from graphprune.ir.sample_inputs import random_inputs
-from graphprune.plan.plan import Cut, Plan, Step
-from graphprune.transforms.heads.merge import find_heads, merge_of
-from graphprune.verification.verify import masked, verify
+from graphprune.plan.plan import Plan
+from graphprune.plan.steps import Cut, Step
+from graphprune.transforms.heads.kv_heads import find_heads
+from graphprune.transforms.heads.merge import merge_of
+from graphprune.verification.masked_reference import masked
+from graphprune.verification.verify import verify
 
 for _name in ("loading", "rewrite", "verify", "backends.archive", "backends.onnx"):
     import_module(f"graphprune.{_name}")  # before any process is forked: all measure one state

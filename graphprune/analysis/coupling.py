@@ -17,8 +17,9 @@ from graphprune.errors import PlanError, UsageError, nearest
 from graphprune.io.extensions import extension
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import whereabouts
+from graphprune.plan.checks import check_change
 from graphprune.plan.index_map import IndexMap
-from graphprune.plan.plan import Cut, check_change
+from graphprune.plan.steps import Cut
 
 if TYPE_CHECKING:
     import networkx

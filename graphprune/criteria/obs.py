@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from graphprune.calibration.statistics import observe
 from graphprune.criteria.base import Criterion, Scores, ScoringContext
@@ -48,3 +49,63 @@ class Obs(Criterion):
                         total[: len(errors)] += errors
             scores[group.name] = total.view(context.sizes(group))
         return scores
+
+
+def removal_errors(
+    weight: Tensor, gram: Tensor, units: Tensor, batches: int = 64, damp: float = 0.01
+) -> Tensor:
+    """Return what each unit costs when they leave in small batches and the rest is refitted.
+
+    Optimal brain surgeon (Hassibi and Stork 1993, equation 5) for sets of columns S: leaving costs
+    tr(W_S (H^-1_SS)^-1 W_Sᵀ), and what stays takes -W_S (H^-1_SS)^-1 H^-1_S: up.
+
+    Parameters
+    ----------
+    weight
+        ``[out, in]``.
+    gram
+        ``[in, in]``: the sum of x xᵀ over the inputs, H up to a factor.
+    units
+        ``[in]``: which unit each column belongs to, or -1.
+    batches
+        In how many batches units leave.
+    damp
+        What is added to the diagonal of `gram`, as a part of its mean.
+
+    Returns
+    -------
+    Tensor
+        ``[units]``, float64, never less than the cost of a unit that left before.
+    """
+    count = int(units.max()) + 1
+    weight = weight.double().clone()
+    inverse = torch.linalg.inv(damped(gram.double(), damp))
+    columns = [(units == unit).nonzero().flatten() for unit in range(count)]
+    single = torch.cat(columns) if all(len(each) == 1 for each in columns) else None
+    costs = torch.zeros(count, dtype=torch.float64)
+    left = torch.ones(count, dtype=torch.bool)
+    floor = 0.0
+    while bool(left.any()):
+        errors = torch.full((count,), torch.inf, dtype=torch.float64)
+        if single is not None:
+            errors = weight[:, single].square().sum(0) / inverse.diagonal()[single]
+        else:
+            for unit in left.nonzero().flatten().tolist():
+                at = columns[unit]
+                held = weight[:, at]
+                errors[unit] = (torch.linalg.solve(inverse[at][:, at], held.mT) * held.mT).sum()
+        errors = errors.masked_fill(~left, torch.inf)
+        leaving = errors.argsort()[: max(1, count // batches)]
+        leaving = leaving[left[leaving]]
+        costs[leaving] = errors[leaving].clamp(min=floor)
+        floor = float(costs[leaving].max())
+        left[leaving] = False
+        gone = torch.cat([columns[unit] for unit in leaving.tolist()])
+        block = inverse[gone]
+        factor = torch.linalg.solve(block[:, gone], block)
+        weight -= weight[:, gone] @ factor
+        inverse = inverse - block.mT @ factor
+        # The columns that are gone are out of the problem; a unit diagonal keeps it regular.
+        inverse[gone], inverse[:, gone], weight[:, gone] = 0, 0, 0
+        inverse[gone, gone] = 1
+    return costs

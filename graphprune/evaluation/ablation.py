@@ -25,10 +25,11 @@ from graphprune.evaluation.ablation_result import Effect, GroupEffects, Sensitiv
 from graphprune.evaluation.perplexity import why_not_causal
 from graphprune.io.progress import DisplayFactory, progress_bar
 from graphprune.ir.program import PAST, PRESENT, Program
-from graphprune.plan.plan import Cut, Plan, Step
+from graphprune.plan.plan import Plan
+from graphprune.plan.steps import Cut, Step
 from graphprune.selection.targets import target_groups
 from graphprune.transforms.heads.layout import sites_of
-from graphprune.verification.verify import masked
+from graphprune.verification.masked_reference import masked
 
 ALL_HEADS = "heads"
 """The target that means the query heads of every attention."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class IndexMap:
-    """One place of a group in a weight: an affine map from units to indices of a dimension.
+    """Where a group lies in a weight: an affine map from units to indices of a dimension.
 
     Unit ``u`` holds ``offset + sum(o_k * stride_k) + u * width + i`` for every coordinate ``o_k``
     of the loops in `outer` and every ``0 <= i < width``. A weight that one unit owns, such as a
@@ -21,7 +21,7 @@ class IndexMap:
     offset
         Where the first unit starts.
     width
-        How many neighbouring indices a unit holds.
+        How many neighboring indices a unit holds.
     extent
         The size of the dimension.
     outer
@@ -41,13 +41,21 @@ class IndexMap:
     outer_groups: tuple[str | None, ...] = ()
     owner: int | None = None
 
-    def indices(self, unit: int, place: Mapping[str, int] | None = None) -> list[int]:
-        """The sorted indices that `unit` holds, under parents at `place` (all of them if None)."""
+    def indices(self, unit: int, parents: Mapping[str, int] | None = None) -> list[int]:
+        """Return the sorted indices of `unit`, under the units of its `parents` (None: under all).
+
+        Parameters
+        ----------
+        unit
+            The unit.
+        parents
+            Name of a group that a loop walks -> its unit.
+        """
         if self.owner is not None:
             return list(range(self.extent)) if unit == self.owner else []
         starts = [self.offset + unit * self.width]
         for (size, stride), group in zip(self.outer, self.outer_groups, strict=True):
-            at = (place or {}).get(group) if group is not None else None
+            at = (parents or {}).get(group) if group is not None else None
             coordinates = range(size) if at is None else (at,)
             starts = [start + o * stride for start in starts for o in coordinates]
         return sorted(start + i for start in starts for i in range(self.width))

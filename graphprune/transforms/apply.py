@@ -1,4 +1,4 @@
-"""The rewriter: a step of a plan becomes a new program.
+"""Applying a plan: every step becomes a new program.
 
 The user's module is never edited. Every weight keeps the indices that stay; every literal of the
 graph that depends on a size follows from the axis types, as the rule of its operator said; means
@@ -12,13 +12,15 @@ from graphprune.analysis import axes as ax
 from graphprune.analysis.coupling import Coupling, analyze
 from graphprune.errors import PlanError
 from graphprune.ir.program import Program
-from graphprune.plan.plan import Cut, Plan, Step, check_change
+from graphprune.plan.checks import check_change
+from graphprune.plan.plan import Plan
+from graphprune.plan.steps import Cut, Step
 from graphprune.transforms.heads.merge import merge_heads
 from graphprune.transforms.resize import Resize
 
 
-def carry_out(program: Program, step: Step, coupling: Coupling | None = None) -> Program:
-    """The program that `step` makes of `program`, which is left as it is.
+def apply_step(program: Program, step: Step, coupling: Coupling | None = None) -> Program:
+    """Return the program that `step` makes of `program`, which is left as it is.
 
     Parameters
     ----------
@@ -44,7 +46,7 @@ def carry_out(program: Program, step: Step, coupling: Coupling | None = None) ->
 
 
 def apply_plan(program: Program, plan: Plan) -> Program:
-    """Carry `plan` out on `program`, which is left as it is.
+    """Apply `plan` to `program`, which is left as it is.
 
     Raises
     ------
@@ -54,7 +56,7 @@ def apply_plan(program: Program, plan: Plan) -> Program:
         When the graph cannot follow; nothing is returned then.
     """
     for step in plan.steps:
-        program = carry_out(program, step)
+        program = apply_step(program, step)
     return program
 
 

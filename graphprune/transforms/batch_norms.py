@@ -20,7 +20,7 @@ BATCH_NORM = torch.ops.aten.batch_norm.default
 def reestimate(
     program: Program, calibration: Calibration, track: Progress = no_progress
 ) -> dict[str, Tensor]:
-    """Running means and variances of every batch norm, as they are on the calibration data.
+    """Return the means and variances of every batch norm, as they are on the calibration data.
 
     All batches move through the graph together, so that each batch norm sees what those before it
     make of the data with their new statistics. The variance is the unbiased one, which is what
@@ -44,7 +44,7 @@ def reestimate(
     ------
     CalibrationError
         When the data does not fit the program, gives a channel fewer than two values or values
-        that are not finite, or batch norms at two places keep their statistics together.
+        that are not finite, or two batch norms keep their statistics together.
     """
     calibration.check(program)
     norms = dict(_kept(program))
@@ -56,7 +56,7 @@ def reestimate(
         if node in norms:
             mean, variance = norms[node]
             if mean in found or variance in found:
-                raise CalibrationError(f"{mean}: batch norms at two places keep it together")
+                raise CalibrationError(f"{mean}: two batch norms keep it together")
             source = arguments_of(node)["input"]
             moments = _moments(mean, [run.values[source] for run in runs])
             for name, moment in zip((mean, variance), moments, strict=True):
@@ -68,7 +68,7 @@ def reestimate(
 
 
 def _kept(program: Program) -> Iterator[tuple[fx.Node, tuple[str, str]]]:
-    """Every batch norm that keeps statistics, with the names of its mean and variance."""
+    """Yield every batch norm that keeps statistics, with the names of its mean and variance."""
     names = {node: name for name, node in program.weight_nodes()}
     for node in program.graph.find_nodes(op="call_function", target=BATCH_NORM):
         args = arguments_of(node)
@@ -77,7 +77,7 @@ def _kept(program: Program) -> Iterator[tuple[fx.Node, tuple[str, str]]]:
 
 
 def _moments(name: str, values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance, ``[channels]``, of ``[batch, channels, ...]`` together."""
+    """Return mean and unbiased variance, ``[channels]``, of ``[batch, channels, ...]`` together."""
     rows = [value.double().movedim(1, -1).flatten(0, -2) for value in values]
     count = sum(map(len, rows))
     if count < 2:

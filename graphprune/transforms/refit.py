@@ -28,7 +28,7 @@ def refit(
     track: Progress = no_progress,
     memory: int | None = None,
 ) -> tuple[Program, list[str], Walk]:
-    """`program` with the units of `plan` at zero and their consumers refitted.
+    """Return `program` with the units of `plan` at zero and their consumers refitted.
 
     For a matrix W whose columns R go and K stay, with the second moments C of its inputs on the
     calibration data, the least squares solution is W' = W C[:, K] (C[K, K] + lambda I)^-1, where
@@ -99,7 +99,7 @@ def refit(
             seen = statistics[matrix.name]
             dense = matrix.read(program.weights[matrix.weight]).double()
             best, shift = _least_squares(
-                matrix.name, dense, columns[matrix], seen, damp, centred=bool(bias)
+                matrix.name, dense, columns[matrix], seen, damp, centered=bool(bias)
             )
             new[matrix.weight] = matrix.write(weight, best).masked_fill(gone[matrix.weight], 0)
             if bias:
@@ -132,7 +132,7 @@ def _check(coupling: Coupling, plan: Plan) -> None:
 
 
 def _columns(gone: Tensor) -> Tensor:
-    """``[parts, in]``: which columns go in rows that stay."""
+    """Return a boolean mask, ``[parts, in]``, of the columns that go in rows that stay."""
     rows = gone.all(2, keepdim=True)
     return (gone | rows).all(1) & ~rows.all(1)
 
@@ -143,9 +143,9 @@ def _least_squares(
     columns: Tensor,
     seen: InputStatistics,
     damp: float,
-    centred: bool,
+    centered: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The best matrix without `columns`, and what a bias takes up, ``[parts, out]``."""
+    """Return the best matrix without `columns`, and what a bias takes up, ``[parts, out]``."""
     assert seen.gram is not None
     best = dense.clone()
     for part, gram in enumerate(seen.gram):
@@ -154,7 +154,7 @@ def _least_squares(
         if not count or not len(keep) or len(keep) == len(gram):
             continue
         moments = gram / count
-        if centred:
+        if centered:
             moments = moments - torch.outer(seen.mean[part], seen.mean[part])
         factor, failed = torch.linalg.cholesky_ex(damped(moments[keep][:, keep], damp))
         if int(failed):
@@ -166,66 +166,3 @@ def _least_squares(
         best[part][:, keep] += torch.cholesky_solve(lost.mT, factor).mT
     shift = ((dense - best) @ seen.mean[..., None])[..., 0]
     return best, shift
-
-
-# -- which units can be made up for ----------------------------------------------------------------
-
-
-def removal_errors(
-    weight: Tensor, gram: Tensor, units: Tensor, batches: int = 64, damp: float = 0.01
-) -> Tensor:
-    """What each unit costs when units leave one small batch at a time and the rest is refitted.
-
-    Optimal brain surgeon (Hassibi and Stork 1993, equation 5) for sets of columns S: leaving costs
-    tr(W_S (H^-1_SS)^-1 W_Sᵀ), and what stays takes -W_S (H^-1_SS)^-1 H^-1_S: up.
-
-    Parameters
-    ----------
-    weight
-        ``[out, in]``.
-    gram
-        ``[in, in]``: the sum of x xᵀ over the inputs, H up to a factor.
-    units
-        ``[in]``: which unit each column belongs to, or -1.
-    batches
-        In how many batches units leave.
-    damp
-        What is added to the diagonal of `gram`, as a part of its mean.
-
-    Returns
-    -------
-    Tensor
-        ``[units]``, float64, never less than the cost of a unit that left before.
-    """
-    count = int(units.max()) + 1
-    weight = weight.double().clone()
-    inverse = torch.linalg.inv(damped(gram.double(), damp))
-    columns = [(units == unit).nonzero().flatten() for unit in range(count)]
-    single = torch.cat(columns) if all(len(each) == 1 for each in columns) else None
-    costs = torch.zeros(count, dtype=torch.float64)
-    left = torch.ones(count, dtype=torch.bool)
-    floor = 0.0
-    while bool(left.any()):
-        errors = torch.full((count,), torch.inf, dtype=torch.float64)
-        if single is not None:
-            errors = weight[:, single].square().sum(0) / inverse.diagonal()[single]
-        else:
-            for unit in left.nonzero().flatten().tolist():
-                at = columns[unit]
-                held = weight[:, at]
-                errors[unit] = (torch.linalg.solve(inverse[at][:, at], held.mT) * held.mT).sum()
-        errors = errors.masked_fill(~left, torch.inf)
-        leaving = errors.argsort()[: max(1, count // batches)]
-        leaving = leaving[left[leaving]]
-        costs[leaving] = errors[leaving].clamp(min=floor)
-        floor = float(costs[leaving].max())
-        left[leaving] = False
-        gone = torch.cat([columns[unit] for unit in leaving.tolist()])
-        block = inverse[gone]
-        factor = torch.linalg.solve(block[:, gone], block)
-        weight -= weight[:, gone] @ factor
-        inverse = inverse - block.mT @ factor
-        # The columns that are gone are out of the problem; a unit diagonal keeps it regular.
-        inverse[gone], inverse[:, gone], weight[:, gone] = 0, 0, 0
-        inverse[gone, gone] = 1
-    return costs

@@ -64,7 +64,7 @@ class Resize:
     # -- branches -------------------------------------------------------------------------------
 
     def _remove_branches(self) -> None:
-        """Take out what belongs to units that go; the places of those that stay are counted anew.
+        """Take out what belongs to units that go, and number those that stay anew.
 
         Raises
         ------
@@ -81,9 +81,9 @@ class Resize:
         removal = self.types.branches.without(gone)
         if removal.stuck is not None:
             raise RewriteError(f"{operator_of(removal.stuck)} cannot do without all of these units")
-        for node, places in removal.places.items():
+        for node, gone_at in removal.places.items():
             tensors: Any = self.new[node].args[0]
-            kept = [each for at, each in enumerate(tensors) if at not in places]
+            kept = [each for at, each in enumerate(tensors) if at not in gone_at]
             self.new[node].args = (kept, *self.new[node].args[1:])
         for node in removal.absorbed:
             self.new[node].replace_all_uses_with(self.new[removal.instead(node)])
@@ -92,12 +92,12 @@ class Resize:
             self.graph.erase_node(self.new.pop(node))
         for reading in self.types.facts.readings:
             if reading.node in self.new and self.touched((reading.axis,)):
-                place = self.axes.positions(reading.axis, self.cuts).index(reading.index)
+                index = self.axes.positions(reading.axis, self.cuts).index(reading.index)
                 for argument, past in reading.literals:
-                    set_argument(self.new[reading.node], argument, None, place + past)
+                    set_argument(self.new[reading.node], argument, None, index + past)
 
     def touched(self, type_: Type) -> bool:
-        """Whether any axis of `type_` changes its size."""
+        """Tell whether any axis of `type_` changes its size."""
         return any(self.axes.touched(axis, self.cuts) for axis in type_)
 
     def _ratio(self, axis: Axis) -> Fraction:
@@ -106,7 +106,7 @@ class Resize:
         return Fraction(self.axes.kept_size(axis, self.cuts), self.axes.head(axis).size)
 
     def gathered(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`weights` that stay, with the indices that do; those that do not change are shared."""
+        """Return the weights that stay, with the indices that do; unchanged ones are shared."""
         return {
             name: self._gather(weights[name], self.types.of[node])
             for name, node in self.types.program.weight_nodes()
@@ -121,7 +121,7 @@ class Resize:
         return weight
 
     def program(self, weights: Mapping[str, Tensor]) -> Program:
-        """The new program with `weights`, its sizes derived again and compared with the types.
+        """Return the new program with `weights`, its sizes derived again and checked by the types.
 
         Raises
         ------

@@ -30,7 +30,7 @@ class Pattern:
     ratio
         The part that becomes zero, in [0, 1).
     kept, of
-        Of every `of` neighbours along the summed axis, `kept` stay; `of` is 0 where only the ratio
+        Of every `of` neighbors along the summed axis, `kept` stay; `of` is 0 where only the ratio
         counts.
     """
 
@@ -67,7 +67,7 @@ class Pattern:
         )
 
     def check(self, name: str, channels: int) -> None:
-        """Refuse a matrix whose neighbours do not make whole blocks.
+        """Refuse a matrix whose neighbors do not make whole blocks.
 
         Raises
         ------
@@ -96,7 +96,7 @@ def check_values(name: str, values: Tensor, *, moved: bool) -> None:
 
 
 def wanda_scores(weight: Tensor, statistics: InputStatistics) -> Tensor:
-    """|W| times the L2 norm of the input (Wanda, Sun et al. 2306.11695, equation 1).
+    """Return |W| times the L2 norm of the input (Wanda, Sun et al. 2306.11695, equation 1).
 
     A part that saw no rows (an expert that no token was routed to) is scored by magnitude alone.
 
@@ -117,7 +117,7 @@ def wanda_scores(weight: Tensor, statistics: InputStatistics) -> Tensor:
 
 
 def zeros_by_score(scores: Sequence[Tensor], pattern: Pattern, scope: Scope) -> list[Tensor]:
-    """Which elements go: the lowest scores, ties by place.
+    """Choose the elements that go: the lowest scores, of equal ones the first.
 
     Parameters
     ----------
@@ -131,7 +131,7 @@ def zeros_by_score(scores: Sequence[Tensor], pattern: Pattern, scope: Scope) -> 
     Returns
     -------
     list of Tensor
-        Truth values of the same shapes. In scope "row" exactly ``floor(ratio in)`` of every row;
+        Boolean masks of the same shapes. In scope "row" exactly ``floor(ratio in)`` of every row;
         in the others ``floor`` of the ratio of all that are compared.
     """
     if pattern.of:
@@ -152,14 +152,14 @@ def zeros_by_score(scores: Sequence[Tensor], pattern: Pattern, scope: Scope) -> 
 
 
 def _lowest(rows: Tensor, count: int) -> Tensor:
-    """Truth values for the `count` lowest of each row; of equal ones the first."""
+    """Return a boolean mask of the `count` lowest of each row; of equal ones the first."""
     found = torch.zeros_like(rows, dtype=torch.bool)
     chosen = rows.argsort(dim=1, stable=True)[:, :count]
     return found.scatter_(1, chosen, True)
 
 
 def zeros_by_share(scores: Tensor, ratio: float) -> Tensor:
-    """Which elements go when each row loses the same share of its score, not of its elements.
+    """Choose the elements that go when each row loses the same share of its score, not elements.
 
     Wanda's variant (2306.11695, appendix on the pruning metric; ``use_variant`` in its code): in
     each row the lowest scores go whose sum is at most alpha of the row's; one alpha for each
@@ -172,7 +172,7 @@ def zeros_by_share(scores: Tensor, ratio: float) -> Tensor:
     ratio
         The part of the elements that goes.
     """
-    ordered, places = scores.double().sort(dim=-1, stable=True)
+    ordered, indices = scores.double().sort(dim=-1, stable=True)
     shares = ordered.cumsum(-1) / ordered.sum(-1, keepdim=True).clamp(min=torch.finfo().tiny)
     low = torch.zeros((len(scores), 1, 1), dtype=torch.float64)
     high = torch.ones_like(low)
@@ -184,7 +184,7 @@ def zeros_by_share(scores: Tensor, ratio: float) -> Tensor:
         if bool(((share - ratio).abs() <= 1e-3).all()):
             break
         low, high = torch.where(share < ratio, alpha, low), torch.where(share < ratio, high, alpha)
-    return torch.zeros_like(gone).scatter_(-1, places, gone)
+    return torch.zeros_like(gone).scatter_(-1, indices, gone)
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ class SparseGpt:
     def __call__(
         self, weight: Tensor, statistics: InputStatistics, pattern: Pattern
     ) -> tuple[Tensor, Tensor]:
-        """New weights and which of them are zero, both ``[parts, out, in]``.
+        """Return new weights and which of them are zero, both ``[parts, out, in]``.
 
         Raises
         ------

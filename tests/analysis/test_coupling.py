@@ -24,7 +24,8 @@ from graphprune.analysis.axes import Atom, Axes, Axis, Cut, Product, Sum
 from graphprune.analysis.coupling import Coupling, Group, common_path
 from graphprune.errors import UsageError
 from graphprune.plan.index_map import IndexMap
-from graphprune.plan.plan import Plan, Step
+from graphprune.plan.plan import Plan
+from graphprune.plan.steps import Step
 
 LAYER = "model.layers.0"
 

@@ -30,7 +30,8 @@ from graphprune.calibration.data import Calibration
 from graphprune.criteria import CRITERIA, ScoringContext, criterion
 from graphprune.criteria.base import check_scores
 from graphprune.errors import PlanError, RewriteError
-from graphprune.plan.plan import Plan, Step
+from graphprune.plan.plan import Plan
+from graphprune.plan.steps import Step
 from graphprune.selection.cost import Costs
 from graphprune.selection.selector import Selector
 from graphprune.selection.targets import target_groups

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 import graphprune as gp
 from graphprune.analysis.coupling import Coupling, Group
 from graphprune.errors import PlanError, RewriteError
-from graphprune.plan.plan import Plan, Step
+from graphprune.plan.plan import Plan
+from graphprune.plan.steps import Step
 from graphprune.selection.cost import Costs
 
 EXPERTS, CHOSEN = 4, 2

@@ -35,11 +35,11 @@ from graphprune.criteria import (
     check_scores,
     criterion,
 )
+from graphprune.criteria.obs import removal_errors
 from graphprune.criteria.units import unit_numbers
 from graphprune.errors import CalibrationError, SelectionError, UsageError
 from graphprune.ir.program import Program
 from graphprune.pipeline.pipeline import Pipeline
-from graphprune.transforms.refit import removal_errors
 
 Slices = list[tuple[str, int, list[int]]]
 """(parameter, dimension, indices) of everything that one unit holds."""

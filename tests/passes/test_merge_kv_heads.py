@@ -142,7 +142,7 @@ def test_similar_heads_are_merged_and_the_plan_says_what_moved() -> None:
     expected = program(**inputs)["logits"]
     assert relative_error(expected, result.program(**inputs)["logits"]) <= 1e-5
     (merge,) = result.plan.steps[0].merges
-    moved = {order.weight.split(".")[-2] for order in merge.moves}
+    moved = {each.weight.split(".")[-2] for each in merge.reordering}
     assert moved == {"q_proj", "k_proj", "v_proj", "o_proj"}
     apart = run(program, MergeKvHeads(groups=2, skip=skip)).program
     assert relative_error(expected, apart(**inputs)["logits"]) > 1e-2

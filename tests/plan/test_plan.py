@@ -26,8 +26,10 @@ from graphprune.analysis.coupling import Group
 from graphprune.errors import GraphPruneError, PlanError
 from graphprune.ir.program import Program
 from graphprune.plan.index_map import IndexMap
-from graphprune.plan.plan import Cut, Merge, Plan, Step
-from graphprune.transforms.heads.merge import find_heads, merge_of
+from graphprune.plan.plan import Plan
+from graphprune.plan.steps import Cut, Merge, Step
+from graphprune.transforms.heads.kv_heads import find_heads
+from graphprune.transforms.heads.merge import merge_of
 
 ATTENTION = "model.layers.0.self_attn"
 

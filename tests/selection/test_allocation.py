@@ -9,7 +9,8 @@ from architectures import calibration_of, coupling_of, program_of
 from graphprune.calibration.data import next_token_loss
 from graphprune.criteria import ScoringContext, criterion
 from graphprune.errors import CalibrationError, SelectionError
-from graphprune.plan.plan import Plan, Step
+from graphprune.plan.plan import Plan
+from graphprune.plan.steps import Step
 from graphprune.selection.allocation import _slopes, loss_margins
 from graphprune.selection.selector import lowest_units
 from graphprune.selection.targets import target_groups

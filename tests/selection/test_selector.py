@@ -16,7 +16,8 @@ from torch import Tensor
 import graphprune as gp
 from graphprune.analysis.coupling import Coupling, Group
 from graphprune.errors import SelectionError
-from graphprune.plan.plan import Plan, Step
+from graphprune.plan.plan import Plan
+from graphprune.plan.steps import Step
 from graphprune.selection.cost import Costs
 from graphprune.selection.selector import Selector
 from graphprune.selection.targets import TARGETS, target_groups

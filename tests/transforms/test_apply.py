@@ -22,8 +22,9 @@ import graphprune as gp
 from graphprune.analysis.coupling import Group
 from graphprune.errors import PlanError
 from graphprune.ir.program import PAST, Program
-from graphprune.plan.plan import Plan, Step
-from graphprune.transforms.apply import carry_out
+from graphprune.plan.plan import Plan
+from graphprune.plan.steps import Step
+from graphprune.transforms.apply import apply_step
 
 SIZES = [(1, 1), (2, 5), (5, 11)]
 
@@ -118,7 +119,7 @@ def test_one_group_shrinks_by_the_sizes_of_its_members() -> None:
     program, coupling = program_of("llama-gqa"), coupling_of("llama-gqa")
     group = coupling.group("model.layers.1.mlp:ffn")
     step = Step(program.fingerprint(), random_cuts(coupling, ratio=0.5, roles={"ffn"})[1:])
-    pruned = carry_out(program, step)
+    pruned = apply_step(program, step)
     hidden, units = 32, group.size // 2
     assert program.parameter_count() - pruned.parameter_count() == 3 * hidden * units
     assert (

@@ -79,7 +79,7 @@ def test_norms_that_keep_nothing_are_left_out() -> None:
 @pytest.mark.parametrize(
     ("net", "x", "message"),
     [
-        (Twice(), torch.ones(2, 3), "norm.running_mean: batch norms at two places keep it"),
+        (Twice(), torch.ones(2, 3), "norm.running_mean: two batch norms keep it"),
         (nn.Sequential(nn.BatchNorm1d(3)), torch.ones(1, 3), "the data has 1 value of each chan"),
         (nn.Sequential(nn.BatchNorm1d(3)), torch.full((2, 3), torch.inf), "are not finite"),
     ],

@@ -1,8 +1,8 @@
-"""Laying out the rows of a projection part by part, where queries, keys and values are interleaved.
+"""Permuting the rows of a projection in which queries, keys and values are interleaved.
 
 One projection may hold ``(head [query + key + value])``: its heads are then those of queries and of
 keys at once. Where all that is done with its result is to take those parts out of it, its rows can
-be laid out as ``[(head query) + (head key) + (head value)]``, and every part cut off in one piece.
+be permuted to ``[(head query) + (head key) + (head value)]``, and every part cut off in one piece.
 That changes no value. What is taken out where is found by running the views of the graph on row
 numbers instead of values, so that the proof lies in the numbers.
 """
@@ -22,7 +22,7 @@ from graphprune.ir.aten import CASTS, MOVES, REPEATS, SPLITS, name_of
 from graphprune.ir.nodes import copy_of, made_from
 from graphprune.ir.program import Program
 from graphprune.ir.shape_propagation import rebuild
-from graphprune.plan.plan import Order
+from graphprune.plan.steps import Permutation
 
 _ATEN = torch.ops.aten
 
@@ -55,10 +55,10 @@ class _Part:
     order: tuple[int, ...]
 
 
-def unfuse(
+def deinterleave(
     program: Program, weights: Collection[str]
-) -> tuple[Program, dict[str, tuple[Order, ...]]]:
-    """`program` with interleaved projections laid out part by part.
+) -> tuple[Program, dict[str, tuple[Permutation, ...]]]:
+    """Return `program` with interleaved projections permuted so that every part is one piece.
 
     Parameters
     ----------
@@ -70,12 +70,12 @@ def unfuse(
     Returns
     -------
     tuple
-        The program, and for each of `weights` that changed how it and its bias are laid out now.
+        The program, and for each of `weights` that changed how it and its bias are permuted.
         A weight of which no part is taken, or of which something else is read, stays as it is.
     """
     names = {node: name for name, node in program.weight_nodes()}
     found: dict[fx.Node, list[_Part]] = {}
-    orders: dict[str, tuple[Order, ...]] = {}
+    permutations: dict[str, tuple[Permutation, ...]] = {}
     for node, name in names.items():
         if name in weights:
             parts = _parts_of(node, names)
@@ -84,24 +84,26 @@ def unfuse(
                 bias = next(iter(parts)).args[2:]
                 rows = tuple(row for run in _runs(next(iter(parts.values()))) for row in run)
                 held = (name, *(names[each] for each in bias if each is not None))  # type: ignore[index]
-                orders[name] = tuple(Order(each, 0, rows) for each in held)
+                permutations[name] = tuple(Permutation(each, 0, rows) for each in held)
     if not found:
         return program, {}
     graph, new = copy_of(program.graph)
     for projection, taken in found.items():
         _cut_off(graph, new, projection, taken)
-    every = [order for several in orders.values() for order in several]
-    return rebuild(program, graph, laid_out(program.weights, every), {}), orders
+    every = [each for several in permutations.values() for each in several]
+    return rebuild(program, graph, permute_weights(program.weights, every), {}), permutations
 
 
-def laid_out(weights: Mapping[str, Tensor], orders: Collection[Order]) -> dict[str, Tensor]:
-    """`weights` with the places of some in another order, one order after the other."""
+def permute_weights(
+    weights: Mapping[str, Tensor], permutations: Collection[Permutation]
+) -> dict[str, Tensor]:
+    """Return `weights` with the indices of some permuted, one permutation after the other."""
     found = dict(weights)
-    for order in dict.fromkeys(orders):
-        if order.places != tuple(range(len(order.places))):
-            weight = found[order.weight].detach()
-            places = torch.tensor(order.places, device=weight.device)
-            found[order.weight] = weight.index_select(order.dim, places)
+    for each in dict.fromkeys(permutations):
+        if each.sources != tuple(range(len(each.sources))):
+            weight = found[each.weight].detach()
+            sources = torch.tensor(each.sources, device=weight.device)
+            found[each.weight] = weight.index_select(each.dim, sources)
     return found
 
 
@@ -109,7 +111,7 @@ def laid_out(weights: Mapping[str, Tensor], orders: Collection[Order]) -> dict[s
 
 
 def _parts_of(weight: fx.Node, names: Mapping[fx.Node, str]) -> dict[fx.Node, list[_Part]]:
-    """Every projection with `weight` -> its parts; nothing where they differ or there are none."""
+    """Return every projection with `weight` -> its parts; nothing where they differ."""
     found: dict[fx.Node, list[_Part]] = {}
     for user in weight.users:
         if user.target is not _ATEN.linear.default or user.args[1] is not weight:
@@ -137,12 +139,12 @@ def _is_alone(projection: fx.Node, names: Mapping[fx.Node, str]) -> bool:
 
 
 def _runs(parts: list[_Part]) -> Iterator[tuple[int, ...]]:
-    """The rows of every part, each once."""
+    """Return the rows of every part, each once."""
     return iter(dict.fromkeys(part.rows for part in parts))
 
 
 def _parts(projection: fx.Node) -> list[_Part]:
-    """What is taken out of the result of `projection`; nothing where more is done with it."""
+    """Return what is taken out of the result of `projection`; nothing if more is done with it."""
     symbols: dict[Any, int] = {}
     shape = [_number(size, symbols) for size in projection.meta["val"].shape]
     if len(shape) < 2 or any(size is None or size < 2 for size in shape):
@@ -167,7 +169,7 @@ def _parts(projection: fx.Node) -> list[_Part]:
 
 
 def _onward(part: _Part, numbers: Tensor, whole: Tensor, symbols: dict[Any, int]) -> _Part:
-    """`part` after all that moves the whole of it, so that heads cut in two are one axis again."""
+    """Return `part` after all that moves the whole of it: heads cut in two are one axis again."""
     node = part.node
     while len(node.users) == 1:
         (user,) = node.users
@@ -193,7 +195,7 @@ def _number(size: Any, symbols: dict[Any, int]) -> int | None:
 
 
 def _moved(node: fx.Node, source: fx.Node, numbers: Any, symbols: dict[Any, int]) -> Any:
-    """What `node` makes of row numbers in place of `source`; None where it does more than move."""
+    """Return what `node` makes of row numbers; None where it does more than move them."""
     moves = node.target is operator.getitem or name_of(node) in _MOVING
     if not moves or node.args[0] is not source:
         return None
@@ -215,7 +217,7 @@ def _moved(node: fx.Node, source: fx.Node, numbers: Any, symbols: dict[Any, int]
 
 
 def _as_part(node: fx.Node, numbers: Tensor, whole: Tensor) -> _Part | None:
-    """The part that `numbers` are, if it is one of batch axes and of some rows everywhere."""
+    """Return the part that `numbers` are: all batch axes, and the same rows everywhere."""
     width, lead = whole.shape[-1], whole.ndim - 1
     first = numbers.flatten()[0]
     batch: dict[int, int] = {}
@@ -235,8 +237,8 @@ def _as_part(node: fx.Node, numbers: Tensor, whole: Tensor) -> _Part | None:
     taken = front[(0,) * lead].flatten()
     if int(taken.max()) >= width or not torch.equal(front.flatten(lead), whole[..., taken]):
         return None
-    places = {dim: at for at, dim in enumerate([*(batch[at] for at in range(lead)), *inside])}
-    order = tuple(places[dim] for dim in range(numbers.ndim))
+    position = {dim: at for at, dim in enumerate([*(batch[at] for at in range(lead)), *inside])}
+    order = tuple(position[dim] for dim in range(numbers.ndim))
     return _Part(node, tuple(taken.tolist()), shape, order)
 
 

@@ -19,7 +19,7 @@ _ATEN = torch.ops.aten
 
 
 def with_matrix_products(program: Program, sums: Collection[fx.Node]) -> Program:
-    """`program` with some of its Einstein sums as matrix products.
+    """Return `program` with some of its Einstein sums as matrix products.
 
     Parameters
     ----------
@@ -54,17 +54,17 @@ def _spell(graph: fx.Graph, node: fx.Node) -> bool:
     with graph.inserting_before(node):
         factors = []
         for operand, (term, wanted) in zip(operands, sides, strict=True):  # type: ignore[arg-type]
-            places = [term.index(letter) for letter in wanted if letter in term]
-            if places != sorted(places):
-                operand = made_from(node, _ATEN.permute.default, operand, places)
+            dims = [term.index(letter) for letter in wanted if letter in term]
+            if dims != sorted(dims):
+                operand = made_from(node, _ATEN.permute.default, operand, dims)
             for at, letter in enumerate(wanted):
                 if letter not in term:
                     operand = made_from(node, _ATEN.unsqueeze.default, operand, at)
             factors.append(operand)
         product = made_from(node, _ATEN.matmul.default, *factors)
-        places = [result.index(letter) for letter in output]
-        if places != sorted(places):
-            product = made_from(node, _ATEN.permute.default, product, places)
+        dims = [result.index(letter) for letter in output]
+        if dims != sorted(dims):
+            product = made_from(node, _ATEN.permute.default, product, dims)
     node.replace_all_uses_with(product)
     graph.erase_node(node)
     return True

@@ -21,13 +21,11 @@ from graphprune.analysis.matrices import Contractions, Matrix, bias_of
 from graphprune.analysis.operators.rule import Attention
 from graphprune.analysis.roles import attention_sites
 from graphprune.ir.provenance import module_path
-from graphprune.plan.plan import Order, Place
-from graphprune.transforms.heads.merge import Heads
-
-_DYNAMIC = 10**6
+from graphprune.plan.steps import Permutation, WeightDim
+from graphprune.transforms.heads.kv_heads import DYNAMIC, Heads
 
 Label = tuple[frozenset[tuple[Atom, int]], int]
-"""Of a coordinate: the units of atoms that it belongs to, and which of their places it is."""
+"""Of a coordinate: the units of atoms that it belongs to, and its number among those of them."""
 
 
 class Unmapped(Exception):
@@ -44,14 +42,14 @@ class Projection:
         The matrix; it is used once.
     bias
         The parameter that its output is added to, or "".
-    places
+    indices
         ``[kv, slots, d]``: rows of the matrix (columns, where it takes in), one slot for keys and
         values.
     """
 
     matrix: Matrix
     bias: str
-    places: Tensor
+    indices: Tensor
 
     @property
     def node(self) -> fx.Node:
@@ -65,16 +63,16 @@ class Projection:
 
 @dataclass(frozen=True, eq=False)
 class Operand:
-    """A node whose value holds heads: how to find them.
+    """How to find the heads in the value of a node.
 
     Parameters
     ----------
     node
         The node, of four dimensions: batch, heads, positions and coordinates, in any order.
     heads
-        The dimension of the heads and ``[kv, slots]``, the place of each.
+        The dimension of the heads and ``[kv, slots]``, the index of each.
     width
-        The dimension of the coordinates and ``[d]``, the place of each.
+        The dimension of the coordinates and ``[d]``, the index of each.
     """
 
     node: fx.Node
@@ -112,7 +110,7 @@ class HeadMap:
 
 
 def head_atom(types: Types, heads: Heads) -> Atom:
-    """The axis of the KV heads and of their queries, in types that let attention tie the two.
+    """Return the axis of the KV heads and of their queries, if `types` let attention tie the two.
 
     Raises
     ------
@@ -130,29 +128,29 @@ def head_atom(types: Types, heads: Heads) -> Atom:
 
 
 def sites_of(types: Types, atom: Atom) -> list[Attention]:
-    """The attentions whose heads `atom` counts."""
+    """Return the attentions whose heads `atom` counts."""
     every = (*types.facts.attentions, *attention_sites(types))
     return [
         site for site in every if any(atom in set(types.axes.atoms(axis)) for axis in site.heads)
     ]
 
 
-def moves_of(types: Types, atom: Atom, places: Sequence[int]) -> tuple[Order, ...]:
-    """How every weight that holds `atom` is laid out when unit ``places[i]`` comes to place i.
+def reorder_units(types: Types, atom: Atom, order: Sequence[int]) -> tuple[Permutation, ...]:
+    """Return how every weight that holds `atom` is permuted so that unit ``order[i]`` is the i-th.
 
     That changes nothing that the program gives where `atom` is not frozen.
     """
-    if list(places) == sorted(places):
+    if list(order) == sorted(order):
         return ()
     found = []
     for name, node in types.program.weight_nodes():
         for dim, axis in enumerate(types.of[node]):
             if atom in set(types.axes.atoms(axis)):
                 units = units_along(types, axis, atom)
-                order = torch.arange(len(units))
-                for new, old in enumerate(places):
-                    order[units == new] = (units == old).nonzero().flatten()
-                found.append(Order(name, dim, tuple(order.tolist())))
+                sources = torch.arange(len(units))
+                for new, old in enumerate(order):
+                    sources[units == new] = (units == old).nonzero().flatten()
+                found.append(Permutation(name, dim, tuple(sources.tolist())))
     return tuple(found)
 
 
@@ -170,7 +168,7 @@ def units_along(types: Types, axis: Axis, atom: Atom) -> Tensor:
 
 
 def map_heads(types: Types, held: Contractions, heads: Heads) -> HeadMap:
-    """Where `heads` lie in the program of `types`, whose matrices are `held`.
+    """Find where `heads` lie in the program of `types`, whose matrices are `held`.
 
     Raises
     ------
@@ -186,7 +184,7 @@ class _Mapping:
         self.atom = head_atom(types, heads)
         self.site = self._site()
         self.slots = self._slots()
-        self.own: dict[Place, set[int]] = defaultdict(set)
+        self.own: dict[WeightDim, set[int]] = defaultdict(set)
         for weight, dim, slices in heads.slices():
             self.own[weight, dim].update(at for each in slices for at in each)
 
@@ -202,7 +200,7 @@ class _Mapping:
             atom
             for axis in self.site.heads
             for atom in self.types.axes.atoms(axis)
-            if atom is not self.atom and atom.size < _DYNAMIC
+            if atom is not self.atom and atom.size < DYNAMIC
         )
         return list(found)
 
@@ -229,10 +227,10 @@ class _Mapping:
     # -- coordinates ----------------------------------------------------------------------------
 
     def _labels(self, axis: Axis) -> dict[Label, int]:
-        """The coordinates along `axis` and where they are."""
+        """Return the coordinates along `axis` and where they are."""
         atoms = dict.fromkeys(self.types.axes.atoms(axis))
         found = self._found(axis, atoms, slots=1, kv=1)
-        labels = {label: places[0] for label, places in found[0, 0].items()}
+        labels = {label: indices[0] for label, indices in found[0, 0].items()}
         if len(labels) != self.types.axes.head(axis).size:
             raise Unmapped("coordinates of its heads have no axis")
         return labels
@@ -240,7 +238,7 @@ class _Mapping:
     def _found(
         self, axis: Axis, atoms: Iterable[Atom], slots: int, kv: int, only: Collection[int] = ()
     ) -> dict[tuple[int, int], dict[Label, list[int]]]:
-        """(KV head, slot) -> coordinate -> where along `axis` it is, in `only` if that is given."""
+        """Return (KV head, slot) -> coordinate -> where along `axis` it is, in `only` if given."""
         axes = self.types.axes
         held = set(axes.atoms(axis))
         along = {a: units_along(self.types, axis, a).tolist() for a in atoms if a in held}
@@ -259,14 +257,14 @@ class _Mapping:
         return found
 
     def _slot_along(self, axis: Axis) -> Tensor:
-        """Which query of its KV head each index along `axis` belongs to."""
+        """Return which query of its KV head each index along `axis` belongs to."""
         found = torch.zeros(self.types.axes.head(axis).size, dtype=torch.long)
         for atom in self.slots:
             found = found * atom.size + units_along(self.types, axis, atom).clamp(min=0)
         return found
 
     def _planes(self, labels: Mapping[Label, int]) -> tuple[Tensor, Tensor]:
-        """Coordinates that one frequency rotates, in pairs, and the others."""
+        """Return the coordinates that one frequency rotates, in pairs, and the others."""
         marks = (mark for mark in self.types.facts.marks if mark.kind == "rotary")
         rotary = {atom for mark in marks for atom in self.types.axes.atoms(mark.axis)}
         pairs: dict[tuple[Atom, int], list[int]] = defaultdict(list)
@@ -287,7 +285,7 @@ class _Mapping:
     def _projection(
         self, what: str, labels: Mapping[Label, int], *, own: bool, takes_in: bool = False
     ) -> Projection:
-        """The only projection that makes (or takes in) these coordinates, of KV heads or not."""
+        """Return the only projection that makes (or takes in) these coordinates."""
         atoms = {atom for units, _ in labels for atom, _ in units}
         slots = 1 if own else math.prod(atom.size for atom in self.slots)
         found, why = [], f"no weight holds its {what} heads"
@@ -301,10 +299,10 @@ class _Mapping:
                 mine = self.own.get((name, dim), set())
                 size = self.types.axes.head(axis).size
                 only = sorted(mine) if own else [at for at in range(size) if at not in mine]
-                places = self._found(axis, atoms, slots, self.atom.size, only) if only else {}
-                if not places:
+                indices = self._found(axis, atoms, slots, self.atom.size, only) if only else {}
+                if not indices:
                     continue
-                table = self._table(what, places, labels, slots)
+                table = self._table(what, indices, labels, slots)
                 try:
                     found.append(self._in_matrix(what, name, dim, table, takes_in))
                 except Unmapped as reason:
@@ -318,15 +316,17 @@ class _Mapping:
     def _table(
         self,
         what: str,
-        places: Mapping[tuple[int, int], Mapping[Label, Sequence[int]]],
+        indices: Mapping[tuple[int, int], Mapping[Label, Sequence[int]]],
         labels: Mapping[Label, int],
         slots: int,
     ) -> Tensor:
         table = torch.full((self.atom.size, slots, len(labels)), -1)
-        for (kv, slot), coordinates in places.items():
+        for (kv, slot), coordinates in indices.items():
             for label, (at, *_) in coordinates.items():
                 if label not in labels:
-                    raise Unmapped(f"{what} heads are laid out in another way than attended to")
+                    raise Unmapped(
+                        f"{what} heads are not in the order in which they are attended to"
+                    )
                 table[kv, slot, labels[label]] = at
         if bool((table < 0).any()):
             raise Unmapped(f"{what} heads do not hold all coordinates")
@@ -335,7 +335,7 @@ class _Mapping:
     def _in_matrix(
         self, what: str, name: str, dim: int, table: Tensor, takes_in: bool
     ) -> Projection:
-        """`table` as rows (or columns) of the one matrix that holds its places."""
+        """Return `table` as rows (or columns) of the one matrix that holds these indices."""
         weight = self.types.program.weights[name]
         shape = [1] * weight.ndim
         shape[dim] = -1
@@ -347,10 +347,10 @@ class _Mapping:
             numbers = numbers if takes_in else numbers.mT
             row = torch.full((weight.shape[dim],), -1)
             row[numbers[0]] = torch.arange(len(numbers[0]))
-            places = row[table]
-            if bool((numbers == numbers[0]).all()) and bool((places >= 0).all()):
+            indices = row[table]
+            if bool((numbers == numbers[0]).all()) and bool((indices >= 0).all()):
                 bias = "" if takes_in else bias_of(self.types.program, matrix)
-                return Projection(matrix, bias, places)
+                return Projection(matrix, bias, indices)
         raise Unmapped(f"{name}, which holds its {what} heads, is no matrix that is used once")
 
     # -- operands -------------------------------------------------------------------------------
@@ -360,7 +360,7 @@ class _Mapping:
         slots = math.prod(atom.size for atom in self.slots)
         dims = [dim for dim, axis in enumerate(type_) if axes.same(axis, width)]
         over = [dim for dim, axis in enumerate(type_) if self.atom in set(axes.atoms(axis))]
-        if len(type_) != 4 or len(dims) != 1 or len(over) != 1 or type_[over[0]].size >= _DYNAMIC:
+        if len(type_) != 4 or len(dims) != 1 or len(over) != 1 or type_[over[0]].size >= DYNAMIC:
             where = f"{node.target} in {module_path(node)}"
             raise Unmapped(f"batch, heads and coordinates are not told apart at {where}")
         table = torch.full((self.atom.size, slots), -1)

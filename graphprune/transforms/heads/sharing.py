@@ -11,19 +11,11 @@ All moments are float64. A head has ``d`` coordinates, a group ``m`` heads.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-Groups = tuple[tuple[int, ...], ...]
-"""Heads by number, those that become one together."""
-
-_EXACT = 10_000
-"""Ways to form groups up to which all are tried."""
 
 _ROUNDS = 3
 """Rounds of alternating least squares; more change the loss by less than draws of text do."""
@@ -52,7 +44,7 @@ class Shared:
 
 
 def shared_subspace(moments: Tensor, weights: Tensor) -> Shared:
-    """The best shared head: low-rank approximation of the stacked maps that use the heads.
+    """Return the best shared head: a low-rank approximation of the stacked maps that use the heads.
 
     Minimises the sum over heads ``u`` of ``E |L_u (x_u - F_u P x)|²`` over P and F_u, where x is
     what all heads computed and ``weights[u] = L_uᵀ L_u``: the Eckart-Young theorem in the metric of
@@ -122,7 +114,7 @@ class Rotation:
 
 
 def shared_keys(moments: Tensor, queries: Tensor, rotation: Rotation) -> Shared:
-    """The best shared key head, each query absorbing its own factor before rotation.
+    """Return the best shared key head, each query absorbing its own factor before rotation.
 
     The start is the best complex rank-one fit of every plane, weighted by the queries' magnitudes
     in it, and the joint low-rank fit of what is not rotated. Then alternating least squares of the
@@ -168,7 +160,7 @@ def shared_keys(moments: Tensor, queries: Tensor, rotation: Rotation) -> Shared:
 
 
 def rotated_cost(moments: Tensor, queries: Tensor, rotation: Rotation) -> tuple[float, float]:
-    """What sharing keys costs before the planes help each other, and the sum of squares in all."""
+    """Return the cost of sharing keys before planes help each other, and the sum of squares."""
     parts = [part for _, part in _by_plane(moments, queries, rotation)]
     return sum(part.error for part in parts), sum(part.total for part in parts)
 
@@ -176,7 +168,7 @@ def rotated_cost(moments: Tensor, queries: Tensor, rotation: Rotation) -> tuple[
 def _by_plane(
     moments: Tensor, queries: Tensor, rotation: Rotation
 ) -> Iterator[tuple[Tensor, Shared]]:
-    """(coordinates, fit) of every plane, complex, and of what is not rotated."""
+    """Yield (coordinates, fit) of every plane, complex, and of what is not rotated."""
     heads, width = queries.shape[:2]
     whole = moments.reshape(heads, width, heads, width)
     for plane in rotation.planes:
@@ -206,80 +198,6 @@ def _start(moments: Tensor, queries: Tensor, rotation: Rotation) -> Tensor:
 
 
 def _regular(gram: Tensor) -> Tensor:
-    """`gram` with so much more on its diagonal that it can be inverted."""
+    """Return `gram` with so much more on its diagonal that it can be inverted."""
     more = gram.diagonal().mean().clamp(min=1e-150) * 1e-6
     return gram + more * torch.eye(len(gram), dtype=gram.dtype)
-
-
-# -- which heads go together ----------------------------------------------------------------------
-
-
-def neighbours(heads: int, groups: int) -> Groups:
-    """Runs of neighbouring heads, as many as `groups`."""
-    width = heads // groups
-    return tuple(tuple(range(first, first + width)) for first in range(0, heads, width))
-
-
-def cheapest(costs: Tensor, groups: int) -> Groups:
-    """Equal groups whose heads cost the least to share, pair by pair.
-
-    Parameters
-    ----------
-    costs
-        ``[heads, heads]``: what it costs that two heads become one, symmetric.
-    groups
-        How many groups.
-
-    Returns
-    -------
-    tuple
-        Groups in order of their first heads. All ways are compared where there are at most ten
-        thousand (8 heads have at most 105); else heads of neighbours are exchanged while that
-        helps.
-    """
-    heads = len(costs)
-    width = heads // groups
-    table = costs.tolist()
-
-    def cost(group: tuple[int, ...]) -> float:
-        return sum(table[a][b] for a, b in itertools.combinations(group, 2))
-
-    ways = math.factorial(heads) // (math.factorial(width) ** groups * math.factorial(groups))
-    if ways <= _EXACT:
-        every = _divided(tuple(range(heads)), width)
-        return min(every, key=lambda way: sum(map(cost, way)))
-    return _exchanged(neighbours(heads, groups), table)
-
-
-def _divided(heads: tuple[int, ...], width: int) -> Iterator[Groups]:
-    """Every way to divide `heads` into groups of `width`."""
-    if not heads:
-        yield ()
-        return
-    first, *rest = heads
-    for others in itertools.combinations(rest, width - 1):
-        left = tuple(head for head in rest if head not in others)
-        for more in _divided(left, width):
-            yield ((first, *others), *more)
-
-
-def _exchanged(start: Groups, table: list[list[float]]) -> Groups:
-    """`start` with heads of two groups exchanged, the best exchange first, while one helps."""
-    groups = [list(group) for group in start]
-
-    def beside(head: int, group: list[int], leaving: int) -> float:
-        return sum(table[head][other] for other in group if other not in (head, leaving))
-
-    while True:
-        best: tuple[float, tuple[int, int, int, int]] | None = None
-        for a, b in itertools.combinations(range(len(groups)), 2):
-            for i, j in itertools.product(range(len(groups[a])), range(len(groups[b]))):
-                one, two = groups[a][i], groups[b][j]
-                change = beside(two, groups[a], one) - beside(one, groups[a], one)
-                change += beside(one, groups[b], two) - beside(two, groups[b], two)
-                if change < -1e-12 and (best is None or change < best[0]):
-                    best = change, (a, i, b, j)
-        if best is None:
-            return tuple(sorted(tuple(sorted(group)) for group in groups))
-        a, i, b, j = best[1]
-        groups[a][i], groups[b][j] = groups[b][j], groups[a][i]

@@ -15,10 +15,13 @@ from graphprune.analysis.inference import Types
 from graphprune.analysis.matrices import contractions
 from graphprune.errors import CalibrationError
 from graphprune.ir.program import Program
-from graphprune.plan.plan import Plan, Step
-from graphprune.transforms.heads.align import Aligned, align, grouping
+from graphprune.plan.plan import Plan
+from graphprune.plan.steps import Step
+from graphprune.transforms.heads.align import Aligned, align
+from graphprune.transforms.heads.grouping import group_by_weights
+from graphprune.transforms.heads.kv_heads import Heads, find_heads
 from graphprune.transforms.heads.layout import HeadMap, Unmapped, map_heads
-from graphprune.transforms.heads.merge import Heads, find_heads, merge_of
+from graphprune.transforms.heads.merge import merge_of
 
 
 def calibration(program: Program) -> gp.Calibration:
@@ -42,7 +45,7 @@ def maps_of(name: str) -> list[HeadMap]:
 def aligned(name: str, program: Program, groups: int, **options: object) -> tuple[Aligned, Plan]:
     heads = find_heads(program)
     found = align(program, types_of(name), heads, groups, calibration(program), **options)  # type: ignore[arg-type]
-    merges = tuple(merge_of(each, groups, found.moves[each.name]) for each in heads)
+    merges = tuple(merge_of(each, groups, found.reordering[each.name]) for each in heads)
     return found, Plan((Step(program.fingerprint(), (), merges),))
 
 
@@ -52,7 +55,7 @@ def with_related_heads(name: str) -> Program:
     weights = dict(program.weights)
     for at, found in enumerate(maps_of(name)):
         _, key, value, _ = found.projections
-        width = key.places.shape[2]
+        width = key.indices.shape[2]
         turn = torch.zeros(width, width)
         angles = torch.linspace(0.5, 3, len(found.planes))
         for (a, b), angle in zip(found.planes.tolist(), angles, strict=True):
@@ -64,7 +67,7 @@ def with_related_heads(name: str) -> Program:
         other = torch.eye(width) + torch.randn(width, width, generator=generator) / 4
         half = found.heads.size // 2
         for projection, change in ((key, 1.5 * turn), (value, other)):
-            rows = projection.places[:, 0]
+            rows = projection.indices[:, 0]
             for weight in filter(None, (projection.matrix.weight, projection.bias)):
                 held = weights[weight].clone()
                 vector = held.ndim == 1
@@ -195,14 +198,16 @@ def test_planes_and_places_follow_from_the_types(name: str) -> None:
         query, key, value, output = found.projections
         assert len(found.planes) == rotated
         assert len(found.fixed) == 8 - 2 * rotated
-        assert key.places.shape == value.places.shape == (found.heads.size, 1, 8)
+        assert key.indices.shape == value.indices.shape == (found.heads.size, 1, 8)
         assert (
-            query.places.shape == output.places.shape == (found.heads.size, found.heads.queries, 8)
+            query.indices.shape
+            == output.indices.shape
+            == (found.heads.size, found.heads.queries, 8)
         )
         if query.matrix.weight == key.matrix.weight:
-            assert not set(query.places.flatten().tolist()) & set(key.places.flatten().tolist())
-        every = [set(each.places.flatten().tolist()) for each in found.projections]
-        assert [len(each) for each in every] == [each.places.numel() for each in found.projections]
+            assert not set(query.indices.flatten().tolist()) & set(key.indices.flatten().tolist())
+        every = [set(each.indices.flatten().tolist()) for each in found.projections]
+        assert [len(each) for each in every] == [each.indices.numel() for each in found.projections]
 
 
 def test_rotary_halves_are_a_plane() -> None:
@@ -213,8 +218,8 @@ def test_rotary_halves_are_a_plane() -> None:
 def test_heads_of_which_no_attention_is_plain_are_not_mapped() -> None:
     program = captured("llama-mha")
     heads = find_heads(program)[0]
-    several = Heads(*[*vars(heads).values()][:6], heads.sites * 2, heads.orders)
-    other = Heads(*[*vars(heads).values()][:6], find_heads(program)[1].sites, heads.orders)
+    several = Heads(*[*vars(heads).values()][:6], heads.sites * 2, heads.deinterleaving)
+    other = Heads(*[*vars(heads).values()][:6], find_heads(program)[1].sites, heads.deinterleaving)
     with pytest.raises(Unmapped, match="of which 0 are plain"):
         map_heads(types_of("llama-mha"), contractions(program), other)
     assert map_heads(types_of("llama-mha"), contractions(program), several).heads is several
@@ -224,7 +229,7 @@ def test_heads_of_which_no_attention_is_plain_are_not_mapped() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama-mha", "llama-wide", "gpt2", "gpt-neox"])
-def test_similar_heads_become_neighbours_and_nothing_else_changes(name: str) -> None:
+def test_similar_heads_become_neighbors_and_nothing_else_changes(name: str) -> None:
     program = captured(name)
     weights = dict(program.weights)
     heads = find_heads(program)
@@ -237,9 +242,9 @@ def test_similar_heads_become_neighbours_and_nothing_else_changes(name: str) -> 
     related = program.with_weights(weights)
     merges = []
     for each in heads:
-        way, moves, why = grouping(related, types_of(name), each, 2)
-        assert (way, why) == (((0, 3), (1, 2)), "")
-        merges.append(merge_of(each, 2, moves))
+        way = group_by_weights(related, types_of(name), each, 2)
+        assert (way.groups, way.in_order) == (((0, 3), (1, 2)), "")
+        merges.append(merge_of(each, 2, way.reordering))
     plan = Plan((Step(related.fingerprint(), (), tuple(merges)),))
     narrow = gp.apply(related, plan)
     inputs = inputs_of(program, batch=2, length=7, seed=2)
@@ -253,6 +258,6 @@ def test_similar_heads_become_neighbours_and_nothing_else_changes(name: str) -> 
 def test_heads_that_another_attention_orders_too_stay() -> None:
     program = captured("t5")
     heads = find_heads(program)[0]
-    way, moves, why = grouping(program, types_of("t5"), heads, 2)
-    assert (way, moves) == (((0, 1), (2, 3)), ())
-    assert why == "another attention has its heads in the same order"
+    way = group_by_weights(program, types_of("t5"), heads, 2)
+    assert (way.groups, way.reordering) == (((0, 1), (2, 3)), ())
+    assert way.in_order == "another attention has its heads in the same order"

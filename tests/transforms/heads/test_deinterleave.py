@@ -1,4 +1,4 @@
-"""Projections in which queries, keys and values are interleaved: laid out anew, then merged."""
+"""Projections in which queries, keys and values are interleaved: permuted, then merged."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from transformers import BloomConfig, BloomForCausalLM
 import graphprune as gp
 from graphprune.errors import PlanError
 from graphprune.ir.program import Program
-from graphprune.plan.plan import Merge, Order, Plan, Step
-from graphprune.transforms.heads.deinterleave import unfuse
-from graphprune.transforms.heads.merge import find_heads, merge_of
+from graphprune.plan.plan import Plan
+from graphprune.plan.steps import Merge, Permutation, Step
+from graphprune.transforms.heads.deinterleave import deinterleave
+from graphprune.transforms.heads.kv_heads import find_heads
+from graphprune.transforms.heads.merge import merge_of
 
 HEADS, WIDTH, HIDDEN = 4, 6, 20
 
@@ -129,13 +131,13 @@ def merging(program: Program, groups: int) -> Plan:
 def test_laying_out_changes_no_value(name: str, bias: bool) -> None:
     model = attention(name, bias)
     program = captured(model)
-    other, orders = unfuse(program, {"fused.weight"})
+    other, orders = deinterleave(program, {"fused.weight"})
     assert {order.weight for order in orders["fused.weight"]} == {
         "fused.weight",
         *(["fused.bias"] if bias else []),
     }
     for order in orders["fused.weight"]:
-        rows = torch.tensor(order.places)
+        rows = torch.tensor(order.sources)
         assert torch.equal(other.weights[order.weight], program.weights[order.weight][rows])
     x = sample(3)
     with torch.no_grad():
@@ -164,11 +166,11 @@ def test_merging_an_interleaved_projection_equals_averaging_its_heads(
 
 
 def test_the_rows_are_laid_out_part_by_part() -> None:
-    _, orders = unfuse(captured(attention("split")), {"fused.weight"})
+    _, orders = deinterleave(captured(attention("split")), {"fused.weight"})
     heads = torch.arange(3 * HEADS * WIDTH).view(HEADS, 3, WIDTH)
-    assert orders["fused.weight"][0].places == tuple(heads.transpose(0, 1).flatten().tolist())
-    _, orders = unfuse(captured(attention("unbind")), {"fused.weight"})
-    assert orders["fused.weight"][0].places == tuple(range(3 * HEADS * WIDTH))
+    assert orders["fused.weight"][0].sources == tuple(heads.transpose(0, 1).flatten().tolist())
+    _, orders = deinterleave(captured(attention("unbind")), {"fused.weight"})
+    assert orders["fused.weight"][0].sources == tuple(range(3 * HEADS * WIDTH))
 
 
 @pytest.mark.parametrize("groups", [2, 1])
@@ -241,7 +243,7 @@ class Overlapping(Attention):
 @pytest.mark.parametrize("kind", [Reading, Overlapping])
 def test_a_projection_that_is_not_taken_apart_stays_as_it_is(kind: type[Attention]) -> None:
     program = captured(kind(by_split))
-    other, orders = unfuse(program, {"fused.weight"})
+    other, orders = deinterleave(program, {"fused.weight"})
     assert other is program
     assert orders == {}
 
@@ -255,17 +257,17 @@ def test_projections_of_one_weight_are_taken_apart_alike_or_not_at_all() -> None
 
     model = Twice(by_split)
     model.second = by_split
-    assert set(unfuse(captured(model), {"fused.weight"})[1]) == {"fused.weight"}
+    assert set(deinterleave(captured(model), {"fused.weight"})[1]) == {"fused.weight"}
     model = Twice(by_split)
     model.second = by_unbind
-    assert unfuse(captured(model), {"fused.weight"})[1] == {}
+    assert deinterleave(captured(model), {"fused.weight"})[1] == {}
 
 
 def test_another_order_than_the_plan_s_is_refused() -> None:
     program = captured(attention("split"))
     (step,) = merging(program, 2).steps
     (merge,) = step.merges
-    turned = tuple(Order(o.weight, o.dim, o.places[::-1]) for o in merge.orders)
+    turned = tuple(Permutation(p.weight, p.dim, p.sources[::-1]) for p in merge.deinterleaving)
     wrong = Merge(merge.group, merge.size, merge.groups, merge.members, turned)
     with pytest.raises(PlanError, match="the plan's KV heads and the program's differ"):
         gp.apply(program, Plan((Step(step.fingerprint, (), (wrong,)),)))
@@ -273,11 +275,11 @@ def test_another_order_than_the_plan_s_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("places", "why"),
-    [((0, 0, 1), "is not laid out with every place once"), ((0, 1, 2), "is 72, not 3")],
+    [((0, 0, 1), "does not name every index once"), ((0, 1, 2), "is 72, not 3")],
 )
 def test_an_order_that_is_none_is_refused(places: tuple[int, ...], why: str) -> None:
     program = captured(attention("split"))
-    order = Order("fused.weight", 0, places)
+    order = Permutation("fused.weight", 0, places)
     plan = Plan((Step(program.fingerprint(), (), (Merge("kv", 4, 2, (), (order,)),)),))
     with pytest.raises(PlanError, match=why):
         Plan.from_json(plan.to_json()).check(program)

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 import graphprune as gp
 from graphprune.errors import MergeError
 from graphprune.ir.program import Program
-from graphprune.plan.plan import Plan, Step
+from graphprune.plan.plan import Plan
+from graphprune.plan.steps import Step
 from graphprune.transforms.heads.einsum_to_matmul import with_matrix_products
-from graphprune.transforms.heads.merge import find_heads, merge_of
+from graphprune.transforms.heads.kv_heads import find_heads
+from graphprune.transforms.heads.merge import merge_of
 
 HEADS, WIDTH, HIDDEN, LENGTH, WIDE = 4, 6, 20, 5, 3
 

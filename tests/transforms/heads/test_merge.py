@@ -25,8 +25,10 @@ from torch import Tensor, nn
 import graphprune as gp
 from graphprune.errors import MergeError, PlanError
 from graphprune.ir.program import PAST, Program
-from graphprune.plan.plan import Order, Plan, Step
-from graphprune.transforms.heads.merge import find_heads, merge_of
+from graphprune.plan.plan import Plan
+from graphprune.plan.steps import Permutation, Step
+from graphprune.transforms.heads.kv_heads import find_heads
+from graphprune.transforms.heads.merge import merge_of
 
 WIDTH = 8
 """Of every head of every model here."""
@@ -394,16 +396,16 @@ def test_a_merge_of_other_heads_is_refused() -> None:
 def test_moves_that_lose_a_place_are_refused() -> None:
     program = captured("llama-mha")
     (step,) = merging(program, 2).steps
-    moves = (Order("model.layers.0.self_attn.q_proj.weight", 0, (0,) * 32),)
-    wrong = Plan((replace(step, merges=(replace(step.merges[0], moves=moves),)),))
-    with pytest.raises(PlanError, match=r"q_proj\.weight is not laid out with every place once"):
+    reordering = (Permutation("model.layers.0.self_attn.q_proj.weight", 0, (0,) * 32),)
+    wrong = Plan((replace(step, merges=(replace(step.merges[0], reordering=reordering),)),))
+    with pytest.raises(PlanError, match=r"q_proj\.weight does not name every index once"):
         Plan.from_json(wrong.to_json())
 
 
 def test_moves_of_another_size_are_refused() -> None:
     program = captured("llama-mha")
     (step,) = merging(program, 2).steps
-    moves = (Order("model.layers.0.self_attn.q_proj.weight", 0, (1, 0)),)
-    wrong = Plan((replace(step, merges=(replace(step.merges[0], moves=moves),)),))
+    reordering = (Permutation("model.layers.0.self_attn.q_proj.weight", 0, (1, 0)),)
+    wrong = Plan((replace(step, merges=(replace(step.merges[0], reordering=reordering),)),))
     with pytest.raises(PlanError, match=r"q_proj\.weight is 32, not 2"):
         wrong.check(program)

@@ -1,0 +1,175 @@
+"""A plan as JSON data, written and read.
+
+The names in the file are those of the first release; "places" are the sources of a permutation,
+"orders" deinterleave and "moves" reorder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from graphprune.errors import PlanError
+from graphprune.plan.checks import check_change
+from graphprune.plan.index_map import IndexMap
+from graphprune.plan.steps import Cut, Merge, Permutation, Step
+
+_FORMAT = 1
+
+_MEMBERS = [
+    {
+        "weight": str,
+        "dim": int,
+        "offset": int,
+        "width": int,
+        "extent": int,
+        "outer": [[int]],
+        "outer_groups": [str | None],
+        "owner": int | None,
+    }
+]
+_CUT = {
+    "group": str,
+    "size": int,
+    "role": str,
+    "parents": [str],
+    "units": [[[int]]],
+    "members": _MEMBERS,
+}
+_PERMUTATIONS = [{"weight": str, "dim": int, "places": [int]}]
+_MERGE = {
+    "group": str,
+    "size": int,
+    "groups": int,
+    "members": _MEMBERS,
+    "orders": _PERMUTATIONS,
+    "moves": _PERMUTATIONS,
+}
+_STEPS = [{"fingerprint": str, "cuts": [_CUT], "merges": [_MERGE]}]
+
+
+def to_data(steps: Iterable[Step]) -> dict[str, Any]:
+    """Return `steps` as JSON data."""
+    return {
+        "format": _FORMAT,
+        "steps": [
+            {
+                "fingerprint": step.fingerprint,
+                "cuts": [_cut_to_data(cut) for cut in step.cuts],
+                "merges": [_merge_to_data(merge) for merge in step.merges],
+            }
+            for step in steps
+        ],
+    }
+
+
+def from_data(data: Any) -> tuple[Step, ...]:
+    """Return the steps that `to_data` made `data` of.
+
+    Raises
+    ------
+    PlanError
+        When the data is no plan.
+    """
+    try:
+        if data["format"] != _FORMAT:
+            raise PlanError(f"plan format {data['format']} is not {_FORMAT}")
+        _conform(data["steps"], _STEPS, "steps")
+        steps = tuple(map(_step_from_data, data["steps"]))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise PlanError(f"not a plan: {type(error).__name__}: {error}") from error
+    for step in steps:
+        changes: tuple[Cut | Merge, ...] = (*step.cuts, *step.merges)
+        for change in changes:
+            check_change(change)
+    return steps
+
+
+def _conform(data: Any, form: Any, where: str) -> None:
+    """Refuse JSON data that is not of a form: a dict of forms, a list of one, or a type."""
+    if isinstance(form, dict):
+        for key, inner in form.items():
+            # Plans of earlier releases name no owners.
+            _conform(data.get(key) if key == "owner" else data[key], inner, f"{where}.{key}")
+    elif isinstance(form, list):
+        if type(data) is not list:
+            raise TypeError(f"{where} is no list")
+        for index, item in enumerate(data):
+            _conform(item, form[0], f"{where}[{index}]")
+    elif not isinstance(data, form) or isinstance(data, bool) or (type(data) is int and data < 0):
+        raise TypeError(f"{where} is {data!r}")
+
+
+def _cut_to_data(cut: Cut) -> dict[str, Any]:
+    return {
+        "group": cut.group,
+        "size": cut.size,
+        "role": cut.role,
+        "parents": list(cut.parents),
+        "units": [[list(parents), list(units)] for parents, units in cut.units.items()],
+        "members": [dataclasses.asdict(member) for member in cut.members],
+    }
+
+
+def _merge_to_data(merge: Merge) -> dict[str, Any]:
+    return {
+        "group": merge.group,
+        "size": merge.size,
+        "groups": merge.groups,
+        "members": [dataclasses.asdict(member) for member in merge.members],
+        "orders": [_permutation_to_data(each) for each in merge.deinterleaving],
+        "moves": [_permutation_to_data(each) for each in merge.reordering],
+    }
+
+
+def _permutation_to_data(permutation: Permutation) -> dict[str, Any]:
+    return {
+        "weight": permutation.weight,
+        "dim": permutation.dim,
+        "places": list(permutation.sources),
+    }
+
+
+def _step_from_data(data: dict[str, Any]) -> Step:
+    cuts, merges = map(_cut_from_data, data["cuts"]), map(_merge_from_data, data["merges"])
+    return Step(data["fingerprint"], tuple(cuts), tuple(merges))
+
+
+def _cut_from_data(data: dict[str, Any]) -> Cut:
+    return Cut(
+        data["group"],
+        data["size"],
+        data["role"],
+        {tuple(parents): tuple(units) for parents, units in data["units"]},
+        tuple(data["parents"]),
+        tuple(map(_member_from_data, data["members"])),
+    )
+
+
+def _merge_from_data(data: dict[str, Any]) -> Merge:
+    return Merge(
+        data["group"],
+        data["size"],
+        data["groups"],
+        tuple(map(_member_from_data, data["members"])),
+        tuple(map(_permutation_from_data, data["orders"])),
+        tuple(map(_permutation_from_data, data["moves"])),
+    )
+
+
+def _member_from_data(data: dict[str, Any]) -> IndexMap:
+    return IndexMap(
+        data["weight"],
+        data["dim"],
+        data["offset"],
+        data["width"],
+        data["extent"],
+        tuple((size, stride) for size, stride in data["outer"]),
+        tuple(data["outer_groups"]),
+        data.get("owner"),
+    )
+
+
+def _permutation_from_data(data: dict[str, Any]) -> Permutation:
+    return Permutation(data["weight"], data["dim"], tuple(data["places"]))

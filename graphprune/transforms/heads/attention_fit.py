@@ -1,0 +1,323 @@
+"""What is seen of the heads of one attention on calibration data, and the edits that follow."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.analysis.inference import Types
+from graphprune.calibration.statistics import damped
+from graphprune.errors import CalibrationError
+from graphprune.ir.program import Program
+from graphprune.plan.steps import Permutation
+from graphprune.transforms.heads.grouping import Grouping, Groups, group_by_weights, reorderable
+from graphprune.transforms.heads.layout import HeadMap, Projection
+from graphprune.transforms.heads.merge import equal_heads
+from graphprune.transforms.heads.sharing import (
+    Rotation,
+    Shared,
+    rotated_cost,
+    shared_keys,
+    shared_subspace,
+)
+
+_DISTANCES = 64
+"""Positions between a query and a key over which products are averaged."""
+
+_EXACT = 1e-4
+"""Part of the squares up to which an operand is what its projection gave; rounding of bfloat16."""
+
+_SAME = 1e-2
+"""Relative difference up to which two factors are one."""
+
+
+class AttentionFit:
+    """The heads of one attention made equal within each group, in two steps.
+
+    `observe` and then `share_heads`: keys and values become those of shared heads. `observe_shared`
+    and then `refit_output`: the output projection makes up for what that changed.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        types: Types,
+        found: HeadMap,
+        groups: int,
+        similar: bool,
+        damp: float,
+    ) -> None:
+        self.program, self.types, self.map = program, types, found
+        self.groups, self.similar, self.damp = groups, similar, damp
+        self.notes: list[str] = []
+        self.errors: dict[str, float] = {}
+        self.reordering: tuple[Permutation, ...] = ()
+        self._queries = self._keys = self._values = torch.zeros((), dtype=torch.float64)
+        self._followed = tuple(_Followed() for _ in found.operands)
+        self._before: list[Tensor] = []
+        self._after: list[Tensor] = []
+
+    # -- sharing heads --------------------------------------------------------------------------
+
+    def observe(self, values: Mapping[fx.Node, Any]) -> None:
+        """Count one batch in, before any edit."""
+        query, key, value, output = self.map.projections
+        inputs = output.inputs(values)
+        self._before.append(inputs)
+        made = [self._made(each, values) for each in (query, key, value)]
+        moments = [torch.einsum("nksd,nkse->kde", made[0], made[0])]
+        moments += [torch.einsum("nksd,nmse->kdme", each, each) for each in made[1:]]
+        self._queries = self._queries + moments[0]
+        self._keys, self._values = self._keys + moments[1], self._values + moments[2]
+        made.append(inputs[:, output.indices])
+        for each, operand, followed, whole in zip(
+            made, self.map.operands, self._followed, (False, False, True, True), strict=True
+        ):
+            seen = operand.read(values)[:, :, :, : each.shape[2]]
+            if len(each) != seen.shape[0] * seen.shape[1]:
+                followed.fits = False
+                continue
+            pair = (each.reshape(seen.shape), seen)
+            followed.add(*(part + 0j if whole else self._turning(part) for part in pair))
+
+    def _made(self, projection: Projection, values: Mapping[fx.Node, Any]) -> Tensor:
+        """Return what `projection` gives, ``[n, kv, slots, d]``, float64."""
+        rows = self._rows(self.program.weights, projection)
+        made = torch.einsum("ni,ksdi->nksd", projection.inputs(values), rows)
+        if projection.bias:
+            made = made + self.program.weights[projection.bias].double()[projection.indices]
+        return made
+
+    def _rows(self, weights: Mapping[str, Tensor], projection: Projection) -> Tensor:
+        """Return the rows of `projection`, ``[kv, slots, d, in]``, float64."""
+        matrix = projection.matrix.read(weights[projection.matrix.weight])[0]
+        return matrix.double()[projection.indices]
+
+    def _turning(self, part: Tensor) -> Tensor:
+        """Return coordinates that are rotated together as complex numbers, then the fixed ones."""
+        first, second = self.map.planes.unbind(1)
+        turned = torch.complex(part[..., first], part[..., second])
+        return torch.cat([turned, part[..., self.map.fixed] + 0j], -1)
+
+    def share_heads(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights that change when the heads of each group become equal."""
+        moments = (self._queries, self._keys, self._values)
+        if not all(bool(each.isfinite().all()) for each in moments):
+            name = self.map.heads.name
+            raise CalibrationError(f"{name}: its heads are not finite on the calibration data")
+        outputs = self._columns(self.program.weights)
+        uses = torch.einsum("oksd,okse->kde", outputs, outputs)
+        rotation, linear = self._rotation(), self._values_linear()
+        way = self._way(rotation, uses if linear else None)
+        new = {**weights, **equal_heads(weights, self.map.heads, way)}
+        fits: dict[str, list[Shared]] = {"keys": [], "values": []}
+        for group in way:
+            at = list(group)
+            if rotation is not None:
+                shared = shared_keys(_block(self._keys, at), self._queries[at], rotation)
+                self._share_keys(new, at, shared)
+                fits["keys"].append(shared)
+            if linear:
+                shared = shared_subspace(_block(self._values, at), uses[at])
+                self._share_values(new, at, shared)
+                fits["values"].append(shared)
+        self.errors |= {
+            what: sum(fit.error for fit in found) / max(sum(fit.total for fit in found), 1e-150)
+            for what, found in fits.items()
+            if found
+        }
+        return {name: weight for name, weight in new.items() if weight is not weights[name]}
+
+    def _way(self, rotation: Rotation | None, uses: Tensor | None) -> Groups:
+        """Choose which heads become one."""
+        heads, size = self.map.heads, self.map.heads.size
+        types = self.types if self.similar else None
+        atom, why = reorderable(types, heads) if types and self.groups > 1 else (None, "")
+        if why:
+            self.notes.append(f"heads stay in order: {why}")
+        if types is None or atom is None or (rotation is None and uses is None):
+            way = group_by_weights(self.program, types, heads, self.groups)
+            self.reordering = way.reordering
+            return way.groups
+        costs = torch.zeros(2, size, size, dtype=torch.float64)
+        totals = [0.0, 0.0]
+        for pair in itertools.combinations(range(size), 2):
+            at, (a, b) = list(pair), pair
+            if rotation is not None:
+                cost, total = rotated_cost(_block(self._keys, at), self._queries[at], rotation)
+                costs[0, a, b] = costs[0, b, a] = cost
+                totals[0] += total
+            if uses is not None:
+                shared = shared_subspace(_block(self._values, at), uses[at])
+                costs[1, a, b] = costs[1, b, a] = shared.error
+                totals[1] += shared.total
+        parts = torch.tensor(totals, dtype=torch.float64).clamp(min=1e-150)
+        total_costs = (costs / parts[:, None, None]).sum(0)
+        way = Grouping.cheapest(types, atom, total_costs, self.groups)
+        self.reordering = way.reordering
+        return way.groups
+
+    def _rotation(self) -> Rotation | None:
+        """Return how positions rotate queries and keys; None, with a note, if they do more."""
+        query, key, *_ = self._followed
+        why = next((why for each in (query, key) if (why := each.reason())), "")
+        turns = key.turns
+        shared = min(len(query.turns), len(key.turns))
+        if not why:
+            ratio = query.turns[:shared] / turns[:shared]
+            steady = turns.abs() / turns[0].abs()
+            if not (_alike(ratio / ratio[0, 0]) and _alike(steady)):
+                why = "queries and keys are scaled apart by position or coordinate"
+        if why:
+            self.notes.append(f"keys: {why}")
+            return None
+        # A key lies before its query: it is turned back by so many positions.
+        relative = (turns[:_DISTANCES] / turns[0]).conj()
+        return Rotation.of(self.map.planes, self.map.fixed, relative)
+
+    def _values_linear(self) -> bool:
+        """Tell whether values and outputs are linear in what the heads hold; if not, note why."""
+        for each in self._followed[2:]:
+            why = each.reason()
+            if not why and not _alike(each.turns / each.turns[0, 0]):
+                why = "coordinates are scaled apart"
+            if why:
+                self.notes.append(f"values: {why}")
+                return False
+        return True
+
+    def _share_keys(self, new: dict[str, Tensor], at: list[int], shared: Shared) -> None:
+        query, key, *_ = self.map.projections
+        pool = shared.pool / _scale(_block(self._keys, at), shared.pool)
+        factors = shared.factors * _scale(_block(self._keys, at), shared.pool)
+        self._write(new, key, at, lambda rows: _pooled(pool, rows))
+        self._write(new, query, at, lambda rows: torch.einsum("kde,ksd...->kse...", factors, rows))
+
+    def _share_values(self, new: dict[str, Tensor], at: list[int], shared: Shared) -> None:
+        _, _, value, output = self.map.projections
+        scale = _scale(_block(self._values, at), shared.pool)
+        self._write(new, value, at, lambda rows: _pooled(shared.pool / scale, rows))
+        columns = self._columns(self.program.weights)[:, at]
+        factored = torch.einsum("oksd,kde->okse", columns, shared.factors * scale)
+        name = output.matrix.weight
+        whole = output.matrix.read(new[name])
+        whole[0][:, output.indices[at]] = factored.to(whole.dtype)
+        new[name] = output.matrix.write(new[name], whole)
+
+    def _write(
+        self,
+        new: dict[str, Tensor],
+        projection: Projection,
+        at: list[int],
+        change: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Change the rows, and their biases, of the heads `at`, ``[heads, slots, d, ...]``."""
+        name, bias = projection.matrix.weight, projection.bias
+        rows_at = projection.indices[at]
+        whole = projection.matrix.read(new[name])
+        rows = change(self._rows(self.program.weights, projection)[at])
+        whole[0][rows_at] = rows.to(whole.dtype)
+        new[name] = projection.matrix.write(new[name], whole)
+        if bias:
+            old = self.program.weights[bias].detach()
+            vector = new[bias].detach().clone()
+            vector[rows_at] = change(old.double()[rows_at]).to(old.dtype)
+            new[bias] = vector
+
+    def _columns(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """Return what the output projection makes of every head, ``[out, kv, slots, d]``."""
+        output = self.map.projections[3]
+        whole = output.matrix.read(weights[output.matrix.weight])[0].double()
+        return whole[:, output.indices]
+
+    # -- refitting the output -------------------------------------------------------------------
+
+    def observe_shared(self, values: Mapping[fx.Node, Any]) -> None:
+        """Take down what the output projection is given now, in the order of `observe`."""
+        self._after.append(self.map.projections[3].inputs(values))
+
+    def refit_output(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the output projection fitted to what it gave before the edit."""
+        matrix = self.map.projections[3].matrix
+        old = matrix.read(self.program.weights[matrix.weight])[0].double()
+        start = matrix.read(weights[matrix.weight])[0].double()
+        pairs = list(zip(self._before, self._after, strict=True))
+        gram = sum((after.mT @ after for _, after in pairs), torch.zeros(()))
+        wanted = sum((after.mT @ (before @ old.mT) for before, after in pairs), torch.zeros(()))
+        power = sum(float((before @ old.mT).square().sum()) for before, _ in pairs)
+        more = self.damp * float(gram.diagonal().mean())
+        best = torch.linalg.solve(damped(gram, self.damp), wanted + more * start.mT).mT
+        left = power - 2 * float((best.mT * wanted).sum()) + float(((best @ gram) * best).sum())
+        self.errors["outputs"] = max(left, 0.0) / max(power, 1e-150)
+        self._before, self._after = [], []
+        whole = best[None].to(weights[matrix.weight].dtype)
+        return {matrix.weight: matrix.write(weights[matrix.weight], whole)}
+
+
+class _Followed:
+    """An operand, compared with what its projection made, each position times its own factors."""
+
+    def __init__(self) -> None:
+        self.fits = True
+        self._crossed = torch.zeros(0, 0, dtype=torch.complex128)
+        self._power = torch.zeros(0, 0, dtype=torch.float64)
+        self._total = 0.0
+
+    def add(self, made: Tensor, seen: Tensor) -> None:
+        """Count in ``[batch, positions, kv, slots, coordinates]``, complex, of both."""
+        over = (0, 2, 3)
+        self._crossed = _added(self._crossed, (made.conj() * seen).sum(over))
+        self._power = _added(self._power, made.abs().square().sum(over))
+        self._total += float(seen.abs().square().sum())
+
+    @property
+    def turns(self) -> Tensor:
+        """The factors, ``[positions, coordinates]``."""
+        return self._crossed / self._power.clamp(min=1e-150)
+
+    def reason(self) -> str:
+        """Return why it is not that, or ""."""
+        if not self.fits:
+            return "they are not one for each input"
+        explained = self._crossed.abs().square() / self._power.clamp(min=1e-150)
+        if self._total - float(explained.sum()) > _EXACT * self._total:
+            return "more is done with them than to rotate them by position"
+        return ""
+
+
+def _added(one: Tensor, other: Tensor) -> Tensor:
+    """Return the sum of tables of which one may have more rows."""
+    if len(one) < len(other):
+        one, other = other, one
+    if not len(other):
+        return one
+    found = one.clone()
+    found[: len(other)] += other
+    return found
+
+
+def _alike(factors: Tensor) -> bool:
+    return bool(((factors - 1).abs() < _SAME).all())
+
+
+def _block(moments: Tensor, at: Sequence[int]) -> Tensor:
+    """Return the moments of the heads `at`, ``[m d, m d]`` of ``[kv, d, kv, d]``."""
+    width = moments.shape[1]
+    return moments[at][:, :, at].reshape(len(at) * width, len(at) * width)
+
+
+def _scale(block: Tensor, pool: Tensor) -> float:
+    """Return the shared head's root mean square as a part of that of the heads it is made of."""
+    heads = len(block) // len(pool)
+    power = float(((pool @ block) * pool).sum()) * heads / max(float(block.trace()), 1e-150)
+    return max(power, 1e-150) ** 0.5
+
+
+def _pooled(pool: Tensor, rows: Tensor) -> Tensor:
+    """Return the shared head for each of the heads in `rows`, ``[heads, 1, d, ...]``."""
+    shared = torch.tensordot(pool, rows.flatten(0, 2), 1)
+    return shared.expand(len(rows), 1, *shared.shape)
