@@ -172,9 +172,10 @@ class Prune(Pass):
 
     def run(self, program: Program, context: Context) -> Outcome:
         """Score the target's groups, select units, and rewrite; once for each step."""
-        from graphprune.plan.plan import Plan, Step
+        from graphprune.plan.plan import Plan
+        from graphprune.plan.steps import Step
         from graphprune.selection.targets import outer_groups, outer_layers, target_groups
-        from graphprune.transforms.apply import carry_out
+        from graphprune.transforms.apply import apply_step
 
         first = coupling = context.coupling(program)
         protected = outer_layers(first, *self.protect) if self.protect else set()

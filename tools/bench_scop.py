@@ -29,7 +29,8 @@ from torch import Tensor
 import graphprune as gp
 from graphprune.criteria import Scores, ScoringContext, criterion
 from graphprune.criteria.scop import ScopBeta
-from graphprune.plan.plan import Plan, Step
+from graphprune.plan.plan import Plan
+from graphprune.plan.steps import Step
 from graphprune.selection.selector import lowest_units
 from graphprune.transforms.batch_norms import reestimate
 

@@ -34,7 +34,8 @@ from train_reference import Corpus, digest
 import graphprune as gp
 from graphprune import reference
 from graphprune.criteria import ScoringContext, criterion
-from graphprune.plan.plan import Plan, Step
+from graphprune.plan.plan import Plan
+from graphprune.plan.steps import Step
 from graphprune.selection.cost import Costs
 from graphprune.selection.selector import lowest_units
 from graphprune.selection.targets import target_groups

@@ -7,9 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from graphprune.calibration.statistics import observe
+from graphprune.calibration.statistics import damped, observe
 from graphprune.criteria.base import Criterion, Scores, ScoringContext
-from graphprune.transforms.refit import removal_errors
 
 
 class Obs(Criterion):

@@ -13,7 +13,8 @@ from graphprune.calibration.data import Calibration, inputs_of, task_loss
 from graphprune.criteria import Scores, ScoringContext
 from graphprune.errors import SelectionError
 from graphprune.ir.program import Program
-from graphprune.plan.plan import Plan, Step
+from graphprune.plan.plan import Plan
+from graphprune.plan.steps import Step
 from graphprune.selection.selector import lowest_units
 
 LEVELS = 8

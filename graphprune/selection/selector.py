@@ -15,7 +15,7 @@ from torch import Tensor
 from graphprune.analysis.coupling import Coupling, Group
 from graphprune.criteria import Scores
 from graphprune.errors import NothingToPrune, SelectionError
-from graphprune.plan.plan import Cut
+from graphprune.plan.steps import Cut
 from graphprune.selection.cost import Cost, Costs
 
 Scope = Literal["local", "global"]

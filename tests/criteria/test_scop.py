@@ -21,7 +21,8 @@ from graphprune.criteria.scop import Scop, features, find_sites, mixed, units_at
 from graphprune.errors import CalibrationError, SelectionError
 from graphprune.ir.program import Program
 from graphprune.pipeline.pipeline import Pipeline
-from graphprune.plan.plan import Plan, Step
+from graphprune.plan.plan import Plan
+from graphprune.plan.steps import Step
 from graphprune.selection.selector import lowest_units
 from graphprune.transforms.batch_norms import reestimate
 

@@ -19,8 +19,6 @@ from graphprune.analysis.inference import Types
 from graphprune.analysis.matrices import contractions
 from graphprune.calibration.data import Calibration
 from graphprune.calibration.layerwise import Run, segments, unpadded
-from graphprune.calibration.statistics import damped
-from graphprune.errors import CalibrationError
 from graphprune.io.progress import Progress, no_progress
 from graphprune.ir.program import Program
 from graphprune.plan.steps import Permutation
