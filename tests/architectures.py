@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers as tf
+from captures import captured
 from torch import Tensor, nn
 
 import graphprune as gp
@@ -141,7 +142,7 @@ def model_of(name: str) -> nn.Module:
 @cache
 def program_of(name: str) -> Program:
     """The captured model called `name`."""
-    return gp.capture(model_of(name))
+    return captured(model_of(name))
 
 
 @cache

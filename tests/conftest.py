@@ -7,8 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from captures import remembered
 
 torch.set_num_threads(1)  # the models are tiny: more threads cost more than they give
+
+
+@pytest.fixture(autouse=True)
+def captures_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Share what was captured, except with the tests of capture itself."""
+    if request.node.get_closest_marker("captures_anew") is None:
+        monkeypatch.setattr("graphprune.frontend.capture.capture_transformers", remembered)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

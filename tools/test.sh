@@ -27,5 +27,5 @@ stage types mypy
 stage imports lint-imports
 stage doctests python -m pytest -q --doctest-modules graphprune README.md
 printf '\n=== tests\n'
-# Each file in one process, since what it captures is kept for the tests of that file.
+# Each file in one process, since its fixtures are kept for the tests of that file.
 exec python -m pytest -m "not slow and not network and not browser" -n 2 --dist loadfile "$@"

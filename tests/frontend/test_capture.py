@@ -32,6 +32,8 @@ from graphprune.ir.exported import to_exported_program
 from graphprune.ir.program import PAST, PRESENT, Note, Program
 from graphprune.ir.provenance import module_path, source_line
 
+pytestmark = pytest.mark.captures_anew
+
 CLOSE = 1e-5
 
 
