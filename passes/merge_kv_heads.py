@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from graphprune.errors import MergeError
+from graphprune.ir.runtimes import Runtime
 from graphprune.pipeline.pass_base import Baseline, Context, Outcome, Pass
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class MergeKvHeads(Pass):
     order: Literal["contiguous", "similarity"] | None = None
     damp: float = 0.01
     skip: tuple[str, ...] = ()
-    runtime: Literal["portable", "cpu", "cuda", "tensorrt"] | None = None
+    runtime: Runtime | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -152,8 +153,8 @@ class MergeKvHeads(Pass):
 
     def _hints(self, program: Program, chosen: list[Heads]) -> list[str]:
         """Return which query groups are off the fast path of `runtime` once heads are merged."""
-        from graphprune.analysis.kernel_sizes import query_group_hints
         from graphprune.report.overview import hint_lines
+        from graphprune.selection.kernel_sizes import query_group_hints
 
         if self.runtime is None:
             return []

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from graphprune.errors import NothingToPrune, SelectionError
+from graphprune.ir.runtimes import Runtime
 from graphprune.pipeline.pass_base import Context, Outcome, Pass
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from graphprune.analysis.coupling import Coupling, Group
+    from graphprune.analysis.coupling import Coupling
+    from graphprune.analysis.groups import Group
     from graphprune.ir.program import Program
     from graphprune.plan.steps import Cut
 
@@ -127,7 +129,7 @@ class Prune(Pass):
     macs: float | None = None
     kv_bytes: float | None = None
     scores: str | None = None
-    runtime: Literal["portable", "cpu", "cuda", "tensorrt"] | None = None
+    runtime: Runtime | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -225,8 +227,8 @@ class Prune(Pass):
 
     def _hints(self, first: Coupling, removed: Mapping[str, int]) -> list[str]:
         """Return what leaves the fast path of `runtime` by this."""
-        from graphprune.analysis.kernel_sizes import speed_hints
         from graphprune.report.overview import hint_lines
+        from graphprune.selection.kernel_sizes import speed_hints
 
         if self.runtime is None:
             return []
@@ -244,10 +246,10 @@ class Prune(Pass):
         first: Coupling,
     ) -> list[Cut]:
         """Return what goes so that `part` of the budgets on `first` is met; none where it is."""
-        from graphprune.analysis.kernel_sizes import liked_sizes
         from graphprune.criteria import ScoringContext, check_scores, criterion
         from graphprune.criteria.score_cache import load_or_score
         from graphprune.selection.allocation import loss_margins
+        from graphprune.selection.kernel_sizes import preferred_sizes
         from graphprune.selection.selector import Selector
 
         scoring = ScoringContext(
@@ -266,7 +268,7 @@ class Prune(Pass):
             check_scores(scores, scoring)
         sizes: Mapping[str, Sequence[int]] = {}
         if self.runtime is not None and self.round_to is None:
-            sizes = liked_sizes((first.group(group.name) for group in groups), self.runtime)
+            sizes = preferred_sizes((first.group(group.name) for group in groups), self.runtime)
         selector = Selector(
             scope=self.scope,
             normalize="none" if self.normalize == "loss" else self.normalize,

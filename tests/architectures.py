@@ -203,7 +203,9 @@ def random_cuts(
     for group in coupling.groups:
         if group.role in without or (roles is not None and group.role not in roles):
             continue
-        count = min(max(1, int(group.size * (ratio or chosen.random()))), group.size - group.least)
+        count = min(
+            max(1, int(group.size * (ratio or chosen.random()))), group.size - group.min_units
+        )
         places = itertools.product(*(range(sizes[parent]) for parent in group.parents))
         units = {place: tuple(chosen.sample(range(group.size), count)) for place in places}
         cuts.append(group.cut(units))

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import graphprune as gp
-from graphprune.analysis.coupling import Coupling, Group
+from graphprune.analysis.coupling import Coupling
+from graphprune.analysis.groups import Group
 
 
 def conv(inside: int, outside: int, kernel: int = 3, groups: int = 1, stride: int = 1) -> nn.Module:

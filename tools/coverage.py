@@ -41,7 +41,8 @@ from tiny_models import TASKS, tiny_model, types_of
 from torch.fx import Node
 
 import graphprune as gp
-from graphprune.analysis.coupling import Coupling, Group
+from graphprune.analysis.coupling import Coupling
+from graphprune.analysis.groups import Group
 from graphprune.backends.huggingface.save import checkpoint_form
 from graphprune.frontend.capture import capture
 from graphprune.frontend.example_inputs import example_of
@@ -157,9 +158,9 @@ def _analysed(program: Program, row: Row) -> Coupling:
 
 
 def _attentions(coupling: Coupling) -> list[Any]:
-    from graphprune.analysis.roles import attention_sites
+    from graphprune.analysis.attention.sites import all_sites
 
-    return [*coupling.types.facts.attentions, *attention_sites(coupling.types)]
+    return list(all_sites(coupling.types))
 
 
 def _layers(coupling: Coupling) -> Iterator[str]:
@@ -178,7 +179,7 @@ def _layers(coupling: Coupling) -> Iterator[str]:
 
 def _joins_residuals(coupling: Coupling, weight: Node) -> bool:
     types = coupling.types
-    atoms = [atom for axis in types.of[weight] for atom in types.axes.atoms(axis)]
+    atoms = [atom for axis in types.axes_of[weight] for atom in types.axes.atoms(axis)]
     frozen = {atom: types.frozen[atom].why for atom in atoms if atom in types.frozen}
     groups = [coupling.group_of(a) for a in atoms if frozen.get(a) != "places of a kernel"]
     return all(group is not None and group.role == "residual" for group in groups)
@@ -198,7 +199,7 @@ def _cuts(coupling: Coupling) -> tuple[Cut, ...]:
 
 
 def _cut(group: Group, sizes: dict[str, int], chosen: random.Random) -> Cut:
-    count = min(max(1, group.size // 4), group.size - group.least)
+    count = min(max(1, group.size // 4), group.size - group.min_units)
     places = itertools.product(*(range(sizes[parent]) for parent in group.parents))
     return group.cut({place: tuple(chosen.sample(range(group.size), count)) for place in places})
 

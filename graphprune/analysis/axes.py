@@ -19,15 +19,13 @@ Examples
 >>> axes.unify(axes.sum(second, first), dim)      # cat((-second, first)) + x
 >>> axes.show(out, {first: "r", heads: "kv"})
 '(kv [r + r])'
->>> axes.positions(out, {axes.resolve(first): Cut(removed=(1,))})
-[0, 2, 4, 6]
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 
 class Axis:
@@ -90,56 +88,8 @@ class Conflict(Exception):
 
 
 @dataclass(frozen=True)
-class Cut:
-    """The units of one atom that go.
-
-    Parameters
-    ----------
-    removed
-        Sorted indices, the same under every parent; used when `parents` is empty.
-    parents
-        The atoms that this atom depends on, outermost first.
-    per_parent
-        For a dependent atom: the sorted removed indices for each tuple of parent indices, all
-        equally many, so that the shape stays rectangular.
-    """
-
-    removed: tuple[int, ...] = ()
-    parents: tuple[Atom, ...] = ()
-    per_parent: Mapping[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict)
-
-    @property
-    def count(self) -> int:
-        """How many units go (under each parent)."""
-        if self.parents:
-            return len(next(iter(self.per_parent.values()), ()))
-        return len(self.removed)
-
-    def under(self, place: Mapping[Atom, int]) -> frozenset[int]:
-        """The removed indices where the parents stand at `place`."""
-        if not self.parents:
-            return frozenset(self.removed)
-        return frozenset(self.per_parent[tuple(place[parent] for parent in self.parents)])
-
-
-@dataclass(frozen=True)
-class Growth:
-    """Copies that an atom gains; only for atoms that no weight holds."""
-
-    by: int
-
-    @property
-    def count(self) -> int:
-        """How many units go: a negative number."""
-        return -self.by
-
-
-Cuts = Mapping[Axis, Cut | Growth]
-
-
-@dataclass(frozen=True)
 class Occurrence:
-    """One place of an atom inside a dimension, as an affine index map.
+    """One appearance of an atom inside a dimension, as an affine index map.
 
     Unit ``u`` holds the indices ``offset + sum(o_k * stride_k) + u * inner + i`` for every
     outer coordinate ``o_k`` and every ``0 <= i < inner``.
@@ -263,7 +213,7 @@ class Axes:
         return names.get(axis, str(axis.size))
 
     def occurrences(self, axis: Axis) -> list[Occurrence]:
-        """Every place of every atom inside `axis`, as affine index maps."""
+        """Return every appearance of every atom inside `axis`, as affine index maps."""
         found: list[Occurrence] = []
         self._occurrences(self.head(axis), 0, 1, (), found)
         return found
@@ -439,51 +389,6 @@ class Axes:
         for run in runs:
             self.unify(run, inner)
 
-    # -- what stays -----------------------------------------------------------------------------
-
-    def kept_size(self, axis: Axis, cuts: Cuts) -> int:
-        """The size of `axis` after `cuts` (keyed by resolved atoms)."""
-        axis = self.head(axis)
-        if isinstance(axis, Product):
-            return math.prod(self.kept_size(factor, cuts) for factor in axis.factors)
-        if isinstance(axis, Sum):
-            return sum(self.kept_size(term, cuts) for term in axis.terms)
-        cut = cuts.get(axis)
-        return axis.size - cut.count if cut else axis.size
-
-    def touched(self, axis: Axis, cuts: Cuts) -> bool:
-        """Whether any atom inside `axis` loses a unit."""
-        return any(atom in cuts for atom in self.atoms(axis))
-
-    def positions(self, axis: Axis, cuts: Cuts) -> list[int]:
-        """The indices of `axis` that stay after `cuts`, in order."""
-        return list(self._kept(self.head(axis), cuts, {}))
-
-    def _kept(self, axis: Axis, cuts: Cuts, place: dict[Atom, int]) -> Iterable[int]:
-        if not self.touched(axis, cuts):
-            return range(axis.size)
-        if isinstance(axis, Atom):
-            cut = cuts[axis]
-            assert isinstance(cut, Cut), "an axis of a weight cannot grow"
-            gone = cut.under(place)
-            return [index for index in range(axis.size) if index not in gone]
-        if isinstance(axis, Sum):
-            kept: list[int] = []
-            start = 0
-            for term in axis.terms:
-                kept.extend(start + index for index in self._kept(self.head(term), cuts, place))
-                start += term.size
-            return kept
-        assert isinstance(axis, Product)
-        lead, *rest = axis.factors
-        lead, inner = self.head(lead), self.product(*rest)
-        kept = []
-        for index in self._kept(lead, cuts, place):
-            if isinstance(lead, Atom):
-                place = {**place, lead: index}
-            kept.extend(index * inner.size + below for below in self._kept(inner, cuts, place))
-        return kept
-
 
 def _inside(axis: Axis) -> tuple[Axis, ...]:
     if isinstance(axis, Product):
@@ -492,7 +397,7 @@ def _inside(axis: Axis) -> tuple[Axis, ...]:
 
 
 def _loose(part: Axis, kind: type[Axis]) -> bool:
-    """Whether `part` must be followed or flattened to normalise a `kind` around it."""
+    """Whether `part` must be followed or flattened to normalize a `kind` around it."""
     return isinstance(part, kind) or (isinstance(part, Atom) and part.bound is not None)
 
 

@@ -1,11 +1,11 @@
 """What goes with units that own a part of the graph, such as experts that code loops over.
 
-A loop over modules ties each of them to a place of a choice by a literal: ``chosen == 3``, or
-``mask[3]``. When nothing chooses that place, what is read there is zero (or empty), and so is what
+A loop over modules ties each of them to a unit of a choice by a literal: ``chosen == 3``, or
+``mask[3]``. When nothing chooses that unit, what is read there is zero (or empty), and so is what
 is computed from it alone. The branch ends where that is added to something else: the sum is then
 the other operand, and whatever led to the branch and is not used elsewhere goes, weights and all.
-No form of loop is looked for: zeros are followed from operator to operator, by the same laws by
-which the analysis follows them.
+No form of loop is looked for: zeros are followed from operator to operator, by the same
+rules by which the analysis follows them.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ import torch
 from torch import fx
 
 from graphprune.analysis.axes import Axis
-from graphprune.analysis.operators.rule import Frozen, Law, Zero
+from graphprune.analysis.operators.facts import Frozen, ZeroPropagation, ZeroRule
 from graphprune.ir.aten import name_of, plain_name
 from graphprune.ir.nodes import arguments_of
 
 _ATEN = torch.ops.aten
 
 _FINDING = {_ATEN.where.default, _ATEN.nonzero.default, _ATEN.nonzero_numpy.default}
-"""Operators whose results are as long as there are places where their operand holds."""
+"""Operators whose results are as long as there are positions where their operand holds."""
 
 
 @dataclass(frozen=True, eq=False)
-class Seeds:
+class UnitEntries:
     """Where units of an axis come into a graph.
 
     Parameters
     ----------
-    readings
+    selects
         Nodes that are zero when the units are never chosen.
-    places
-        Node that gathers a list of tensors -> which of them belong to the units.
+    stacked
+        Node that stacks a list of tensors -> the positions of those that belong to the units.
     """
 
-    readings: list[fx.Node] = field(default_factory=list)
-    places: dict[fx.Node, set[int]] = field(default_factory=dict)
+    selects: list[fx.Node] = field(default_factory=list)
+    stacked: dict[fx.Node, set[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +54,8 @@ class Removal:
     ----------
     absorbed
         Sum of a branch and something else -> the something else, which takes its place.
-    places
-        Node that gathers a list of tensors -> those that leave the list.
+    stacked
+        Node that stacks a list of tensors -> the positions of those that leave the list.
     dead
         Nodes that nothing uses any more, weights among them.
     stuck
@@ -63,7 +63,7 @@ class Removal:
     """
 
     absorbed: Mapping[fx.Node, fx.Node]
-    places: Mapping[fx.Node, Collection[int]]
+    stacked: Mapping[fx.Node, Collection[int]]
     dead: Set[fx.Node]
     stuck: fx.Node | None = None
 
@@ -80,7 +80,7 @@ class Ownership:
 
     Parameters
     ----------
-    seeds
+    entries
         Of each unit, where it comes into the graph.
     weights
         Of each unit, the names of the weights that nothing else uses, as many of each.
@@ -90,13 +90,13 @@ class Ownership:
         Why no unit can go; None where all can.
     """
 
-    seeds: tuple[Seeds, ...]
+    entries: tuple[UnitEntries, ...]
     weights: tuple[tuple[str, ...], ...] = ()
     nodes: tuple[Set[fx.Node], ...] = ()
     fault: Frozen | None = None
 
 
-class Branches:
+class UnitOwnership:
     """Follows through a graph what units leave behind.
 
     Parameters
@@ -105,8 +105,8 @@ class Branches:
         The graph.
     weights
         Placeholder of a weight -> its name; no other placeholder ever goes.
-    laws
-        Where each result vanishes.
+    zero_rules
+        Where each result is zero.
     written
         Nodes that write their first operand in place.
     base
@@ -117,35 +117,35 @@ class Branches:
         self,
         graph: fx.Graph,
         weights: Mapping[fx.Node, str],
-        laws: Mapping[fx.Node, Law],
+        zero_rules: Mapping[fx.Node, ZeroPropagation],
         written: Collection[fx.Node],
         base: Callable[[fx.Node], fx.Node],
     ) -> None:
         self.weights = weights
-        self.laws = laws
+        self.zero_rules = zero_rules
         self.written = written
         self.base = base
         self.overwritten = {base(node) for node in written}
         self.order = {node: at for at, node in enumerate(graph.nodes)}
 
-    def ownership(self, axis: Axis, seeds: tuple[Seeds, ...]) -> Ownership:
-        """What belongs to each unit of `axis`, which come in at `seeds`."""
-        removals = [self.without([each]) for each in seeds]
+    def ownership(self, axis: Axis, entries: tuple[UnitEntries, ...]) -> Ownership:
+        """What belongs to each unit of `axis`, which come in at `entries`."""
+        removals = [self.without([each]) for each in entries]
         # As many as ever go at once, too: what two leave may meet first where both end.
-        trials = {f"its unit {unit} does": removal for unit, removal in enumerate(removals)}
-        trials["its first units do"] = self.without(seeds[:-1])
-        trials["its last units do"] = self.without(seeds[1:])
-        for what, removal in trials.items():
+        removed = {f"its unit {unit} does": removal for unit, removal in enumerate(removals)}
+        removed["its first units do"] = self.without(entries[:-1])
+        removed["its last units do"] = self.without(entries[1:])
+        for what, removal in removed.items():
             if removal.stuck is not None:
                 why = f"{what} not go by never being chosen"
-                return Ownership(seeds, fault=Frozen(axis, why, removal.stuck))
+                return Ownership(entries, fault=Frozen(axis, why, removal.stuck))
         owned = [self._owned(removal) for removal in removals]
         ranks = [[node.meta["val"].ndim for node in each] for each in owned]
         for unit, found in enumerate(ranks):
             if 0 in found or found != ranks[0]:
-                return Ownership(seeds, fault=self._unlike(axis, seeds, removals, ranks, unit))
+                return Ownership(entries, fault=self._unlike(axis, entries, removals, ranks, unit))
         names = tuple(tuple(self.weights[node] for node in each) for each in owned)
-        return Ownership(seeds, names, tuple(removal.dead for removal in removals))
+        return Ownership(entries, names, tuple(removal.dead for removal in removals))
 
     def _owned(self, removal: Removal) -> list[fx.Node]:
         return sorted(removal.dead & self.weights.keys(), key=self.order.__getitem__)
@@ -153,7 +153,7 @@ class Branches:
     def _unlike(
         self,
         axis: Axis,
-        seeds: Sequence[Seeds],
+        entries: Sequence[UnitEntries],
         removals: Sequence[Removal],
         ranks: Sequence[list[int]],
         unit: int,
@@ -169,26 +169,26 @@ class Branches:
         why = f"its units 0 and {unit} have different weights of their own"
         if 0 in ranks[unit]:
             why = f"its unit {unit} owns a single number"
-        inlets = [n for each in (0, unit) for n in (*seeds[each].readings, *seeds[each].places)]
+        inlets = [n for each in (0, unit) for n in (*entries[each].selects, *entries[each].stacked)]
         return Frozen(axis, why, max(inlets, key=self.order.__getitem__))
 
-    def without(self, units: Collection[Seeds]) -> Removal:
+    def without(self, units: Collection[UnitEntries]) -> Removal:
         """What is left without all of `units` at once; linear in the size of their branches."""
-        readings = [node for seeds in units for node in seeds.readings]
-        places: dict[fx.Node, set[int]] = {}
-        for seeds in units:
-            for node, found in seeds.places.items():
-                places.setdefault(node, set()).update(found)
-        flow = _Flow(self, readings)
-        dead = self._dead(readings, flow.absorbed, places)
-        stuck = flow.stuck or self._first_alive(readings, flow, dead)
-        return Removal(flow.absorbed, places, dead, stuck)
+        selects = [node for entries in units for node in entries.selects]
+        stacked: dict[fx.Node, set[int]] = {}
+        for entries in units:
+            for node, found in entries.stacked.items():
+                stacked.setdefault(node, set()).update(found)
+        flow = _ZeroFlow(self, selects)
+        dead = self._dead(selects, flow.absorbed, stacked)
+        stuck = flow.stuck or self._first_alive(selects, flow, dead)
+        return Removal(flow.absorbed, stacked, dead, stuck)
 
     def _dead(
         self,
-        readings: Iterable[fx.Node],
+        selects: Iterable[fx.Node],
         absorbed: Mapping[fx.Node, fx.Node],
-        places: Mapping[fx.Node, Collection[int]],
+        stacked: Mapping[fx.Node, Collection[int]],
     ) -> set[fx.Node]:
         """The nodes that nothing uses once branches have ended where they are absorbed."""
         dead: set[fx.Node] = set()
@@ -196,13 +196,13 @@ class Branches:
         def uses(user: fx.Node, node: fx.Node) -> bool:
             if user in dead or (user in absorbed and absorbed[user] is not node):
                 return False
-            if user in places:
+            if user in stacked:
                 tensors: Any = user.args[0]
-                return any(t is node for i, t in enumerate(tensors) if i not in places[user])
+                return any(t is node for i, t in enumerate(tensors) if i not in stacked[user])
             return True
 
-        pending = [*readings, *(other for node in absorbed for other in node.all_input_nodes)]
-        pending += [other for node in places for other in node.all_input_nodes]
+        pending = [*selects, *(other for node in absorbed for other in node.all_input_nodes)]
+        pending += [other for node in stacked for other in node.all_input_nodes]
         while pending:
             node = pending.pop()
             fixed = node.op != "call_function" and node not in self.weights
@@ -213,36 +213,36 @@ class Branches:
         return dead
 
     def _first_alive(
-        self, readings: Iterable[fx.Node], flow: _Flow, dead: Collection[fx.Node]
+        self, selects: Iterable[fx.Node], flow: _ZeroFlow, dead: Collection[fx.Node]
     ) -> fx.Node | None:
         """The first operator that needs what is read, or writes into what stays."""
         left = [n for n in dead if n in self.written and self.base(n) not in dead]
-        if alive := [node for node in readings if node not in dead]:
-            users = [user for node in flow.vanished if node not in dead for user in node.users]
-            left += [u for u in users if u not in flow.vanished and u not in flow.absorbed]
+        if alive := [node for node in selects if node not in dead]:
+            users = [user for node in flow.zero if node not in dead for user in node.users]
+            left += [u for u in users if u not in flow.zero and u not in flow.absorbed]
             left = left or alive
         return min(left, key=self.order.__getitem__, default=None)
 
 
-class _Flow:
-    """Follows zeros and emptiness from `readings` on, to where they are absorbed."""
+class _ZeroFlow:
+    """Follows zeros and emptiness from `selects` on, to where they are absorbed."""
 
-    def __init__(self, branches: Branches, readings: Iterable[fx.Node]) -> None:
-        self.branches = branches
-        self.laws, self.written = branches.laws, branches.written
-        self.vanished: set[fx.Node] = set(readings)
+    def __init__(self, ownership: UnitOwnership, selects: Iterable[fx.Node]) -> None:
+        self.ownership = ownership
+        self.zero_rules, self.written = ownership.zero_rules, ownership.written
+        self.zero: set[fx.Node] = set(selects)
         self.absorbed: dict[fx.Node, fx.Node] = {}
         self.stuck: fx.Node | None = None
         self._empty: set[Any] = set()
-        order = branches.order
-        queue = [(order[user], user) for node in self.vanished for user in node.users]
+        order = ownership.order
+        queue = [(order[user], user) for node in self.zero for user in node.users]
         heapq.heapify(queue)
         while queue:
             _, node = heapq.heappop(queue)
-            if node in self.vanished or node in self.absorbed or node.op != "call_function":
+            if node in self.zero or node in self.absorbed or node.op != "call_function":
                 continue
-            if self._vanishes(node):
-                self.vanished.add(node)
+            if self._is_zero(node):
+                self.zero.add(node)
             elif (other := self._absorbing(node)) is not None:
                 self.absorbed[node] = other
             elif node in self.written and self._is_gone(node.args[0]):
@@ -254,11 +254,11 @@ class _Flow:
         """Whether a tensor is zero everywhere, or empty."""
         while node in self.absorbed:
             node = self.absorbed[node]
-        return node in self.vanished
+        return node in self.zero
 
     # -- zeros ----------------------------------------------------------------------------------
 
-    def _vanishes(self, node: fx.Node) -> bool:
+    def _is_zero(self, node: fx.Node) -> bool:
         value = node.meta.get("val")
         operands = [o for o in node.all_input_nodes if not isinstance(o.meta["val"], torch.SymInt)]
         if self._finds(node):
@@ -271,19 +271,19 @@ class _Flow:
         if name_of(node) == "where" and self._is_gone(node.args[0]):
             other = arguments_of(node)["other"]
             return self._is_gone(other) if isinstance(other, fx.Node) else other == 0
-        law = self.laws.get(node, Zero.NEVER)
-        if isinstance(law, tuple):
-            return all(any(map(self._is_gone, term)) for term in law)
-        if law is Zero.KEEP:
+        rule = self.zero_rules.get(node, ZeroRule.NEVER)
+        if isinstance(rule, tuple):
+            return all(any(map(self._is_gone, term)) for term in rule)
+        if rule is ZeroRule.AS_FIRST:
             return self._is_gone(operands[0])
-        if law is Zero.ANY:
+        if rule is ZeroRule.ANY_OPERAND:
             return any(map(self._is_gone, operands))
-        if law in (Zero.ALL, Zero.JOIN):
+        if rule in (ZeroRule.ALL_OPERANDS, ZeroRule.ALL_HOLDERS):
             return all(map(self._is_gone, operands))
         return False
 
     def _finds(self, node: fx.Node) -> bool:
-        """Whether places are looked for where nothing is."""
+        """Whether positions are looked for where nothing is."""
         if node.target is _ATEN.index.Tensor:
             return any(map(self._is_mask_of_nothing, arguments_of(node)["indices"]))
         return node.target in _FINDING and self._is_gone(node.args[0])
@@ -331,11 +331,11 @@ class _Flow:
 
     def _may_share(self, node: fx.Node, other: fx.Node) -> bool:
         """Whether `node` may be `other` itself, and nothing is written over that is still used."""
-        if node in self.written or node not in self.branches.overwritten:
+        if node in self.written or node not in self.ownership.overwritten:
             return True
         while other in self.absorbed and len(other.users) == 1:
             other = self.absorbed[other]
-        made = other.op == "call_function" and self.branches.base(other) is other
+        made = other.op == "call_function" and self.ownership.base(other) is other
         return made and len(other.users) == 1
 
     def _writes_nothing(self, given: Mapping[str, Any]) -> bool:

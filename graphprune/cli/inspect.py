@@ -110,7 +110,7 @@ def explain(
 ) -> None:
     """Say what one dimension of a weight is coupled with, or why it cannot be pruned."""
     from graphprune.analysis.coupling import analyze
-    from graphprune.analysis.coupling_paths import chain_text
+    from graphprune.report.coupling_paths import path_text
 
     program = session.load(directory)
     with session.working("analyzing"):
@@ -123,7 +123,7 @@ def explain(
             print(f"\n{group}")
             other = next((each for each in reversed(group.weights()) if each != name), None)
             if other is not None:
-                print(chain_text(coupling, group.name, name, other))
+                print(path_text(coupling, group.name, name, other))
 
 
 def _page_and_plot(

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from graphprune.analysis.coupling import Coupling, Group
+from graphprune.analysis.coupling import Coupling
+from graphprune.analysis.groups import Group
 from graphprune.analysis.matrices import Matrix, contractions
 from graphprune.calibration.data import Calibration
 from graphprune.criteria.units import consumers

@@ -11,7 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from graphprune.analysis.coupling import Coupling, Group
+from graphprune.analysis.coupling import Coupling
+from graphprune.analysis.groups import Group
+from graphprune.analysis.index_maps import units_along
 from graphprune.calibration.data import Calibration, inputs_of
 from graphprune.calibration.layerwise import unpadded
 from graphprune.criteria.base import Criterion, Scores, ScoringContext
@@ -22,7 +24,6 @@ from graphprune.ir.nodes import arguments_of
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import operator_of
 from graphprune.transforms.batch_norms import BATCH_NORM
-from graphprune.transforms.heads.layout import units_along
 
 
 class Scop(Criterion):
@@ -213,7 +214,7 @@ def units_at(coupling: Coupling, group: Group, node: fx.Node) -> Tensor | None:
     Units are counted over all parents; -1 is no unit. None where the value has no axis of the group
     or of a parent, or more than one.
     """
-    types, type_ = coupling.types, coupling.types.of[node]
+    types, type_ = coupling.types, coupling.types.axes_of[node]
     numbers: Tensor | None = None
     for atom in map(coupling.atom, (*group.parents, group.name)):
         held = [dim for dim, axis in enumerate(type_) if atom in types.axes.atoms(axis)]

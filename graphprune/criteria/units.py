@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from graphprune.analysis.coupling import Group
+from graphprune.analysis.groups import Group
+from graphprune.analysis.index_maps import unit_indices
 from graphprune.analysis.matrices import Matrix
 from graphprune.plan.index_map import IndexMap
 
@@ -17,18 +18,11 @@ def sum_units(line: Tensor, group: Group, member: IndexMap) -> Tensor:
     """Sum scores along a dimension over the slice of every unit: ``[*parents' sizes, size]``."""
     if member.owner is not None:
         return line.new_zeros(group.size).index_fill(0, torch.tensor(member.owner), line.sum())
-    units = _units(line, group, member)
+    units = line[unit_indices(member, group.size)]
     keep = [member.outer_groups.index(parent) for parent in group.parents]
     gone = [dim for dim in range(units.ndim) if dim not in (*keep, units.ndim - 2)]
     order = sorted(keep)
     return units.sum(gone).permute(*(order.index(dim) for dim in keep), len(keep))
-
-
-def _units(line: Tensor, group: Group, member: IndexMap) -> Tensor:
-    """View a dimension as ``[*outer, size, width]``: the indices of every unit of `group`."""
-    loops = [*member.outer, (group.size, member.width), (member.width, 1)]
-    sizes, strides = zip(*loops, strict=True)
-    return line.as_strided(sizes, strides, member.offset)
 
 
 def consumers(
@@ -62,12 +56,12 @@ def unit_numbers(sizes: Sequence[int], group: Group, member: IndexMap, size: int
     line = torch.full((size,), -1 if member.owner is None else member.owner)
     if member.owner is not None:
         return line
-    units = _units(line, group, member)
+    indices = unit_indices(member, group.size)
     keep = [member.outer_groups.index(parent) for parent in group.parents]
     order = sorted(keep)
     numbers = numbers.permute(*(keep.index(dim) for dim in order), len(keep))
-    shape = [1] * units.ndim
-    for dim, count in zip((*order, units.ndim - 2), numbers.shape, strict=True):
+    shape = [1] * indices.ndim
+    for dim, count in zip((*order, indices.ndim - 2), numbers.shape, strict=True):
         shape[dim] = count
-    units.copy_(numbers.reshape(shape).expand_as(units))
+    line[indices] = numbers.reshape(shape).expand_as(indices)
     return line

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from graphprune.analysis.coupling import Group
+from graphprune.analysis.groups import Group
 from graphprune.criteria.base import Aggregate, Criterion, Scores, ScoringContext
 from graphprune.criteria.units import sum_units
 from graphprune.errors import SelectionError

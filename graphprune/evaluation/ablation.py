@@ -16,7 +16,8 @@ import torch
 from scipy.special import stdtr
 from torch import Tensor
 
-from graphprune.analysis.coupling import Coupling, Group
+from graphprune.analysis.coupling import Coupling
+from graphprune.analysis.groups import Group
 from graphprune.analysis.matrices import Matrix
 from graphprune.calibration.data import LABELS, task_loss
 from graphprune.criteria import ScoringContext
@@ -111,7 +112,7 @@ def sensitivity(
     with progress_bar(progress, "removing units", total=total) as advance:
         for part, runs in parts:
             removed = tuple(_effect(*each) for each in effects(part, runs, False))
-            enough = [run for run in runs if run[1] - run[0] >= part.group.least]
+            enough = [run for run in runs if run[1] - run[0] >= part.group.min_units]
             kept = _best(list(effects(part, enough, True))) if keep_one else None
             rows.append(GroupEffects(part.name, part.group.role, part.shape, removed, kept))
     return Sensitivity(measure, float(whole.mean()), len(whole), tuple(rows))
@@ -169,9 +170,9 @@ class _Part:
         bounds = [self.total * at // count for at in range(count + 1)]
         runs = list(itertools.pairwise(bounds))
         stay = self.total - max(end - first for first, end in runs)
-        if stay < self.group.least:
+        if stay < self.group.min_units:
             raise SelectionError(
-                f"{self.name}: {self.group.least} of its {self.total} units must stay, and "
+                f"{self.name}: {self.group.min_units} of its {self.total} units must stay, and "
                 f"{count} blocks leave {stay}"
             )
         return runs

@@ -16,11 +16,12 @@ from typing import Any, get_args
 from torch import fx
 
 from graphprune.analysis.axes import Atom, Axis, Product, Sum
-from graphprune.analysis.coupling import Coupling, Group
-from graphprune.analysis.coupling_paths import Chains
+from graphprune.analysis.coupling import Coupling
+from graphprune.analysis.groups import Group
 from graphprune.analysis.roles import LABELS
 from graphprune.ir.provenance import module_path, source_line, whereabouts
 from graphprune.plan.plan import Plan
+from graphprune.report.coupling_paths import CouplingPaths
 from graphprune.selection.cost import TOKENS, Cost, Costs
 from graphprune.transforms.apply import apply_plan
 
@@ -107,8 +108,8 @@ class _Document:
         return Costs(self.coupling)
 
     @cached_property
-    def chains(self) -> Chains:
-        return Chains(self.coupling)
+    def paths(self) -> CouplingPaths:
+        return CouplingPaths(self.coupling)
 
     @cached_property
     def numbers(self) -> dict[str, int]:
@@ -183,8 +184,8 @@ class _Document:
             found["w"] = group.why
         if group.parents:
             found["p"] = [self.numbers[name] for name in group.parents]
-        if group.least > 1:
-            found["l"] = group.least
+        if group.min_units > 1:
+            found["l"] = group.min_units
         return found
 
     def _shares(self, group: Group) -> list[int]:
@@ -198,7 +199,7 @@ class _Document:
         """
         nodes = dict(self.coupling.program.weight_nodes())
         members = group.weights()
-        tree = self.chains.tree(group.name, members[0])
+        tree = self.paths.tree(group.name, members[0])
         values = {nodes[name]: number for number, name in enumerate(members)}
         steps: dict[int, list[int]] = {}
         queue = list(values)

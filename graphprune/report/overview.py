@@ -11,15 +11,17 @@ from rich.console import Group as Stack
 from rich.table import Table
 from rich.text import Text
 
-from graphprune.analysis.kernel_sizes import RUNTIMES, speed_hints
+from graphprune.ir.runtimes import RUNTIMES
+from graphprune.selection.kernel_sizes import speed_hints
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.tree import Tree
 
-    from graphprune.analysis.coupling import Coupling, Group
-    from graphprune.analysis.kernel_sizes import Hint
+    from graphprune.analysis.coupling import Coupling
+    from graphprune.analysis.groups import Group
     from graphprune.ir.program import Program
+    from graphprune.selection.kernel_sizes import Hint
 
 _NUMBER = re.compile(r"(?<![A-Za-z0-9_])\d+(?![A-Za-z0-9_])")
 """A number that stands alone between dots, as those of layers do."""
@@ -73,9 +75,9 @@ def group_table(program: Program, coupling: Coupling) -> Table:
     table.add_column("removal is")
     rows: dict[tuple[str, ...], list[str]] = {}
     for group in coupling.groups:
-        rows.setdefault((alike(group.name), *_cells(program, group)), []).append(group.name)
+        rows.setdefault((layer_pattern(group.name), *_cells(program, group)), []).append(group.name)
     for (_, *cells), names in rows.items():
-        table.add_row(str(len(names)), *map(Text, (fold(names), *cells)))
+        table.add_row(str(len(names)), *map(Text, (collapse_names(names), *cells)))
     return table
 
 
@@ -83,7 +85,7 @@ def hint_lines(hints: Iterable[Hint]) -> list[str]:
     """Speed hints as lines, those of repeated layers in one; of many sizes it names three."""
     rows: dict[tuple[str, str, str], list[Hint]] = {}
     for hint in hints:
-        rows.setdefault((alike(hint.where), hint.what, hint.why), []).append(hint)
+        rows.setdefault((layer_pattern(hint.where), hint.what, hint.why), []).append(hint)
     lines = []
     for (_, what, why), found in rows.items():
         sizes = list(dict.fromkeys(hint.size for hint in found))
@@ -91,7 +93,7 @@ def hint_lines(hints: Iterable[Hint]) -> list[str]:
             sizes[3:] = [f"{len(sizes) - 3} more"]
         *first, last = sizes
         size = f"{', '.join(first)} or {last}" if first else last
-        lines.append(f"{fold(hint.where for hint in found)}: {what.format(size)} {why}")
+        lines.append(f"{collapse_names(hint.where for hint in found)}: {what.format(size)} {why}")
     return lines
 
 
@@ -103,9 +105,10 @@ def module_tree(title: str, program: Program, coupling: Coupling) -> Tree:
     branches: dict[str, Tree] = {"": tree}
     rows: dict[tuple[str, str], list[str]] = {}
     for name in program.weights:
-        rows.setdefault((alike(name), alike(str(coupling.type_of(name)))), []).append(name)
+        kind = str(coupling.type_of(name))
+        rows.setdefault((layer_pattern(name), layer_pattern(kind)), []).append(name)
     for (_, kind), names in rows.items():
-        *path, leaf = fold(names).split(".")
+        *path, leaf = collapse_names(names).split(".")
         for depth in range(1, len(path) + 1):
             here = ".".join(path[:depth])
             if here not in branches:
@@ -114,14 +117,14 @@ def module_tree(title: str, program: Program, coupling: Coupling) -> Tree:
     return tree
 
 
-def fold(names: Iterable[str]) -> str:
+def collapse_names(names: Iterable[str]) -> str:
     """Names that differ in standing numbers only as one, with the ranges of those numbers.
 
     Examples
     --------
-    >>> fold(["layers.0.mlp", "layers.1.mlp", "layers.2.mlp", "layers.5.mlp"])
+    >>> collapse_names(["layers.0.mlp", "layers.1.mlp", "layers.2.mlp", "layers.5.mlp"])
     'layers.{0-2,5}.mlp'
-    >>> fold(["layers.3.mlp"])
+    >>> collapse_names(["layers.3.mlp"])
     'layers.3.mlp'
     """
     names = list(names)
@@ -143,7 +146,7 @@ def _ranges(numbers: set[int]) -> str:
     return f"{{{','.join(texts)}}}"
 
 
-def alike(name: str) -> str:
+def layer_pattern(name: str) -> str:
     """`name` with its standing numbers replaced: equal for the weights of repeated layers."""
     return _NUMBER.sub("#", name)
 
@@ -155,7 +158,7 @@ def _cells(program: Program, group: Group) -> tuple[str, ...]:
 
 def _reasons(coupling: Coupling) -> Iterator[Text]:
     """Why some groups are not exact, once for groups that differ in numbers only."""
-    inexact = {(alike(g.name), alike(g.why)): g for g in coupling.groups if g.why}
+    inexact = {(layer_pattern(g.name), layer_pattern(g.why)): g for g in coupling.groups if g.why}
     for group in reversed(inexact.values()):
         yield Text(f"{group.name} is {group.exactness}: {group.why}")
 
@@ -202,8 +205,10 @@ def _sizes(title: str, program: Program) -> Iterator[Text]:
         + (f", {cache:,} bytes of KV cache per token" if cache else "")
     )
     names = [value.name for value in program.inputs]
-    shown = list(dict.fromkeys(map(alike, names)))
-    yield Text(f"takes {', '.join(fold(n for n in names if alike(n) == each) for each in shown)}")
+    repeated: dict[str, list[str]] = {}
+    for each in names:
+        repeated.setdefault(layer_pattern(each), []).append(each)
+    yield Text(f"takes {', '.join(map(collapse_names, repeated.values()))}")
     for note in program.notes:
         yield Text(f"note: {note.text}")
 
@@ -217,9 +222,9 @@ def _types(program: Program, coupling: Coupling) -> Table:
     for name, weight in program.weights.items():
         shape = " x ".join(map(str, weight.shape))
         kind = str(coupling.type_of(name))
-        names, kinds = rows.setdefault((alike(name), shape, alike(kind)), ([], []))
+        names, kinds = rows.setdefault((layer_pattern(name), shape, layer_pattern(kind)), ([], []))
         names.append(name)
         kinds.append(kind)
     for (_, shape, _), (names, kinds) in rows.items():
-        table.add_row(Text(fold(names)), Text(shape), Text(fold(kinds)))
+        table.add_row(Text(collapse_names(names)), Text(shape), Text(collapse_names(kinds)))
     return table

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from graphprune.errors import PlanError
-from graphprune.report.overview import alike, fold
+from graphprune.report.overview import collapse_names, layer_pattern
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,9 +45,9 @@ def difference(first: Plan, second: Plan, *names: str) -> Table:
         for dim in sorted({*here, *there}):
             left, right = set(here.get(dim, ())), set(there.get(dim, ()))
             cells = [f"{len(each):,} go" for each in (left, right, left & right)]
-            rows.setdefault((alike(weight), str(dim), *cells), []).append(weight)
+            rows.setdefault((layer_pattern(weight), str(dim), *cells), []).append(weight)
     for (_, *cells), weights in rows.items():
-        table.add_row(*map(Text, (fold(weights), *cells)))
+        table.add_row(*map(Text, (collapse_names(weights), *cells)))
     merged = [_merged(plan) for plan in (first, second)]
     for group in dict.fromkeys((*merged[0], *merged[1])):
         table.add_row(*map(Text, (group, "", *(each.get(group, "") for each in merged), "")))

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from graphprune.analysis.coupling import Group
+from graphprune.analysis.groups import Group
 from graphprune.calibration.data import Calibration, inputs_of, task_loss
 from graphprune.criteria import Scores, ScoringContext
 from graphprune.errors import SelectionError
@@ -73,7 +73,7 @@ def loss_margins(
 
 def _counts(group: Group, levels: int) -> Sequence[int]:
     """Return how many units of a group are masked, up to all that may go."""
-    most = group.size - group.least
+    most = group.size - group.min_units
     return sorted({round(most * level / levels) for level in range(1, levels + 1)} - {0})
 
 

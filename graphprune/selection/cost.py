@@ -14,9 +14,9 @@ import torch
 from torch import fx
 
 from graphprune.analysis.axes import Atom, Axis, Product, Sum
-from graphprune.analysis.axes import Cut as AxisCut
+from graphprune.analysis.axis_cuts import AxisCut
 from graphprune.analysis.coupling import Coupling
-from graphprune.analysis.operators.rule import Type
+from graphprune.analysis.operators.facts import Type
 from graphprune.ir.aten import name_of
 from graphprune.ir.program import PAST
 
@@ -154,7 +154,7 @@ class Costs:
         symbols = {symbol for expression in expressions for symbol in expression.free_symbols}
         given = {symbol: sizes.get(str(symbol), self.tokens) for symbol in symbols}
         for chosen, (mask, atom) in self._chosen.items():
-            shape, least = mask.meta["val"].shape, self.coupling.types.least.get(atom, 1)
+            shape, least = mask.meta["val"].shape, self.coupling.types.min_units.get(atom, 1)
             mask_sizes = [self._fixed.get(size, size) for size in shape if isinstance(size, int)]
             slots = 1 if len(shape) > 1 and least in mask_sizes else least
             mask_sizes += [int(expression.xreplace(given)) for expression in _expressions(mask)]
@@ -181,7 +181,7 @@ class Costs:
 
     @cached_property
     def _params(self) -> Terms:
-        program, of = self.coupling.program, self.coupling.types.of
+        program, of = self.coupling.program, self.coupling.types.axes_of
         return [
             (1, of[node], self._owners.get(node, ()))
             for name, node in program.weight_nodes()
@@ -200,7 +200,7 @@ class Costs:
 
     @cached_property
     def _kv_bytes(self) -> Terms:
-        types = self.coupling.types.of
+        types = self.coupling.types.axes_of
         return [
             (value.dtype.itemsize, (types[node][1], types[node][3]), ())
             for value, node in self.coupling.program.input_nodes()
@@ -209,7 +209,7 @@ class Costs:
 
     @cached_property
     def _macs(self) -> Terms:
-        types, facts = self.coupling.types.of, self.coupling.types.facts
+        types, facts = self.coupling.types.axes_of, self.coupling.types.facts
         summed: dict[fx.Node, list[Axis]] = {}
         for entry in facts.contractions:
             if len(entry.operands) > 1:

@@ -12,7 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from graphprune.analysis.coupling import Coupling, Group
+from graphprune.analysis.coupling import Coupling
+from graphprune.analysis.groups import Group
 from graphprune.criteria import Scores
 from graphprune.errors import NothingToPrune, SelectionError
 from graphprune.plan.steps import Cut
@@ -53,7 +54,7 @@ class Selector:
         Every group keeps a multiple of this many units (rounded up), where it has that many.
     sizes
         Group name -> the numbers of units that it may keep beside all of them, ascending, in place
-        of the multiples of `round_to` (see `graphprune.analysis.kernel_sizes.liked_sizes`).
+        of the multiples of `round_to` (see `graphprune.selection.kernel_sizes.preferred_sizes`).
     params, macs, kv_bytes
         The part of the program's parameters, multiply-accumulates (of a prompt of
         `graphprune.selection.cost.TOKENS` tokens) and KV cache.
@@ -85,7 +86,7 @@ class Selector:
         """Return how many units a group keeps where it should keep at least `wanted`."""
         step = min(self.round_to, group.size)
         sizes = self.sizes.get(group.name, range(step, group.size + 1, step))
-        at = bisect_left(sizes, max(wanted, group.least))
+        at = bisect_left(sizes, max(wanted, group.min_units))
         return min(sizes[at], group.size) if at < len(sizes) else group.size
 
     @property

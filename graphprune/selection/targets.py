@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 
-from graphprune.analysis.coupling import Coupling, Group
+from graphprune.analysis.coupling import Coupling
+from graphprune.analysis.groups import Group
 from graphprune.analysis.roles import Role
 from graphprune.errors import SelectionError
 from graphprune.ir.provenance import layer_of

@@ -8,7 +8,8 @@ without data, and compared with the types.
 
 from __future__ import annotations
 
-from graphprune.analysis import axes as ax
+from graphprune.analysis.axes import Axis
+from graphprune.analysis.axis_cuts import AxisCut
 from graphprune.analysis.coupling import Coupling, analyze
 from graphprune.errors import PlanError
 from graphprune.ir.program import Program
@@ -66,8 +67,8 @@ def _remove(program: Program, cuts: tuple[Cut, ...], coupling: Coupling) -> Prog
     return resize.program(resize.gathered(program.weights))
 
 
-def _by_atom(cuts: tuple[Cut, ...], coupling: Coupling) -> dict[ax.Axis, ax.Cut]:
-    found: dict[ax.Axis, ax.Cut] = {}
+def _by_atom(cuts: tuple[Cut, ...], coupling: Coupling) -> dict[Axis, AxisCut]:
+    found: dict[Axis, AxisCut] = {}
     groups = {group.name: group for group in coupling.groups}
     for cut in cuts:
         group = groups.get(cut.group)
@@ -82,7 +83,7 @@ def _by_atom(cuts: tuple[Cut, ...], coupling: Coupling) -> dict[ax.Axis, ax.Cut]
             continue
         if cut.parents:
             parents = tuple(map(coupling.atom, cut.parents))
-            found[coupling.atom(cut.group)] = ax.Cut(parents=parents, per_parent=dict(cut.units))
+            found[coupling.atom(cut.group)] = AxisCut(parents=parents, per_parent=dict(cut.units))
         else:
-            found[coupling.atom(cut.group)] = ax.Cut(removed=cut.units[()])
+            found[coupling.atom(cut.group)] = AxisCut(removed=cut.units[()])
     return found

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphprune.analysis.axes import Axis, Cut, Cuts
-from graphprune.analysis.inference import Types
-from graphprune.analysis.operators.rule import MeanLiteral, Type
+from graphprune.analysis.axes import Axis
+from graphprune.analysis.axis_cuts import AxisCut, AxisCuts, is_cut, kept_indices, kept_size
+from graphprune.analysis.operators.facts import MeanLiteral, Type
+from graphprune.analysis.types import Types
 from graphprune.errors import RewriteError
 from graphprune.ir.nodes import get_argument, set_argument
 from graphprune.ir.program import Program
@@ -41,16 +42,18 @@ class Resize:
         graph cannot go together.
     """
 
-    def __init__(self, types: Types, cuts: Cuts) -> None:
+    def __init__(self, types: Types, cuts: AxisCuts) -> None:
         self.types = types
         self.cuts = cuts
         self.axes = types.axes
-        for choice in types.facts.choices:
-            if self.touched((choice.axis,)):
-                left = self.axes.kept_size(choice.axis, cuts)
-                if left < choice.least:
-                    where = module_path(choice.node) or "the model"
-                    raise RewriteError(f"{where} chooses {choice.least} units, and {left} are left")
+        for routing in types.facts.routings:
+            if self.touched((routing.axis,)):
+                left = kept_size(self.axes, routing.axis, cuts)
+                if left < routing.min_units:
+                    where = module_path(routing.node) or "the model"
+                    raise RewriteError(
+                        f"{where} chooses {routing.min_units} units, and {left} are left"
+                    )
         self.graph = fx.Graph()
         self.new: dict[fx.Node, fx.Node] = {}
         output = self.graph.graph_copy(types.program.graph, self.new)
@@ -73,50 +76,50 @@ class Resize:
         """
         owners = self.types.owners
         gone = [
-            owners[atom].seeds[unit]
+            owners[atom].entries[unit]
             for atom, cut in self.cuts.items()
-            if atom in owners and isinstance(cut, Cut)
+            if atom in owners and isinstance(cut, AxisCut)
             for unit in cut.removed
         ]
-        removal = self.types.branches.without(gone)
+        removal = self.types.unit_ownership.without(gone)
         if removal.stuck is not None:
             raise RewriteError(f"{operator_of(removal.stuck)} cannot do without all of these units")
-        for node, gone_at in removal.places.items():
+        for node, gone_at in removal.stacked.items():
             tensors: Any = self.new[node].args[0]
             kept = [each for at, each in enumerate(tensors) if at not in gone_at]
             self.new[node].args = (kept, *self.new[node].args[1:])
         for node in removal.absorbed:
             self.new[node].replace_all_uses_with(self.new[removal.instead(node)])
-        order = self.types.branches.order
+        order = self.types.unit_ownership.order
         for node in sorted({*removal.absorbed, *removal.dead}, key=order.__getitem__, reverse=True):
             self.graph.erase_node(self.new.pop(node))
-        for reading in self.types.facts.readings:
-            if reading.node in self.new and self.touched((reading.axis,)):
-                index = self.axes.positions(reading.axis, self.cuts).index(reading.index)
-                for argument, past in reading.literals:
-                    set_argument(self.new[reading.node], argument, None, index + past)
+        for select in self.types.facts.unit_selects:
+            if select.node in self.new and self.touched((select.axis,)):
+                index = kept_indices(self.axes, select.axis, self.cuts).index(select.index)
+                for argument, past in select.literals:
+                    set_argument(self.new[select.node], argument, None, index + past)
 
     def touched(self, type_: Type) -> bool:
         """Tell whether any axis of `type_` changes its size."""
-        return any(self.axes.touched(axis, self.cuts) for axis in type_)
+        return any(is_cut(self.axes, axis, self.cuts) for axis in type_)
 
     def _ratio(self, axis: Axis) -> Fraction:
-        if not self.axes.touched(axis, self.cuts):
+        if not is_cut(self.axes, axis, self.cuts):
             return Fraction(1)
-        return Fraction(self.axes.kept_size(axis, self.cuts), self.axes.head(axis).size)
+        return Fraction(kept_size(self.axes, axis, self.cuts), self.axes.head(axis).size)
 
     def gathered(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the weights that stay, with the indices that do; unchanged ones are shared."""
         return {
-            name: self._gather(weights[name], self.types.of[node])
+            name: self._gather(weights[name], self.types.axes_of[node])
             for name, node in self.types.program.weight_nodes()
             if node in self.new
         }
 
     def _gather(self, weight: Tensor, type_: Type) -> Tensor:
         for dim, axis in enumerate(type_):
-            if self.axes.touched(axis, self.cuts):
-                kept = torch.tensor(self.axes.positions(axis, self.cuts), device=weight.device)
+            if is_cut(self.axes, axis, self.cuts):
+                kept = torch.tensor(kept_indices(self.axes, axis, self.cuts), device=weight.device)
                 weight = weight.detach().index_select(dim, kept)
         return weight
 
@@ -131,7 +134,7 @@ class Resize:
         """
         shapes = {
             self.new[node]: self._shapes(node.meta["val"], type_)
-            for node, type_ in self.types.of.items()
+            for node, type_ in self.types.axes_of.items()
             if type_ is not None and node in self.new and self._any_touched(type_)
         }
         return rebuild(self.types.program, self.graph, weights, shapes)

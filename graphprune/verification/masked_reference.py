@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphprune.analysis.axes import Axis, Occurrence
-from graphprune.analysis.inference import Types, infer
+from graphprune.analysis.axes import Axis
+from graphprune.analysis.index_maps import indices_by_unit
+from graphprune.analysis.inference import infer
+from graphprune.analysis.types import Types
 from graphprune.ir.nodes import argument_names
 from graphprune.ir.program import Program
 from graphprune.plan.plan import Plan
@@ -140,15 +142,15 @@ class MaskedReference:
             found = torch.ones(axis.size).bool()
             for place in types.axes.occurrences(axis):
                 if place.atom in kept:
-                    found[_indices(place)[~kept[place.atom]].flatten()] = False
+                    found[indices_by_unit(place)[~kept[place.atom]].flatten()] = False
             return None if bool(found.all()) else found
 
         for entry in types.facts.statistics:
-            left = stays(types.of[entry.node.all_input_nodes[0]][entry.dim])
+            left = stays(types.axes_of[entry.node.all_input_nodes[0]][entry.dim])
             if left is not None:
                 found = self.statistics.setdefault(entry.node, [])
                 found.append((entry.dim, left.nonzero().flatten(), entry.clears))
-        for choice in types.facts.choices:
+        for choice in types.facts.routings:
             if (left := stays(choice.axis)) is not None:
                 self.choices.setdefault(choice.node, []).append((choice.dim, left))
 
@@ -157,7 +159,7 @@ class MaskedReference:
         kept: dict[Axis, Tensor] = {}
         for (name, dim), origin in self.origin.items():
             for place in types.axes.occurrences(types.weight(name)[dim]):
-                stays = (origin[_indices(place)] >= 0).flatten(1).any(1)
+                stays = (origin[indices_by_unit(place)] >= 0).any(1)
                 kept[place.atom] = kept.get(place.atom, torch.zeros(place.atom.size).bool()) | stays
         return kept
 
@@ -176,15 +178,6 @@ class MaskedReference:
 def _inverse(sources: Sequence[int]) -> Tensor:
     """Return where every index is found among `sources`."""
     return torch.tensor(sources).argsort()
-
-
-def _indices(place: Occurrence) -> Tensor:
-    """Return ``[units, ...]``: the indices that each unit of an atom holds at `place`."""
-    rows = place.offset + torch.arange(place.atom.size)[:, None] * place.inner
-    rows = rows + torch.arange(place.inner)
-    for loop, stride in place.outer:
-        rows = (rows[:, None] + (torch.arange(loop.size) * stride)[:, None]).flatten(1)
-    return rows
 
 
 class _Masked(fx.Interpreter):

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphprune.analysis.axes import UNIT, Atom, Axes, Axis, Conflict, Cut, Growth, Product, Sum
+from graphprune.analysis.axes import UNIT, Atom, Axes, Axis, Conflict, Product, Sum
+from graphprune.analysis.axis_cuts import AxisCut, Growth, is_cut, kept_indices, kept_size
 
 FAST = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -202,7 +203,7 @@ def test_axes_of_size_one_hold_no_unit() -> None:
 
 
 @st.composite
-def cut_axes(draw: st.DrawFn) -> tuple[Axes, Axis, dict[Axis, Cut]]:
+def cut_axes(draw: st.DrawFn) -> tuple[Axes, Axis, dict[Axis, AxisCut]]:
     """An axis in which unification made atoms occur in several places, and cuts of its atoms."""
     axes = Axes()
     shape = draw(_SHAPES)
@@ -212,18 +213,18 @@ def cut_axes(draw: st.DrawFn) -> tuple[Axes, Axis, dict[Axis, Cut]]:
         left, right = draw(st.permutations(found))[:2]
         if left.size == right.size:
             axes.unify(left, right)
-    cuts: dict[Axis, Cut] = {}
+    cuts: dict[Axis, AxisCut] = {}
     for atom in dict.fromkeys(axes.atoms(axis)):
         gone = draw(st.sets(st.integers(0, atom.size - 1), max_size=atom.size - 1))
         if gone:
-            cuts[atom] = Cut(removed=tuple(sorted(gone)))
+            cuts[atom] = AxisCut(removed=tuple(sorted(gone)))
     return axes, axis, cuts
 
 
 @given(cut_axes())
 @FAST
 def test_positions_are_those_of_which_no_unit_goes(
-    case: tuple[Axes, Axis, dict[Axis, Cut]],
+    case: tuple[Axes, Axis, dict[Axis, AxisCut]],
 ) -> None:
     axes, axis, cuts = case
     places = enumerate_places(axes, axis)
@@ -232,23 +233,23 @@ def test_positions_are_those_of_which_no_unit_goes(
         for index, place in enumerate(places)
         if not any(atom in cuts and unit in cuts[atom].removed for atom, unit in place)
     ]
-    kept = axes.positions(axis, cuts)
+    kept = kept_indices(axes, axis, cuts)
     assert kept == expected
-    assert len(kept) == axes.kept_size(axis, cuts)
-    assert axes.touched(axis, cuts) == (len(kept) < axis.size)
+    assert len(kept) == kept_size(axes, axis, cuts)
+    assert is_cut(axes, axis, cuts) == (len(kept) < axis.size)
 
 
 @given(cut_axes())
 @FAST
 def test_what_goes_by_occurrences_and_what_stays_partition_the_dimension(
-    case: tuple[Axes, Axis, dict[Axis, Cut]],
+    case: tuple[Axes, Axis, dict[Axis, AxisCut]],
 ) -> None:
     axes, axis, cuts = case
     gone: set[int] = set()
     for place in axes.occurrences(axis):
         for unit in getattr(cuts.get(place.atom), "removed", ()):
             gone.update(indices_of(axes, place, unit))
-    kept = axes.positions(axis, cuts)
+    kept = kept_indices(axes, axis, cuts)
     assert gone.isdisjoint(kept)
     assert gone.union(kept) == set(range(axis.size))
 
@@ -263,7 +264,7 @@ def indices_of(axes: Axes, place, unit: int) -> set[int]:  # type: ignore[no-unt
 @given(cut_axes())
 @FAST
 def test_occurrences_enumerate_the_places_of_each_atom(
-    case: tuple[Axes, Axis, dict[Axis, Cut]],
+    case: tuple[Axes, Axis, dict[Axis, AxisCut]],
 ) -> None:
     axes, axis, _ = case
     places = enumerate_places(axes, axis)
@@ -284,22 +285,22 @@ def test_a_dependent_cut_stays_rectangular(seed: int) -> None:
     assert isinstance(heads, Atom)
     axis = axes.product(heads, dims)
     units = {(head,): tuple(sorted(chosen.sample(range(4), 2))) for head in range(3)}
-    cuts: dict[Axis, Cut] = {dims: Cut(parents=(heads,), per_parent=units)}
-    kept = axes.positions(axis, cuts)
+    cuts: dict[Axis, AxisCut] = {dims: AxisCut(parents=(heads,), per_parent=units)}
+    kept = kept_indices(axes, axis, cuts)
     assert kept == [
         head * 4 + dim for head in range(3) for dim in range(4) if dim not in units[head,]
     ]
-    assert len(kept) == axes.kept_size(axis, cuts) == 6
+    assert len(kept) == kept_size(axes, axis, cuts) == 6
     assert cuts[dims].count == 2
-    both = {**cuts, heads: Cut(removed=(1,))}
-    assert axes.positions(axis, both) == [index for index in kept if index // 4 != 1]
+    both = {**cuts, heads: AxisCut(removed=(1,))}
+    assert kept_indices(axes, axis, both) == [index for index in kept if index // 4 != 1]
 
 
 def test_growth_adds_units_to_sizes() -> None:
     axes = Axes()
     heads, copies = axes.atom(4), axes.atom(2)
     axis = axes.product(heads, copies)
-    cuts: dict[Axis, Cut | Growth] = {copies: Growth(2), heads: Cut(removed=(1, 3))}
-    assert axes.kept_size(copies, cuts) == 4
-    assert axes.kept_size(axis, cuts) == 8
+    cuts: dict[Axis, AxisCut | Growth] = {copies: Growth(2), heads: AxisCut(removed=(1, 3))}
+    assert kept_size(axes, copies, cuts) == 4
+    assert kept_size(axes, axis, cuts) == 8
     assert Growth(2).count == -2

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import graphprune as gp
-from graphprune.analysis.axes import Atom, Axes, Axis, Cut, Product, Sum
-from graphprune.analysis.coupling import Coupling, Group, common_path
+from graphprune.analysis.axes import Atom, Axes, Axis, Product, Sum
+from graphprune.analysis.axis_cuts import AxisCut, kept_indices
+from graphprune.analysis.coupling import Coupling
+from graphprune.analysis.groups import Group, common_path
 from graphprune.errors import UsageError
 from graphprune.plan.index_map import IndexMap
 from graphprune.plan.plan import Plan
@@ -193,7 +195,7 @@ def test_index_maps_are_those_of_the_axes(name: str) -> None:
                 expected = {i for i, place in enumerate(places) if place.get(atom) == unit}
                 found = [member.indices(unit) for member in members]
                 assert sorted(itertools.chain(*found)) == sorted(expected)
-                kept = axes.positions(axis, {atom: Cut(removed=(unit,))})
+                kept = kept_indices(axes, axis, {atom: AxisCut(removed=(unit,))})
                 assert expected == set(range(size)) - set(kept)
 
 

@@ -67,7 +67,7 @@ def experts(coupling: Coupling) -> list[Any]:
 def test_removal_equals_a_router_that_never_chooses_them(gone: tuple[int, ...]) -> None:
     program, coupling = program_of("mixtral"), coupling_of("mixtral")
     groups = experts(coupling)
-    assert [(group.size, group.least) for group in groups] == [(4, 2), (4, 2)]
+    assert [(group.size, group.min_units) for group in groups] == [(4, 2), (4, 2)]
     cuts = tuple(group.cut({(): gone}) for group in groups)
     pruned = gp.apply(program, Plan((Step(program.fingerprint(), cuts),)))
 
@@ -110,7 +110,7 @@ def test_experts_behind_a_sigmoid_in_groups_and_beside_shared_ones(groups: int) 
     model = perturb(tf.DeepseekV3ForCausalLM(config))
     program = gp.capture(model)
     coupling = gp.analyze(program)
-    sizes = [(group.size, group.least) for group in experts(coupling)]
+    sizes = [(group.size, group.min_units) for group in experts(coupling)]
     assert sizes == ([(8, 2)] if groups == 1 else [(4, 2)])
     weights = {name for group in experts(coupling) for name in group.weights()}
     assert weights == {
@@ -372,7 +372,10 @@ def test_a_unit_of_each_group_owns_an_expert_in_each() -> None:
     program = gp.capture(model)
     coupling = gp.analyze(program)
     halves, places = experts(coupling)
-    assert [(g.size, g.least, len(g.owned())) for g in (halves, places)] == [(2, 1, 16), (4, 2, 16)]
+    assert [(g.size, g.min_units, len(g.owned())) for g in (halves, places)] == [
+        (2, 1, 16),
+        (4, 2, 16),
+    ]
     owned = {m.weight.split(".")[-2] for m in places.members if m.owner == 1}
     assert owned == {"1", "5"}
     for cuts in ({halves.name: (0,)}, {places.name: (1,)}, {halves.name: (1,), places.name: (3,)}):
@@ -416,7 +419,7 @@ def test_a_loop_over_experts_that_are_hit_is_captured_for_all_of_them(tmp_path: 
         assert relative_error(expected, program(**given)["logits"]) < 1e-5
     coupling = gp.analyze(program)
     groups = experts(coupling)
-    assert {(group.size, group.least) for group in groups} == {(4, 1)}
+    assert {(group.size, group.min_units) for group in groups} == {(4, 1)}
     cuts = tuple(group.cut({(): (1,)}) for group in groups)
     plan = Plan((Step(program.fingerprint(), cuts),))
     pruned = gp.apply(program, plan)

@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.nn import functional
 
 import graphprune as gp
-from graphprune.analysis.coupling import Coupling, Group
+from graphprune.analysis.coupling import Coupling
+from graphprune.analysis.groups import Group
 from graphprune.calibration.data import Calibration
 from graphprune.criteria import (
     CRITERIA,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import graphprune as gp
-from graphprune.analysis.coupling import Group
+from graphprune.analysis.groups import Group
 from graphprune.calibration.data import Calibration
 from graphprune.criteria import ScoringContext, criterion
 from graphprune.criteria.knockoffs import permuted

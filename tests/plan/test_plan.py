@@ -22,7 +22,7 @@ from architectures import (
 )
 
 import graphprune as gp
-from graphprune.analysis.coupling import Group
+from graphprune.analysis.groups import Group
 from graphprune.errors import GraphPruneError, PlanError
 from graphprune.ir.program import Program
 from graphprune.plan.index_map import IndexMap

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.report.overview import fold, overview, overview_json
+from graphprune.report.overview import collapse_names, overview, overview_json
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ from graphprune.report.overview import fold, overview, overview_json
     ],
 )
 def test_standing_numbers_become_ranges(names: list[str], folded: str) -> None:
-    assert fold(names) == folded
+    assert collapse_names(names) == folded
 
 
 def test_the_overview_of_a_llama() -> None:

@@ -40,7 +40,7 @@ def test_margins_add_up_to_the_loss_of_the_pruned_program() -> None:
 
     dense = loss(Plan(()))
     for group in given.groups:
-        most = group.size - group.least
+        most = group.size - group.min_units
         cut = group.cut(lowest_units(scores[group.name], most))
         pruned = loss(Plan((Step(given.program.fingerprint(), (cut,)),)))
         assert margins[group.name].shape == (group.size,)

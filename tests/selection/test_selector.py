@@ -14,7 +14,8 @@ from architectures import coupling_of, program_of
 from torch import Tensor
 
 import graphprune as gp
-from graphprune.analysis.coupling import Coupling, Group
+from graphprune.analysis.coupling import Coupling
+from graphprune.analysis.groups import Group
 from graphprune.errors import SelectionError
 from graphprune.plan.plan import Plan
 from graphprune.plan.steps import Step

@@ -19,7 +19,7 @@ from architectures import (
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.analysis.coupling import Group
+from graphprune.analysis.groups import Group
 from graphprune.errors import PlanError
 from graphprune.ir.program import PAST, Program
 from graphprune.plan.plan import Plan

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from graphprune.analysis.attention.probes import Sizes, Trials, ancestors, run_part
+from graphprune.analysis.attention.probes import Prober, Sizes, ancestors, run_part
 
 MaskKind = Literal["none", "causal", "window", "bias"]
 
@@ -81,24 +81,24 @@ class _Meaning:
         return found[None]
 
 
-def meaning_of(trials: Trials, mask: fx.Node) -> Mask:
+def meaning_of(prober: Prober, mask: fx.Node) -> Mask:
     """What `mask` means, if it means anything but itself on all sizes that are tried."""
     part = ancestors([mask])
-    if len(part) > _MOST_NODES or not _tells_sizes_only(trials, part):
+    if len(part) > _MOST_NODES or not _tells_sizes_only(prober, part):
         return Mask(mask, "bias")
-    paddings = trials.paddings & part
-    numbers = _numbers(trials, part)
-    if not trials.program.is_decoder and any(number >= _LONGEST_SQUARE for number in numbers):
+    paddings = prober.paddings & part
+    numbers = _numbers(prober, part)
+    if not prober.program.is_decoder and any(number >= _LONGEST_SQUARE for number in numbers):
         return Mask(mask, "bias")
     windows = sorted({near for n in numbers for near in (n - 1, n, n + 1) if near > 0})
     left = [
         *(_Meaning(kind, padded) for padded in (False, True) for kind in ("none", "causal")),
         *(_Meaning("window", padded, w) for padded in (False, True) for w in windows),
     ]
-    for sizes, pad, must in _scenarios(trials, numbers, bool(paddings)):
+    for sizes, pad, must in _scenarios(prober, numbers, bool(paddings)):
         try:
-            given = trials.inputs(sizes, pad)
-            (found,) = run_part(trials.program, (mask,), given)
+            given = prober.inputs(sizes, pad)
+            (found,) = run_part(prober.program, (mask,), given)
             padding = given[next(iter(paddings))].cpu() if paddings else None
             found = found.cpu()
             left = [each for each in left if _agrees(each, found, padding, sizes.new)]
@@ -113,24 +113,24 @@ def meaning_of(trials: Trials, mask: fx.Node) -> Mask:
     )
 
 
-def _tells_sizes_only(trials: Trials, part: Collection[fx.Node]) -> bool:
+def _tells_sizes_only(prober: Prober, part: Collection[fx.Node]) -> bool:
     """Whether inputs other than the padding have a say by their sizes alone."""
-    for _, node in trials.program.input_nodes():
-        users = () if node in trials.paddings else (user for user in node.users if user in part)
+    for _, node in prober.program.input_nodes():
+        users = () if node in prober.paddings else (user for user in node.users if user in part)
         if node in part and any(user.target is not _ATEN.sym_size.int for user in users):
             return False
     return True
 
 
-def _numbers(trials: Trials, part: Collection[fx.Node]) -> list[int]:
+def _numbers(prober: Prober, part: Collection[fx.Node]) -> list[int]:
     """Whole numbers that stand in a part of the graph, or in constants of one element."""
     found: set[int] = set()
     for node in part:
         for leaf in pytree.tree_leaves((node.args, node.kwargs)):
             if type(leaf) is int and 1 < abs(leaf) < _LONGEST:
                 found.add(abs(leaf))
-    for name, node in trials.program.weight_nodes():
-        weight = trials.program.weights[name]
+    for name, node in prober.program.weight_nodes():
+        weight = prober.program.weights[name]
         if node in part and weight.numel() == 1 and not weight.is_meta:
             number = abs(float(weight))
             if number.is_integer() and 1 < number < _LONGEST:
@@ -139,10 +139,10 @@ def _numbers(trials: Trials, part: Collection[fx.Node]) -> list[int]:
 
 
 def _scenarios(
-    trials: Trials, numbers: Sequence[int], padded: bool
+    prober: Prober, numbers: Sequence[int], padded: bool
 ) -> Iterator[tuple[Sizes, str, bool]]:
     """Sizes, the side that is padded, and whether the graph must hold for them."""
-    cached = trials.program.is_decoder
+    cached = prober.program.is_decoder
     pads = ("", "right", "left") if padded else ("",)
     for past, new in ((0, 5), (6, 1), (6, 3)) if cached else ((0, 5), (0, 9)):
         for pad in pads:

@@ -56,7 +56,7 @@ class Sizes:
 SAMPLE = Sizes(2, 3, 4)
 
 
-class Trials:
+class Prober:
     """Runs parts of a program on sizes of its inputs."""
 
     def __init__(self, program: Program) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.analysis.attention.masks import Mask, meaning_of
-from graphprune.analysis.attention.probes import SAMPLE, Trials, run_part
+from graphprune.analysis.attention.probes import SAMPLE, Prober, run_part
 from graphprune.ir.aten import (
     MOVES,
     PERMUTES,
@@ -155,8 +155,8 @@ class _Reader:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.masks: dict[fx.Node, Mask] = {}
-        self.trials = Trials(program)
-        self.given = self.trials.inputs(SAMPLE)
+        self.prober = Prober(program)
+        self.given = self.prober.inputs(SAMPLE)
         self.pasts = {
             node: value.name.removeprefix(PAST)
             for value, node in program.input_nodes()
@@ -242,7 +242,7 @@ class _Reader:
         groups = node.meta["val"].shape[1]
         if heads % groups:
             return False
-        shape = self.trials.shape(node, SAMPLE)
+        shape = self.prober.shape(node, SAMPLE)
         sample = torch.arange(math.prod(shape)).reshape(shape).to(node.meta["val"].dtype)
         (repeated,) = run_part(self.program, (operand,), {**self.given, node: sample})
         return torch.equal(repeated, sample.repeat_interleave(heads // groups, 1))
@@ -269,7 +269,7 @@ class _Reader:
                 raise _Refused("its causal mask counts from the first key, not from the last")
             return Mask(None, "causal")
         if parts.mask not in self.masks:
-            self.masks[parts.mask] = meaning_of(self.trials, parts.mask)
+            self.masks[parts.mask] = meaning_of(self.prober, parts.mask)
         return self.masks[parts.mask]
 
 

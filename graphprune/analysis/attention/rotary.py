@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from graphprune.analysis.attention.probes import Sizes, Trials, run_part
+from graphprune.analysis.attention.probes import Prober, Sizes, run_part
 from graphprune.ir.program import Program
 
 _ATEN = torch.ops.aten
@@ -80,7 +80,7 @@ class RotaryReader:
     def __init__(self, program: Program, positions: int) -> None:
         self.program = program
         self.positions = positions
-        self.trials = Trials(program)
+        self.prober = Prober(program)
         self.order = {node: at for at, node in enumerate(program.graph.nodes)}
         self.hidden = self._hidden()
         self.tables: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
@@ -109,7 +109,7 @@ class RotaryReader:
         """
         kinds = self.program.kinds
         found = {node for name, node in self.program.weight_nodes() if kinds[name] == "parameter"}
-        found |= {node for _, node in self.program.input_nodes()} - self.trials.paddings
+        found |= {node for _, node in self.program.input_nodes()} - self.prober.paddings
         for node in self.program.graph.nodes:
             if node.target is not _ATEN.sym_size.int and not found.isdisjoint(node.all_input_nodes):
                 found.add(node)
@@ -173,7 +173,7 @@ class RotaryReader:
         pairs = torch.arange(width // 2)
         first = 2 * pairs if interleaved else pairs
         second = first + (1 if interleaved else width // 2)
-        ones = torch.zeros(size, dtype=node.meta["val"].dtype, device=self.trials.device)
+        ones = torch.zeros(size, dtype=node.meta["val"].dtype, device=self.prober.device)
         ones[first] = 1
         length = max(1, min(self.positions, _AT_ONCE // (heads * size)))
         found = []
@@ -191,7 +191,7 @@ class RotaryReader:
         sizes = [Sizes(2, 5, 0), Sizes(2, 1, 6), Sizes(2, 3, 6)]
         if self.program.is_decoder:
             sizes += [Sizes(1, 1, last), Sizes(1, 1, last // 2)]
-        pads = ("", "right") if self.trials.paddings else ("",)
+        pads = ("", "right") if self.prober.paddings else ("",)
         for each in sizes if self.program.is_decoder else sizes[:1]:
             for pad in pads if each.batch > 1 else pads[:1]:
                 x = self._random(node, each)
@@ -206,16 +206,16 @@ class RotaryReader:
         return True
 
     def _mask(self, sizes: Sizes, pad: str) -> Tensor:
-        if not self.trials.paddings:
+        if not self.prober.paddings:
             return torch.ones(sizes.batch, sizes.past + sizes.new, dtype=torch.int64)
-        (padding,) = self.trials.paddings
-        return self.trials.inputs(sizes, pad)[padding].cpu()
+        (padding,) = self.prober.paddings
+        return self.prober.inputs(sizes, pad)[padding].cpu()
 
     def _random(self, node: fx.Node, sizes: Sizes) -> Tensor:
         shape = sizes.batch, int(node.meta["val"].shape[1]), sizes.new, node.meta["val"].shape[3]
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randn(shape, generator=generator)
-        return drawn.to(self.trials.device, node.meta["val"].dtype)
+        return drawn.to(self.prober.device, node.meta["val"].dtype)
 
     def _run(
         self,
@@ -227,7 +227,7 @@ class RotaryReader:
         pad: str = "",
     ) -> Tensor:
         """`node` where `source` is `x`, ``[batch, heads, length, size]``."""
-        given = self.trials.inputs(sizes, pad)
+        given = self.prober.inputs(sizes, pad)
         given[source] = x if heads_first else x.transpose(1, 2)
         (y,) = run_part(self.program, (node,), given)
         return y

@@ -5,77 +5,85 @@ from __future__ import annotations
 from torch import fx
 
 from graphprune.analysis.axes import UNIT, Axis
-from graphprune.analysis.operators.rule import Attention, Op, Type, Zero, rule
+from graphprune.analysis.operators.facts import Type, TypedAttention, ZeroRule
+from graphprune.analysis.operators.rule import RuleContext, rule
 
 
-@rule("linear.default", zero=Zero.ANY)
-def linear(op: Op) -> Type:
+@rule("linear.default", zero=ZeroRule.ANY_OPERAND)
+def linear(ctx: RuleContext) -> Type:
     """The input's last axis is the weight's second; the weight's first comes out."""
-    type_, weight = op.type("input"), op.type("weight")
-    bias = op.arg("bias")
-    op.unify(type_[-1], weight[-1])
-    op.contract(type_[-1], op.arg("input"), op.arg("weight"))
-    op.mark("linear", type_[-1])
+    type_, weight = ctx.type("input"), ctx.type("weight")
+    bias = ctx.arg("bias")
+    ctx.unify(type_[-1], weight[-1])
+    ctx.contract(type_[-1], ctx.arg("input"), ctx.arg("weight"))
+    ctx.use("linear", type_[-1])
     if len(weight) == 1:
         return type_[:-1]
     if bias is not None:
-        op.unify(weight[0], op.types[bias][0])
-    op.vanishes_as((op.arg("input"), op.arg("weight")), (bias,))
+        ctx.unify(weight[0], ctx.types[bias][0])
+    ctx.zero_where((ctx.arg("input"), ctx.arg("weight")), (bias,))
     return (*type_[:-1], weight[0])
 
 
-@rule("matmul.default", "bmm.default", "mm.default", "mv.default", "dot.default", zero=Zero.ANY)
-def matmul(op: Op) -> Type:
+@rule(
+    "matmul.default",
+    "bmm.default",
+    "mm.default",
+    "mv.default",
+    "dot.default",
+    zero=ZeroRule.ANY_OPERAND,
+)
+def matmul(ctx: RuleContext) -> Type:
     """The left's last axis is the right's last but one; batch axes are one after broadcasting."""
-    first, second = op.operands() if len(op.operands()) == 2 else op.operands() * 2
-    return _product(op, op.types[first], op.types[second], (first, second))
+    first, second = ctx.operands() if len(ctx.operands()) == 2 else ctx.operands() * 2
+    return _product(ctx, ctx.types[first], ctx.types[second], (first, second))
 
 
-def _product(op: Op, left: Type, right: Type, nodes: tuple[fx.Node, ...]) -> Type:
+def _product(ctx: RuleContext, left: Type, right: Type, nodes: tuple[fx.Node, ...]) -> Type:
     contracted = right[-2] if len(right) > 1 else right[0]
-    op.unify(left[-1], contracted)
-    op.contract(left[-1], *nodes)
-    op.mark("linear", left[-1])
+    ctx.unify(left[-1], contracted)
+    ctx.contract(left[-1], *nodes)
+    ctx.use("linear", left[-1])
     rows = left[-2:-1] if len(left) > 1 else ()
     columns = right[-1:] if len(right) > 1 else ()
-    shape = op.shape()
+    shape = ctx.shape()
     batch_rank = len(shape) - len(rows) - len(columns)
-    sides = (left[:-2],) if op.apart else (left[:-2], right[:-2])
-    batch = op.broadcast(*sides, shape=shape[:batch_rank])
+    sides = (left[:-2],) if ctx.untied else (left[:-2], right[:-2])
+    batch = ctx.broadcast(*sides, shape=shape[:batch_rank])
     return (*batch, *rows, *columns)
 
 
-@rule("addmm.default", "baddbmm.default", "addbmm.default", zero=Zero.ANY)
-def add_matmul(op: Op) -> Type:
+@rule("addmm.default", "baddbmm.default", "addbmm.default", zero=ZeroRule.ANY_OPERAND)
+def add_matmul(ctx: RuleContext) -> Type:
     """A matrix product plus a tensor that broadcasts."""
-    names = ("mat1", "mat2") if op.arg("mat1") is not None else ("batch1", "batch2")
-    left, right = (op.arg(name) for name in names)
-    type_ = _product(op, op.types[left], op.types[right], (left, right))
-    op.vanishes_as((left, right), (op.arg("self"),))
-    return op.broadcast(type_, op.type("self"))
+    names = ("mat1", "mat2") if ctx.arg("mat1") is not None else ("batch1", "batch2")
+    left, right = (ctx.arg(name) for name in names)
+    type_ = _product(ctx, ctx.types[left], ctx.types[right], (left, right))
+    ctx.zero_where((left, right), (ctx.arg("self"),))
+    return ctx.broadcast(type_, ctx.type("self"))
 
 
-@rule("einsum.default", zero=Zero.ANY)
-def einsum(op: Op) -> Type:
+@rule("einsum.default", zero=ZeroRule.ANY_OPERAND)
+def einsum(ctx: RuleContext) -> Type:
     """One axis for each letter; letters that do not come out are summed over."""
-    nodes = op.arg("tensors")
-    terms, output = letters_of(op.arg("equation"), [len(op.types[node]) for node in nodes])
+    nodes = ctx.arg("tensors")
+    terms, output = letters_of(ctx.arg("equation"), [len(ctx.types[node]) for node in nodes])
     if any(len(set(term)) < len(term) for term in terms):
-        return _all_frozen(op, f"einsum equation {op.arg('equation')!r} is not ruled")
+        return _all_frozen(ctx, f"einsum equation {ctx.arg('equation')!r} is not ruled")
     letters: dict[str, Axis] = {}
     holders: dict[str, list[fx.Node]] = {}
     for term, node in zip(terms, nodes, strict=True):
-        for letter, axis in zip(term, op.types[node], strict=True):
+        for letter, axis in zip(term, ctx.types[node], strict=True):
             if axis is UNIT and letter in letters:
                 continue
             if letters.get(letter, UNIT) is UNIT:
                 letters[letter] = axis
-            op.unify(letters[letter], axis)
+            ctx.unify(letters[letter], axis)
             holders.setdefault(letter, []).append(node)
     for letter, axis in letters.items():
         if letter not in output:
-            op.contract(axis, *holders.get(letter, []))
-            op.mark("linear", axis)
+            ctx.contract(axis, *holders.get(letter, []))
+            ctx.use("linear", axis)
     return tuple(letters[letter] for letter in output)
 
 
@@ -98,163 +106,163 @@ def letters_of(equation: str, ranks: list[int]) -> tuple[list[str], str]:
     return spelled, output.replace("...", dots)
 
 
-def _all_frozen(op: Op, why: str) -> Type:
-    for node in op.operands():
-        for axis in op.types[node]:
-            op.freeze(axis, why)
-    op.zero = Zero.NEVER
-    return tuple(op.fixed(size, why) for size in op.shape())
+def _all_frozen(ctx: RuleContext, why: str) -> Type:
+    for node in ctx.operands():
+        for axis in ctx.types[node]:
+            ctx.freeze(axis, why)
+    ctx.zero = ZeroRule.NEVER
+    return tuple(ctx.fixed(size, why) for size in ctx.shape())
 
 
-@rule("scaled_dot_product_attention.default", zero=Zero.ANY)
-def attention(op: Op) -> Type:
+@rule("scaled_dot_product_attention.default", zero=ZeroRule.ANY_OPERAND)
+def attention(ctx: RuleContext) -> Type:
     """softmax(q k^T) v: batch axes are heads; query and key share their last axis."""
-    query, key, value = (op.arg(name) for name in ("query", "key", "value"))
-    q, k, v = (op.types[node] for node in (query, key, value))
-    op.unify(q[-1], k[-1])
-    op.unify(k[-2], v[-2])
-    op.contract(q[-1], query, key)
-    op.freeze(k[-2], "softmax runs over it")
+    query, key, value = (ctx.arg(name) for name in ("query", "key", "value"))
+    q, k, v = (ctx.types[node] for node in (query, key, value))
+    ctx.unify(q[-1], k[-1])
+    ctx.unify(k[-2], v[-2])
+    ctx.contract(q[-1], query, key)
+    ctx.freeze(k[-2], "softmax runs over it")
     for key_axis, value_axis in zip(k[:-2], v[:-2], strict=True):
-        op.unify(key_axis, value_axis)
-    sides = (q[:-2],) if op.apart else (q[:-2], v[:-2])
-    heads = op.broadcast(*sides, shape=[axis.size for axis in q[:-2]])
-    if op.arg("enable_gqa") and not op.apart and q[-3].size != k[-3].size:
-        slots = op.fresh(q[-3].size // k[-3].size)
-        op.mark("spread", slots)
-        op.unify(q[-3], op.axes.product(k[-3], slots))
-    if op.arg("attn_mask") is not None:
+        ctx.unify(key_axis, value_axis)
+    sides = (q[:-2],) if ctx.untied else (q[:-2], v[:-2])
+    heads = ctx.broadcast(*sides, shape=[axis.size for axis in q[:-2]])
+    if ctx.arg("enable_gqa") and not ctx.untied and q[-3].size != k[-3].size:
+        slots = ctx.fresh(q[-3].size // k[-3].size)
+        ctx.use("spread", slots)
+        ctx.unify(q[-3], ctx.axes.product(k[-3], slots))
+    if ctx.arg("attn_mask") is not None:
         scores = (*heads, q[-2], k[-2])
-        op.broadcast(scores, op.type("attn_mask"), shape=[axis.size for axis in scores])
-    products = (op.node, op.node)
-    op.facts.attentions.append(Attention(products, heads, q[-1], v[-1], (query, key, value)))
+        ctx.broadcast(scores, ctx.type("attn_mask"), shape=[axis.size for axis in scores])
+    products = (ctx.node, ctx.node)
+    ctx.facts.attentions.append(TypedAttention(products, heads, q[-1], v[-1], (query, key, value)))
     # The weights of a head sum to one, so the result vanishes where its values do.
-    op.vanishes_as((value,))
+    ctx.zero_where((value,))
     return (*heads, q[-2], v[-1])
 
 
-@rule("conv1d.default", "conv2d.default", "conv3d.default", zero=Zero.ANY)
-@rule("conv2d.padding", "conv1d.padding", zero=Zero.ANY)
-def convolution(op: Op) -> Type:
+@rule("conv1d.default", "conv2d.default", "conv3d.default", zero=ZeroRule.ANY_OPERAND)
+@rule("conv2d.padding", "conv1d.padding", zero=ZeroRule.ANY_OPERAND)
+def convolution(ctx: RuleContext) -> Type:
     """Channels are contracted, in groups where there are some; places are fixed."""
-    type_, weight, shape = op.type("input"), op.type("weight"), op.shape()
+    type_, weight, shape = ctx.type("input"), ctx.type("weight"), ctx.shape()
     spatial = len(weight) - 2
     at = len(type_) - spatial - 1
-    groups = op.arg("groups") or 1
+    groups = ctx.arg("groups") or 1
     if isinstance(groups, fx.Node):
-        return _all_frozen(op, "it is convolved in a dynamic number of groups")
+        return _all_frozen(ctx, "it is convolved in a dynamic number of groups")
     kernel = weight[2:]
     for axis in kernel:
-        op.freeze(axis, "places of a kernel")
+        ctx.freeze(axis, "places of a kernel")
     for axis in type_[at + 1 :]:
-        op.freeze(axis, "places of an image")
+        ctx.freeze(axis, "places of an image")
     out = weight[0]
     if groups == 1:
-        op.unify(type_[at], weight[1])
-        op.contract(type_[at], op.arg("input"), op.arg("weight"))
-        op.mark("convolved", type_[at])
+        ctx.unify(type_[at], weight[1])
+        ctx.contract(type_[at], ctx.arg("input"), ctx.arg("weight"))
+        ctx.use("convolved", type_[at])
     else:
-        group = op.fresh(groups)
-        op.unify(type_[at], op.axes.product(group, weight[1]))
-        op.unify(out, op.axes.product(group, op.fresh(out.size // groups)))
-        op.contract(weight[1], op.arg("input"), op.arg("weight"))
-        op.mark("convolved", weight[1])
-        op.mark("convolved", group)
-        op.size_literal("groups", None, group)
-    if op.arg("bias") is not None:
-        op.unify(out, op.type("bias")[0])
-    op.vanishes_as((op.arg("input"), op.arg("weight")), (op.arg("bias"),))
-    places = [op.fixed(size, "places of an image") for size in shape[at + 1 :]]
+        group = ctx.fresh(groups)
+        ctx.unify(type_[at], ctx.axes.product(group, weight[1]))
+        ctx.unify(out, ctx.axes.product(group, ctx.fresh(out.size // groups)))
+        ctx.contract(weight[1], ctx.arg("input"), ctx.arg("weight"))
+        ctx.use("convolved", weight[1])
+        ctx.use("convolved", group)
+        ctx.size_literal("groups", None, group)
+    if ctx.arg("bias") is not None:
+        ctx.unify(out, ctx.type("bias")[0])
+    ctx.zero_where((ctx.arg("input"), ctx.arg("weight")), (ctx.arg("bias"),))
+    places = [ctx.fixed(size, "places of an image") for size in shape[at + 1 :]]
     return (*type_[:at], out, *places)
 
 
-@rule("conv_transpose1d.default", "conv_transpose2d.input", zero=Zero.ANY)
-@rule("conv_transpose3d.input", zero=Zero.ANY)
-def transposed_convolution(op: Op) -> Type:
+@rule("conv_transpose1d.default", "conv_transpose2d.input", zero=ZeroRule.ANY_OPERAND)
+@rule("conv_transpose3d.input", zero=ZeroRule.ANY_OPERAND)
+def transposed_convolution(ctx: RuleContext) -> Type:
     """As a convolution, with the weight's first two axes exchanged."""
-    type_, weight, shape = op.type("input"), op.type("weight"), op.shape()
+    type_, weight, shape = ctx.type("input"), ctx.type("weight"), ctx.shape()
     at = len(type_) - (len(weight) - 2) - 1
-    groups = op.arg("groups") or 1
+    groups = ctx.arg("groups") or 1
     if isinstance(groups, fx.Node):
-        return _all_frozen(op, "it is convolved in a dynamic number of groups")
+        return _all_frozen(ctx, "it is convolved in a dynamic number of groups")
     for axis in (*weight[2:], *type_[at + 1 :]):
-        op.freeze(axis, "places of a kernel or an image")
-    op.unify(type_[at], weight[0])
+        ctx.freeze(axis, "places of a kernel or an image")
+    ctx.unify(type_[at], weight[0])
     if groups == 1:
         out = weight[1]
     else:
-        (group, _) = op.factor(weight[0], (groups, weight[0].size // groups))
-        out = op.axes.product(group, weight[1])
-        op.size_literal("groups", None, group)
-    op.contract(type_[at], op.arg("input"), op.arg("weight"))
-    op.mark("convolved", type_[at])
-    if op.arg("bias") is not None:
-        op.unify(out, op.type("bias")[0])
-    op.vanishes_as((op.arg("input"), op.arg("weight")), (op.arg("bias"),))
-    places = [op.fixed(size, "places of an image") for size in shape[at + 1 :]]
+        (group, _) = ctx.factor(weight[0], (groups, weight[0].size // groups))
+        out = ctx.axes.product(group, weight[1])
+        ctx.size_literal("groups", None, group)
+    ctx.contract(type_[at], ctx.arg("input"), ctx.arg("weight"))
+    ctx.use("convolved", type_[at])
+    if ctx.arg("bias") is not None:
+        ctx.unify(out, ctx.type("bias")[0])
+    ctx.zero_where((ctx.arg("input"), ctx.arg("weight")), (ctx.arg("bias"),))
+    places = [ctx.fixed(size, "places of an image") for size in shape[at + 1 :]]
     return (*type_[:at], out, *places)
 
 
-@rule("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input", zero=Zero.NEVER)
-def recurrent(op: Op) -> list[Type | None]:
+@rule("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input", zero=ZeroRule.NEVER)
+def recurrent(ctx: RuleContext) -> list[Type | None]:
     """Gates of (gate hidden) from the input and the hidden state; hidden units start from zero."""
-    type_, result = op.type("input"), op.shapes(op.node)
-    states, weights = op.arg("hx"), op.arg("params")
+    type_, result = ctx.type("input"), ctx.shapes(ctx.node)
+    states, weights = ctx.arg("hx"), ctx.arg("params")
     states = states if isinstance(states, list | tuple) else [states]
-    each = 4 if op.arg("has_biases") else 2
-    sides = 2 if op.arg("bidirectional") else 1
-    if len(weights) != each * sides * op.arg("num_layers"):
-        why = f"{op.node.target} projects its hidden state"
-        _all_frozen(op, why)
-        return [tuple(op.fixed(size, why) for size in shape) for shape in result]
-    time, batch = (1, 0) if op.arg("batch_first") else (0, 1)
-    op.freeze(type_[time], "it is run over in time")
-    hidden = op.types[states[0]][2]
-    layers = op.fixed(result[1][0], "layers of a recurrent network")
+    each = 4 if ctx.arg("has_biases") else 2
+    sides = 2 if ctx.arg("bidirectional") else 1
+    if len(weights) != each * sides * ctx.arg("num_layers"):
+        why = f"{ctx.node.target} projects its hidden state"
+        _all_frozen(ctx, why)
+        return [tuple(ctx.fixed(size, why) for size in shape) for shape in result]
+    time, batch = (1, 0) if ctx.arg("batch_first") else (0, 1)
+    ctx.freeze(type_[time], "it is run over in time")
+    hidden = ctx.types[states[0]][2]
+    layers = ctx.fixed(result[1][0], "layers of a recurrent network")
     for state in states:
-        for axis, other in zip(op.types[state], (layers, type_[batch], hidden), strict=True):
-            op.unify(axis, other)
-    out = op.axes.sum(*[hidden] * sides)
+        for axis, other in zip(ctx.types[state], (layers, type_[batch], hidden), strict=True):
+            ctx.unify(axis, other)
+    out = ctx.axes.sum(*[hidden] * sides)
     for at in range(0, len(weights), each):
-        source, node = (type_[2], op.arg("input")) if at < each * sides else (out, None)
+        source, node = (type_[2], ctx.arg("input")) if at < each * sides else (out, None)
         first, second, *biases = weights[at : at + each]
-        (rows, columns), (again, back) = op.types[first], op.types[second]
-        gates = op.fixed(rows.size // hidden.size, "gates")
-        for axis in (rows, again, *(op.types[bias][0] for bias in biases)):
-            op.unify(axis, op.axes.product(gates, hidden))
-        op.unify(columns, source)
-        op.unify(back, hidden)
-        op.contract(columns, *(n for n in (node, first) if n is not None))
-        op.contract(back, second)
-        op.mark("linear", columns)
-        op.mark("linear", back)
+        (rows, columns), (again, back) = ctx.types[first], ctx.types[second]
+        gates = ctx.fixed(rows.size // hidden.size, "gates")
+        for axis in (rows, again, *(ctx.types[bias][0] for bias in biases)):
+            ctx.unify(axis, ctx.axes.product(gates, hidden))
+        ctx.unify(columns, source)
+        ctx.unify(back, hidden)
+        ctx.contract(columns, *(n for n in (node, first) if n is not None))
+        ctx.contract(back, second)
+        ctx.use("linear", columns)
+        ctx.use("linear", back)
     # A unit whose weights are zero stays at what a part of its state is: zero, where it starts so.
-    op.vanishes_as(*((node,) for node in (*states, *weights)))
+    ctx.zero_where(*((node,) for node in (*states, *weights)))
     return [(*type_[:2], out), *((layers, type_[batch], hidden) for _ in states)]
 
 
-@rule("lstm_cell.default", "gru_cell.default", zero=Zero.NEVER)
-@rule("rnn_tanh_cell.default", "rnn_relu_cell.default", zero=Zero.NEVER)
-def recurrent_cell(op: Op) -> Type | list[Type | None]:
+@rule("lstm_cell.default", "gru_cell.default", zero=ZeroRule.NEVER)
+@rule("rnn_tanh_cell.default", "rnn_relu_cell.default", zero=ZeroRule.NEVER)
+def recurrent_cell(ctx: RuleContext) -> Type | list[Type | None]:
     """One step of a recurrent layer: gates of (gate hidden) from the input and the state."""
-    type_, states = op.type("input"), op.arg("hx")
+    type_, states = ctx.type("input"), ctx.arg("hx")
     several = isinstance(states, list | tuple)
     states = list(states) if several else [states]
-    hidden = op.types[states[0]][-1]
+    hidden = ctx.types[states[0]][-1]
     for state in states:
-        op.broadcast((*type_[:-1], hidden), op.types[state], shape=op.shape(state))
-    weights = [op.arg(name) for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
+        ctx.broadcast((*type_[:-1], hidden), ctx.types[state], shape=ctx.shape(state))
+    weights = [ctx.arg(name) for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
     weights = [weight for weight in weights if weight is not None]
-    rows = op.types[weights[0]][0]
-    gates = op.fixed(rows.size // hidden.size, "gates")
+    rows = ctx.types[weights[0]][0]
+    gates = ctx.fixed(rows.size // hidden.size, "gates")
     for weight in weights:
-        op.unify(op.types[weight][0], op.axes.product(gates, hidden))
+        ctx.unify(ctx.types[weight][0], ctx.axes.product(gates, hidden))
     for weight, source, node in zip(
-        weights, (type_[-1], hidden), (op.arg("input"), states[0]), strict=False
+        weights, (type_[-1], hidden), (ctx.arg("input"), states[0]), strict=False
     ):
-        op.unify(op.types[weight][1], source)
-        op.contract(op.types[weight][1], node, weight)
-        op.mark("linear", op.types[weight][1])
-    op.vanishes_as(*((node,) for node in (*states, *weights)))
+        ctx.unify(ctx.types[weight][1], source)
+        ctx.contract(ctx.types[weight][1], node, weight)
+        ctx.use("linear", ctx.types[weight][1])
+    ctx.zero_where(*((node,) for node in (*states, *weights)))
     out = (*type_[:-1], hidden)
     return [out, out] if several else out

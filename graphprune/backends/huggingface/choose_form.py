@@ -17,7 +17,8 @@ from typing import Any, Literal
 from torch import nn
 
 from graphprune.analysis.axes import Atom, Axis, Product
-from graphprune.analysis.inference import Types, infer
+from graphprune.analysis.inference import infer
+from graphprune.analysis.types import Types
 from graphprune.backends.huggingface.attribute_search import AttributeSearch, merged, of_layers
 from graphprune.backends.huggingface.config_search import (
     Builder,

@@ -19,9 +19,10 @@ from torch import fx
 
 from graphprune.analysis.attention.recognize import AttentionSite, Unread
 from graphprune.analysis.attention.rotary import Rotary, RotaryReader
-from graphprune.analysis.kernel_sizes import HEADS, Runtime
 from graphprune.errors import BackendError, UsageError
 from graphprune.ir.program import Program
+from graphprune.ir.runtimes import Runtime
+from graphprune.selection.kernel_sizes import HEADS
 
 Target = Runtime
 Form = Literal["gqa", "mha", "standard", "decomposed"]
@@ -157,8 +158,8 @@ def _not_gqa(site: AttentionSite, target: Target, shared: set[fx.Node]) -> str:
         return "its mask takes no padding"
     if key != value:
         return f"keys have size {key} and values {value}"
-    if key % HEADS.least:
-        return f"head size {key} is no multiple of {HEADS.least}"
+    if key % HEADS.minimum:
+        return f"head size {key} is no multiple of {HEADS.minimum}"
     if target == "cuda" and dtype not in (torch.float16, torch.bfloat16):
         return f"no kernel of CUDA takes {str(dtype).removeprefix('torch.')}"
     return ""

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphprune.analysis.inference import Types
 from graphprune.analysis.matrices import contractions
+from graphprune.analysis.types import Types
 from graphprune.calibration.data import Calibration
 from graphprune.calibration.layerwise import Run, segments, unpadded
 from graphprune.io.progress import Progress, no_progress

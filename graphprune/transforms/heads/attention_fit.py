@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphprune.analysis.inference import Types
+from graphprune.analysis.types import Types
 from graphprune.calibration.statistics import damped
 from graphprune.errors import CalibrationError
 from graphprune.ir.program import Program

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from graphprune.analysis.axes import Atom
-from graphprune.analysis.inference import Types
+from graphprune.analysis.types import Types
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import module_path
 from graphprune.plan.steps import Permutation

@@ -13,20 +13,19 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from graphprune.analysis.attention.sites import all_sites
 from graphprune.analysis.axes import Atom, Product
-from graphprune.analysis.coupling import common_path
-from graphprune.analysis.inference import Types, infer
-from graphprune.analysis.operators.rule import Attention
-from graphprune.analysis.roles import attention_sites
+from graphprune.analysis.groups import common_path
+from graphprune.analysis.index_maps import index_map, weight_occurrences
+from graphprune.analysis.inference import infer
+from graphprune.analysis.operators.facts import TypedAttention
+from graphprune.analysis.types import Types
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import module_path
 from graphprune.plan.index_map import IndexMap
 from graphprune.plan.steps import Permutation
 from graphprune.transforms.heads.deinterleave import deinterleave
 from graphprune.transforms.heads.einsum_to_matmul import with_matrix_products
-
-DYNAMIC = 10**6
-"""Sizes from here on stand for dynamic ones, such as that of a batch."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Heads:
     members: tuple[IndexMap, ...]
     refusal: str
     atom: Atom
-    sites: tuple[Attention, ...]
+    sites: tuple[TypedAttention, ...]
     deinterleaving: tuple[Permutation, ...] = ()
 
     def slices(self) -> Iterator[tuple[str, int, list[list[int]]]]:
@@ -95,50 +94,45 @@ class HeadAnalysis:
         spelled = with_matrix_products(program, dict.fromkeys(sums))
         if spelled is not program:
             program, sites = spelled, _sites(spelled)
-        self.types = infer(program, apart=sites)
+        self.types = infer(program, untied=sites)
         self.sites = sites
         self._weights = {node for _, node in program.weight_nodes()}
-        by_atom: dict[Atom, list[Attention]] = {}
+        by_atom: dict[Atom, list[TypedAttention]] = {}
         for site in sites:
             for atom in self._head_atoms(site):
                 by_atom.setdefault(atom, []).append(site)
         self.heads = tuple(self._heads(atom, found) for atom, found in by_atom.items())
 
-    def _head_atoms(self, site: Attention) -> Iterable[Atom]:
+    def _head_atoms(self, site: TypedAttention) -> Iterable[Atom]:
         """Return the head atoms of the values of `site` that parameters hold: the KV heads."""
         kinds = self.types.program.kinds
         parameters = (
             n for name, n in self.types.program.weight_nodes() if kinds[name] == "parameter"
         )
-        held = set[Atom]().union(*(self.types.held[node] for node in parameters))
+        held = set[Atom]().union(*(self.types.atoms_of[node] for node in parameters))
         _, _, value = site.operands
-        batch = self.types.of[value][:-2]
+        batch = self.types.axes_of[value][:-2]
         found = dict.fromkeys(a for axis in batch for a in self.types.axes.atoms(axis))
         return [atom for atom in found if atom in held]
 
-    def _heads(self, atom: Atom, sites: list[Attention]) -> Heads:
-        members = tuple(self._members(atom))
+    def _heads(self, atom: Atom, sites: list[TypedAttention]) -> Heads:
+        members = tuple(
+            index_map(*found, {})
+            for found in weight_occurrences(self.types)
+            if found[-1].atom is atom
+        )
         name = f"{common_path(member.weight for member in members)}:kv-head"
-        query = self.types.of[sites[0].operands[0]]
+        query = self.types.axes_of[sites[0].operands[0]]
         queries = 1
         for axis in query[:-2]:
-            if axis.size % atom.size == 0 and axis.size < DYNAMIC:
+            if axis.size % atom.size == 0 and not self.types.is_dynamic(axis):
                 queries = max(queries, axis.size // atom.size)
         weights = dict.fromkeys(member.weight for member in members)
         permuted = dict.fromkeys(p for name in weights for p in self._deinterleaving.get(name, ()))
         why = self._refusal(atom, sites)
         return Heads(name, atom.size, queries, members, why, atom, tuple(sites), tuple(permuted))
 
-    def _members(self, atom: Atom) -> Iterable[IndexMap]:
-        for name, node in self.types.program.weight_nodes():
-            for dim, axis in enumerate(self.types.of[node]):
-                for place in self.types.axes.occurrences(axis):
-                    if place.atom is atom:
-                        outer = tuple((a.size, stride) for a, stride in place.outer)
-                        none = (None,) * len(outer)
-                        yield IndexMap(name, dim, place.offset, place.inner, axis.size, outer, none)
-
-    def _refusal(self, atom: Atom, sites: list[Attention]) -> str:
+    def _refusal(self, atom: Atom, sites: list[TypedAttention]) -> str:
         if atom in self.types.frozen:
             reason = self.types.frozen[atom]
             return f"{reason.why} at {reason.node.target} in {module_path(reason.node)}"
@@ -150,10 +144,10 @@ class HeadAnalysis:
                 return f"{entry.node.target} in {module_path(entry.node)} sums over the heads"
         return ""
 
-    def _is_shared(self, atom: Atom, sites: Iterable[Attention]) -> bool:
-        return any(atom in self.types.held[site.operands[0]] for site in sites)
+    def _is_shared(self, atom: Atom, sites: Iterable[TypedAttention]) -> bool:
+        return any(atom in self.types.atoms_of[site.operands[0]] for site in sites)
 
-    def _tie(self, atom: Atom, sites: list[Attention]) -> str:
+    def _tie(self, atom: Atom, sites: list[TypedAttention]) -> str:
         """Say what makes the heads of queries and keys one axis, though attention does not."""
         ours = self._behind(atom, (site.operands[0] for site in sites))
         theirs = self._behind(atom, (node for site in sites for node in site.operands[1:]))
@@ -169,13 +163,13 @@ class HeadAnalysis:
         return f"query and key heads are one axis outside of attention too{where}"
 
     def _joint(
-        self, atom: Atom, sites: list[Attention], ours: set[fx.Node], theirs: set[fx.Node]
+        self, atom: Atom, sites: list[TypedAttention], ours: set[fx.Node], theirs: set[fx.Node]
     ) -> fx.Node | None:
         """Return the first node beside `sites` that joins keys with queries or their results."""
         products = {product for site in sites for product in site.products}
         queries, keys = set(ours), set(theirs)
         for node in self.types.program.graph.nodes:
-            if atom not in self.types.held.get(node, ()):
+            if atom not in self.types.atoms_of.get(node, ()):
                 continue
             inputs = set(node.all_input_nodes)
             if node in products:
@@ -194,15 +188,15 @@ class HeadAnalysis:
         found = set(pending)
         while pending:
             for other in pending.pop().all_input_nodes:
-                if other not in found and atom in self.types.held.get(other, ()):
+                if other not in found and atom in self.types.atoms_of.get(other, ()):
                     found.add(other)
                     pending.append(other)
         return found
 
 
-def _sites(program: Program) -> tuple[Attention, ...]:
+def _sites(program: Program) -> tuple[TypedAttention, ...]:
     types = infer(program)
-    return (*types.facts.attentions, *attention_sites(types))
+    return all_sites(types)
 
 
 def find_heads(program: Program) -> tuple[Heads, ...]:
@@ -214,15 +208,15 @@ def spread_atoms(types: Types, heads: Heads) -> list[Atom]:
     """Return the atoms along which the graph itself repeats keys and values for their queries."""
     marked = {
         atom
-        for mark in types.facts.marks
-        if mark.kind == "spread" and heads.atom in types.held[mark.node]
+        for mark in types.facts.uses
+        if mark.kind == "spread" and heads.atom in types.atoms_of[mark.node]
         for atom in types.axes.atoms(mark.axis)
-        if atom.size < DYNAMIC
+        if not types.is_dynamic(atom)
     }
     found: dict[Atom, None] = {}
     for site in heads.sites:
         for operand in site.operands[1:]:
-            for axis in types.of[operand][:-2]:
+            for axis in types.axes_of[operand][:-2]:
                 axis = types.axes.head(axis)
                 inside = list(types.axes.atoms(axis)) if isinstance(axis, Product) else []
                 if heads.atom in inside:

@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graphprune.analysis.attention.sites import all_sites
 from graphprune.analysis.axes import Atom, Axis
-from graphprune.analysis.inference import Types
+from graphprune.analysis.index_maps import units_along
 from graphprune.analysis.matrices import Contractions, Matrix, bias_of
-from graphprune.analysis.operators.rule import Attention
-from graphprune.analysis.roles import attention_sites
+from graphprune.analysis.operators.facts import TypedAttention
+from graphprune.analysis.types import Types
 from graphprune.ir.provenance import module_path
 from graphprune.plan.steps import Permutation, WeightDim
-from graphprune.transforms.heads.kv_heads import DYNAMIC, Heads
+from graphprune.transforms.heads.kv_heads import Heads
 
 Label = tuple[frozenset[tuple[Atom, int]], int]
 """Of a coordinate: the units of atoms that it belongs to, and its number among those of them."""
@@ -127,9 +128,9 @@ def head_atom(types: Types, heads: Heads) -> Atom:
     raise Unmapped("its heads share no axis with their queries")
 
 
-def sites_of(types: Types, atom: Atom) -> list[Attention]:
+def sites_of(types: Types, atom: Atom) -> list[TypedAttention]:
     """Return the attentions whose heads `atom` counts."""
-    every = (*types.facts.attentions, *attention_sites(types))
+    every = all_sites(types)
     return [
         site for site in every if any(atom in set(types.axes.atoms(axis)) for axis in site.heads)
     ]
@@ -144,7 +145,7 @@ def reorder_units(types: Types, atom: Atom, order: Sequence[int]) -> tuple[Permu
         return ()
     found = []
     for name, node in types.program.weight_nodes():
-        for dim, axis in enumerate(types.of[node]):
+        for dim, axis in enumerate(types.axes_of[node]):
             if atom in set(types.axes.atoms(axis)):
                 units = units_along(types, axis, atom)
                 sources = torch.arange(len(units))
@@ -152,19 +153,6 @@ def reorder_units(types: Types, atom: Atom, order: Sequence[int]) -> tuple[Permu
                     sources[units == new] = (units == old).nonzero().flatten()
                 found.append(Permutation(name, dim, tuple(sources.tolist())))
     return tuple(found)
-
-
-def units_along(types: Types, axis: Axis, atom: Atom) -> Tensor:
-    """``[size of axis]``: the unit of `atom` that each index belongs to, or -1."""
-    found = torch.full((types.axes.head(axis).size,), -1)
-    for place in types.axes.occurrences(axis):
-        if place.atom is atom:
-            at = place.offset + torch.arange(atom.size)[:, None] * place.inner
-            at = at + torch.arange(place.inner)
-            for loop, stride in place.outer:
-                at = (at[:, None] + (torch.arange(loop.size) * stride)[:, None]).flatten(1)
-            found[at] = torch.arange(atom.size)[:, None]
-    return found
 
 
 def map_heads(types: Types, held: Contractions, heads: Heads) -> HeadMap:
@@ -188,7 +176,7 @@ class _Mapping:
         for weight, dim, slices in heads.slices():
             self.own[weight, dim].update(at for each in slices for at in each)
 
-    def _site(self) -> Attention:
+    def _site(self) -> TypedAttention:
         names = {site.node.name for site in self.heads.sites}
         found = [site for site in sites_of(self.types, self.atom) if site.node.name in names]
         if len(found) != 1 or len(names) != 1:
@@ -200,7 +188,7 @@ class _Mapping:
             atom
             for axis in self.site.heads
             for atom in self.types.axes.atoms(axis)
-            if atom is not self.atom and atom.size < DYNAMIC
+            if atom is not self.atom and not self.types.is_dynamic(atom)
         )
         return list(found)
 
@@ -265,7 +253,7 @@ class _Mapping:
 
     def _planes(self, labels: Mapping[Label, int]) -> tuple[Tensor, Tensor]:
         """Return the coordinates that one frequency rotates, in pairs, and the others."""
-        marks = (mark for mark in self.types.facts.marks if mark.kind == "rotary")
+        marks = (mark for mark in self.types.facts.uses if mark.kind == "rotary")
         rotary = {atom for mark in marks for atom in self.types.axes.atoms(mark.axis)}
         pairs: dict[tuple[Atom, int], list[int]] = defaultdict(list)
         fixed = []
@@ -292,7 +280,7 @@ class _Mapping:
         for name, node in self.types.program.weight_nodes():
             if self.types.program.weights[name].ndim < 2:
                 continue
-            for dim, axis in enumerate(self.types.of[node]):
+            for dim, axis in enumerate(self.types.axes_of[node]):
                 held = set(self.types.axes.atoms(axis))
                 if self.atom not in held or not held & atoms:
                     continue
@@ -356,11 +344,12 @@ class _Mapping:
     # -- operands -------------------------------------------------------------------------------
 
     def _operand(self, node: fx.Node, labels: Mapping[Label, int], width: Axis) -> Operand:
-        axes, type_ = self.types.axes, self.types.of[node]
+        axes, type_ = self.types.axes, self.types.axes_of[node]
         slots = math.prod(atom.size for atom in self.slots)
         dims = [dim for dim, axis in enumerate(type_) if axes.same(axis, width)]
         over = [dim for dim, axis in enumerate(type_) if self.atom in set(axes.atoms(axis))]
-        if len(type_) != 4 or len(dims) != 1 or len(over) != 1 or type_[over[0]].size >= DYNAMIC:
+        plain = len(type_) == 4 and len(dims) == len(over) == 1
+        if not plain or self.types.is_dynamic(type_[over[0]]):
             where = f"{node.target} in {module_path(node)}"
             raise Unmapped(f"batch, heads and coordinates are not told apart at {where}")
         table = torch.full((self.atom.size, slots), -1)

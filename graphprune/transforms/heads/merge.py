@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from graphprune.analysis.axes import Axis, Cut, Growth, Product
-from graphprune.analysis.inference import Types
-from graphprune.analysis.operators.rule import Attention
+from graphprune.analysis.axes import Axis, Product
+from graphprune.analysis.axis_cuts import AxisCut, Growth
+from graphprune.analysis.operators.facts import TypedAttention
+from graphprune.analysis.types import Types
 from graphprune.errors import MergeError, PlanError
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import module_path
@@ -56,7 +57,7 @@ def merge_heads(program: Program, merges: tuple[Merge, ...]) -> Program:
         program = program.with_weights(permute_weights(program.weights, reordering))
     analysis = HeadAnalysis(program, fused)
     named = {heads.name: heads for heads in analysis.heads}
-    cuts: dict[Axis, Cut | Growth] = {}
+    cuts: dict[Axis, AxisCut | Growth] = {}
     spread: list[tuple[Heads, int]] = []
     for merge in merges:
         heads = named.get(merge.group)
@@ -65,7 +66,7 @@ def merge_heads(program: Program, merges: tuple[Merge, ...]) -> Program:
             raise PlanError(f"{merge.group}: the plan's KV heads and the program's differ")
         merge_of(heads, merge.groups)
         copies = tuple(unit for unit in range(heads.size) if unit % merge.width)
-        cuts[heads.atom] = Cut(removed=copies)
+        cuts[heads.atom] = AxisCut(removed=copies)
         spread.append((heads, merge.width))
     grown: dict[Axis, Growth] = {
         slots: Growth(slots.size * (width - 1))
@@ -149,7 +150,7 @@ def _insert_broadcasts(resize: Resize, heads: Heads, width: int) -> None:
         scores, context = site.products
         for operand, product in ((site.operands[1], scores), (site.operands[2], context)):
             dim = _head_dim(resize.types, operand, heads)
-            rank = len(resize.types.of[operand])
+            rank = len(resize.types.axes_of[operand])
             sizes = [-1] * (rank + 1)
             sizes[dim + 1] = width
             node = resize.new[operand]
@@ -164,7 +165,7 @@ def _insert_broadcasts(resize: Resize, heads: Heads, width: int) -> None:
 
 
 def _replace_operand(
-    user: fx.Node, site: Attention, operand: fx.Node, old: fx.Node, new: fx.Node
+    user: fx.Node, site: TypedAttention, operand: fx.Node, old: fx.Node, new: fx.Node
 ) -> None:
     """Let `user` read `new` for `old`, but not where `old` is also its query."""
     if site.operands[0] is operand:
@@ -173,7 +174,7 @@ def _replace_operand(
 
 
 def _head_dim(types: Types, operand: fx.Node, heads: Heads) -> int:
-    for dim, axis in enumerate(types.of[operand]):
+    for dim, axis in enumerate(types.axes_of[operand]):
         axis = types.axes.head(axis)
         last = axis.factors[-1] if isinstance(axis, Product) and axis.factors else axis
         if types.axes.head(last) is heads.atom:

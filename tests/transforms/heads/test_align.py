@@ -11,8 +11,8 @@ from more_llamas import captured
 from torch import Tensor
 
 import graphprune as gp
-from graphprune.analysis.inference import Types
 from graphprune.analysis.matrices import contractions
+from graphprune.analysis.types import Types
 from graphprune.errors import CalibrationError
 from graphprune.ir.program import Program
 from graphprune.plan.plan import Plan

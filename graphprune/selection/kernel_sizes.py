@@ -21,20 +21,16 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
+from graphprune.analysis.attention.sites import all_sites
 from graphprune.analysis.axes import Atom, Axis, Product, Sum
-from graphprune.analysis.coupling import Coupling, Group
-from graphprune.analysis.operators.rule import Attention
-from graphprune.analysis.roles import Role, attention_sites
+from graphprune.analysis.coupling import Coupling
+from graphprune.analysis.groups import Group
+from graphprune.analysis.operators.facts import TypedAttention
+from graphprune.analysis.roles import Role
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import module_path
-
-Runtime = Literal["portable", "cpu", "cuda", "tensorrt"]
-"""What a program is to run on; "portable" is any of the others."""
-
-RUNTIMES: tuple[Runtime, ...] = ("cpu", "cuda", "tensorrt")
-"""The runtimes that facts are known of."""
+from graphprune.ir.runtimes import RUNTIMES, Runtime
 
 
 @dataclass(frozen=True)
@@ -42,7 +38,7 @@ class Width:
     """Numbers that the size of an axis is best a multiple of, and at the least."""
 
     best: int
-    least: int
+    minimum: int
 
 
 MATRICES: dict[Runtime, Width] = {
@@ -78,7 +74,7 @@ _NOUNS: dict[Role, str] = {
 # -- what to round to -----------------------------------------------------------------------------
 
 
-def liked_sizes(groups: Iterable[Group], runtime: Runtime) -> dict[str, Sequence[int]]:
+def preferred_sizes(groups: Iterable[Group], runtime: Runtime) -> dict[str, Sequence[int]]:
     """The numbers of units that groups are best left with.
 
     Widths are multiples of the best number where a group is large enough to have `CHOICES` of them,
@@ -101,9 +97,9 @@ def liked_sizes(groups: Iterable[Group], runtime: Runtime) -> dict[str, Sequence
     found: dict[str, Sequence[int]] = {}
     for group in groups:
         if group.role == "query-slot":
-            liked = [QUERY_GROUPS[each] for each in _meant(runtime) if each in QUERY_GROUPS]
-            if liked:
-                common = set(liked[0]).intersection(*liked)
+            taken = [QUERY_GROUPS[each] for each in _meant(runtime) if each in QUERY_GROUPS]
+            if taken:
+                common = set(taken[0]).intersection(*taken)
                 found[group.name] = tuple(sorted(n for n in common if n <= group.size))
         elif (step := _step(group, runtime)) > 1:
             found[group.name] = range(step, group.size + 1, step)
@@ -120,7 +116,7 @@ def _step(group: Group, runtime: Runtime) -> int:
         return 1
     per_unit = 2 if group.role == "rope-pair" else 1
     step = max(width.best for width in wanted) // per_unit
-    least = max(width.least for width in wanted) // per_unit
+    least = max(width.minimum for width in wanted) // per_unit
     while step > least and group.size < CHOICES * step:
         step //= 2
     return step if group.size >= 2 * step else 1
@@ -239,15 +235,15 @@ class _Sizes:
         return group.size - self.removed.get(group.name, 0)
 
     @cached_property
-    def attentions(self) -> list[Attention]:
+    def attentions(self) -> list[TypedAttention]:
         """Those whose head sizes are fixed."""
         types = self.coupling.types
-        sites = (*types.facts.attentions, *attention_sites(types))
-        return [s for s in sites if not {s.key.size, s.value.size} & types.dynamic.keys()]
+        sites = all_sites(types)
+        return [s for s in sites if not (types.is_dynamic(s.key) or types.is_dynamic(s.value))]
 
     @cached_property
     def _rotary(self) -> set[Atom]:
-        marks = self.coupling.types.facts.marks
+        marks = self.coupling.types.facts.uses
         return {a for mark in marks if mark.kind == "rotary" for a in self.axes.atoms(mark.axis)}
 
     def rotated(self, axis: Axis) -> int:
@@ -257,7 +253,7 @@ class _Sizes:
             return sum(map(self.rotated, axis.terms))
         return self(axis) if self._rotary.intersection(self.axes.atoms(axis)) else 0
 
-    def query_group(self, site: Attention) -> int:
+    def query_group(self, site: TypedAttention) -> int:
         """How many query heads share a KV head; 1 where neither can lose any."""
         heads = kv_heads = 1
         for axis in site.heads:
@@ -286,7 +282,7 @@ def _width_hints(sizes: _Sizes, runtimes: Sequence[Runtime]) -> Iterator[Hint]:
 
 
 def _head_hints(
-    sizes: _Sizes, site: Attention, where: str, runtimes: Sequence[Runtime]
+    sizes: _Sizes, site: TypedAttention, where: str, runtimes: Sequence[Runtime]
 ) -> Iterator[Hint]:
     key, value, rotated = sizes(site.key), sizes(site.value), sizes.rotated(site.key)
     decodes = sizes.coupling.program.kv_bytes_per_token() > 0
@@ -298,9 +294,9 @@ def _head_hints(
 
 def _head_reason(runtime: Runtime, key: int, value: int, rotated: int, decodes: bool) -> str:
     """What a head size costs, the most first; "" for nothing."""
-    least = HEADS.least
+    least = HEADS.minimum
     fused = decodes and runtime != "tensorrt"  # GroupQueryAttention is of ONNX Runtime, and cached
-    most, liked = MOST_HEAD_SIZE.get(runtime), DECODED_HEAD_SIZES.get(runtime)
+    most, decoded = MOST_HEAD_SIZE.get(runtime), DECODED_HEAD_SIZES.get(runtime)
     outside = f"no multiple of {HEADS.best}, so rotation stays outside of GroupQueryAttention"
     if key % least or value % least:
         return f"is no multiple of {least}" + (", which GroupQueryAttention takes" if fused else "")
@@ -312,8 +308,8 @@ def _head_reason(runtime: Runtime, key: int, value: int, rotated: int, decodes: 
         return f"has {rotated} rotated, {outside}"
     if most is not None and max(key, value) > most:
         return f"is more than the {most} of flash attention"
-    if decodes and liked is not None and key not in liked:
-        return f"leaves the fastest attention kernel, which takes {_listed(liked)}"
+    if decodes and decoded is not None and key not in decoded:
+        return f"leaves the fastest attention kernel, which takes {_listed(decoded)}"
     return ""
 
 

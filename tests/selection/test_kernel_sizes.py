@@ -12,18 +12,18 @@ from byte_llama import byte_llama
 from torch import nn
 
 import graphprune as gp
-from graphprune.analysis.coupling import Coupling, Group
-from graphprune.analysis.kernel_sizes import (
-    RUNTIMES,
-    Runtime,
-    liked_sizes,
-    query_group_hints,
-    speed_hints,
-)
+from graphprune.analysis.coupling import Coupling
+from graphprune.analysis.groups import Group
 from graphprune.backends.onnx.attention_forms import Target
+from graphprune.ir.runtimes import RUNTIMES, Runtime
 from graphprune.passes.merge_kv_heads import MergeKvHeads
 from graphprune.passes.prune import Prune
 from graphprune.report.overview import hint_lines
+from graphprune.selection.kernel_sizes import (
+    preferred_sizes,
+    query_group_hints,
+    speed_hints,
+)
 
 
 @cache
@@ -47,7 +47,7 @@ def lines(runtime: Runtime | None = None, name: str = "", **removed: int) -> lis
 
 def liked(role: Any, size: int, runtime: Runtime) -> list[int] | None:
     group = Group("it", size, role, "exact", "", ())
-    found = liked_sizes([group], runtime).get("it")
+    found = preferred_sizes([group], runtime).get("it")
     return None if found is None else list(found)
 
 

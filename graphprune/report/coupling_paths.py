@@ -15,7 +15,7 @@ from graphprune.ir.provenance import whereabouts
 
 
 @dataclass(frozen=True)
-class Step:
+class PathStep:
     """One step of a walk: `operator` joins the value before with `value`."""
 
     operator: fx.Node
@@ -23,7 +23,7 @@ class Step:
 
 
 @dataclass(frozen=True, eq=False)
-class Chains:
+class CouplingPaths:
     """Walks along the axis of a group, from weight to weight.
 
     An operator joins all its operands and results that hold the axis: those of `mul` are one after
@@ -38,7 +38,7 @@ class Chains:
 
     coupling: Coupling
 
-    def between(self, group: str, first: str, second: str) -> list[Step]:
+    def between(self, group: str, first: str, second: str) -> list[PathStep]:
         """The steps from the weight `first` to the weight `second` along the axis of `group`.
 
         Raises
@@ -62,21 +62,21 @@ class Chains:
             )
         return _path(tree, end)
 
-    def tree(self, group: str, root: str) -> dict[fx.Node, Step | None]:
+    def tree(self, group: str, root: str) -> dict[fx.Node, PathStep | None]:
         """Every value that the axis reaches -> the last step to it from the weight `root`.
 
         The step's value is the one before; that of `root` itself is None.
         """
         atom = self.coupling.atom(group)
         start = dict(self.coupling.program.weight_nodes())[root]
-        found: dict[fx.Node, Step | None] = {start: None}
+        found: dict[fx.Node, PathStep | None] = {start: None}
         queue = deque([start])
         while queue:
             value = queue.popleft()
             for operator in self._operators(value):
                 for other in self._joined(operator, atom):
                     if other not in found:
-                        found[other] = Step(operator, value)
+                        found[other] = PathStep(operator, value)
                         queue.append(other)
         return found
 
@@ -86,26 +86,26 @@ class Chains:
 
     def _joined(self, operator: fx.Node, atom: Atom) -> list[fx.Node]:
         values = (*operator.all_input_nodes, operator)
-        return [value for value in values if atom in self._held.get(value, ())]
+        return [value for value in values if atom in self._atoms_of.get(value, ())]
 
     @cached_property
-    def _held(self) -> dict[fx.Node, frozenset[Atom]]:
-        return self.coupling.types.held
+    def _atoms_of(self) -> dict[fx.Node, frozenset[Atom]]:
+        return self.coupling.types.atoms_of
 
 
-def _path(tree: dict[fx.Node, Step | None], end: fx.Node) -> list[Step]:
+def _path(tree: dict[fx.Node, PathStep | None], end: fx.Node) -> list[PathStep]:
     """The steps to `end`, each with the value that it leads to."""
     steps, value = [], end
     while (step := tree[value]) is not None:
-        steps.append(Step(step.operator, value))
+        steps.append(PathStep(step.operator, value))
         value = step.value
     return steps[::-1]
 
 
-def chain_text(coupling: Coupling, group: str, first: str, second: str) -> str:
+def path_text(coupling: Coupling, group: str, first: str, second: str) -> str:
     """Why two weights of a group are coupled, an operator in each line."""
     try:
-        steps = Chains(coupling).between(group, first, second)
+        steps = CouplingPaths(coupling).between(group, first, second)
     except UsageError as error:
         return f"  {error}"
     lines = (f"    {whereabouts(step.operator)}" for step in steps)

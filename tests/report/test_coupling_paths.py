@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 from architectures import coupling_of
 
-from graphprune.analysis.coupling_paths import Chains
 from graphprune.errors import UsageError
+from graphprune.report.coupling_paths import CouplingPaths
 
 MLP = "model.layers.0.mlp"
 
 
 def steps(group: str, first: str, second: str, name: str = "llama-gqa") -> list[tuple[str, str]]:
-    chains = Chains(coupling_of(name))
+    chains = CouplingPaths(coupling_of(name))
     names = {node: weight for weight, node in chains.coupling.program.weight_nodes()}
     found = chains.between(group, first, second)
     return [(str(step.operator.target), names.get(step.value, "")) for step in found]
@@ -40,7 +40,7 @@ def test_a_walk_back_has_the_same_operators_in_reverse() -> None:
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "bert", "t5", "resnet", "gemma3"])
 def test_all_members_of_every_group_are_reached(name: str) -> None:
     coupling = coupling_of(name)
-    chains = Chains(coupling)
+    chains = CouplingPaths(coupling)
     nodes = dict(coupling.program.weight_nodes())
     for group in coupling.groups:
         first, *others = group.weights()
@@ -58,6 +58,6 @@ def test_experts_are_coupled_by_an_index() -> None:
 
 def test_what_is_no_member_is_refused_by_name() -> None:
     with pytest.raises(UsageError, match=r"model\.norm\.weight is no member of .*:ffn"):
-        Chains(coupling_of("llama-gqa")).between(
+        CouplingPaths(coupling_of("llama-gqa")).between(
             f"{MLP}:ffn", f"{MLP}.up_proj.weight", "model.norm.weight"
         )
