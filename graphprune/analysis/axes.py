@@ -115,14 +115,14 @@ class Axes:
     # -- building -------------------------------------------------------------------------------
 
     def atom(self, size: int) -> Axis:
-        """A new axis of `size` with no structure yet (`UNIT` when the size is 1)."""
+        """Return a new axis of `size` with no structure yet (`UNIT` when the size is 1)."""
         if size == 1:
             return UNIT
         self._count += 1
         return Atom(size, self._count)
 
     def product(self, *axes: Axis) -> Axis:
-        """The row-major product of `axes`."""
+        """Return the row-major product of `axes`."""
         factors: list[Axis] = []
         for axis in axes:
             axis = self.head(axis)
@@ -160,7 +160,7 @@ class Axes:
         return axis
 
     def _followed(self, axis: Axis) -> Axis:
-        """What an atom is bound to, in the end."""
+        """Return what an atom is bound to, in the end."""
         seen = []
         while isinstance(axis, Atom) and axis.bound is not None:
             seen.append(axis)
@@ -179,7 +179,7 @@ class Axes:
         return axis
 
     def atoms(self, axis: Axis) -> Iterator[Atom]:
-        """The unbound atoms inside `axis`, in order, with repetitions."""
+        """Return the unbound atoms inside `axis`, in order, with repetitions."""
         axis = self.head(axis)
         if isinstance(axis, Atom):
             yield axis
@@ -188,7 +188,7 @@ class Axes:
             yield from self.atoms(part)
 
     def same(self, left: Axis, right: Axis) -> bool:
-        """Whether unification already knows `left` and `right` to be one axis."""
+        """Return whether unification already knows `left` and `right` to be one axis."""
         left, right = self.head(left), self.head(right)
         if left is right:
             return True
@@ -397,12 +397,12 @@ def _inside(axis: Axis) -> tuple[Axis, ...]:
 
 
 def _loose(part: Axis, kind: type[Axis]) -> bool:
-    """Whether `part` must be followed or flattened to normalize a `kind` around it."""
+    """Return whether `part` must be followed or flattened to normalize a `kind` around it."""
     return isinstance(part, kind) or (isinstance(part, Atom) and part.bound is not None)
 
 
 def _run(axes: Sequence[Axis], size: int) -> int:
-    """How many leading `axes` have a product of exactly `size` (0 when none do)."""
+    """Return how many leading `axes` have a product of exactly `size` (0 when none do)."""
     total = 1
     for count, axis in enumerate(axes, start=1):
         total *= axis.size

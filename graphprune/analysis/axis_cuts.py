@@ -1,4 +1,4 @@
-"""What stays of an axis when atoms inside it lose units, or gain copies.
+"""The rest of an axis when atoms inside it lose units, or gain copies.
 
 Examples
 --------
@@ -40,7 +40,7 @@ class AxisCut:
 
     @property
     def count(self) -> int:
-        """How many units go (under each parent)."""
+        """The number of units that go (under each parent)."""
         if self.parents:
             return len(next(iter(self.per_parent.values()), ()))
         return len(self.removed)
@@ -60,7 +60,7 @@ class Growth:
 
     @property
     def count(self) -> int:
-        """How many units go: a negative number."""
+        """The number of units that go: a negative one."""
         return -self.by
 
 

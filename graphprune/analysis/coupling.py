@@ -57,7 +57,7 @@ class Coupling:
         return tuple(self._by_atom.values())
 
     def group(self, name: str) -> Group:
-        """The group called `name`.
+        """Return the group called `name`.
 
         Raises
         ------
@@ -70,16 +70,16 @@ class Coupling:
         return self._by_name[name]
 
     def sizes(self, group: Group) -> tuple[int, ...]:
-        """The sizes of the parents of `group`, and its own."""
+        """Return the sizes of the parents of `group`, and its own."""
         return (*(self.group(parent).size for parent in group.parents), group.size)
 
     def atom(self, name: str) -> Atom:
-        """The axis behind the group called `name`."""
+        """Return the axis behind the group called `name`."""
         group = self.group(name)
         return next(atom for atom, found in self._by_atom.items() if found is group)
 
     def group_of(self, atom: Atom) -> Group | None:
-        """The group of an unbound atom, or None when it is frozen."""
+        """Return the group of an unbound atom, or None when it is frozen."""
         return self._by_atom.get(atom)
 
     @cached_property
@@ -132,12 +132,12 @@ class Coupling:
         }
 
     def _reached(self, atom: Atom) -> Iterator[str]:
-        """The weights that an atom reaches into."""
+        """Return the weights that an atom reaches into."""
         yield from (weight for weight, *_ in self._occurrences[atom])
         yield from (member.weight for member in self._owned(atom))
 
     def _owned(self, atom: Atom) -> Iterator[IndexMap]:
-        """The weights that one unit of an atom owns, unit by unit."""
+        """Return the weights that one unit of an atom owns, unit by unit."""
         owner = self.types.owners.get(atom)
         for unit, weights in enumerate(owner.weights if owner is not None else ()):
             for weight in weights:
@@ -159,7 +159,7 @@ class Coupling:
     # -- weights --------------------------------------------------------------------------------
 
     def type_of(self, weight: str) -> AxisType:
-        """The axis type of `weight`, printable.
+        """Return the axis type of `weight`, printable.
 
         Raises
         ------
@@ -181,7 +181,7 @@ class Coupling:
         return AxisType(text, tuple(map(self.types.axes.resolve, type_)))
 
     def explain(self, weight: str, dim: int) -> str:
-        """What dimension `dim` of `weight` is made of, and why parts of it cannot be pruned.
+        """Return what dimension `dim` of `weight` is made of, and why parts of it cannot be pruned.
 
         Raises
         ------
@@ -290,7 +290,7 @@ class Coupling:
         return extension("graphprune.renderers", form)(self, **options)
 
     def _repr_html_(self) -> str:
-        """The page in a frame, for notebooks."""
+        """Return the page in a frame, for notebooks."""
         import html
 
         return (

@@ -54,7 +54,7 @@ class Group:
 
     @property
     def is_zeroing(self) -> bool:
-        """Whether removing units equals zeroing their slices of the weights."""
+        """True where removing units equals zeroing their slices of the weights."""
         return self.exactness == "exact" and self.role != "expert"
 
     def cut(self, units: Mapping[tuple[int, ...], tuple[int, ...]]) -> Cut:
@@ -76,7 +76,7 @@ class Group:
         return cut
 
     def weights(self) -> list[str]:
-        """The names of the weights it reaches into, each once."""
+        """Return the names of the weights it reaches into, each once."""
         return list(dict.fromkeys(member.weight for member in self.members))
 
     def owned(self) -> dict[str, int]:
@@ -108,7 +108,7 @@ class Group:
 
 
 def group_names(members: Mapping[Atom, list[str]], roles: Mapping[Atom, Role]) -> dict[Axis, str]:
-    """A stable name for each group: the module path that its weights share, and its label."""
+    """Return a stable name for each group: the module path of its weights, and its label."""
     names: dict[Axis, str] = {}
     taken: dict[str, int] = defaultdict(int)
     for atom, weights in members.items():
@@ -120,7 +120,7 @@ def group_names(members: Mapping[Atom, list[str]], roles: Mapping[Atom, Role]) -
 
 
 def common_path(weights: Iterable[str]) -> str:
-    """The dotted path of the module that all `weights` share."""
+    """Return the dotted path of the module that all `weights` share."""
     common: list[str] | None = None
     for weight in dict.fromkeys(weights):
         parts = weight.split(".")[:-1]

@@ -84,7 +84,7 @@ class _Inference:
         )
 
     def _interface(self) -> None:
-        """Inputs and outputs are promises to the caller, but for the sizes of a KV cache."""
+        """Freeze inputs and outputs, which callers count on, but for the sizes of a KV cache."""
         for kind, prefix, pairs in (
             ("input", PAST, self.program.input_nodes()),
             ("output", PRESENT, self.program.output_nodes()),
@@ -108,7 +108,7 @@ class _Inference:
         self._context(node, ZeroRule.NEVER).unify(left, right)
 
     def shapes(self, node: fx.Node) -> Any:
-        """Generic sizes of a node (a list of them for several results; None for no tensor)."""
+        """Return generic sizes of a node: a list for several results, None for no tensor."""
         if node not in self._shapes:
             self._shapes[node] = self._shape(node.meta.get("val"))
         return self._shapes[node]

@@ -83,15 +83,15 @@ class Matrix:
 
     @property
     def channels(self) -> int:
-        """How many neighbours along ``in`` are channels of one place of a kernel."""
+        """The number of neighbors along ``in`` that are channels of one tap of a kernel."""
         return self.view.shape[-1]
 
     def read(self, weight: Tensor) -> Tensor:
-        """The matrix as ``[parts, out, in]``, a copy."""
+        """Return the matrix as ``[parts, out, in]``, a copy."""
         return self._of(weight.detach().contiguous()).clone().reshape(self.shape)
 
     def write(self, weight: Tensor, matrix: Tensor) -> Tensor:
-        """A copy of `weight` that holds `matrix`, ``[parts, out, in]``."""
+        """Return a copy of `weight` that holds `matrix`, ``[parts, out, in]``."""
         copy = weight.detach().clone(memory_format=torch.contiguous_format)
         self._of(copy).copy_(matrix.reshape(self.view.shape))
         return copy
@@ -209,13 +209,13 @@ def _flat(args: Any) -> Iterator[Any]:
 
 
 def _same_first(viewed: Tensor, view: Tensor) -> bool:
-    """Whether the first axis is the same in both."""
+    """Return whether the first axis is the same in both."""
     of = [(t.shape[:1], t.stride()[:1], t.storage_offset()) for t in (viewed, view)]
     return of[0] == of[1]
 
 
 def _picked(user: fx.Node, node: fx.Node) -> fx.Node | None:
-    """The ids by which `user` picks along the first axis of `node`, if that is what it does."""
+    """Return the ids by which `user` picks along the first axis of `node`, if it does so."""
     if user.target is _ATEN.index.Tensor and user.args[0] is node:
         indices = user.args[1]
         if isinstance(indices, list | tuple) and len(indices) == 1:
@@ -277,7 +277,7 @@ def _product(
 
 
 def _by_part(x: Tensor, ids: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """``[picked, n, in]`` by the part that each was picked of."""
+    """Return ``[picked, n, in]`` by the part that each was picked of."""
     for part in ids.unique().tolist():
         yield part, x[ids == part].reshape(-1, x.shape[-1])
 
@@ -314,7 +314,7 @@ def _each(value: Any, count: int) -> tuple[int, ...]:
 
 
 def _pads(padding: Any, kernel: torch.Size, dilation: tuple[int, ...]) -> list[int]:
-    """What `functional.pad` takes: before and after, the last axis first."""
+    """Return what `functional.pad` takes: before and after, the last axis first."""
     pairs = []
     each = () if isinstance(padding, str) else _each(padding, len(kernel))
     for at, (size, step) in enumerate(zip(kernel, dilation, strict=True)):
@@ -327,7 +327,7 @@ def _pads(padding: Any, kernel: torch.Size, dilation: tuple[int, ...]) -> list[i
 
 
 def bias_of(program: Program, matrix: Matrix) -> str:
-    """The parameter that is added to the output of `matrix` alone, or "".
+    """Return the parameter that is added to the output of `matrix` alone, or "".
 
     Its elements are the ``parts * out`` outputs in order.
     """

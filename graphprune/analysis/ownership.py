@@ -1,4 +1,4 @@
-"""What goes with units that own a part of the graph, such as experts that code loops over.
+"""Ownership: parts of a graph that go with their units, such as experts in a loop over modules.
 
 A loop over modules ties each of them to a unit of a choice by a literal: ``chosen == 3``, or
 ``mask[3]``. When nothing chooses that unit, what is read there is zero (or empty), and so is what
@@ -48,7 +48,7 @@ class UnitEntries:
 
 @dataclass(frozen=True, eq=False)
 class Removal:
-    """What is left of a graph without some units.
+    """The rest of a graph without some units.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ class Removal:
     stuck: fx.Node | None = None
 
     def instead(self, node: fx.Node) -> fx.Node:
-        """What takes the place of `node` in the end."""
+        """Return what takes the place of `node` in the end."""
         while node in self.absorbed:
             node = self.absorbed[node]
         return node
@@ -76,7 +76,7 @@ class Removal:
 
 @dataclass(frozen=True, eq=False)
 class Ownership:
-    """What belongs to each unit of an axis that code loops over.
+    """The weights and nodes that belong to each unit of an axis.
 
     Parameters
     ----------
@@ -129,7 +129,7 @@ class UnitOwnership:
         self.order = {node: at for at, node in enumerate(graph.nodes)}
 
     def ownership(self, axis: Axis, entries: tuple[UnitEntries, ...]) -> Ownership:
-        """What belongs to each unit of `axis`, which come in at `entries`."""
+        """Return what belongs to each unit of `axis`, which come in at `entries`."""
         removals = [self.without([each]) for each in entries]
         # As many as ever go at once, too: what two leave may meet first where both end.
         removed = {f"its unit {unit} does": removal for unit, removal in enumerate(removals)}
@@ -158,7 +158,7 @@ class UnitOwnership:
         ranks: Sequence[list[int]],
         unit: int,
     ) -> Frozen:
-        """Why `unit` and the first one cannot count as equals."""
+        """Return why `unit` and the first one cannot count as equals."""
         fewer = min((0, unit), key=lambda each: len(ranks[each]))
         dead = removals[fewer].dead
         for weight in sorted(self.weights, key=self.order.__getitem__):
@@ -173,7 +173,7 @@ class UnitOwnership:
         return Frozen(axis, why, max(inlets, key=self.order.__getitem__))
 
     def without(self, units: Collection[UnitEntries]) -> Removal:
-        """What is left without all of `units` at once; linear in the size of their branches."""
+        """Return what is left without all of `units`, in time linear in their branches."""
         selects = [node for entries in units for node in entries.selects]
         stacked: dict[fx.Node, set[int]] = {}
         for entries in units:
@@ -190,7 +190,7 @@ class UnitOwnership:
         absorbed: Mapping[fx.Node, fx.Node],
         stacked: Mapping[fx.Node, Collection[int]],
     ) -> set[fx.Node]:
-        """The nodes that nothing uses once branches have ended where they are absorbed."""
+        """Return the nodes that nothing uses once branches have ended where they are absorbed."""
         dead: set[fx.Node] = set()
 
         def uses(user: fx.Node, node: fx.Node) -> bool:
@@ -215,7 +215,7 @@ class UnitOwnership:
     def _first_alive(
         self, selects: Iterable[fx.Node], flow: _ZeroFlow, dead: Collection[fx.Node]
     ) -> fx.Node | None:
-        """The first operator that needs what is read, or writes into what stays."""
+        """Return the first operator that needs what is read, or writes into what stays."""
         left = [n for n in dead if n in self.written and self.base(n) not in dead]
         if alive := [node for node in selects if node not in dead]:
             users = [user for node in flow.zero if node not in dead for user in node.users]
@@ -251,7 +251,7 @@ class _ZeroFlow:
                 heapq.heappush(queue, (order[user], user))
 
     def _is_gone(self, node: Any) -> bool:
-        """Whether a tensor is zero everywhere, or empty."""
+        """Return whether a tensor is zero everywhere, or empty."""
         while node in self.absorbed:
             node = self.absorbed[node]
         return node in self.zero
@@ -283,7 +283,7 @@ class _ZeroFlow:
         return False
 
     def _finds(self, node: fx.Node) -> bool:
-        """Whether positions are looked for where nothing is."""
+        """Return whether positions are looked for where nothing is."""
         if node.target is _ATEN.index.Tensor:
             return any(map(self._is_mask_of_nothing, arguments_of(node)["indices"]))
         return node.target in _FINDING and self._is_gone(node.args[0])
@@ -292,7 +292,7 @@ class _ZeroFlow:
         return self._is_gone(node) and node.meta["val"].dtype is torch.bool
 
     def _is_empty(self, value: Any) -> bool:
-        """Whether one of the sizes is zero where nothing was found."""
+        """Return whether one of the sizes is zero where nothing was found."""
         if not self._empty:
             return False
         if isinstance(value, torch.Tensor):
@@ -309,7 +309,7 @@ class _ZeroFlow:
     # -- sums -----------------------------------------------------------------------------------
 
     def _absorbing(self, node: fx.Node) -> fx.Node | None:
-        """What `node` is equal to when operands of it are gone, if that is one of its operands."""
+        """Return the operand that `node` is equal to when others of its operands are gone."""
         name, given = plain_name(node), arguments_of(node)
         other: Any = None
         if name in ("add", "sub"):
@@ -330,7 +330,7 @@ class _ZeroFlow:
         return other if self._may_share(node, other) else None
 
     def _may_share(self, node: fx.Node, other: fx.Node) -> bool:
-        """Whether `node` may be `other` itself, and nothing is written over that is still used."""
+        """Return whether `node` may be `other` itself: nothing still used is written over."""
         if node in self.written or node not in self.ownership.overwritten:
             return True
         while other in self.absorbed and len(other.users) == 1:
@@ -350,7 +350,7 @@ class _ZeroFlow:
 
 
 def _symbols(values: Iterable[Any]) -> set[Any]:
-    """The dynamic sizes in the shapes of tensors, or of lists of them."""
+    """Return the dynamic sizes in the shapes of tensors, or of lists of them."""
     parts = [p for v in values for p in (v if isinstance(v, tuple | list) else [v])]
     sizes = [s for part in parts for s in part.shape if isinstance(s, torch.SymInt)]
     return {symbol for size in sizes for symbol in size.node.expr.free_symbols}

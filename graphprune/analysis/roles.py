@@ -1,4 +1,4 @@
-"""What an axis does: read from how the graph uses it, never from a module's name."""
+"""The role of an axis: read from how the graph uses it, never from a module's name."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LABELS: dict[Role, str] = {
 
 
 def find_roles(types: Types, atoms: Collection[Atom]) -> dict[Atom, Role]:
-    """The role of each of `atoms`."""
+    """Return the role of each of `atoms`."""
     heads, keys, values = _attention_axes(types)
     attended = _attended(types)
     rotary = _marked(types, "rotary")
@@ -167,7 +167,7 @@ def _residual(types: Types, atoms: Collection[Atom]) -> set[Atom]:
 def _reaches(
     late: fx.Node, early: fx.Node, order: dict[fx.Node, int], types: Types, atom: Atom | None
 ) -> bool:
-    """Whether `late` is computed from `early` (through values that hold `atom` only)."""
+    """Return whether `late` is computed from `early` (through values that hold `atom` only)."""
     limit = order[early]
     pending, seen = [late], {late}
     while pending:

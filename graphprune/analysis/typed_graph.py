@@ -20,7 +20,7 @@ from graphprune.ir.program import Program
 
 @dataclass(frozen=True, eq=False)
 class TypedGraph:
-    """What the rules said about the graph of a program, before anything is concluded from it.
+    """All that the rules said about the graph of a program.
 
     Parameters
     ----------
@@ -65,7 +65,7 @@ class TypedGraph:
 
     @cached_property
     def _symbol_sizes(self) -> list[int]:
-        """What stands for single symbols: primes, so whatever they divide is made of them."""
+        """The primes that stand for single symbols: what they divide is made of them."""
         return [size for size, expression in self.dynamic.items() if expression.is_Symbol]
 
     @cached_property

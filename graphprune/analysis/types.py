@@ -1,4 +1,4 @@
-"""What follows from a typed graph: which axes can lose units, and what their units own."""
+"""Conclusions from a typed graph: which axes can lose units, and what their units own."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class Types(TypedGraph):
 
     @cached_property
     def unit_ownership(self) -> UnitOwnership:
-        """What follows through the graph what units leave behind."""
+        """The search for what units leave behind."""
         weights = {node: name for name, node in self.program.weight_nodes()}
         graph = self.program.graph
         return UnitOwnership(graph, weights, self.zero_rules, self.written, self.base)
@@ -137,7 +137,7 @@ class Types(TypedGraph):
 
     @cached_property
     def min_units(self) -> dict[Atom, int]:
-        """How many units of an atom must stay: as many as are chosen, or give a finite variance."""
+        """The units of an atom that must stay: as many as are chosen, or give a finite variance."""
         found: dict[Atom, int] = {}
         for routing in self.facts.routings:
             for atom in self.axes.atoms(routing.axis):

@@ -99,7 +99,7 @@ class Zeros:
 
     @cached_property
     def _cleared(self) -> dict[fx.Node, frozenset[Atom]]:
-        """What is centered or scaled by statistics of what stays -> the atoms that these run over.
+        """Nodes that center or scale by statistics of what stays -> the atoms that these run over.
 
         It is zero at their units that do not stay, whatever comes in there.
         """
@@ -111,7 +111,7 @@ class Zeros:
         return found
 
     def _cover(self, node: fx.Node, zeros: NodeAtoms) -> dict[fx.Node, frozenset[Atom]]:
-        """What `zeros` of its operands says about the elements of `node`.
+        """Return what `zeros` of its operands says about the elements of `node`.
 
         Where ``x[:, None] * y[None]`` holds an atom in both dimensions, it is not zero wherever
         `x` is: at a unit of the second dimension it is `y` that counts. Nor is ``x @ y`` where

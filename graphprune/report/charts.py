@@ -1,4 +1,4 @@
-"""What `inspect` draws: the sizes of layers around a plan, and the scores of groups."""
+"""Charts that `inspect` draws: the sizes of layers around a plan, and the scores of groups."""
 
 from __future__ import annotations
 

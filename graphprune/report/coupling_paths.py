@@ -39,7 +39,7 @@ class CouplingPaths:
     coupling: Coupling
 
     def between(self, group: str, first: str, second: str) -> list[PathStep]:
-        """The steps from the weight `first` to the weight `second` along the axis of `group`.
+        """Return the steps from one weight to another along the axis of `group`.
 
         Raises
         ------
@@ -94,7 +94,7 @@ class CouplingPaths:
 
 
 def _path(tree: dict[fx.Node, PathStep | None], end: fx.Node) -> list[PathStep]:
-    """The steps to `end`, each with the value that it leads to."""
+    """Return the steps to `end`, each with the value that it leads to."""
     steps, value = [], end
     while (step := tree[value]) is not None:
         steps.append(PathStep(step.operator, value))
@@ -103,7 +103,7 @@ def _path(tree: dict[fx.Node, PathStep | None], end: fx.Node) -> list[PathStep]:
 
 
 def path_text(coupling: Coupling, group: str, first: str, second: str) -> str:
-    """Why two weights of a group are coupled, an operator in each line."""
+    """Return why two weights of a group are coupled, an operator in each line."""
     try:
         steps = CouplingPaths(coupling).between(group, first, second)
     except UsageError as error:

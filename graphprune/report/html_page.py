@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from torch import fx
 
@@ -25,11 +25,20 @@ from graphprune.report.coupling_paths import CouplingPaths
 from graphprune.selection.cost import TOKENS, Cost, Costs
 from graphprune.transforms.apply import apply_plan
 
+if TYPE_CHECKING:
+    from graphprune.backends.huggingface.save import CheckpointForm
+    from graphprune.ir.program import Program
+
 MARK = "__DOCUMENT__"
 
 
-def page(coupling: Coupling, title: str = "program", plan: Plan | None = None) -> str:
-    """The analysis of a program as one self-contained HTML page.
+def page(
+    coupling: Coupling,
+    title: str = "program",
+    plan: Plan | None = None,
+    checkpoint_form: Callable[[Program], CheckpointForm] | None = None,
+) -> str:
+    """Return the analysis of a program as one self-contained HTML page.
 
     Parameters
     ----------
@@ -39,17 +48,20 @@ def page(coupling: Coupling, title: str = "program", plan: Plan | None = None) -
         What to call the program.
     plan
         What goes is shown, if this is given.
+    checkpoint_form
+        Says how the result can be written for transformers, such as
+        `graphprune.backends.huggingface.save.checkpoint_form`, which builds models to know it.
 
     Raises
     ------
     PlanError
         When the plan was made for another program.
     """
-    return _filled(document(coupling, title, plan))
+    return _filled(document(coupling, title, plan, checkpoint_form))
 
 
 def bare_page(title: str, shapes: Mapping[str, tuple[int, ...]], problem: str) -> str:
-    """A page of the weights of a checkpoint that cannot be captured, with the reason on top."""
+    """Return a page of the weights of a checkpoint that cannot be captured, and why."""
     weights = [
         {"n": name, "s": list(shape), "k": "parameter", "t": list(shape), "x": ""}
         for name, shape in shapes.items()
@@ -67,20 +79,24 @@ def _filled(data: Mapping[str, Any]) -> str:
 
 
 def document(
-    coupling: Coupling, title: str = "program", plan: Plan | None = None
+    coupling: Coupling,
+    title: str = "program",
+    plan: Plan | None = None,
+    checkpoint_form: Callable[[Program], CheckpointForm] | None = None,
 ) -> dict[str, Any]:
-    """What the page shows, as JSON can hold it.
+    """Return what the page shows, as JSON can hold it.
 
     Keys are short, as there is one for every weight of every layer: see the comments in
     ``data/page.html``, which reads them.
     """
-    return _Document(coupling, plan).whole(title)
+    return _Document(coupling, plan, checkpoint_form).whole(title)
 
 
 @dataclass(eq=False)
 class _Document:
     coupling: Coupling
     plan: Plan | None
+    checkpoint_form: Callable[[Program], CheckpointForm] | None
     reasons: dict[tuple[str, str], int] = field(default_factory=dict)
     operators: dict[fx.Node, int] = field(default_factory=dict)
 
@@ -116,7 +132,7 @@ class _Document:
         return {group.name: number for number, group in enumerate(self.coupling.groups)}
 
     @cached_property
-    def places(self) -> dict[str, int]:
+    def numbers_of_weights(self) -> dict[str, int]:
         return {name: number for number, name in enumerate(self.coupling.program.weights)}
 
     # -- weights --------------------------------------------------------------------------------
@@ -134,7 +150,7 @@ class _Document:
         return {**found, "tied": tied} if tied else found
 
     def _axis(self, axis: Axis) -> Any:
-        """A size (fixed), or what an axis is made of: its kind and its parts."""
+        """Return a size (fixed), or what an axis is made of: its kind and its parts."""
         axis = self.coupling.types.axes.head(axis)
         if isinstance(axis, Product):
             if not axis.factors:
@@ -165,7 +181,7 @@ class _Document:
             "x": group.exactness,
             "m": [
                 [
-                    self.places[m.weight],
+                    self.numbers_of_weights[m.weight],
                     m.dim,
                     m.offset,
                     m.width,
@@ -189,11 +205,11 @@ class _Document:
         return found
 
     def _shares(self, group: Group) -> list[int]:
-        """What one unit saves: parameters, multiply-accumulates, bytes of KV cache."""
+        """Return what one unit saves: parameters, multiply-accumulates, bytes of KV cache."""
         return [self.costs.unit(cost, group.name) for cost in get_args(Cost)]
 
     def _tree(self, group: Group) -> list[list[int]]:
-        """The walks from the first member: (value, operator, value before), by numbers.
+        """Return the walks from the first member: (value, operator, value before), by numbers.
 
         Values are numbered in this list; the first are the weights of the group in order.
         """
@@ -224,44 +240,43 @@ class _Document:
         after = apply_plan(program, self.plan)
         shapes = {name: list(weight.shape) for name, weight in after.weights.items()}
         changed = {
-            self.places[name]: shape
+            self.numbers_of_weights[name]: shape
             for name, shape in shapes.items()
-            if name in self.places and shape != list(program.weights[name].shape)
+            if name in self.numbers_of_weights and shape != list(program.weights[name].shape)
         }
         for cut in self.plan.steps[0].cuts if self.plan.steps else ():
-            changed |= {self.places[name]: [0] for name in cut.whole}
+            changed |= {self.numbers_of_weights[name]: [0] for name in cut.whole}
         return {
             "shapes": changed,
             "gone": {
-                self.places[weight]: {dim: _runs(lost) for dim, lost in dims.items()}
+                self.numbers_of_weights[weight]: {dim: _runs(lost) for dim, lost in dims.items()}
                 for weight, dims in self.plan.removed.items()
             },
             "costs": {
                 "params": after.parameter_count(),
                 "kv_bytes": after.kv_bytes_per_token(),
             },
-            "loads": _loads(after),
+            "loads": self._loads(after),
         }
 
-
-def _loads(program: Any) -> dict[str, str]:
-    """Whether plain transformers loads the result: how it is written, and why."""
-    from graphprune.backends.huggingface.save import checkpoint_form
-
-    if program.source is None:
-        return {"kind": "none", "why": "it was not captured from a transformers model"}
-    found = checkpoint_form(program)
-    return {"kind": found.kind, "why": found.reason}
+    def _loads(self, after: Program) -> dict[str, str] | None:
+        """Return how the result can be written for transformers, where that is asked."""
+        if after.source is None:
+            return {"kind": "none", "why": "it was not captured from a transformers model"}
+        if self.checkpoint_form is None:
+            return None
+        found = self.checkpoint_form(after)
+        return {"kind": found.kind, "why": found.reason}
 
 
 def _runs(places: list[int]) -> list[int]:
     """Sorted places as starts and lengths of runs, one after the other."""
     runs: list[int] = []
-    for place in places:
-        if runs and place == runs[-2] + runs[-1]:
+    for index in indices:
+        if runs and index == runs[-2] + runs[-1]:
             runs[-1] += 1
         else:
-            runs += [place, 1]
+            runs += [index, 1]
     return runs
 
 

@@ -1,4 +1,4 @@
-"""What ``graphprune inspect`` shows: coupled groups, speed hints and axis types, layers folded."""
+"""The text of ``graphprune inspect``: coupled groups, speed hints and axis types, layers folded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NUMBER = re.compile(r"(?<![A-Za-z0-9_])\d+(?![A-Za-z0-9_])")
 
 
 def overview(title: str, program: Program, coupling: Coupling) -> RenderableType:
-    """The sizes of `program`, its coupled groups, speed hints, and the axis types of its weights.
+    """Return sizes, coupled groups, speed hints and axis types of weights, for people.
 
     Parameters
     ----------
@@ -53,7 +53,7 @@ def overview(title: str, program: Program, coupling: Coupling) -> RenderableType
 
 
 def overview_json(coupling: Coupling) -> str:
-    """What `Coupling.to_json` has, and the speed hints of every runtime, as JSON text."""
+    """Return what `Coupling.to_json` has, and the speed hints of every runtime, as JSON text."""
     hints = [
         {
             "where": hint.where,
@@ -66,7 +66,7 @@ def overview_json(coupling: Coupling) -> str:
 
 
 def group_table(program: Program, coupling: Coupling) -> Table:
-    """The coupled groups as a table, those of repeated layers in one row."""
+    """Return the coupled groups as a table, those of repeated layers in one row."""
     table = Table(title="coupled groups", title_justify="left", show_edge=False, pad_edge=False)
     table.add_column("groups", justify="right")
     table.add_column("name", overflow="fold")
@@ -98,7 +98,7 @@ def hint_lines(hints: Iterable[Hint]) -> list[str]:
 
 
 def module_tree(title: str, program: Program, coupling: Coupling) -> Tree:
-    """The weights by module with their axis types, repeated modules in one branch."""
+    """Return the weights by module with their axis types, repeated modules in one branch."""
     from rich.tree import Tree
 
     tree = Tree(Text(title, style="bold"))
@@ -157,7 +157,7 @@ def _cells(program: Program, group: Group) -> tuple[str, ...]:
 
 
 def _reasons(coupling: Coupling) -> Iterator[Text]:
-    """Why some groups are not exact, once for groups that differ in numbers only."""
+    """Return why some groups are not exact, once for groups that differ in numbers only."""
     inexact = {(layer_pattern(g.name), layer_pattern(g.why)): g for g in coupling.groups if g.why}
     for group in reversed(inexact.values()):
         yield Text(f"{group.name} is {group.exactness}: {group.why}")
@@ -186,7 +186,7 @@ def _unruled(program: Program, coupling: Coupling) -> Iterator[Text]:
 
 
 def _parameters_per_unit(program: Program, group: Group) -> int:
-    """How many parameters go with one unit, if nothing else goes."""
+    """Return how many parameters go with one unit, if nothing else goes."""
     total = 0
     for member in group.members:
         if program.kinds.get(member.weight) != "parameter":

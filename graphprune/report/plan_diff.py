@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def difference(first: Plan, second: Plan, *names: str) -> Table:
-    """A table of what two plans do to each group: units that go in one, the other, and both.
+    """Return a table of what two plans do to each group: units that go in one, the other, and both.
 
     Parameters
     ----------

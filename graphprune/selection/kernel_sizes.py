@@ -75,7 +75,7 @@ _NOUNS: dict[Role, str] = {
 
 
 def preferred_sizes(groups: Iterable[Group], runtime: Runtime) -> dict[str, Sequence[int]]:
-    """The numbers of units that groups are best left with.
+    """Return the numbers of units that groups are best left with.
 
     Widths are multiples of the best number where a group is large enough to have `CHOICES` of them,
     else of the largest half, quarter and so on of it for which it is, down to the least; of that
@@ -107,7 +107,7 @@ def preferred_sizes(groups: Iterable[Group], runtime: Runtime) -> dict[str, Sequ
 
 
 def _step(group: Group, runtime: Runtime) -> int:
-    """What the units of a group are best left in multiples of; 1 where that does not matter."""
+    """Return what units are best left in multiples of; 1 where that does not matter."""
     if group.role in _NOUNS:
         wanted = [MATRICES[each] for each in _meant(runtime)]
     elif group.role in ("head-dim", "rope-pair"):
@@ -231,7 +231,7 @@ class _Sizes:
         return axis.size if group is None else self.left(group)
 
     def left(self, group: Group) -> int:
-        """How many units of a group are left."""
+        """Return how many units of a group are left."""
         return group.size - self.removed.get(group.name, 0)
 
     @cached_property
@@ -247,14 +247,14 @@ class _Sizes:
         return {a for mark in marks if mark.kind == "rotary" for a in self.axes.atoms(mark.axis)}
 
     def rotated(self, axis: Axis) -> int:
-        """How much of a head a rotary embedding turns."""
+        """Return how much of a head a rotary embedding turns."""
         axis = self.axes.head(axis)
         if isinstance(axis, Sum):
             return sum(map(self.rotated, axis.terms))
         return self(axis) if self._rotary.intersection(self.axes.atoms(axis)) else 0
 
     def query_group(self, site: TypedAttention) -> int:
-        """How many query heads share a KV head; 1 where neither can lose any."""
+        """Return how many query heads share a KV head; 1 where neither can lose any."""
         heads = kv_heads = 1
         for axis in site.heads:
             groups = [self.coupling.group_of(atom) for atom in self.axes.atoms(axis)]
@@ -293,7 +293,7 @@ def _head_hints(
 
 
 def _head_reason(runtime: Runtime, key: int, value: int, rotated: int, decodes: bool) -> str:
-    """What a head size costs, the most first; "" for nothing."""
+    """Return what a head size costs, the most first; "" for nothing."""
     least = HEADS.minimum
     fused = decodes and runtime != "tensorrt"  # GroupQueryAttention is of ONNX Runtime, and cached
     most, decoded = MOST_HEAD_SIZE.get(runtime), DECODED_HEAD_SIZES.get(runtime)

@@ -1,4 +1,4 @@
-"""What a mask means: tried, not guessed.
+"""The meaning of a mask: tried, not guessed.
 
 Its part of the graph is run on prompts, single tokens and chunks, with padding on either side and
 on lengths around every number in it, and compared with what it may mean.
@@ -61,7 +61,7 @@ class Mask:
 
 @dataclass(frozen=True)
 class _Meaning:
-    """What a mask may mean."""
+    """A meaning that a mask may have."""
 
     kind: MaskKind
     padded: bool
@@ -82,7 +82,7 @@ class _Meaning:
 
 
 def meaning_of(prober: Prober, mask: fx.Node) -> Mask:
-    """What `mask` means, if it means anything but itself on all sizes that are tried."""
+    """Return what `mask` means, if it means anything but itself on all sizes that are tried."""
     part = ancestors([mask])
     if len(part) > _MOST_NODES or not _tells_sizes_only(prober, part):
         return Mask(mask, "bias")
@@ -114,7 +114,7 @@ def meaning_of(prober: Prober, mask: fx.Node) -> Mask:
 
 
 def _tells_sizes_only(prober: Prober, part: Collection[fx.Node]) -> bool:
-    """Whether inputs other than the padding have a say by their sizes alone."""
+    """Return whether inputs other than the padding have a say by their sizes alone."""
     for _, node in prober.program.input_nodes():
         users = () if node in prober.paddings else (user for user in node.users if user in part)
         if node in part and any(user.target is not _ATEN.sym_size.int for user in users):
@@ -153,7 +153,7 @@ def _scenarios(
 
 
 def _agrees(meaning: _Meaning, found: Tensor, padding: Tensor | None, new: int) -> bool:
-    """Whether a mask's values are what `meaning` says, wherever the query is no padding."""
+    """Return whether a mask's values are what `meaning` says, wherever the query is no padding."""
     if found.dtype != torch.bool:
         if not ((found == 0) | (found <= LEAST)).all():
             return False

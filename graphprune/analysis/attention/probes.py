@@ -16,7 +16,7 @@ from graphprune.ir.program import PAST, Program
 def run_part(
     program: Program, wanted: Sequence[fx.Node], given: Mapping[fx.Node, Any]
 ) -> tuple[Any, ...]:
-    """The values of the nodes `wanted`, from weights and the `given` values of other nodes."""
+    """Return the values of `wanted`, from weights and the `given` values of other nodes."""
     needed = ancestors(wanted, given)
     weights = {node: name for name, node in program.weight_nodes() if node in needed}
     held: dict[fx.Node, Any] = dict(given)
@@ -90,12 +90,12 @@ class Prober:
         return found
 
     def shape(self, node: fx.Node, sizes: Sizes) -> list[int]:
-        """The sizes of `node`."""
+        """Return the sizes of `node`."""
         symbols = self.symbols(sizes)
         return [size_of(size, symbols) for size in node.meta["val"].shape]
 
     def inputs(self, sizes: Sizes, pad: str = "") -> dict[fx.Node, Tensor]:
-        """Inputs of these sizes: zeros, and masks that pad the first row on the side of `pad`."""
+        """Return inputs: zeros, and masks that pad the first row on the side of `pad`."""
         found = {}
         for value, node in self.program.input_nodes():
             shape = self.shape(node, sizes)

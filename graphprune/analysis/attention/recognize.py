@@ -134,7 +134,7 @@ def read_attention(program: Program) -> tuple[AttentionSite | Unread, ...]:
 
 
 class _Refused(Exception):
-    """Why a softmax is not read as attention."""
+    """The reason why a softmax is not read as attention."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class _Reader:
         }
 
     def read(self, node: fx.Node) -> AttentionSite | Unread | None:
-        """What is attention at `node`, a fused one or a softmax; None for anything else."""
+        """Return what is attention at `node`, a fused one or a softmax; None for anything else."""
         try:
             if node.target is _ATEN.scaled_dot_product_attention.default:
                 return self._site(_fused(node))
@@ -209,7 +209,7 @@ class _Reader:
         )
 
     def _sink(self, scores: fx.Node, heads: int) -> fx.Node:
-        """The scores of each head that `scores`, ``[batch, heads, queries, 1]``, repeats."""
+        """Return the scores of each head that `scores`, ``[batch, heads, queries, 1]``, repeats."""
         node = scores
         while _keeps_order(node) and node.meta["val"].dim() > 1:
             node = node.all_input_nodes[0]
@@ -222,7 +222,7 @@ class _Reader:
         return node
 
     def _before_repeat(self, operand: fx.Node, heads: int) -> fx.Node:
-        """What `operand` repeats for each query head of a group, or `operand` if nothing is."""
+        """Return what `operand` repeats for each query head of a group, or `operand` itself."""
         found, node = plain(operand), operand
         length, width = (str(size) for size in operand.meta["val"].shape[2:])
         while _keeps_order(node):
@@ -238,7 +238,7 @@ class _Reader:
         return found
 
     def _repeats(self, node: fx.Node, operand: fx.Node, heads: int) -> bool:
-        """Whether `operand` is `node` with every head as often as a group has query heads."""
+        """Return whether `operand` is `node` with each head repeated for its query heads."""
         groups = node.meta["val"].shape[1]
         if heads % groups:
             return False
@@ -334,7 +334,7 @@ def _spelled_out(softmax: fx.Node) -> _Parts | None:
 
 
 def _product_after(node: fx.Node) -> tuple[fx.Node | None, bool]:
-    """The product that probabilities go into, casts aside, and whether the last one goes nowhere.
+    """Return the product that probabilities go into, and whether the last one goes nowhere.
 
     None where they go into no product, or are no probabilities of keys.
     """
@@ -425,12 +425,12 @@ def _scaled(node: fx.Node) -> tuple[float, fx.Node] | None:
 
 
 def _keeps_order(node: fx.Node) -> bool:
-    """Whether what is left of the values of the first input stands in their order."""
+    """Return whether what is left of the values of the first input stands in their order."""
     return is_idle_dropout(node) or name_of(node) in MOVES - PERMUTES - {"select"}
 
 
 def plain(node: fx.Node) -> fx.Node:
-    """The node whose values `node` has at the same places, in the same type."""
+    """Return the node whose values `node` has at the same places, in the same type."""
     while _keeps_order(node):
         inner = node.all_input_nodes[0]
         ours, theirs = node.meta["val"], inner.meta["val"]

@@ -38,7 +38,7 @@ class Rotary:
     heads_first
         Whether `source` is ``[batch, heads, length, size]``; else ``[batch, length, heads, size]``.
     interleaved
-        Whether neighbours form a pair; else a dimension and that half the rotated width further on.
+        Whether neighbors form a pair; else a dimension and that half the rotated width further on.
     cos, sin
         Of each position and pair, ``[positions, rotated width / 2]``.
     """
@@ -86,7 +86,7 @@ class RotaryReader:
         self.tables: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
 
     def read(self, node: fx.Node) -> Rotary | None:
-        """The rotation whose result is `node`, ``[batch, heads, length, size]``; None for none."""
+        """Return the rotation whose result is `node`, ``[batch, heads, length, size]``, or None."""
         for source, boundary in self._sources(node):
             heads_first = _shape(source) == _shape(node)
             batch, heads, length, size = _shape(node)
@@ -103,7 +103,7 @@ class RotaryReader:
         return None
 
     def _hidden(self) -> set[fx.Node]:
-        """What depends on parameters or inputs by more than sizes, as angles do not.
+        """Return what depends on parameters or inputs by more than sizes, as angles do not.
 
         Masks are no such inputs: positions are counted on them.
         """
@@ -116,7 +116,7 @@ class RotaryReader:
         return found
 
     def _sources(self, node: fx.Node) -> Iterator[tuple[fx.Node, frozenset[fx.Node]]]:
-        """What all hidden in `node` comes through, nearest first, and what else comes in."""
+        """Return what all hidden in `node` comes through, nearest first, and what else comes in."""
         frontier, boundary = {node}, set[fx.Node]()
         for _ in range(_MOST_NODES):
             latest = max(frontier, key=self.order.__getitem__)
@@ -135,7 +135,7 @@ class RotaryReader:
                     yield source, frozenset(boundary)
 
     def _root(self, node: fx.Node) -> fx.Node:
-        """What `node` is computed from alone: layers share it."""
+        """Return what `node` is computed from alone: layers share it."""
         while len(node.all_input_nodes) == 1 and node.all_input_nodes[0] not in self.hidden:
             node = node.all_input_nodes[0]
         return node
@@ -186,7 +186,7 @@ class RotaryReader:
         return cos, sin
 
     def _holds(self, rotary: Rotary, node: fx.Node) -> bool:
-        """Whether the graph rotates so, at the positions that a mask's ones count."""
+        """Return whether the graph rotates so, at the positions that a mask's ones count."""
         last = self.positions - 1
         sizes = [Sizes(2, 5, 0), Sizes(2, 1, 6), Sizes(2, 3, 6)]
         if self.program.is_decoder:

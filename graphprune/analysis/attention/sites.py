@@ -48,7 +48,7 @@ def _spelled_out(types: Types) -> Iterator[TypedAttention]:
 
 
 def _back_to_products(types: Types, node: fx.Node) -> list[fx.Node]:
-    """The products behind a softmax: the nearest along the axis that it runs over.
+    """Return the products behind a softmax: the nearest along the axis that it runs over.
 
     Of what is joined each part may have one; it may also hold no scores, such as a sink.
     """
@@ -77,7 +77,7 @@ def _back_to_products(types: Types, node: fx.Node) -> list[fx.Node]:
 
 
 def _on_to_products(node: fx.Node, steps: int = 12) -> list[fx.Node]:
-    """The products in which probabilities, or parts of them, weigh values."""
+    """Return the products in which probabilities, or parts of them, weigh values."""
     users = list(node.users)
     if len(users) > 1:
         users = [user for user in users if name_of(user) in _PARTING]

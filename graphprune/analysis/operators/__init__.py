@@ -37,20 +37,20 @@ def table() -> list[dict[str, str]]:
 
 
 def markdown() -> str:
-    """The table as the text of ``graphprune/operators/README.md``, one line for each rule."""
+    """Return the table as the text of ``analysis/operators/README.md``, a line for each rule."""
     rules: dict[str, list[str]] = {}
     for name, entry in RULES.items():
         rules.setdefault(f"{entry.summary} | {entry.zero.value}", []).append(name)
     lines = [
         "# Operator rules",
         "",
-        "Made from the code (`analysis.operators.markdown`); a test compares the two. An",
+        "Made from the code (`graphprune.analysis.operators.markdown`); a test compares the two. An",
         "operator that is not here freezes every axis that it touches. In-place forms (`add_`)",
         "follow the rule of the plain one.",
         "",
         f"{len(RULES)} operators, {len(rules)} rules.",
         "",
-        "| operators | typing | vanishes, when weights are zeroed |",
+        "| operators | typing | zero, when weights are zeroed |",
         "|---|---|---|",
     ]
     for rule, names in sorted(rules.items(), key=lambda item: min(item[1])):

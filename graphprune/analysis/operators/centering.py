@@ -22,8 +22,8 @@ _PAIRS = {
 """Operators whose second result is the mean."""
 
 
-def is_centring(node: fx.Node) -> bool:
-    """Whether `node` is ``x - mean(x)``, the mean of size 1 where it was taken."""
+def is_centering(node: fx.Node) -> bool:
+    """Return whether `node` is ``x - mean(x)``, the mean of size 1 where it was taken."""
     if node.target is not _ATEN.sub.Tensor or len(node.args) != 2 or node.kwargs:
         return False
     value, mean = (_plain(argument) for argument in node.args)
@@ -39,8 +39,8 @@ def is_centring(node: fx.Node) -> bool:
     return _plain(mean.args[0]) is value and len(ranks) == 1
 
 
-def is_of_centred(node: fx.Node) -> bool:
-    """Whether the mean `node` is of powers of what was centred: a variance."""
+def is_of_centered(node: fx.Node) -> bool:
+    """Return whether the mean `node` is of powers of what was centered: a variance."""
     value = _plain(node.args[0])
     while isinstance(value, fx.Node) and value.target in (
         _ATEN.pow.Tensor_Scalar,
@@ -51,12 +51,12 @@ def is_of_centred(node: fx.Node) -> bool:
         if value.target is _ATEN.mul.Tensor and _plain(value.args[0]) is not _plain(value.args[1]):
             return False
         value = _plain(value.args[0])
-    return isinstance(value, fx.Node) and is_centring(value)
+    return isinstance(value, fx.Node) and is_centering(value)
 
 
-def is_centre(node: fx.Node) -> bool:
-    """Whether the mean `node` is subtracted from what it is the mean of."""
-    return any(is_centring(user) for user in _users(node))
+def is_center(node: fx.Node) -> bool:
+    """Return whether the mean `node` is subtracted from what it is the mean of."""
+    return any(is_centering(user) for user in _users(node))
 
 
 def _users(node: fx.Node) -> Iterator[fx.Node]:

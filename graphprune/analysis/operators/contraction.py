@@ -88,7 +88,7 @@ def einsum(ctx: RuleContext) -> Type:
 
 
 def letters_of(equation: str, ranks: list[int]) -> tuple[list[str], str]:
-    """The letters of every operand and of the result; dots are numbers, counted from the last."""
+    """Return the letters of every operand and of the result; dots are numbers from the last."""
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     terms = inputs.split(",")
     if not arrow:  # what occurs once comes out, in alphabetical order

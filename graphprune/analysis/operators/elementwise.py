@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from graphprune.analysis.axes import UNIT
-from graphprune.analysis.operators.centering import is_centring
+from graphprune.analysis.operators.centering import is_centering
 from graphprune.analysis.operators.facts import Type, ZeroRule
 from graphprune.analysis.operators.rule import RuleContext, rule
 from graphprune.ir.aten import rule_name
@@ -145,7 +145,7 @@ def divide(ctx: RuleContext) -> Type:
 @rule("lerp.Tensor", "lerp.Scalar", zero=ZeroRule.ALL_OPERANDS)
 def add(ctx: RuleContext) -> Type:
     """Sum, difference, larger or smaller: zero where all operands are."""
-    if is_centring(ctx.node):
+    if is_centering(ctx.node):
         for dim, (axis, mean) in enumerate(zip(ctx.type("self"), ctx.type("other"), strict=True)):
             if mean is UNIT:
                 ctx.statistic(axis, dim, clears=True)

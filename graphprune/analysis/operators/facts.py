@@ -1,4 +1,4 @@
-"""What operator rules say of a graph, as records: each names the node that it was said of."""
+"""Records of what operator rules say of a graph, each with the node that it was said of."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Type = tuple[Axis, ...]
 
 
 class ZeroRule(Enum):
-    """Where a result vanishes when the weights of a unit are zeroed, told from its operands."""
+    """Where a result is zero when the weights of a unit are zeroed, told from its operands."""
 
     AS_FIRST = "where its first operand does (f(0) = 0)"
     ANY_OPERAND = "where any operand does (products, contractions)"
@@ -53,7 +53,7 @@ class MeanLiteral:
 
 @dataclass(frozen=True)
 class Statistic:
-    """`node` centres or scales by statistics over `axis` that no rescaling makes exact.
+    """`node` centers or scales by statistics over `axis` that no rescaling makes exact.
 
     They are taken over what stays, as if nothing else had ever been there.
 

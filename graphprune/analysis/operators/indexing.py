@@ -62,7 +62,7 @@ def index_put(ctx: RuleContext) -> Type:
 
 
 def _indexed(ctx: RuleContext) -> tuple[list[Axis], int, list[tuple[int, fx.Node]]]:
-    """The axes that come through an index, what is picked comes after how many, (dim, index)."""
+    """Return the axes that come through, how many stand before what is picked, (dim, index)."""
     gone: list[tuple[int, fx.Node]] = []
     dim = 0
     for node in ctx.arg("indices"):

@@ -15,7 +15,7 @@ from graphprune.ir.nodes import argument_names
 
 
 def _regroup(ctx: RuleContext, before: Sequence[Axis], shape: Sequence[int]) -> Type:
-    """The axes of `before` viewed as `shape`: equal leading and trailing sizes stay as they are."""
+    """Return `before` viewed as `shape`; equal leading and trailing sizes stay as they are."""
     if math.prod(axis.size for axis in before) == 0:
         return tuple(map(ctx.fresh, shape))
     head = 0
@@ -208,7 +208,7 @@ def stack(ctx: RuleContext) -> Type:
 
 
 def _places(ctx: RuleContext, count: int) -> Axis:
-    """A new axis whose places are the tensors that the node takes."""
+    """Return a new axis whose places are the tensors that the node takes."""
     places = ctx.fresh(count)
     ctx.stack_units(places)
     return places
@@ -331,7 +331,7 @@ def _strided(ctx: RuleContext, axis: Axis, start: int, end: int, step: int) -> A
 
 
 def _window(ctx: RuleContext, axis: Axis, start: int, end: int, low: str, high: str | None) -> Axis:
-    """The piece [start, end) of `axis`; `low` and `high` name the arguments of its bounds."""
+    """Return the piece [start, end) of `axis`; `low` and `high` name the bounds."""
     sizes = [size for size in (start, end - start, axis.size - end) if size]
     if end <= start:
         if start >= axis.size:

@@ -1,4 +1,4 @@
-"""Operators that reduce, normalise or order along axes."""
+"""Operators that reduce, normalize or order along axes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 
 from graphprune.analysis.axes import UNIT, Axis
-from graphprune.analysis.operators.centering import is_centre, is_of_centred
+from graphprune.analysis.operators.centering import is_center, is_of_centered
 from graphprune.analysis.operators.facts import MeanLiteral, Type, ZeroRule
 from graphprune.analysis.operators.rule import RuleContext, rule
 from graphprune.ir.aten import name_of
@@ -39,7 +39,7 @@ def mean(ctx: RuleContext) -> Type:
     """Means: rescaled by new/old size, exact where what is removed vanishes."""
     type_ = ctx.type("self")
     dims = ctx.dims("dim", len(type_))
-    approximate = is_centre(ctx.node) or is_of_centred(ctx.node)
+    approximate = is_center(ctx.node) or is_of_centered(ctx.node)
     for dim in dims:
         if approximate:
             ctx.statistic(type_[dim], dim)
@@ -92,7 +92,7 @@ def extreme(ctx: RuleContext) -> Type:
 
 @rule("any.default", "any.dim", "any.dims", zero=ZeroRule.AS_FIRST)
 def any_(ctx: RuleContext) -> Type:
-    """Whether there is one: the axes are frozen."""
+    """A test for any or all: the axes are frozen."""
     return extreme(ctx)
 
 
@@ -139,7 +139,7 @@ def softmax(ctx: RuleContext) -> Type:
 
 @rule("log_softmax.int", "_log_softmax.default", zero=ZeroRule.NEVER)
 @rule("cumsum.default", "cumprod.default", "logcumsumexp.default", zero=ZeroRule.NEVER)
-def normalised(ctx: RuleContext) -> Type:
+def normalized(ctx: RuleContext) -> Type:
     """Running sums and the like: the axis is frozen, the others stay."""
     type_ = ctx.type("self")
     dim = ctx.dim("dim", len(type_))
@@ -150,13 +150,13 @@ def normalised(ctx: RuleContext) -> Type:
 @rule("argsort.default", "argsort.stable", zero=ZeroRule.NEVER)
 def order(ctx: RuleContext) -> Type:
     """Ordering: the axis is frozen."""
-    return normalised(ctx)
+    return normalized(ctx)
 
 
 @rule("sort.default", "sort.stable", "cummax.default", "cummin.default", zero=ZeroRule.NEVER)
 def order_with_index(ctx: RuleContext) -> list[Type | None]:
     """Ordering with places: the axis is frozen."""
-    type_ = normalised(ctx)
+    type_ = normalized(ctx)
     return [type_, type_]
 
 
@@ -309,7 +309,7 @@ def _pooled(ctx: RuleContext, type_: Type, shape: tuple[int, ...]) -> Type:
 
 
 def _is_whole(ctx: RuleContext, back: int, count: int) -> bool:
-    """Whether the window is of one place along the last but `back` dimension: nothing is pooled."""
+    """Return whether the window is of size 1 along the last but `back` dimension."""
     for name, neutral in (("kernel_size", 1), ("stride", 1), ("padding", 0)):
         given = ctx.arg(name)
         sizes = [given] * count if isinstance(given, int) else given

@@ -1,4 +1,4 @@
-"""What an operator rule sees and says: the node being typed, its axes and its literals.
+"""The view that an operator rule has of a node: its arguments, its axes and its literals.
 
 A rule is one function. It reads the axes of the operands, says which axes must be the same,
 returns the axes of the result, and says in the same breath which literals of the node follow from
@@ -37,7 +37,7 @@ Result = Type | list[Type | None] | None
 
 @dataclass(frozen=True)
 class Rule:
-    """How an operator is typed, where its result vanishes, and a line that says so."""
+    """The typing of an operator, where its result is zero, and a line that says so."""
 
     names: tuple[str, ...]
     apply: Callable[[RuleContext], Result]
@@ -86,30 +86,30 @@ class RuleContext:
     # -- arguments ------------------------------------------------------------------------------
 
     def arg(self, name: str) -> Any:
-        """The argument called `name` in the operator's schema, or its default."""
+        """Return the argument called `name` in the operator's schema, or its default."""
         return get_argument(self.node, name)
 
     def type(self, name: str) -> Type:
-        """The axes of the tensor argument called `name`."""
+        """Return the axes of the tensor argument called `name`."""
         found: Type = self.types[self.arg(name)]
         return found
 
     def shape(self, node: fx.Node | None = None) -> tuple[int, ...]:
-        """Generic sizes of `node` (the result by default); dynamic ones are large primes."""
+        """Return generic sizes of `node` (the result by default); dynamic ones are large primes."""
         found: tuple[int, ...] = self.shapes(node or self.node)
         return found
 
     def operands(self) -> list[fx.Node]:
-        """The tensor arguments, in order, those inside lists among them."""
+        """Return the tensor arguments, in order, those inside lists among them."""
         return [node for node in self.node.all_input_nodes if self.types.get(node) is not None]
 
     def dim(self, name: str, rank: int) -> int:
-        """The dimension argument called `name`, counted from the front."""
+        """Return the dimension argument called `name`, counted from the front."""
         dim: int = self.arg(name)
         return dim + rank if dim < 0 else dim
 
     def dims(self, name: str, rank: int) -> list[int]:
-        """A dimension list (or single dimension); all of them when it is empty or None."""
+        """Return a dimension list (or single dimension); all of them when it is empty or None."""
         given = self.arg(name)
         if given is None or given == []:
             return list(range(rank))
@@ -119,11 +119,11 @@ class RuleContext:
     # -- axes -----------------------------------------------------------------------------------
 
     def fresh(self, size: int) -> Axis:
-        """A new axis that nothing is known about."""
+        """Return a new axis that nothing is known about."""
         return self.axes.atom(size)
 
     def fixed(self, size: int, why: str) -> Axis:
-        """A new axis that must keep all its units."""
+        """Return a new axis that must keep all its units."""
         axis = self.axes.atom(size)
         self.freeze(axis, why)
         return axis
@@ -194,7 +194,7 @@ class RuleContext:
         self.facts.routing_weights.append(RoutingWeight(self.node, axis))
 
     def is_chosen_from(self, axis: Axis) -> bool:
-        """Whether a node before this one chooses among the units of `axis`."""
+        """Return whether a node before this one chooses among the units of `axis`."""
         atoms = set(self.axes.atoms(axis))
         return any(
             not atoms.isdisjoint(self.axes.atoms(choice.axis))
