@@ -153,12 +153,14 @@ def _page_and_plot(
         _draw(picture, program, plan, scores)
     if html is not None:
         from graphprune.analysis.coupling import analyze
+        from graphprune.backends.huggingface.save import checkpoint_form
         from graphprune.report.html_page import page
 
         with session.working("analyzing"):
             coupling = analyze(program)
         with session.working("writing the page"):
-            _write_page(html, page(coupling, directory, read_plan(plan) if plan else None))
+            shown = read_plan(plan) if plan else None
+            _write_page(html, page(coupling, directory, shown, checkpoint_form))
 
 
 def _draw(picture: Path, program: Program, plan: Path | None, scores: Path | None) -> None:

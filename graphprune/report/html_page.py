@@ -269,8 +269,8 @@ class _Document:
         return {"kind": found.kind, "why": found.reason}
 
 
-def _runs(places: list[int]) -> list[int]:
-    """Sorted places as starts and lengths of runs, one after the other."""
+def _runs(indices: list[int]) -> list[int]:
+    """Return sorted indices as starts and lengths of runs, one after the other."""
     runs: list[int] = []
     for index in indices:
         if runs and index == runs[-2] + runs[-1]:

@@ -44,8 +44,8 @@ def markdown() -> str:
     lines = [
         "# Operator rules",
         "",
-        "Made from the code (`graphprune.analysis.operators.markdown`); a test compares the two. An",
-        "operator that is not here freezes every axis that it touches. In-place forms (`add_`)",
+        "Made from the code (`graphprune.analysis.operators.markdown`); a test compares the two.",
+        "An operator that is not here freezes every axis that it touches. In-place forms (`add_`)",
         "follow the rule of the plain one.",
         "",
         f"{len(RULES)} operators, {len(rules)} rules.",
