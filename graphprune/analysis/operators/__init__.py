@@ -5,7 +5,14 @@ An operator without a rule freezes every axis that it touches, with itself as th
 
 from __future__ import annotations
 
-from graphprune.analysis.operators import contraction, elementwise, indexing, layout, reduction
+from graphprune.analysis.operators import (
+    contraction,
+    elementwise,
+    indexing,
+    layout,
+    reduction,
+    slicing,
+)
 from graphprune.analysis.operators.rule import RULES, Rule
 
 __all__ = [
@@ -17,12 +24,13 @@ __all__ = [
     "layout",
     "markdown",
     "reduction",
+    "slicing",
     "table",
 ]
 
 
 def table() -> list[dict[str, str]]:
-    """Every ruled operator with its rule, for people.
+    """Return every ruled operator with its rule, for people.
 
     Returns
     -------
