@@ -383,7 +383,7 @@ class Axes:
                 self.unify(self.product(piece, inner), term)
             return
         # The runs are each the same axis, but an index of `lead` now picks a run: removing one
-        # would shift the rest, so `lead` must be taken apart into single fixed places.
+        # would shift the rest, so `lead` must be taken apart into single fixed indices.
         runs = self.split(total, [inner.size] * lead.size)
         self.split(lead, [1] * lead.size)
         for run in runs:

@@ -154,7 +154,7 @@ class _Inference:
         return type_
 
     def _carry(self, source: UnitNumbers, node: fx.Node) -> None:
-        """Places stay places where an operator only moves them."""
+        """Indices stay indices of their axis where an operator only moves them."""
         if source in self.unit_numbers:
             self.unit_numbers[node, 0] = self.unit_numbers[source]
 
@@ -201,8 +201,8 @@ class _Primes:
     def size(self, size: Any) -> int:
         expression = sympy.sympify(size.node.expr)
         if expression not in self._sizes:
-            places = {symbol: self._prime(symbol) for symbol in expression.free_symbols}
-            value = sympy.sympify(expression.xreplace(places))
+            primes = {symbol: self._prime(symbol) for symbol in expression.free_symbols}
+            value = sympy.sympify(expression.xreplace(primes))
             known = value.is_Integer and value > 0
             self._sizes[expression] = int(value) if known else self._prime(expression)
         return self._sizes[expression]

@@ -56,7 +56,7 @@ class Matrix:
     view
         A tensor without data whose strides and offset say where in the weight the elements are:
         ``[*parts, out, *in]``. Parts are experts or the groups of a convolution, whose ``in`` runs
-        over the places of the kernel, then over channels.
+        over the taps of the kernel, then over channels.
     outer
         How many axes are parts.
     uses
@@ -174,7 +174,7 @@ def _matrices_of(name: str, node: fx.Node, view: Tensor) -> list[Matrix]:
 def _uses(name: str, node: fx.Node, view: Tensor, ids: fx.Node | None) -> Iterator[Matrix]:
     """Follow a weight, now the value of `node`, to its contractions.
 
-    `ids` is the node whose values say which of the first axis' places each place now stands for.
+    `ids` is the node whose values say which index of the first axis each index now stands for.
     """
     for user in node.users:
         moved = name_of(user)
@@ -283,12 +283,12 @@ def _by_part(x: Tensor, ids: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def _convolution(name: str, node: fx.Node, args: Mapping[str, Any], view: Tensor) -> Matrix:
-    """Rows are the windows under the kernel; columns are places of the kernel, then channels."""
+    """Rows are the windows under the kernel; columns are taps of the kernel, then channels."""
     groups, source = args["groups"], args["input"]
     if not isinstance(groups, int):
         raise _Unknown("it is convolved in a dynamic number of groups")
     kernel = view.shape[2:]
-    places, channels = math.prod(kernel), view.shape[1]
+    taps, channels = math.prod(kernel), view.shape[1]
     stride, dilation = (_each(args[key], len(kernel)) for key in ("stride", "dilation"))
     pads = _pads(args["padding"], kernel, dilation)
 
@@ -301,8 +301,8 @@ def _convolution(name: str, node: fx.Node, args: Mapping[str, Any], view: Tensor
         sizes = [(1, *kernel) if flat else kernel]
         sizes += [(1, *of) if flat else of for of in (dilation, stride)]
         windows = functional.unfold(x, sizes[0], dilation=sizes[1], stride=sizes[2])
-        windows = windows.view(len(x), groups, channels, places, -1).permute(1, 0, 4, 3, 2)
-        yield from enumerate(windows.reshape(groups, -1, places * channels))
+        windows = windows.view(len(x), groups, channels, taps, -1).permute(1, 0, 4, 3, 2)
+        yield from enumerate(windows.reshape(groups, -1, taps * channels))
 
     held = view.unflatten(0, (groups, -1)).movedim(2, -1)
     return Matrix(name, held, 1, [Use(node, source, rows)])

@@ -103,7 +103,7 @@ def _beside_picked(types: Types) -> set[Atom]:
 
 
 def _multiplied(types: Types) -> set[Atom]:
-    """Atoms in matrix products of two computed values: they mix places, as attention does."""
+    """Atoms in matrix products of two computed values: they mix positions, as attention does."""
     computed = {node for _, node in types.program.input_nodes()}
     found: set[Atom] = set()
     for node in types.program.graph.nodes:

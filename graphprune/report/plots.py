@@ -23,7 +23,7 @@ _WRITTEN = 16
 
 @dataclass(frozen=True)
 class Point:
-    """A place of a curve: where, how high, and how far up and down that may be."""
+    """A point of a curve: where, how high, and how far up and down that may be."""
 
     x: float
     y: float
@@ -171,11 +171,11 @@ def bars(path: Path, pairs: Mapping[str, tuple[float, float]], *, labels: tuple[
     check_format(path)
     figure = Figure(figsize=(8, 1.4 + 0.3 * len(pairs)), layout="constrained")
     axes = figure.subplots()
-    places = range(len(pairs))
+    rows = range(len(pairs))
     before, after = zip(*pairs.values(), strict=True)
-    axes.barh(places, before, 0.75, fill=False, edgecolor="0.35", hatch="///", label="before")
-    axes.barh(places, after, 0.75, color="0.3", label="after")
-    axes.set_yticks(places, list(pairs))
+    axes.barh(rows, before, 0.75, fill=False, edgecolor="0.35", hatch="///", label="before")
+    axes.barh(rows, after, 0.75, color="0.3", label="after")
+    axes.set_yticks(rows, list(pairs))
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.set_xlabel(labels[0])

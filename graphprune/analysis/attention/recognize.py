@@ -430,7 +430,7 @@ def _keeps_order(node: fx.Node) -> bool:
 
 
 def plain(node: fx.Node) -> fx.Node:
-    """Return the node whose values `node` has at the same places, in the same type."""
+    """Return the node whose values `node` has, element for element, in the same type."""
     while _keeps_order(node):
         inner = node.all_input_nodes[0]
         ours, theirs = node.meta["val"], inner.meta["val"]

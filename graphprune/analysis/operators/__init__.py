@@ -35,7 +35,7 @@ def table() -> list[dict[str, str]]:
     Returns
     -------
     list of dict
-        Keys ``operator``, ``typing`` and ``zero`` (where the result vanishes when the weights of
+        Keys ``operator``, ``typing`` and ``zero`` (where the result is zero when the weights of
         a unit are zeroed), sorted by operator.
     """
     return [

@@ -136,7 +136,7 @@ def attention(ctx: RuleContext) -> Type:
         ctx.broadcast(scores, ctx.type("attn_mask"), shape=[axis.size for axis in scores])
     products = (ctx.node, ctx.node)
     ctx.facts.attentions.append(TypedAttention(products, heads, q[-1], v[-1], (query, key, value)))
-    # The weights of a head sum to one, so the result vanishes where its values do.
+    # The weights of a head sum to one, so the result is zero where its values are.
     ctx.zero_where((value,))
     return (*heads, q[-2], v[-1])
 
@@ -144,7 +144,7 @@ def attention(ctx: RuleContext) -> Type:
 @rule("conv1d.default", "conv2d.default", "conv3d.default", zero=ZeroRule.ANY_OPERAND)
 @rule("conv2d.padding", "conv1d.padding", zero=ZeroRule.ANY_OPERAND)
 def convolution(ctx: RuleContext) -> Type:
-    """Channels are contracted, in groups where there are some; places are fixed."""
+    """Channels are contracted, in groups where there are some; positions are fixed."""
     type_, weight, shape = ctx.type("input"), ctx.type("weight"), ctx.shape()
     spatial = len(weight) - 2
     at = len(type_) - spatial - 1

@@ -99,11 +99,11 @@ def compare(ctx: RuleContext) -> Type:
 
 @rule("eq.Scalar", zero=ZeroRule.NEVER)
 def equal(ctx: RuleContext) -> Type:
-    """Same axes; a number that places of an axis are compared with reads one of them."""
-    places, index = ctx.arg("self"), ctx.arg("other")
-    axis = ctx.unit_numbers.get((places, 0))
+    """Same axes; a number that indices of an axis are compared with selects one of them."""
+    numbers, index = ctx.arg("self"), ctx.arg("other")
+    axis = ctx.unit_numbers.get((numbers, 0))
     if axis is not None and type(index) is int and 0 <= index < axis.size:
-        ctx.picked.add(places)
+        ctx.picked.add(numbers)
         ctx.select_unit(axis, index, ("other", 0))
     return unary(ctx)
 

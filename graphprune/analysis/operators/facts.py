@@ -119,18 +119,18 @@ class RoutingWeight:
 
 @dataclass(frozen=True)
 class UnitSelect:
-    """`node` takes what belongs to one place of `axis`, and nothing of the others.
+    """`node` takes what belongs to one index of `axis`, and nothing of the others.
 
     Parameters
     ----------
     node, literals
-        The operator and its arguments that say which place, with what they are past it: they follow
-        when places before it go.
+        The operator and its arguments that say which index, with what they are past it: they follow
+        when indices before it go.
     axis, index
-        The axis and the place.
+        The axis and the index.
     source
         The operand that holds the axis, for which the result is a part of it; None where the
-        operand holds places of the axis, which are compared with `index`.
+        operand holds indices of the axis, which are compared with `index`.
     """
 
     node: fx.Node
@@ -142,7 +142,7 @@ class UnitSelect:
 
 @dataclass(frozen=True)
 class UnitStack:
-    """Each tensor in the list that `node` takes is a place of `axis`."""
+    """Each tensor in the list that `node` takes belongs to one index of `axis`."""
 
     node: fx.Node
     axis: Axis
@@ -150,7 +150,7 @@ class UnitStack:
 
 @dataclass(frozen=True)
 class Contraction:
-    """`node` sums over `axis`: that is exact only where one of `operands` vanishes."""
+    """`node` sums over `axis`: that is exact only where one of `operands` is zero."""
 
     node: fx.Node
     axis: Axis
@@ -217,7 +217,7 @@ class Facts:
 
 
 ZeroPropagation = ZeroRule | tuple[tuple[fx.Node, ...], ...]
-"""Where a result vanishes: a law of its operands, or a sum of products of nodes."""
+"""Where a result is zero: a rule on its operands, or a sum of products of nodes."""
 
 UnitNumbers = tuple[fx.Node, int]
-"""A node that holds places of an axis, and which of its results they are (0 for the only one)."""
+"""A node that holds indices of an axis, and which of its results they are (0 for the only one)."""

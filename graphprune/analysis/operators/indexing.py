@@ -31,11 +31,9 @@ def index(ctx: RuleContext) -> Type:
         else:
             ctx.pick(type_[dim], node)
     count = len(shape) - len(kept)
-    places = shape[lead : lead + count]
+    found = shape[lead : lead + count]
     masks = [node for _, node in gone if _is_mask(node)]
-    picked = ctx.broadcast(
-        *(ctx.types[node] for _, node in gone if node not in masks), shape=places
-    )
+    picked = ctx.broadcast(*(ctx.types[node] for _, node in gone if node not in masks), shape=found)
     for axis in itertools.chain(*(ctx.types[mask] for mask in masks), picked if masks else ()):
         ctx.freeze(axis, "picked by a mask")
     return (*kept[:lead], *picked, *kept[lead:])
@@ -78,7 +76,7 @@ def _indexed(ctx: RuleContext) -> tuple[list[Axis], int, list[tuple[int, fx.Node
 
 @rule("where.default", "nonzero_numpy.default", zero=ZeroRule.NEVER)
 def places_of_mask(ctx: RuleContext) -> list[Type | None]:
-    """The places where a mask holds, along each of its axes, which are frozen."""
+    """The indices where a mask holds, along each of its axes, which are frozen."""
     for axis in ctx.types[ctx.operands()[0]]:
         ctx.freeze(axis, "places of it are found by a mask")
     return [(ctx.fixed(shape[0], "places that a mask finds"),) for shape in ctx.shapes(ctx.node)]
@@ -86,7 +84,7 @@ def places_of_mask(ctx: RuleContext) -> list[Type | None]:
 
 @rule("nonzero.default", zero=ZeroRule.NEVER)
 def coordinates_of_mask(ctx: RuleContext) -> Type:
-    """The places where a mask holds, a row for each; its axes are frozen."""
+    """The indices where a mask holds, a row for each; its axes are frozen."""
     for axis in ctx.type("self"):
         ctx.freeze(axis, "places of it are found by a mask")
     return tuple(ctx.fixed(size, "places that a mask finds") for size in ctx.shape())
@@ -132,7 +130,7 @@ def _same_but(ctx: RuleContext, left: Type, right: Type, dim: int) -> None:
     "scatter.src", "scatter.value", "scatter_add.default", "scatter_reduce.two", zero=ZeroRule.NEVER
 )
 def scatter(ctx: RuleContext) -> Type:
-    """Values are put at places of one axis."""
+    """Values are put at indices of one axis."""
     type_, picked = ctx.type("self"), ctx.type("index")
     dim = ctx.dim("dim", len(type_))
     ctx.pick(type_[dim], ctx.arg("index"))
@@ -148,7 +146,7 @@ def scatter(ctx: RuleContext) -> Type:
 
 @rule("index_add.default", "index_copy.default", zero=ZeroRule.NEVER)
 def index_add(ctx: RuleContext) -> Type:
-    """Slices are added at places of one axis, which is frozen."""
+    """Slices are added at indices of one axis, which is frozen."""
     type_, source = ctx.type("self"), ctx.type("source")
     dim = ctx.dim("dim", len(type_))
     ctx.freeze(type_[dim], "places of it are written by index")
@@ -161,7 +159,7 @@ def index_add(ctx: RuleContext) -> Type:
 
 @rule("one_hot.default", zero=ZeroRule.NEVER)
 def one_hot(ctx: RuleContext) -> Type:
-    """Indices become places of a new axis."""
+    """Class numbers become indices of a new axis."""
     axis = ctx.fresh(ctx.shape()[-1])
     ctx.pick(axis, ctx.arg("self"))
     ctx.weight_routing(axis)
@@ -184,7 +182,7 @@ def triangle(ctx: RuleContext) -> Type:
 @rule("eye.default", "eye.m", "scalar_tensor.default", "randperm.default", zero=ZeroRule.NEVER)
 @rule("tril_indices.default", "triu_indices.default", zero=ZeroRule.NEVER)
 def counting(ctx: RuleContext) -> Type:
-    """Values that tell their place: the axes are frozen."""
+    """Values that tell their index: the axes are frozen."""
     return tuple(ctx.fixed(size, "its values count its places") for size in ctx.shape())
 
 

@@ -112,8 +112,8 @@ def move_dim(ctx: RuleContext) -> Type:
     rank = len(type_)
     source, target = ctx.dims("source", rank), ctx.dims("destination", rank)
     rest = iter(dim for dim in range(rank) if dim not in source)
-    place = dict(zip(target, source, strict=True))
-    return tuple(type_[place[dim] if dim in place else next(rest)] for dim in range(rank))
+    moved = dict(zip(target, source, strict=True))
+    return tuple(type_[moved[dim] if dim in moved else next(rest)] for dim in range(rank))
 
 
 @rule("expand.default", "expand_as.default", "broadcast_to.default", zero=ZeroRule.AS_FIRST)
@@ -188,7 +188,7 @@ def repeat_interleave(ctx: RuleContext) -> Type:
     zero=ZeroRule.AS_FIRST,
 )
 def mix(ctx: RuleContext) -> Type:
-    """Elements change places or are mixed along some axes, which are frozen; the others stay."""
+    """Elements are moved or mixed along some axes, which are frozen; the others stay."""
     type_, shape = list(ctx.type("self")), ctx.shape()
     for dim in ctx.dims("dims" if ctx.arg("dims") is not None else "dim", len(type_)):
         ctx.freeze(type_[dim], "its elements change places or are mixed")
@@ -198,7 +198,7 @@ def mix(ctx: RuleContext) -> Type:
 
 @rule("unfold.default", zero=ZeroRule.AS_FIRST)
 def unfold(ctx: RuleContext) -> Type:
-    """Windows along an axis, which is frozen; the places within them are a new last axis."""
+    """Windows along an axis, which is frozen; the positions within them are a new last axis."""
     type_, shape = list(ctx.type("self")), ctx.shape()
     dim = ctx.dim("dimension", len(type_))
     ctx.freeze(type_[dim], "windows are cut out of it")
@@ -208,7 +208,7 @@ def unfold(ctx: RuleContext) -> Type:
 
 @rule("im2col.default", zero=ZeroRule.AS_FIRST)
 def image_to_columns(ctx: RuleContext) -> Type:
-    """Windows of an image: (channel place), and a column for each window."""
+    """Windows of an image: (channel tap), and a column for each window."""
     type_ = ctx.type("self")
     for axis in type_[-2:]:
         ctx.freeze(axis, "places of an image")
@@ -219,7 +219,7 @@ def image_to_columns(ctx: RuleContext) -> Type:
 
 @rule("col2im.default", zero=ZeroRule.AS_FIRST)
 def columns_to_image(ctx: RuleContext) -> Type:
-    """Windows (channel place) are added up to an image."""
+    """Windows (channel tap) are added up to an image."""
     type_, shape = ctx.type("self"), ctx.shape()
     channel, places = ctx.factor(type_[-2], (shape[-3], math.prod(ctx.arg("kernel_size"))))
     ctx.freeze(places, "places of a window")

@@ -23,7 +23,7 @@ def _reduced(ctx: RuleContext, type_: Type, dims: Iterable[int]) -> Type:
 @rule("sum.dim_IntList", "sum.default", "linalg_vector_norm.default", zero=ZeroRule.AS_FIRST)
 @rule("norm.ScalarOpt_dim", "nansum.default", "count_nonzero.dim_IntList", zero=ZeroRule.AS_FIRST)
 def sum_(ctx: RuleContext) -> Type:
-    """Sums and norms: exact where what is removed vanishes."""
+    """Sums and norms: exact where what is removed is zero."""
     type_ = ctx.types[ctx.operands()[0]]
     dims = ctx.dims("dim", len(type_))
     order = ctx.arg("ord") if ctx.arg("ord") is not None else ctx.arg("p")
@@ -36,7 +36,7 @@ def sum_(ctx: RuleContext) -> Type:
 
 @rule("mean.dim", "mean.default", zero=ZeroRule.AS_FIRST)
 def mean(ctx: RuleContext) -> Type:
-    """Means: rescaled by new/old size, exact where what is removed vanishes."""
+    """Means: rescaled by new/old size, exact where what is removed is zero."""
     type_ = ctx.type("self")
     dims = ctx.dims("dim", len(type_))
     approximate = is_center(ctx.node) or is_of_centered(ctx.node)
@@ -82,7 +82,7 @@ def variance_and_mean(ctx: RuleContext) -> list[Type | None]:
 @rule("max.default", "min.default", zero=ZeroRule.NEVER)
 @rule("argmin.default", "prod.dim_int", "prod.default", "logsumexp.default", zero=ZeroRule.NEVER)
 def extreme(ctx: RuleContext) -> Type:
-    """Extremes and logic over axes, which are frozen: a zero in place of a value may win."""
+    """Extremes and logic over axes, which are frozen: a zero where a value was may win."""
     type_ = ctx.types[ctx.operands()[0]]
     dims = ctx.dims("dim", len(type_))
     for dim in dims:
@@ -98,7 +98,7 @@ def any_(ctx: RuleContext) -> Type:
 
 @rule("max.dim", zero=ZeroRule.NEVER)
 def largest(ctx: RuleContext) -> list[Type | None]:
-    """The largest of an axis with its place, which is chosen from."""
+    """The largest of an axis with its index, which is chosen from."""
     type_ = ctx.type("self")
     dim = ctx.dim("dim", len(type_))
     ctx.route(dim, "max runs over it")
@@ -109,14 +109,14 @@ def largest(ctx: RuleContext) -> list[Type | None]:
 
 @rule("min.dim", "median.dim", "mode.default", zero=ZeroRule.NEVER)
 def extreme_with_index(ctx: RuleContext) -> list[Type | None]:
-    """Extremes with their places: the axis is frozen."""
+    """Extremes with their indices: the axis is frozen."""
     type_ = extreme(ctx)
     return [type_, type_]
 
 
 @rule("argmax.default", zero=ZeroRule.NEVER)
 def place_of_largest(ctx: RuleContext) -> Type:
-    """The place of the largest of an axis, which is chosen from."""
+    """The index of the largest of an axis, which is chosen from."""
     type_ = ctx.type("self")
     if ctx.arg("dim") is None:
         return extreme(ctx)
@@ -155,7 +155,7 @@ def order(ctx: RuleContext) -> Type:
 
 @rule("sort.default", "sort.stable", "cummax.default", "cummin.default", zero=ZeroRule.NEVER)
 def order_with_index(ctx: RuleContext) -> list[Type | None]:
-    """Ordering with places: the axis is frozen."""
+    """Ordering with indices: the axis is frozen."""
     type_ = normalized(ctx)
     return [type_, type_]
 
@@ -196,8 +196,8 @@ def _affine(ctx: RuleContext, axes: tuple[Axis, ...]) -> None:
                 ctx.unify(axis, other)
 
 
-def _vanish_by_gain(ctx: RuleContext) -> None:
-    """Zeroed gain and bias make the result vanish whatever the statistics are."""
+def _zero_by_gain(ctx: RuleContext) -> None:
+    """Say that zeroed gain and bias make the result zero whatever the statistics are."""
     if ctx.arg("weight") is not None:
         ctx.zero_where((ctx.arg("weight"),), (ctx.arg("bias"),))
 
@@ -211,7 +211,7 @@ def layer_norm(ctx: RuleContext) -> Type:
     ctx.size_literals("normalized_shape", axes)
     for dim, axis in enumerate(axes, start=len(type_) - len(axes)):
         ctx.statistic(axis, dim, clears=True)
-    _vanish_by_gain(ctx)
+    _zero_by_gain(ctx)
     return type_
 
 
@@ -239,7 +239,7 @@ def group_norm(ctx: RuleContext) -> Type:
     group, channel = ctx.factor(type_[1], (groups, type_[1].size // groups))
     ctx.size_literal("num_groups", None, group)
     ctx.statistic(channel, 1, clears=True)
-    _vanish_by_gain(ctx)
+    _zero_by_gain(ctx)
     return type_
 
 
@@ -255,7 +255,7 @@ def batch_norm(ctx: RuleContext) -> Type:
         if ctx.arg("training") or ctx.arg("use_input_stats"):
             for axis in (type_[0], *type_[2:]):
                 ctx.freeze(axis, "mean and variance are taken over it")
-        _vanish_by_gain(ctx)
+        _zero_by_gain(ctx)
     for name in ("weight", "bias", "running_mean", "running_var"):
         if ctx.arg(name) is not None:
             ctx.unify(type_[1], ctx.type(name)[0])
@@ -292,7 +292,7 @@ def pool(ctx: RuleContext) -> Type:
 @rule("adaptive_max_pool3d.default", "max_pool1d_with_indices.default", zero=ZeroRule.AS_FIRST)
 @rule("max_pool2d_with_indices.default", "max_pool3d_with_indices.default", zero=ZeroRule.AS_FIRST)
 def pool_with_index(ctx: RuleContext) -> list[Type | None]:
-    """The largest of the places of an image and where they were, each channel alone."""
+    """The largest pixels of a window and where they were, each channel alone."""
     type_ = _pooled(ctx, ctx.type("self"), ctx.shapes(ctx.node)[0])
     return [type_, type_]
 
@@ -322,7 +322,7 @@ def _is_whole(ctx: RuleContext, back: int, count: int) -> bool:
 
 @rule("max_unpool2d.default", "max_unpool3d.default", zero=ZeroRule.AS_FIRST)
 def unpool(ctx: RuleContext) -> Type:
-    """Values go back to the places of an image that they came from, each channel alone."""
+    """Values go back to the pixels that they came from, each channel alone."""
     type_, shape = ctx.type("self"), ctx.shape()
     spatial = int(name_of(ctx.node).removesuffix("d")[-1])
     for axis, other in zip(type_, ctx.type("indices"), strict=True):

@@ -204,22 +204,22 @@ class RuleContext:
     def select_unit(
         self, axis: Axis, index: int, *literals: tuple[str, int], source: fx.Node | None = None
     ) -> None:
-        """Say that the node reads one place of `axis`; see `UnitSelect`."""
+        """Say that the node reads one index of `axis`; see `UnitSelect`."""
         self.facts.unit_selects.append(UnitSelect(self.node, literals, axis, index, source))
         self.use("chosen", axis)
 
     def stack_units(self, axis: Axis) -> None:
-        """Say that each tensor in the node's list is a place of `axis`."""
+        """Say that each tensor in the node's list belongs to one index of `axis`."""
         self.facts.unit_stacks.append(UnitStack(self.node, axis))
 
     def hold_unit_numbers(self, axis: Axis, result: int = 0) -> None:
-        """Say that the values of a result are places of `axis`."""
+        """Say that the values of a result are indices of `axis`."""
         self.unit_numbers[self.node, result] = axis
 
     def pick(self, axis: Axis, index: fx.Node, what: str = "places") -> None:
-        """Say that places of `axis` are picked by the values of `index`.
+        """Say that `axis` is indexed by the values of `index`.
 
-        Where those are places of another axis, the two are one; otherwise `axis` is frozen.
+        Where those are indices of another axis, the two are one; otherwise `axis` is frozen.
         """
         self.use("picked", axis)
         self.picked.add(index)
@@ -248,7 +248,7 @@ class RuleContext:
     def zero_where(self, *terms: Iterable[fx.Node | None]) -> None:
         """Say that the result is a sum of products of nodes (None and empty terms left out).
 
-        It vanishes where a factor of every term does; this overrides the rule's own law.
+        It is zero where a factor of every term is; this overrides what the rule says.
         """
         found = (tuple(node for node in term if node is not None) for term in terms)
         self.terms = tuple(term for term in found if term)

@@ -13,7 +13,7 @@ from graphprune.analysis.operators.rule import RuleContext, rule
 
 @rule("cat.default", zero=ZeroRule.ALL_HOLDERS)
 def concatenate(ctx: RuleContext) -> Type:
-    """The axes of the joined dimension become a sum, or places as in a stack; others are one."""
+    """The axes of the joined dimension become a sum, or units as in a stack; others are one."""
     shape = ctx.shape()
     types = [ctx.types[node] for node in ctx.arg("tensors")]
     types = [type_ for type_ in types if len(type_) == len(shape)]
@@ -35,7 +35,7 @@ def concatenate(ctx: RuleContext) -> Type:
 
 @rule("stack.default", zero=ZeroRule.ALL_HOLDERS)
 def stack(ctx: RuleContext) -> Type:
-    """A new axis, whose places go where what is chosen picks by them; all others are one."""
+    """A new axis, whose units go where what is chosen picks by them; all others are one."""
     types = [ctx.types[node] for node in ctx.arg("tensors")]
     for other in types[1:]:
         for left, right in zip(types[0], other, strict=True):
@@ -76,7 +76,7 @@ def split_evenly(ctx: RuleContext) -> list[Type | None]:
 
 @rule("unbind.int", zero=ZeroRule.AS_FIRST)
 def unbind(ctx: RuleContext) -> list[Type | None]:
-    """The axis is taken apart into fixed places."""
+    """The axis is taken apart into fixed indices."""
     type_ = ctx.type("self")
     dim = ctx.dim("dim", len(type_))
     pieces = _cut(ctx, type_[dim], [1] * type_[dim].size)
@@ -93,7 +93,7 @@ def _cut(ctx: RuleContext, axis: Axis, sizes: Sequence[int]) -> list[Axis]:
 
 @rule("select.int", zero=ZeroRule.AS_FIRST)
 def select(ctx: RuleContext) -> Type:
-    """One fixed place of an axis, [before + 1 + after], or what belongs to a unit of a choice."""
+    """One fixed index of an axis, [before + 1 + after], or what belongs to a unit of a choice."""
     type_ = ctx.type("self")
     dim = ctx.dim("dim", len(type_))
     index = ctx.arg("index")
@@ -192,7 +192,7 @@ def _window(ctx: RuleContext, axis: Axis, start: int, end: int, low: str, high: 
 
 @rule("constant_pad_nd.default", "pad.default", zero=ZeroRule.AS_FIRST)
 def pad(ctx: RuleContext) -> Type:
-    """Fixed places are added before and after: [pad + axis + pad]."""
+    """Fixed padding is added before and after: [pad + axis + pad]."""
     type_ = list(ctx.type("self"))
     amounts = ctx.arg("pad")
     mode, value = ctx.arg("mode") or "constant", ctx.arg("value") or 0
