@@ -42,22 +42,22 @@ def main() -> None:
 
 
 def scale() -> None:
-    """Capture and analyse Llama-70B's config with 8 and with 80 layers."""
+    """Capture and analyze Llama-70B's config with 8 and with 80 layers."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("layers", "nodes", "capture s", "analyse s", "µs/node", "peak GB", "groups")
+    table = Table("layers", "nodes", "capture s", "analyze s", "µs/node", "peak GB", "groups")
     per_node = {}
     for layers in (8, 80):
         command = [sys.executable, __file__, "--layers", str(layers)]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         found = json.loads(output.splitlines()[-1])
-        per_node[layers] = found["analyse"] / found["nodes"] * 1e6
+        per_node[layers] = found["analyze"] / found["nodes"] * 1e6
         table.add_row(
             str(layers),
             str(found["nodes"]),
             f"{found['capture']:.1f} (CPU {found['capture_cpu']:.1f})",
-            f"{found['analyse']:.3f}",
+            f"{found['analyze']:.3f}",
             f"{per_node[layers]:.1f}",
             f"{found['peak_gb']:.2f}",
             str(found["groups"]),
@@ -85,7 +85,7 @@ def measure(layers: int) -> dict[str, float]:
         "capture": capture,
         "capture_cpu": capture_cpu,
         "nodes": len(program.graph.nodes),
-        "analyse": median_seconds(lambda: graphprune.analyze(program).groups),
+        "analyze": median_seconds(lambda: graphprune.analyze(program).groups),
         "groups": groups,
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
     }
@@ -115,7 +115,7 @@ def compare_with_peer() -> None:
     except ImportError:
         sys.exit("Torch-Pruning is not installed: pip install torch-pruning")
     torch.set_num_threads(1)
-    columns = ("ours: capture s", "ours: analyse s", "Torch-Pruning s", "/ analyse", "/ both")
+    columns = ("ours: capture s", "ours: analyze s", "Torch-Pruning s", "/ analyze", "/ both")
     table = Table("model", *columns)
     ids = torch.zeros((2, 8), dtype=torch.int64)
     models = {

@@ -77,7 +77,7 @@ class Size:
     turns: int
 
     def model(self, dtype: torch.dtype) -> Any:
-        """The model, the same each time."""
+        """Make the model, the same each time."""
         config = tf.LlamaConfig(
             vocab_size=4096,
             hidden_size=self.hidden,
@@ -127,7 +127,7 @@ def main(
 
 
 def machine(provider: str) -> dict[str, Any]:
-    """What ran it."""
+    """Return what ran it."""
     versions = {}
     for name in ("graphprune", "torch", "transformers", "onnx", "onnxruntime-gpu", "onnxruntime"):
         try:
@@ -236,7 +236,7 @@ def placement(package: Path, provider: str) -> dict[str, Any]:
 
 
 def kernels(package: Path, provider: str) -> list[str]:
-    """What ONNX Runtime says of the attention kernel that it chose, in a process of its own."""
+    """Return which attention kernel ONNX Runtime says it chose, in a process of its own."""
     environment = {**os.environ, "ORT_ENABLE_ATTENTION_KERNEL_DEBUG_INFO": "1"}
     command = [sys.executable, __file__, "probe", str(package), provider]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -246,7 +246,7 @@ def kernels(package: Path, provider: str) -> list[str]:
 
 
 def probe(package: str, provider: str) -> None:
-    """A prompt and a token."""
+    """Make a prompt and a token."""
     session = open_session(read_package(package).model, provider)
     batch = _batch(session, Path(package), 1, 64)
     batch.prompt([list(range(32))])
@@ -376,7 +376,7 @@ def sparse_products() -> Iterator[dict[str, Any]]:
 
 
 def tensorrt_products() -> Iterator[dict[str, Any]]:
-    """The same by TensorRT, with its sparse kernels off and on."""
+    """Measure the same by TensorRT, with its sparse kernels off and on."""
     import onnxruntime
 
     out, inner = SPARSE[0]
@@ -412,7 +412,7 @@ def tensorrt_products() -> Iterator[dict[str, Any]]:
 
 
 def _two_of_four(weight: torch.Tensor) -> torch.Tensor:
-    """`weight` without the two smaller of every four neighbours along its inputs."""
+    """`weight` without the two smaller of every four neighbors along its inputs."""
     groups = weight.reshape(-1, 4).clone()
     groups.scatter_(1, groups.abs().topk(2, dim=1, largest=False).indices, 0)
     return groups.view_as(weight)

@@ -150,7 +150,7 @@ PROFILED = (OURS, PLAIN, BUILDER, EXPORTER_CPU, EXPORTER)
 
 
 def quickly(name: str) -> Section:
-    """The part of a section that a few minutes are enough for."""
+    """Return the part of a section that a few minutes are enough for."""
     section = SECTIONS[name]
     left_out = {PLAIN, EXPORTER, EAGER, COMPILED} | ({EXPORTER_CPU} if name != "dense" else set())
     return dataclasses.replace(
@@ -335,7 +335,7 @@ class Compared:
     def prepared(
         self, wanted: Sequence[Contestant], make: Callable[[str, str], Runner]
     ) -> dict[Contestant, Runner]:
-        """What computes the same as the first route of its model, ready to run."""
+        """Return what computes the same as the first route of its model, ready to run."""
         ready = {}
         for model, route in wanted:
             if (model, route) in self.refused:

@@ -118,7 +118,7 @@ def warm_up() -> None:
 
 
 def random_llama() -> Any:
-    """A Llama whose weights are filled in place, so that building it takes no more than they do."""
+    """Make a Llama whose weights are filled in place, so that it takes no more memory than they."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -158,7 +158,7 @@ def passes_floor(model: Any, batches: Any) -> float:
 
 
 def ffn_parameters(model: Any) -> Iterator[Any]:
-    """The weights that the FFN groups reach into."""
+    """Return the weights that the FFN groups reach into."""
     for name, parameter in model.named_parameters():
         if ".mlp." in name:
             yield parameter

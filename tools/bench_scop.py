@@ -114,7 +114,7 @@ def scores_of(context: ScoringContext, others: Sequence[str]) -> dict[str, Score
 
 
 def without(context: ScoringContext, scores: Scores, ratio: float) -> gp.Program:
-    """The program without the same part of every group."""
+    """Return the program without the same part of every group."""
     chosen = [
         (group, lowest_units(scores[group.name], int(group.size * ratio)))
         for group in context.groups

@@ -20,7 +20,7 @@ BATCH = 64
 
 
 class DigitsNet(nn.Module):
-    """Three convolutions, each before a batch norm; 8 x 8 grey images in, class logits out."""
+    """Three convolutions, each before a batch norm; 8 x 8 gray images in, class logits out."""
 
     def __init__(self, *widths: int) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Digits:
 
     @classmethod
     def split(cls, seed: int, held_out: int = 600) -> tuple[Digits, Digits]:
-        """The 1,797 digits, drawn apart into those to train on and those held out."""
+        """Draw the 1,797 digits apart into those to train on and those held out."""
         found = load_digits()
         images = torch.tensor(found.images, dtype=torch.float32)[:, None]
         labels = torch.tensor(found.target)
@@ -69,13 +69,13 @@ class Digits:
             yield Digits(self.images[chosen], self.labels[chosen])
 
     def calibration(self) -> gp.Calibration:
-        """All of them, as labelled batches."""
+        """Return all of them, as labeled batches."""
         pairs = zip(self.images.split(BATCH), self.labels.split(BATCH), strict=True)
         return gp.Calibration.from_batches([{"images": x, "labels": y} for x, y in pairs])
 
 
 def trained(digits: Digits, seed: int, *, widths: tuple[int, ...] = (16, 32, 64)) -> DigitsNet:
-    """A network of about 99 % accuracy on held-out digits."""
+    """Train a network of about 99 % accuracy on held-out digits."""
     torch.manual_seed(seed)
     net = DigitsNet(*widths)
     _train(net, list(net.parameters()), digits, epochs=5, rate=0.05, seed=seed)
@@ -83,7 +83,7 @@ def trained(digits: Digits, seed: int, *, widths: tuple[int, ...] = (16, 32, 64)
 
 
 def captured(net: DigitsNet) -> gp.Program:
-    """The program of a network, for any number of images."""
+    """Capture a network, for any number of images."""
     return capture(net, example_inputs=(torch.zeros(2, 1, 8, 8),))
 
 
@@ -114,7 +114,7 @@ class _Training(fx.Interpreter):
 
 
 def accuracy(program: gp.Program, digits: Digits) -> float:
-    """The part of the digits, in per cent, whose label has the highest logit."""
+    """Return the part of the digits, in percent, whose label has the highest logit."""
     logits = program(images=digits.images)["output"]
     return 100 * (logits.argmax(1) == digits.labels).float().mean().item()
 

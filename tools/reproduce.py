@@ -62,13 +62,13 @@ _DRAWN = re.compile(
 
 @cache
 def study() -> Study:
-    """The packaged checkpoint with its draws of calibration text, once for each process."""
+    """Return the packaged checkpoint with its draws of calibration text, once for each process."""
     return Study.of_reference(SEEDS, SAMPLES)
 
 
 @cache
 def dense() -> float:
-    """The held-out loss of the packaged checkpoint, nats per token."""
+    """Return the held-out loss of the packaged checkpoint, nats per token."""
     return math.log(held_out(study().program))
 
 
@@ -96,7 +96,7 @@ def without_heads(order: str, count: int, seed: int) -> float:
 
 
 def parameters_of(ratio: float) -> float:
-    """The part of the parameters that the same ratio of all FFN units and KV heads holds."""
+    """Return the part of the parameters that the same ratio of all FFN units and KV heads holds."""
     coupling = gp.analyze(study().program)
     groups = [g for target in ("ffn", "kv-heads") for g in target_groups(coupling, target)]
     costs = Costs(coupling)
@@ -142,7 +142,7 @@ class Relation:
         return values == sorted(values, reverse=self.falling)
 
     def told(self, means: Mapping[tuple[str, str], float], unit: str) -> str:
-        """The means side by side, and the verdict."""
+        """Write the means side by side, and the verdict."""
         if any(term not in means for term in self.terms):
             return "not measured |"
         names = [row if len({r for r, _ in self.terms}) > 1 else c for row, c in self.terms]
@@ -179,12 +179,12 @@ class Section:
 
 
 def below(claim: str, column: str, *rows: str) -> Relation:
-    """The means of `rows` rise in this order."""
+    """Claim that the means of `rows` rise in this order."""
     return Relation(claim, tuple((row, column) for row in rows))
 
 
 def share(column: str, row: str, of: str, most: float, at: str = "") -> Relation:
-    """A target: the mean of a row is at most so much of another's, `at` a column of its own."""
+    """Aim for the mean of a row to be at most so much of another's, `at` a column of its own."""
     claim = f"target: {row} ({column}) at most {most:g} times {of} ({at or column})"
     return Relation(claim, ((row, column), (of, at or column)), most)
 
@@ -410,7 +410,7 @@ class Rows:
 
     @classmethod
     def read(cls, path: Path) -> Rows:
-        """The rows of an earlier run, if there was one."""
+        """Return the rows of an earlier run, if there was one."""
         found = cls(path)
         if path.exists():
             for line in path.read_text().splitlines():
@@ -438,12 +438,12 @@ def identity(cell: Measure) -> tuple[object, ...]:
 
 
 def seeds_of(cell: Measure, seeds: int) -> range:
-    """The seeds that a cell is measured for: one where nothing is drawn."""
+    """Return the seeds that a cell is measured for: one where nothing is drawn."""
     return range(seeds if _DRAWN.search(" ".join(map(str, identity(cell)))) else 1)
 
 
 def means_of(name: str, section: Section, rows: Rows, seeds: int) -> dict[tuple[str, str], float]:
-    """The mean of every cell that was measured."""
+    """Return the mean of every cell that was measured."""
     found = {}
     for (row, column), cell in section.cells.items():
         drawn = (rows.values.get((name, row, column, seed)) for seed in seeds_of(cell, seeds))
@@ -466,7 +466,7 @@ def headline(rows: Rows, seeds: int) -> list[str]:
 
 
 def table(name: str, section: Section, rows: Rows, seeds: int) -> list[str]:
-    """A section in Markdown."""
+    """Write a section in Markdown."""
     found: dict[tuple[str, str], list[float]] = {}
     for row, column in section.cells:
         drawn = seeds_of(section.cells[row, column], seeds)
