@@ -64,6 +64,7 @@ class Reconstruct(Pass):
     """
 
     name: ClassVar[str] = "reconstruct"
+    resizes: ClassVar[bool] = False
 
     damp: float = 0.01
     memory: float | None = None

@@ -132,6 +132,7 @@ class Recover(Pass):
     """
 
     name: ClassVar[str] = "recover"
+    resizes: ClassVar[bool] = False
     preserves: ClassVar[frozenset[Analysis[Any]]] = frozenset({COUPLING})
 
     method: Literal["lora", "full"] = "lora"

@@ -56,6 +56,7 @@ class ReestimateNorms(Pass):
     """
 
     name: ClassVar[str] = "reestimate-norms"
+    resizes: ClassVar[bool] = False
     preserves: ClassVar[frozenset[Analysis[Any]]] = frozenset({COUPLING})
 
     @property

@@ -90,6 +90,7 @@ class Sparsify(Pass):
     """
 
     name: ClassVar[str] = "sparsify"
+    resizes: ClassVar[bool] = False
     preserves: ClassVar[frozenset[Analysis[Any]]] = frozenset({COUPLING})
 
     pattern: str

@@ -71,4 +71,4 @@ class Verify(Pass):
 
         with context.bar("verifying"):
             report = verify(*context.since_baseline(), program, tolerance=self.tolerance)
-        return Outcome(program, details=report.to_dict())
+        return Outcome(program, details=report.to_dict(), verified=report.max_relative_error)

@@ -33,6 +33,9 @@ TokenizerLike = Tokenizer | str | PathLike[str]
 _MOST = 2**24
 """Characters of a source that windows are drawn from: bounds memory, and a stream's length."""
 
+_HELD_OUT = 2048
+"""Tokens that are held out at most."""
+
 LABELS = "labels"
 """What is known of a sample beside the inputs of the program, for the loss."""
 
@@ -57,6 +60,9 @@ class Calibration:
         What the windows were drawn with, or None.
     labels
         The labels of each batch, or None where tokens are predicted.
+    held_out
+        More windows of the same text, none of which is among `batches`: to measure on what nothing
+        was fitted to. Empty where the text is too short, and for batches that were given.
     """
 
     batches: tuple[Mapping[str, Tensor], ...]
@@ -66,6 +72,7 @@ class Calibration:
     length: int | None
     seed: int | None = None
     labels: tuple[Tensor, ...] | None = None
+    held_out: tuple[Mapping[str, Tensor], ...] = ()
 
     @classmethod
     def from_text(
@@ -122,9 +129,14 @@ class Calibration:
             )
         windows = ids[: len(ids) // length * length].view(-1, length)
         generator = torch.Generator().manual_seed(seed)
-        drawn = windows[torch.randperm(len(windows), generator=generator)[:samples]]
-        batches = tuple(token_batch(chunk) for chunk in drawn.split(batch_size))
-        return cls(batches, "text", digest(batches), samples, length, seed)
+        order = torch.randperm(len(windows), generator=generator)
+        more = order[samples : samples + -(-_HELD_OUT // length)]
+        batches, held_out = (
+            tuple(token_batch(chunk) for chunk in windows[chosen].split(batch_size) if len(chunk))
+            for chosen in (order[:samples], more)
+        )
+        sha256 = digest(batches)
+        return cls(batches, "text", sha256, samples, length, seed, held_out=held_out)
 
     @classmethod
     def from_batches(cls, batches: Sequence[Mapping[str, Tensor]]) -> Calibration:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from graphprune.cli.console import show
-from graphprune.cli.inputs import read_calibration, resolve
+from graphprune.cli.inputs import read_calibration, require_text, resolve
 from graphprune.cli.options import (
     BatchSize,
     CalibrationLength,
@@ -22,7 +22,7 @@ from graphprune.cli.options import (
     TokenizerDirectory,
 )
 from graphprune.cli.session import Session, verb
-from graphprune.errors import EvaluationError
+from graphprune.errors import CalibrationError, EvaluationError
 from graphprune.io import reference
 
 
@@ -39,6 +39,7 @@ def evaluate(
     """Measure the perplexity of a causal language model on a text."""
     from graphprune.evaluation.perplexity import perplexity
 
+    require_text(text, EvaluationError)
     path = text or reference.heldout_text()
     found = perplexity(
         session.load(directory),
@@ -97,6 +98,7 @@ def sensitivity(
     from graphprune.io.atomic import staged_file
     from graphprune.report.plots import check_format
 
+    require_text(text, EvaluationError)
     if picture is not None:
         check_format(picture)
     with ExitStack() as stack:  # places that cannot be written are refused first
@@ -158,13 +160,15 @@ def sweep(
     from graphprune.evaluation.sweep import HeldOut, sweep
     from graphprune.evaluation.template import PipelineTemplate, read_ratios
 
+    require_text(text, EvaluationError)
+    require_text(calibration, CalibrationError)
     chosen = read_ratios(ratios, steps)
     recipes = [PipelineTemplate.read(text) for text in dict.fromkeys(passes)]
     pipelines = [recipe.at(ratio) for recipe in recipes for ratio in chosen]
     draws = [
         read_calibration(
             pipelines, directory, calibration, tokenizer, samples, calibration_length, seed
-        )
+        )[1]
         for seed in range(seeds)
     ]
     heldout = HeldOut(

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from graphprune.errors import PlanError
+from graphprune.errors import GraphPruneError, PlanError
 from graphprune.io import reference
 
 if TYPE_CHECKING:
@@ -27,6 +27,18 @@ def read_pipeline(passes: str) -> Pipeline:
     if passes.endswith((".yaml", ".yml")):
         return Pipeline.from_yaml(Path(passes))
     return Pipeline.parse(passes)
+
+
+def require_text(path: Path | None, error: type[GraphPruneError]) -> None:
+    """Refuse a text that is missing before anything slow starts.
+
+    Raises
+    ------
+    GraphPruneError
+        Of the class `error`. Data sets and fields, which have a colon, are left to their reader.
+    """
+    if path is not None and not path.exists() and ":" not in str(path):
+        raise error(f"{path} does not exist")
 
 
 def read_plan(path: Path) -> Plan:
@@ -52,20 +64,24 @@ def read_calibration(
     samples: int,
     length: int,
     seed: int,
-) -> Calibration | None:
+) -> tuple[Calibration | None, Calibration | None]:
     """Read calibration text: that at `path`, or the packaged one for the packaged model.
 
     Returns
     -------
-    Calibration or None
-        None where no text is given and the packaged one is of no use.
+    text
+        The text, to measure on; None where there is none.
+    fitted
+        The text if it is to be fitted to: not where it is the packaged one and no pass needs any.
     """
     from graphprune.calibration.data import Calibration
 
     needed = any(each.requires_calibration for p in pipelines for each in p.passes)
-    if path is None and needed and directory == reference.NAME:
+    given = path is not None
+    if path is None and directory == reference.NAME:
         path = reference.calibration_text()
     if path is None:
-        return None
+        return None, None
     where = resolve(tokenizer or directory)
-    return Calibration.from_text(path, where, samples=samples, length=length, seed=seed)
+    text = Calibration.from_text(path, where, samples=samples, length=length, seed=seed)
+    return text, text if given or needed else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,15 @@ from graphprune.io import reference
 
 CALIBRATION = "Calibration"
 HELDOUT = "Held-out text"
+RESULT = "Result"
+
+
+class Form(StrEnum):
+    """Which kinds of checkpoint may be written."""
+
+    plain = "plain"
+    any = "any"
+
 
 Checkpoint = Annotated[
     str,
@@ -21,9 +31,33 @@ Checkpoint = Annotated[
     ),
 ]
 Output = Annotated[
-    Path,
-    typer.Option("--output", "-o", metavar="OUT", help="A directory to make; it appears whole."),
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="OUT",
+        help="A directory to make; it appears whole.",
+        rich_help_panel=RESULT,
+    ),
 ]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Replace OUT if graphprune wrote it.",
+        rich_help_panel=RESULT,
+    ),
+]
+PlainForm = Annotated[
+    Form,
+    typer.Option(
+        "--form",
+        help="plain: refuse what plain transformers cannot load; any: a checkpoint with its own "
+        "code, or an archive, if need be.",
+        rich_help_panel=RESULT,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json that 'run' wrote.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of whatever is random.")]
 TokenizerDirectory = Annotated[

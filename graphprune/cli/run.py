@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,34 +12,37 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graphprune.cli.console import note, show
-from graphprune.cli.inputs import read_calibration, read_pipeline, read_plan
+from graphprune.cli.inputs import read_calibration, read_pipeline, read_plan, require_text
 from graphprune.cli.options import (
     CALIBRATION,
+    RESULT,
+    AsJson,
     CalibrationLength,
     CalibrationText,
     Checkpoint,
+    Form,
     Output,
+    Overwrite,
+    PlainForm,
     PlanFile,
     Samples,
     Seed,
     TokenizerDirectory,
 )
 from graphprune.cli.session import Session, verb
+from graphprune.cli.writing import KINDS, PLAN, REPORT, compared, destination, form_of, write
+from graphprune.errors import CalibrationError
 from graphprune.pipeline.instruments import Instrument, PassPosition
 
 if TYPE_CHECKING:
+    from graphprune.backends.huggingface.save import CheckpointForm
+    from graphprune.calibration.data import Calibration
+    from graphprune.evaluation.summary import Summary
     from graphprune.ir.program import Program
     from graphprune.pipeline.pass_base import Context, Outcome
-    from graphprune.plan.plan import Plan
+    from graphprune.pipeline.pass_manager import Result
 
 _WATCHING = "Watching the passes"
-
-_KINDS = {
-    "plain": "a Hugging Face checkpoint",
-    "remote-code": "a Hugging Face checkpoint that needs trust_remote_code=True",
-    "none": "an archive that graphprune.load reads, since no Hugging Face checkpoint can hold it",
-}
-"""How the result of a pipeline is written, by `CheckpointForm.kind`."""
 
 
 @verb
@@ -50,7 +55,19 @@ def run(
             help="A pipeline such as 'prune{target=ffn ratio=0.25},verify', or a .yaml file."
         ),
     ],
-    output: Output,
+    output: Output = None,
+    overwrite: Overwrite = False,
+    form: PlainForm = Form.any,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Show the plan and what it saves, and write nothing; passes after it are left "
+            "out.",
+            rich_help_panel=RESULT,
+        ),
+    ] = False,
+    as_json: AsJson = False,
     calibration: CalibrationText = None,
     samples: Samples = 10,
     calibration_length: CalibrationLength = 64,
@@ -92,49 +109,81 @@ def run(
     ] = None,
 ) -> None:
     """Run a pipeline: write a smaller checkpoint, its plan and a report."""
-    from graphprune.io.atomic import staged_directory
-
     if length is not None:
         note("--length of calibration text is called --calibration-length")
         calibration_length = length
+    if output is None and not dry_run:
+        raise typer.BadParameter("give --output, or --dry-run to write nothing")
     pipeline = read_pipeline(passes)
-    with staged_directory(output) as folder, ExitStack() as stack:
+    require_text(calibration, CalibrationError)
+    if dry_run:
+        output, pipeline = None, pipeline.resizing()
+    with destination(output, directory, overwrite=overwrite) as folder, ExitStack() as stack:
         program = session.load(directory)
+        text, fitted = read_calibration(
+            [pipeline], directory, calibration, tokenizer, samples, calibration_length, seed
+        )
         result = pipeline.run(
             program,
-            calibration=read_calibration(
-                [pipeline], directory, calibration, tokenizer, samples, calibration_length, seed
-            ),
+            calibration=fitted,
             output=folder,
             seed=seed,
             verify_each=verify_each,
             print_after=tuple(print_after or ()),
             stop_after=stop_after,
-            instruments=[_Spinner(session, stack)],
+            instruments=[_Spinner(session, stack), _FormFirst(session, form)],
             quiet=session.progress is None,
         )
-        kind = _write(session, result.program, result.plan, folder)
-        report = result.report.to_json().replace(f"{folder}{os.sep}", "")
-        (folder / "report.json").write_text(report, encoding="utf-8")
-    if not session.quiet:
-        show(result.report)
-        print(f"{output}: {kind}")
+        found = form_of(session, result.program, form)
+        if output is None:
+            _show_plan(session, result, found, as_json)
+            return
+        summary = _write_result(session, program, result, folder, found, text, fitted)
+        report = dataclasses.replace(result.report, summary=summary.to_dict())
+        written = report.to_json().replace(f"{folder}{os.sep}", "")
+        (folder / REPORT).write_text(written, encoding="utf-8")
+    if session.quiet:
+        return
+    if as_json:
+        print(written)
+        return
+    show(report)
+    show(summary)
+    for line in summary.lines():
+        print(line)
+    files = (name for names in summary.written.values() for name in names)
+    print(f"{output}: {KINDS[found.kind]}: {', '.join(files)}")
 
 
 @verb
-def apply(session: Session, directory: Checkpoint, plan: PlanFile, output: Output) -> None:
+def apply(
+    session: Session,
+    directory: Checkpoint,
+    plan: PlanFile,
+    output: Output,
+    overwrite: Overwrite = False,
+    form: PlainForm = Form.any,
+    as_json: AsJson = False,
+) -> None:
     """Apply a plan to a fresh copy of the model that it was made for."""
-    from graphprune.io.atomic import staged_directory
     from graphprune.transforms.apply import apply_plan
 
     chosen = read_plan(plan)
-    with staged_directory(output) as folder:
+    with destination(output, directory, overwrite=overwrite) as folder:
         program = session.load(directory)
         with session.working("applying the plan"):
             smaller = apply_plan(program, chosen)
-        kind = _write(session, smaller, chosen, folder)
-    if not session.quiet:
-        print(f"{output}: {kind}")
+        found = form_of(session, smaller, form)
+        files = write(session, smaller, chosen, folder, found)
+    if session.quiet:
+        return
+    counts = program.parameter_count(), smaller.parameter_count()
+    if as_json:
+        parameters = dict(zip(("before", "after"), counts, strict=True))
+        print(json.dumps({"parameters": parameters, "form": found.kind, "written": files}))
+        return
+    print(f"parameters {counts[0]:,} -> {counts[1]:,}")
+    print(f"{output}: {KINDS[found.kind]}: {', '.join([*files, PLAN])}")
 
 
 class _Spinner(Instrument):
@@ -154,21 +203,59 @@ class _Spinner(Instrument):
         self.stack.close()
 
 
-def _write(session: Session, program: Program, plan: Plan, folder: Path) -> str:
-    """Write checkpoint and plan into `folder`; return what kind of checkpoint it became."""
-    from graphprune.backends.huggingface.save import checkpoint_form
+class _FormFirst(Instrument):
+    """Says what kind of checkpoint it will be as soon as sizes are final, if more work follows."""
 
-    with session.working("looking for a config"):
-        found = checkpoint_form(program)
-    kind = _KINDS[found.kind]
-    if found.kind != "plain":
-        note(f"writing {kind}: {found.reason}")
-    # In a directory of its own first, since passes may have written into `folder` already.
-    inner = folder / ".checkpoint"
-    with session.working("writing the checkpoint"):
-        program.save(inner) if found.kind == "none" else program.save_pretrained(inner)
-    for path in sorted(inner.iterdir()):
-        path.rename(folder / path.name)
-    inner.rmdir()
-    plan.save(folder / "plan.json")
-    return kind
+    def __init__(self, session: Session, form: Form) -> None:
+        self.session = session
+        self.form = form
+
+    def after_pass(self, position: PassPosition, outcome: Outcome, context: Context) -> None:
+        later = [each for each in position.pipeline[position.number :] if not each.required]
+        if position.pass_.resizes and later and not any(each.resizes for each in later):
+            form_of(self.session, outcome.program, self.form)
+
+
+def _write_result(
+    session: Session,
+    program: Program,
+    result: Result,
+    folder: Path,
+    form: CheckpointForm,
+    text: Calibration | None,
+    fitted: Calibration | None,
+) -> Summary:
+    """Write checkpoint and plan, and sum up what the run comes to."""
+    from graphprune.evaluation.summary import Footprint, Summary, verified_error
+
+    files = write(session, result.program, result.plan, folder, form)
+    predictions, why_not = compared(session, program, result.program, text)
+    source = None if program.source is None else program.source.directory
+    others = {path.name for path in folder.iterdir()} - {*files, PLAN}
+    return Summary(
+        Footprint.of(program, source),
+        Footprint.of(result.program, folder),
+        predictions,
+        why_not,
+        verified_error(result.report.passes),
+        0 if fitted is None else fitted.tokens,
+        form.kind,
+        form.reason,
+        {
+            "checkpoint": files,
+            "by passes": sorted(others),
+            "plan": [PLAN],
+            "report": [REPORT],
+        },
+    )
+
+
+def _show_plan(session: Session, result: Result, form: CheckpointForm, as_json: bool) -> None:
+    """Show what a dry run found."""
+    if as_json:
+        data = json.loads(result.report.to_json())
+        print(json.dumps({**data, "plan": json.loads(result.plan.to_json()), "form": form.kind}))
+        return
+    print(result.plan)
+    show(result.report)
+    print(f"nothing is written; it would become {KINDS[form.kind]}")

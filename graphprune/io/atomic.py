@@ -21,7 +21,9 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 @contextmanager
-def staged_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+def staged_directory(
+    path: str | os.PathLike[str], *, replaces: str | None = None
+) -> Iterator[Path]:
     """Make a directory to write into, which becomes `path` when the ``with`` ends well.
 
     Missing parents are made. After a failure, an interrupt included, nothing is left: neither what
@@ -31,6 +33,9 @@ def staged_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     ----------
     path
         The directory to make; it may exist if it is empty.
+    replaces
+        The name of a file by which a directory that may be replaced is known. It is replaced whole,
+        when the ``with`` ends well.
 
     Yields
     ------
@@ -56,15 +61,20 @@ def staged_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         if target.exists() and not target.is_dir():
             raise OutputError(f"{path} is a file, not a directory")
         existed = target.is_dir()
-        if existed and any(target.iterdir()):
+        old = sorted(target.iterdir()) if existed else []
+        if old and replaces is None:
             raise OutputError(f"{path} is not empty: give another place, or empty it first")
+        if old and not (target / str(replaces)).is_file():
+            raise OutputError(f"{path} holds no {replaces}: what is in it is not overwritten")
     # An empty directory may be a mount point or somebody's current directory: it stays.
     with _staged(path, target if existed else target.parent, target.name) as staged:
         with _disk_full(path):
             yield staged
         with _refusing(path):
             if existed:
-                _move_up(staged, target, sorted(staged.iterdir()), overwrite=False)
+                made = sorted(staged.iterdir())
+                with _set_aside(old, staged):
+                    _move_up(staged, target, made, overwrite=False)
             else:
                 os.rename(staged, target)
 
@@ -170,6 +180,24 @@ def _make_parents(folder: Path, made: list[Path]) -> None:
     _make_parents(folder.parent, made)
     folder.mkdir()
     made.append(folder)
+
+
+@contextmanager
+def _set_aside(entries: list[Path], staged: Path) -> Iterator[None]:
+    """Move `entries` below `staged`, which is dropped later; after a failure they come back."""
+    aside = staged / f".{secrets.token_hex(4)}.old"
+    aside.mkdir()
+    moved: list[Path] = []
+    try:
+        for entry in entries:
+            os.replace(entry, aside / entry.name)
+            moved.append(entry)
+        yield
+    except BaseException:
+        for entry in moved:
+            with contextlib.suppress(OSError):
+                os.replace(aside / entry.name, entry)
+        raise
 
 
 def _move_up(staged: Path, parent: Path, entries: list[Path], overwrite: bool) -> None:

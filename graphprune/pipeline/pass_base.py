@@ -180,6 +180,8 @@ class Outcome:
         What the new program is verified against where values were edited before sizes: the edited
         program, to which the rest of the plan was then applied. None where nothing was edited, or
         the new program is itself what later ones are verified against.
+    verified
+        The largest relative error that the pass found of the program, where it verified it.
     """
 
     program: Program
@@ -187,6 +189,7 @@ class Outcome:
     details: Mapping[str, Any] = field(default_factory=dict)
     edited: bool = False
     baseline: Baseline | None = None
+    verified: float | None = None
 
 
 @dataclass(frozen=True)
@@ -202,6 +205,9 @@ class Pass(ABC):
 
     required: ClassVar[bool] = False
     """Whether the pass runs beyond a bisect limit: true for what checks and writes, not changes."""
+
+    resizes: ClassVar[bool] = True
+    """Whether the pass may change sizes; a dry run stops after the last pass that may."""
 
     preserves: ClassVar[frozenset[Analysis[Any]]] = frozenset()
     """The analyses that hold for the new program because they held for the old one."""

@@ -102,7 +102,7 @@ class PassManager:
             began = time.perf_counter()
             outcome = pass_.run(program, context)
             seconds = time.perf_counter() - began
-            check_claims(program, outcome)
+            check_claims(pass_, program, outcome)
             if self.audit:
                 audit_preserved(pass_, program, outcome.program, context)
             context.analyses.move(program, outcome.program, pass_.preserves)
@@ -123,11 +123,19 @@ class PassManager:
                 raise
             raise named from error
         sizes = ProgramSize.of(program), ProgramSize.of(outcome.program)
-        record = PassRecord(pass_.name, str(pass_), seconds, *sizes, dict(outcome.details))
+        record = PassRecord(
+            pass_.name,
+            str(pass_),
+            seconds,
+            *sizes,
+            dict(outcome.details),
+            changed=outcome.program is not program,
+            verified=outcome.verified,
+        )
         return outcome.program, context, record
 
 
-def check_claims(before: Program, outcome: Outcome) -> None:
+def check_claims(pass_: Pass, before: Program, outcome: Outcome) -> None:
     """Compare what a pass says it did with what it did.
 
     Raises
@@ -146,6 +154,8 @@ def check_claims(before: Program, outcome: Outcome) -> None:
     except (TypeError, ValueError) as error:
         raise PipelineError(f"the details cannot be written as JSON: {error}") from error
     resized = _resized(before, after)
+    if resized and not pass_.resizes:
+        raise PipelineError(f"it says that it changes no size, but {resized} has another")
     planned = outcome.plan is not None and bool(outcome.plan.steps)
     if resized and not planned:
         raise PipelineError(f"the size of {resized} has changed, but the plan is empty")

@@ -92,6 +92,13 @@ class Pipeline:
         """Return the text form."""
         return self.to_text()
 
+    def resizing(self) -> Pipeline:
+        """Return the part that decides sizes: without what checks and writes, and what follows."""
+        changing = [each for each in self.passes if not each.required]
+        while changing and not changing[-1].resizes:
+            changing.pop()
+        return Pipeline(changing)
+
     def run(
         self,
         program: Program,

@@ -43,7 +43,23 @@ class ProgramSize:
 
 @dataclass(frozen=True)
 class PassRecord:
-    """One pass that ran: name, text, wall-clock seconds, sizes around it, and its details."""
+    """One pass that ran.
+
+    Parameters
+    ----------
+    name, text
+        The pass, without and with its options.
+    seconds
+        Wall-clock time.
+    before, after
+        Sizes around it.
+    details
+        What it reports.
+    changed
+        Whether it made another program.
+    verified
+        The largest relative error that it found of its program, or None where it verified nothing.
+    """
 
     name: str
     text: str
@@ -51,6 +67,8 @@ class PassRecord:
     before: ProgramSize
     after: ProgramSize
     details: Mapping[str, Any] = field(default_factory=dict)
+    changed: bool = False
+    verified: float | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +91,8 @@ class Report:
         What `Calibration.describe` says, or None.
     versions
         Versions of graphprune and of what it stands on.
+    summary
+        What `graphprune.evaluation.summary` says of the result, where it was asked.
     """
 
     pipeline: str
@@ -83,6 +103,7 @@ class Report:
     seed: int = 0
     calibration: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=lambda: versions())
+    summary: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -152,13 +173,13 @@ def versions() -> dict[str, str]:
 def _cells(size: ProgramSize, before: ProgramSize | None = None) -> tuple[str, str]:
     old = before or size
     return (
-        _cell(size.parameters, old.parameters),
-        _cell(size.kv_bytes_per_token, old.kv_bytes_per_token),
+        change_text(size.parameters, old.parameters),
+        change_text(size.kv_bytes_per_token, old.kv_bytes_per_token),
     )
 
 
-def _cell(count: int, before: int) -> str:
-    """`count`, with its change in percent where it has changed."""
+def change_text(count: int, before: int) -> str:
+    """Write `count`, with its change in percent where it has changed."""
     if count == before or not before:
         return f"{count:,}"
     return f"{count:,} ({100 * (count - before) / before:+.1f}%)"

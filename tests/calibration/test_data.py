@@ -54,6 +54,18 @@ def test_windows_are_pieces_of_the_text_that_do_not_overlap(tmp_path: Path, toke
     assert starts != sorted(starts)
 
 
+def test_what_is_held_out_is_of_the_same_text_and_not_calibrated_with(
+    text: Path, tokenizer: Any
+) -> None:
+    calibration = Calibration.from_text(text, tokenizer, samples=5, length=32)
+    held_out = torch.cat([batch["input_ids"] for batch in calibration.held_out])
+    used = {tuple(row) for row in ids_of(calibration).tolist()}
+    assert held_out.shape == (64, 32)  # as many as are wanted of the 70
+    assert used.isdisjoint(map(tuple, held_out.tolist()))
+    whole = Calibration.from_text(text, tokenizer, samples=len(TEXT) // 32, length=32)
+    assert whole.held_out == ()
+
+
 def test_batches_say_that_every_token_counts(text: Path, tokenizer: Any) -> None:
     for batch in Calibration.from_text(text, tokenizer):
         assert batch["attention_mask"].shape == batch["input_ids"].shape

@@ -1,0 +1,100 @@
+"""What `run` and `apply` write, and what they say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from graphprune.cli.console import note
+from graphprune.cli.inputs import resolve
+from graphprune.cli.options import Form
+from graphprune.cli.session import Session
+from graphprune.errors import BackendError, GraphPruneError, OutputError
+
+if TYPE_CHECKING:
+    from graphprune.backends.huggingface.save import CheckpointForm
+    from graphprune.calibration.data import Calibration
+    from graphprune.evaluation.comparison import Comparison
+    from graphprune.ir.program import Program
+    from graphprune.plan.plan import Plan
+
+PLAN, REPORT = "plan.json", "report.json"
+
+KINDS = {
+    "plain": "a Hugging Face checkpoint",
+    "remote-code": "a Hugging Face checkpoint that needs trust_remote_code=True",
+    "none": "an archive that graphprune.load reads, since no Hugging Face checkpoint can hold it",
+}
+"""How the result of a pipeline is written, by `CheckpointForm.kind`."""
+
+
+@contextmanager
+def destination(output: Path | None, directory: str, *, overwrite: bool) -> Iterator[Path]:
+    """Name a directory to write into, which becomes `output`; it is dropped where that is None."""
+    from graphprune.io.atomic import staged_directory
+
+    if output is None:
+        with TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
+    if overwrite and output.exists() and output.resolve() == Path(resolve(directory)).resolve():
+        raise OutputError(f"{output} is what is read: give another place")
+    with staged_directory(output, replaces=PLAN if overwrite else None) as folder:
+        yield folder
+
+
+def form_of(session: Session, program: Program, wanted: Form) -> CheckpointForm:
+    """Find the kind of checkpoint that can hold `program`, and say why if it is not a plain one.
+
+    Raises
+    ------
+    BackendError
+        When a plain one is `wanted` and none can hold it.
+    """
+    from graphprune.backends.huggingface.save import checkpoint_form
+
+    with session.working("looking for a config"):
+        found = checkpoint_form(program)
+    if found.kind != "plain":
+        if wanted is Form.plain:
+            raise BackendError(
+                f"the result is not a plain Hugging Face checkpoint, but {KINDS[found.kind]}: "
+                f"{found.reason}; --form any writes it"
+            )
+        note(f"the result becomes {KINDS[found.kind]}: {found.reason}")
+    return found
+
+
+def write(
+    session: Session, program: Program, plan: Plan, folder: Path, form: CheckpointForm
+) -> list[str]:
+    """Write checkpoint and plan into `folder`; return the names of the checkpoint's files."""
+    # In a directory of its own first, since passes may have written into `folder` already.
+    inner = folder / ".checkpoint"
+    with session.working("writing the checkpoint"):
+        program.save(inner) if form.kind == "none" else program.save_pretrained(inner)
+    names = sorted(path.name for path in inner.iterdir())
+    for name in names:
+        (inner / name).rename(folder / name)
+    inner.rmdir()
+    plan.save(folder / PLAN)
+    return names
+
+
+def compared(
+    session: Session, original: Program, smaller: Program, text: Calibration | None
+) -> tuple[Comparison | None, str]:
+    """Compare predictions on the part of `text` that is held out; return why not if that fails."""
+    from graphprune.evaluation.comparison import compare
+
+    if text is None:
+        return None, "there is no text: give --calibration"
+    if not text.held_out:
+        return None, "the calibration text is too short to hold a part of it out"
+    try:
+        return compare(original, smaller, text.held_out, session.progress), ""
+    except GraphPruneError as error:
+        return None, str(error)
