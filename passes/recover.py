@@ -230,7 +230,8 @@ class Recover(Pass):
 
     def _data(self, program: Program, context: Context) -> Calibration:
         """Return the windows of the text, or the calibration data."""
-        from graphprune.calibration.data import Calibration, token_batch, tokenize
+        from graphprune.calibration.data import Calibration
+        from graphprune.calibration.tokens import token_batch, tokenize
         from graphprune.io.text_sources import read_documents
 
         if self.text is None:

@@ -174,10 +174,10 @@ class Sparsify(Pass):
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the sparse weights, and what finding them took."""
         from graphprune.calibration.statistics import (
-            kept_statistics,
+            load_or_observe,
             observe,
+            run_layerwise,
             statistics_bytes,
-            walk,
         )
 
         if not self._looks:
@@ -188,7 +188,7 @@ class Sparsify(Pass):
         if self.statistics is not None:
             read = "read from" if Path(self.statistics).exists() else "written to"
             given = self.statistics, program, matrices, data, work.kind, track, bound
-            seen = kept_statistics(*given)
+            seen = load_or_observe(*given)
             new: dict[str, Tensor] = {}
             for held in track(self._together(matrices), "setting zeros"):
                 new |= work((), held, seen)
@@ -197,7 +197,7 @@ class Sparsify(Pass):
         if self.scope == "global":
             seen = observe(program, matrices, data, work.kind, track, bound)
             return dict(work((), matrices, seen)), needed
-        walked = walk(
+        walked = run_layerwise(
             program, matrices, data, work.kind, work, track, replay=self.sequential, memory=bound
         )
         return dict(walked.weights), {

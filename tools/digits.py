@@ -13,6 +13,7 @@ from torch.nn import functional
 
 import graphprune as gp
 from graphprune.frontend.capture import capture
+from graphprune.ir.interpreter import Hooks, call, run_program
 from graphprune.transforms.batch_norms import BATCH_NORM, reestimate
 
 CLASSES = 10
@@ -92,25 +93,22 @@ def tuned(program: gp.Program, digits: Digits, seed: int, *, epochs: int) -> gp.
     weights = {name: weight.detach().clone() for name, weight in program.weights.items()}
     names = [name for name, kind in program.kinds.items() if kind == "parameter"]
     parameters = [weights[name].requires_grad_() for name in names]
-    interpreter = _Training(program.graph_module)
+    hooks = Hooks(compute=_in_training)
 
     def run(images: Tensor) -> Tensor:
-        outputs: tuple[Tensor] = interpreter.run(*weights.values(), images)
-        return outputs[0]
+        return run_program(program, {program.inputs[0].name: images}, hooks, weights)["output"]
 
     _train(run, parameters, digits, epochs=epochs, rate=0.02, seed=seed)
     left = program.with_weights({name: weights[name].detach() for name in names})
     return left.with_weights(reestimate(left, digits.calibration()))
 
 
-class _Training(fx.Interpreter):
-    """Runs a graph with batch norms that use the statistics of the batch."""
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is not BATCH_NORM:
-            return super().call_function(target, args, kwargs)
-        x, weight, bias, _, _, _, _, eps, _ = args
-        return functional.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
+def _in_training(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a node makes where batch norms use the statistics of the batch."""
+    if node.target is not BATCH_NORM:
+        return call(node, args, kwargs)
+    x, weight, bias, _, _, _, _, eps, _ = args
+    return functional.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
 
 
 def accuracy(program: gp.Program, digits: Digits) -> float:

@@ -17,7 +17,7 @@ from graphprune.ir.program import Program
 _KEY, _FORMAT = "graphprune", 2
 
 
-def save_measured(
+def write_cache(
     path: str | PathLike[str],
     what: str,
     tensors: Mapping[str, Tensor],
@@ -25,7 +25,7 @@ def save_measured(
     calibration: Calibration | None,
     **options: Any,
 ) -> None:
-    """Write `tensors` as a safetensors file that `load_measured` reads.
+    """Write `tensors` as a safetensors file that `read_cache` reads.
 
     Parameters
     ----------
@@ -62,14 +62,14 @@ def save_measured(
         save_file(held, str(staged), {_KEY: json.dumps(about)})
 
 
-def load_measured(
+def read_cache(
     path: str | PathLike[str],
     what: str,
     program: Program,
     calibration: Calibration | None,
     **options: Any,
 ) -> dict[str, Tensor]:
-    """Read what `save_measured` wrote of the same program, data and options.
+    """Read what `write_cache` wrote of the same program, data and options.
 
     Without `calibration` any data will do.
 

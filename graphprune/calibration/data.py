@@ -6,29 +6,18 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from graphprune.errors import CalibrationError, GraphPruneError, first_line
+from graphprune.calibration.tokens import TokenizerLike, beyond_vocabulary, token_batch, tokenize
+from graphprune.errors import CalibrationError
 from graphprune.io.text_sources import read_documents
 
 if TYPE_CHECKING:
     from graphprune.ir.program import Program, Value
 
-
-class Tokenizer(Protocol):
-    """What is needed of a transformers tokenizer."""
-
-    def __call__(self, text: str, **options: Any) -> Mapping[str, Any]:
-        """The token ids of `text` under ``input_ids``."""
-        ...  # pragma: no cover
-
-
-TokenizerLike = Tokenizer | str | PathLike[str]
-"""A transformers tokenizer, or the directory that holds one."""
 
 _MOST = 2**24
 """Characters of a source that windows are drawn from: bounds memory, and a stream's length."""
@@ -178,7 +167,7 @@ class Calibration:
             yield dict(batch)
 
     def labelled(self) -> Iterator[dict[str, Tensor]]:
-        """The batches, each with its labels, if it has some, under ``labels``."""
+        """Yield the batches, each with its labels, if it has some, under ``labels``."""
         for index, batch in enumerate(self.batches):
             yield {**batch, **({LABELS: self.labels[index]} if self.labels else {})}
 
@@ -223,7 +212,7 @@ class Calibration:
                 raise CalibrationError(problem)
 
     def describe(self) -> dict[str, Any]:
-        """What a report says about it.
+        """Return what a report says about it.
 
         Returns
         -------
@@ -240,167 +229,8 @@ class Calibration:
 
 
 def inputs_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A batch of `Calibration.labelled` without its labels."""
+    """Return a batch of `Calibration.labelled` without its labels."""
     return {name: tensor for name, tensor in batch.items() if name != LABELS}
-
-
-def task_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """Mean cross entropy of the labels of a batch, or without labels its `next_token_loss`.
-
-    Parameters
-    ----------
-    logits
-        ``[batch, classes]``, or ``[batch, ..., classes]`` with a label for each place.
-    batch
-        What the program was run on, with ``labels`` ``[batch]`` or ``[batch, ...]``; a label of
-        -100 does not count.
-
-    Returns
-    -------
-    Tensor
-        A float32 scalar, in nats; differentiable.
-
-    Raises
-    ------
-    CalibrationError
-        When labels and logits do not belong together, or `next_token_loss` does so.
-
-    Examples
-    --------
-    >>> batch = {"x": torch.ones(3, 5), "labels": torch.tensor([1, 7, 0])}
-    >>> round(task_loss(torch.zeros(3, 8), batch).exp().item(), 3)
-    8.0
-    """
-    labels = batch.get(LABELS)
-    if labels is None:
-        return next_token_loss(logits, batch)
-    if not logits.ndim or logits.shape[:-1] != labels.shape:
-        raise CalibrationError(
-            f"labels {tuple(labels.shape)} do not fit logits {tuple(logits.shape)}: one for each "
-            "place but the classes is needed"
-        )
-    classes = logits.shape[-1]
-    odd = labels[(labels != -100) & ((labels < 0) | (labels >= classes))]
-    if len(odd):
-        raise CalibrationError(
-            f"there is a label {int(odd[0])}; the logits are of {classes} classes"
-        )
-    return functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten())
-
-
-def next_token_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """Mean cross entropy of every next token, in nats; differentiable.
-
-    Parameters
-    ----------
-    logits
-        ``[batch, length, vocabulary]``.
-    batch
-        ``input_ids`` ``[batch, length]`` and, where some tokens are padding, ``attention_mask``
-        of the same shape, zero for tokens that are neither predicted nor counted.
-
-    Returns
-    -------
-    Tensor
-        A float32 scalar.
-
-    Raises
-    ------
-    CalibrationError
-        When the shapes do not belong together, or there is nothing to predict.
-
-    Examples
-    --------
-    >>> logits = torch.zeros(1, 3, 8)
-    >>> loss = next_token_loss(logits, {"input_ids": torch.tensor([[1, 2, 3]])})
-    >>> round(loss.exp().item(), 3)
-    8.0
-    """
-    ids = batch.get("input_ids")
-    if ids is None or logits.ndim != 3 or logits.shape[:2] != ids.shape:
-        shape = None if ids is None else tuple(ids.shape)
-        raise CalibrationError(
-            "a next-token loss needs logits [batch, length, vocabulary] and input_ids "
-            f"[batch, length], not {tuple(logits.shape)} and {shape}"
-        )
-    counted = predicted(batch)
-    if not counted.any():
-        raise CalibrationError("there is no next token to predict: a window needs two tokens")
-    return functional.cross_entropy(logits[:, :-1][counted].float(), ids[:, 1:][counted])
-
-
-def predicted(batch: Mapping[str, Tensor]) -> Tensor:
-    """Which tokens after the first are predicted, ``[batch, length - 1]``, as truth values."""
-    ids = batch["input_ids"]
-    mask = batch.get("attention_mask")
-    if mask is None:
-        return torch.ones_like(ids[:, 1:], dtype=torch.bool)
-    return mask[:, 1:].bool() & mask[:, :-1].bool()
-
-
-def token_batch(ids: Tensor) -> dict[str, Tensor]:
-    """The inputs for windows of tokens without padding, ``[batch, length]``."""
-    return {"input_ids": ids.contiguous(), "attention_mask": torch.ones_like(ids)}
-
-
-def beyond_vocabulary(program: Program, ids: Tensor | None) -> str:
-    """What is wrong with `ids` if they hold a token that `program` has no logit for, else ""."""
-    logits = next((value for value in program.outputs if value.name == "logits"), None)
-    if ids is None or logits is None or not isinstance(logits.shape[-1], int):
-        return ""
-    if (highest := int(ids.max())) < logits.shape[-1]:
-        return ""
-    return (
-        f"the tokenizer does not belong to the model: it made token {highest}, "
-        f"the vocabulary has {logits.shape[-1]}"
-    )
-
-
-# -- reading ------------------------------------------------------------------------------------
-
-
-def tokenize(
-    documents: Sequence[str],
-    tokenizer: TokenizerLike,
-    refuse: type[GraphPruneError] = CalibrationError,
-) -> Tensor:
-    """The tokens of all documents, one after the other, ``[tokens]``.
-
-    No special tokens are added, but for an end-of-text token between documents if there is one.
-
-    Raises
-    ------
-    GraphPruneError
-        Of the class `refuse`, when the tokenizer cannot be read.
-    """
-    if isinstance(tokenizer, (str, PathLike)):
-        tokenizer = load_tokenizer(tokenizer, refuse)
-    end = getattr(tokenizer, "eos_token_id", None)
-    ids: list[int] = []
-    for document in documents:
-        if ids and end is not None:
-            ids.append(end)
-        # Not verbose: that the text is longer than the model allows does not matter to its windows.
-        ids.extend(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
-    return torch.tensor(ids, dtype=torch.int64)
-
-
-def load_tokenizer(
-    directory: str | PathLike[str], refuse: type[GraphPruneError] = CalibrationError
-) -> Tokenizer:
-    """The transformers tokenizer in `directory`, or of that hub name.
-
-    Raises
-    ------
-    GraphPruneError
-        Of the class `refuse`, when there is none.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(directory))
-    except Exception as error:
-        raise refuse(f"{directory} holds no tokenizer: {first_line(error)}") from error
 
 
 def _check_batch(index: int, batch: Mapping[str, Any]) -> None:
@@ -437,7 +267,7 @@ def _rows(batch: Mapping[str, Tensor]) -> int:
 
 
 def digest(batches: Sequence[Mapping[str, Tensor]]) -> str:
-    """A digest of the names, types, shapes and values of tensors."""
+    """Return a digest of the names, types, shapes and values of tensors."""
     found = hashlib.sha256()
     for batch in batches:
         for name, tensor in sorted(batch.items()):

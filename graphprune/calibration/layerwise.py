@@ -1,9 +1,8 @@
-"""Batches on their way through a graph, a numbered layer at a time."""
+"""Layer-wise execution: all batches move through a graph together, one numbered layer at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -12,83 +11,97 @@ from graphprune.analysis.matrices import Matrix
 from graphprune.calibration.data import Calibration
 from graphprune.errors import CalibrationError
 from graphprune.ir.aten import is_mutating
+from graphprune.ir.interpreter import (
+    Before,
+    Hooks,
+    Interpreter,
+    Memory,
+    Segment,
+    Values,
+    given_of,
+    last_uses,
+)
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import layer_of, module_path
 
 
-class Run:
-    """One batch on its way through the graph; `last` is the last user of every node."""
+class BatchExecution:
+    """One batch on its way through a program's graph, a segment at a time.
+
+    Parameters
+    ----------
+    program
+        The program; its weights are held for as long as a node still reads them.
+    batch
+        Inputs by name.
+    memory
+        Counts what activations take.
+    last
+        The last use of every node: `graphprune.ir.interpreter.last_uses`.
+    """
 
     def __init__(
-        self, program: Program, batch: Mapping[str, Tensor], last: Mapping[fx.Node, fx.Node]
+        self,
+        program: Program,
+        batch: Mapping[str, Tensor],
+        memory: Memory,
+        last: Mapping[fx.Node, fx.Node],
     ) -> None:
-        self.interpreter = fx.Interpreter(program.graph_module, garbage_collect_values=False)
-        self.nodes = dict(program.weight_nodes())
-        self.values: dict[fx.Node, Any] = {
-            node: program.weights[name].detach() for name, node in program.weight_nodes()
-        }
-        filled = program.fill(batch)
-        self.values |= {node: filled[value.name] for value, node in program.input_nodes()}
-        self.last = last
+        weights = {name: weight.detach() for name, weight in program.weights.items()}
+        memory.set_aside(weights.values())
+        self.values = Values(given_of(program, batch, weights), memory)
+        self._nodes = dict(program.weight_nodes())
+        self._memory, self._last = memory, last
 
     @classmethod
-    def all(cls, program: Program, batches: Iterable[Mapping[str, Tensor]]) -> list[Run]:
-        """One for each of `batches`."""
-        last = {used: node for node in program.graph.nodes for used in node.all_input_nodes}
-        return [cls(program, batch, last) for batch in batches]
+    def of_all(
+        cls, program: Program, batches: Iterable[Mapping[str, Tensor]], memory: Memory | None = None
+    ) -> list[BatchExecution]:
+        """Return one for each of `batches`, at the start of the graph."""
+        memory, last = memory or Memory(), last_uses(program.graph)
+        return [cls(program, batch, memory, last) for batch in batches]
 
     @torch.no_grad()
-    def step(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
-        """Compute `node` from `values`, and add it to them."""
-        if node.op not in ("placeholder", "output"):
-            self.interpreter.env = values
-            values[node] = self.interpreter.run_node(node)
+    def advance(self, nodes: Sequence[fx.Node], before: Before | None = None) -> None:
+        """Compute `nodes`, and drop every value after its last use.
 
-    def advance(self, nodes: Sequence[fx.Node]) -> None:
-        """Compute `nodes` for good, and drop what none after them needs."""
+        With `before`, a hook that may look at all values, they are dropped when all are computed.
+        """
+        if before is None:
+            Interpreter(self.values, last_uses=self._last).run(nodes)
+            return
+        Interpreter(self.values, Hooks(before)).run(nodes)
         for node in nodes:
-            self.step(node, self.values)
-        self.forget(nodes)
+            for other in (*node.all_input_nodes, node):
+                if self._last.get(other) is node:
+                    self.values.pop(other, None)
 
-    def copied(self, nodes: Sequence[fx.Node]) -> dict[fx.Node, Any]:
-        """Values for a trial run; copies, where an operator of `nodes` writes into its input."""
-        if not any(is_mutating(node) for node in nodes):
-            return dict(self.values)
-        held = set(self.nodes.values())
-        return {
-            node: value if node in held or not isinstance(value, Tensor) else value.clone()
-            for node, value in self.values.items()
-        }
+    @torch.no_grad()
+    def trial(self, segment: Segment, before: Before | None = None) -> Values:
+        """Compute a segment without moving on; the values take memory until they are cleared."""
+        values = Values(self.values, self._memory)
+        if any(map(is_mutating, segment.nodes)):
+            weights = set(self._nodes.values())
+            for node in segment.inputs:
+                if node not in weights and isinstance(values[node], Tensor):
+                    values[node] = values[node].clone()
+        Interpreter(values, Hooks(before)).run(segment.nodes)
+        return values
 
     def replace(self, weights: Mapping[str, Tensor]) -> None:
         """Go on with other weights."""
+        self._memory.set_aside(weights.values())
         for name, weight in weights.items():
-            self.values[self.nodes[name]] = weight
-
-    def forget(self, nodes: Sequence[fx.Node]) -> None:
-        """Drop what no node after `nodes` needs."""
-        for node in nodes:
-            for used in (*node.all_input_nodes, node):
-                if self.last.get(used, node) is node:
-                    self.values.pop(used, None)
-
-    def bytes(self, values: Mapping[fx.Node, Any] | None = None) -> int:
-        """Memory of its activations, or of those in `values`."""
-        weights = set(self.nodes.values())
-        return sum(
-            value.nbytes
-            for node, value in (self.values if values is None else values).items()
-            if node not in weights and isinstance(value, Tensor)
-        )
+            self.values[self._nodes[name]] = weight
 
 
 def _layer(node: fx.Node) -> str:
-    """The path of the numbered layer that `node` belongs to, or ""."""
+    """Return the path of the numbered layer that `node` belongs to, or ""."""
     return layer_of(module_path(node)) if node.op != "placeholder" else ""
 
 
-def segments(program: Program, matrices: Sequence[Matrix] = ()) -> list[list[fx.Node]]:
-    """The graph's nodes in order, one list for each numbered layer and for what lies between them.
+def segments(program: Program, matrices: Sequence[Matrix] = ()) -> list[Segment]:
+    """Return the graph's nodes in order, cut at the ends of numbered layers.
 
     Nodes of no layer amid those of one go with it. A weight in `matrices` that is used in several
     segments makes them one, with all between.
@@ -117,11 +130,11 @@ def segments(program: Program, matrices: Sequence[Matrix] = ()) -> list[list[fx.
             merged.append([])
         merged[-1].extend(part)
         end = max(end, reach[at])
-    return merged
+    return [Segment.of(part) for part in merged]
 
 
 def unpadded(calibration: Calibration) -> Iterator[dict[str, Tensor]]:
-    """The batches without padding: rows of one length together, cut to their tokens.
+    """Yield the batches without padding: rows of one length together, cut to their tokens.
 
     Raises
     ------

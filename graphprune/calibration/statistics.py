@@ -1,6 +1,6 @@
 """Statistics of activations, taken where a weight is multiplied with them, over calibration data.
 
-One walk serves any number of matrices; those with the same inputs share what is measured. All
+One run serves any number of matrices; those with the same inputs share what is measured. All
 batches move through the graph together, one segment (the nodes of one numbered layer) after the
 other, so that what is changed in a layer is seen by the next one. What the statistics take is known
 before, and can be bounded: a layer whose statistics do not fit at once is run several times.
@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.analysis.matrices import Matrix, Use
-from graphprune.calibration.cache import load_measured, save_measured
+from graphprune.calibration.cache import read_cache, write_cache
 from graphprune.calibration.data import Calibration
-from graphprune.calibration.layerwise import Run, segments, unpadded
+from graphprune.calibration.layerwise import BatchExecution, segments, unpadded
 from graphprune.errors import CalibrationError
 from graphprune.io.atomic import staged_file
 from graphprune.io.progress import Progress, no_progress
+from graphprune.ir.interpreter import Before, Memory
 from graphprune.ir.program import Program
 
 Kind = Literal["moments", "gram"]
@@ -104,8 +105,8 @@ matrices of a weight come in one call; those of a segment may come in several.""
 
 
 @dataclass(frozen=True)
-class Walk:
-    """What a walk left.
+class LayerwiseResult:
+    """What `run_layerwise` left.
 
     Parameters
     ----------
@@ -158,12 +159,14 @@ def observe(
     Raises
     ------
     CalibrationError
-        As `walk`.
+        As `run_layerwise`.
     """
-    return walk(program, matrices, calibration, kind, None, track, memory=memory).statistics
+    return run_layerwise(
+        program, matrices, calibration, kind, None, track, memory=memory
+    ).statistics
 
 
-def walk(
+def run_layerwise(
     program: Program,
     matrices: Sequence[Matrix],
     calibration: Calibration,
@@ -173,8 +176,8 @@ def walk(
     *,
     replay: bool = True,
     memory: int | None = None,
-) -> Walk:
-    """Walk all batches through the graph, segment by segment.
+) -> LayerwiseResult:
+    """Run all batches through the graph, segment by segment.
 
     With `edit`, a segment is run to take its statistics, its weights are edited, and it is run
     again with the new ones, so that later segments see what the edit did (the order of Wanda,
@@ -202,15 +205,15 @@ def walk(
     calibration.check(program)
     parts = segments(program, matrices)
     bound = None if edit is None else memory
-    shares = [_shares(nodes, matrices, kind, bound) for nodes in parts]
+    shares = [_shares(segment.nodes, matrices, kind, bound) for segment in parts]
     sums = [statistics_bytes(share, kind) for each in shares for share in each]
     most = sum(sums) if edit is None else max(sums)
     _fit("all matrices together", most, memory)
-    runs = Run.all(program, unpadded(calibration))
+    account = Memory()
+    executions = BatchExecution.of_all(program, unpadded(calibration), account)
     changed: dict[str, Tensor] = {}
     statistics: Statistics = {}
-    peak = kept = 0
-    for nodes, divided in track(list(zip(parts, shares, strict=True)), "walking the graph"):
+    for segment, divided in track(list(zip(parts, shares, strict=True)), "running layer by layer"):
         again = edit is not None and replay and bool(divided[0])
         new: dict[str, Tensor] = {}
         for share in divided:
@@ -218,52 +221,46 @@ def walk(
             empty = {key: InputStatistics.empty(m, kind) for key, m in firsts.items()}
             found = {m.name: empty[_inputs(m)] for m in share}
             trial = again or share is not divided[-1]
-            taken = kept + statistics_bytes(share, kind)
-            resting = sum(run.bytes() for run in runs)
-            for run in runs:
-                resting -= run.bytes()
-                held = run.copied(nodes) if trial else run.values
-                _count(run, nodes, held, firsts.values(), found)
-                peak = max(peak, taken + resting + run.bytes(held))
-                if not trial:
-                    run.forget(nodes)
-                resting += run.bytes()
+            account.reserve(statistics_bytes(share, kind))
+            count = _counting(firsts.values(), found)
+            for execution in executions:
+                if trial:
+                    execution.trial(segment, count).clear()
+                else:
+                    execution.advance(segment.nodes, count)
             _check(found)
             if edit is None:
                 statistics |= found
-                kept = taken
-            elif share:
-                new |= edit(nodes, share, found)
+                continue
+            if share:
+                new |= edit(segment.nodes, share, found)
+            account.reserve(-statistics_bytes(share, kind))
         changed |= new
-        for run in runs if again else ():
-            run.replace(new)
-            run.advance(nodes)
-    return Walk(changed, statistics, peak, most)
+        for execution in executions if again else ():
+            execution.replace(new)
+            execution.advance(segment.nodes)
+    return LayerwiseResult(changed, statistics, account.peak, most)
 
 
-def _count(
-    run: Run,
-    nodes: Sequence[fx.Node],
-    values: dict[fx.Node, Any],
-    matrices: Iterable[Matrix],
-    found: Statistics,
-) -> None:
-    """Run `nodes`, and count the inputs of `matrices` in."""
+def _counting(matrices: Iterable[Matrix], found: Statistics) -> Before:
+    """Count the inputs of `matrices` in before each node that they are multiplied by."""
     by_node: dict[fx.Node, list[tuple[Matrix, Use]]] = {}
     for matrix in matrices:
         for use in matrix.uses:
             by_node.setdefault(use.node, []).append((matrix, use))
-    for node in nodes:
+
+    def count(node: fx.Node, values: Mapping[fx.Node, Any]) -> None:
         for matrix, use in by_node.get(node, ()):
             for part, rows in use.rows(values):
                 found[matrix.name].add(part, rows)
-        run.step(node, values)
+
+    return count
 
 
 def _shares(
     nodes: Sequence[fx.Node], matrices: Sequence[Matrix], kind: Kind, memory: int | None
 ) -> list[list[Matrix]]:
-    """The matrices that `nodes` use, divided so that the statistics of each share fit.
+    """Return the matrices that `nodes` use, divided so that the statistics of each share fit.
 
     Those of one weight stay together. There is one share at least, which may be empty.
     """
@@ -282,12 +279,12 @@ def _shares(
 
 
 def statistics_bytes(matrices: Sequence[Matrix], kind: Kind) -> int:
-    """What the statistics of all `matrices` take together."""
+    """Return what the statistics of all `matrices` take together."""
     return sum(InputStatistics.needed(matrix, kind) for matrix in _firsts(matrices).values())
 
 
 def _firsts(matrices: Sequence[Matrix]) -> dict[Hashable, Matrix]:
-    """The first of the matrices that have the same inputs, such as those of q, k and v."""
+    """Return the first of the matrices that have the same inputs, such as those of q, k and v."""
     return {_inputs(matrix): matrix for matrix in reversed(matrices)}
 
 
@@ -343,7 +340,7 @@ def save_statistics(
         for key, value in vars(statistics[names[0]]).items()
         if value is not None
     }
-    save_measured(path, _WHAT, tensors, program, calibration)
+    write_cache(path, _WHAT, tensors, program, calibration)
 
 
 def load_statistics(
@@ -358,7 +355,7 @@ def load_statistics(
         not those of `calibration`.
     """
     found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load_measured(path, _WHAT, program, calibration).items():
+    for key, tensor in read_cache(path, _WHAT, program, calibration).items():
         names, _, part = key.rpartition(":")
         found.setdefault(names, {})[part] = tensor
     statistics: Statistics = {}
@@ -368,7 +365,7 @@ def load_statistics(
     return statistics
 
 
-def kept_statistics(
+def load_or_observe(
     path: str | PathLike[str],
     program: Program,
     matrices: Sequence[Matrix],

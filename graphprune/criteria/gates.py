@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from graphprune.calibration.data import inputs_of
 from graphprune.criteria.base import Criterion, Scores, ScoringContext
 from graphprune.criteria.gradients import finite_loss
+from graphprune.ir.interpreter import Hooks, Interpreter, Values, given_of
 from graphprune.ir.program import Program
 
 
@@ -79,33 +80,25 @@ def _activations(
     program: Program, batch: Mapping[str, Tensor], sources: Collection[fx.Node]
 ) -> dict[fx.Node, Any]:
     """Return the values of nodes; those of `sources` are multiplied with the loss's gradient."""
-    inputs = program.placed(program.weights, inputs_of(batch))
-    interpreter = _GateInterpreter(program.graph_module, sources)
+    kept: dict[fx.Node, Tensor] = {}
+
+    def keep(node: fx.Node, value: Any, _: Mapping[fx.Node, Any]) -> Any:
+        if node in sources and isinstance(value, Tensor):
+            value = value if value.requires_grad else value.detach().requires_grad_()
+            kept[node] = value
+        return value
+
+    given = given_of(program, inputs_of(batch))
+    held = Values({node: keep(node, tensor.detach(), {}) for node, tensor in given.items()})
+    (_, logits), *_ = program.output_nodes()
     with torch.enable_grad():
-        outputs = interpreter.run(*(tensor.detach() for tensor in inputs))
-        loss = finite_loss(outputs[0], batch)
-        kept = {node: interpreter.kept[node] for node in sources}
+        Interpreter(held, Hooks(after=keep)).run(program.graph.nodes)
+        loss = finite_loss(held[logits], batch)
         gradients = torch.autograd.grad(loss, list(kept.values()), allow_unused=True)
-    values = {n: v.detach() if isinstance(v, Tensor) else v for n, v in interpreter.env.items()}
+    values = {n: v.detach() if isinstance(v, Tensor) else v for n, v in held.items()}
     for (node, value), gradient in zip(kept.items(), gradients, strict=True):
         values[node] = torch.zeros_like(value) if gradient is None else value.detach() * gradient
     return values
-
-
-class _GateInterpreter(fx.Interpreter):
-    """Runs a graph with a gradient at every one of `sources`."""
-
-    def __init__(self, module: fx.GraphModule, sources: Collection[fx.Node]) -> None:
-        super().__init__(module, garbage_collect_values=False)
-        self.sources = sources
-        self.kept: dict[fx.Node, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n in self.sources and isinstance(value, Tensor):
-            value = value if value.requires_grad else value.detach().requires_grad_()
-            self.kept[n] = value
-        return value
 
 
 def _gates(rows: Tensor, units: Tensor, count: int) -> Tensor:

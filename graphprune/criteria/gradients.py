@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from graphprune.calibration.data import inputs_of, task_loss
+from graphprune.calibration.data import inputs_of
+from graphprune.calibration.losses import task_loss
 from graphprune.criteria.base import ScoringContext
 from graphprune.errors import CalibrationError, SelectionError
 from graphprune.ir.program import Program

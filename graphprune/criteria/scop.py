@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -20,6 +20,7 @@ from graphprune.criteria.base import Criterion, Scores, ScoringContext
 from graphprune.criteria.gradients import finite_loss
 from graphprune.criteria.knockoffs import permuted
 from graphprune.errors import SelectionError
+from graphprune.ir.interpreter import Hooks, run_program
 from graphprune.ir.nodes import arguments_of
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import operator_of
@@ -243,7 +244,7 @@ def features(
         return value
 
     with torch.no_grad():
-        _SiteInterpreter(program, sites, keep).outputs(batch)
+        _run(program, sites, keep, batch)
     return found
 
 
@@ -270,34 +271,28 @@ def mixed(
         part = beta[site.group][site.units.clamp(min=0)].masked_fill(site.units < 0, 1)
         return torch.lerp(control, value, part.to(value.dtype))
 
-    return _SiteInterpreter(program, sites, mix).outputs(batch)[0]
+    return _run(program, sites, mix, batch)
 
 
-class _SiteInterpreter(fx.Interpreter):
-    """Runs a graph; what is read at each site is what `read` gives for it."""
+def _run(
+    program: Program,
+    sites: Sequence[FeatureSite],
+    read: Callable[[FeatureSite, Tensor], Tensor],
+    batch: Mapping[str, Tensor],
+) -> Tensor:
+    """Return the first output where what is read at each site is what `read` gives for it."""
+    at = {site.node: [each for each in sites if each.node is site.node] for site in sites}
 
-    def __init__(
-        self,
-        program: Program,
-        sites: Sequence[FeatureSite],
-        read: Callable[[FeatureSite, Tensor], Tensor],
-    ) -> None:
-        super().__init__(program.graph_module)
-        self.program, self.read = program, read
-        self.sites = {p.node: [q for q in sites if q.node is p.node] for p in sites}
+    def before(node: fx.Node, values: Mapping[fx.Node, Any]) -> Mapping[fx.Node, Any]:
+        seen: dict[fx.Node, Tensor] = {}
+        for site in at.get(node, ()):
+            value = seen[site.source] if site.source in seen else values[site.source]
+            seen[site.source] = read(site, value)
+        return seen
 
-    def outputs(self, batch: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        given = self.program.placed(self.program.weights, inputs_of(batch))
-        return self.run(*(tensor.detach() for tensor in given))
-
-    def run_node(self, n: fx.Node) -> object:
-        sites = self.sites.get(n, ())
-        held = {site.source: self.env[site.source] for site in sites}
-        for site in sites:
-            self.env[site.source] = self.read(site, self.env[site.source])
-        result = super().run_node(n)
-        self.env.update(held)
-        return result
+    weights = {name: weight.detach() for name, weight in program.weights.items()}
+    outputs = run_program(program, inputs_of(batch), Hooks(before), weights)
+    return outputs[program.outputs[0].name]
 
 
 def scales(context: ScoringContext, sites: Sequence[FeatureSite]) -> Scores:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from os import PathLike
 from pathlib import Path
 
-from graphprune.calibration.cache import load_measured, save_measured
+from graphprune.calibration.cache import read_cache, write_cache
 from graphprune.criteria.base import Scores, ScoringContext, check_scores, criterion
 from graphprune.errors import CalibrationError
 from graphprune.io.atomic import staged_file
@@ -44,9 +44,9 @@ def load_or_score(path: str | PathLike[str], name: str, context: ScoringContext)
         with staged_file(path) as staged:  # first: a path that cannot be written costs no work
             scores = held.scores(context)
             check_scores(scores, context)
-            save_measured(staged, "scores", scores, context.program, data, **options)
+            write_cache(staged, "scores", scores, context.program, data, **options)
         return scores
-    scores = load_measured(path, "scores", context.program, data, **options)
+    scores = read_cache(path, "scores", context.program, data, **options)
     if lacking := [group.name for group in context.groups if group.name not in scores]:
         raise CalibrationError(f"{path} lacks the scores of {lacking[0]}")
     check_scores(scores, context)

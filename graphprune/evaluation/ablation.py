@@ -19,7 +19,8 @@ from torch import Tensor
 from graphprune.analysis.coupling import Coupling
 from graphprune.analysis.groups import Group
 from graphprune.analysis.matrices import Matrix
-from graphprune.calibration.data import LABELS, task_loss
+from graphprune.calibration.data import LABELS
+from graphprune.calibration.losses import task_loss
 from graphprune.criteria import ScoringContext
 from graphprune.errors import EvaluationError, SelectionError
 from graphprune.evaluation.ablation_result import Effect, GroupEffects, Sensitivity, Span

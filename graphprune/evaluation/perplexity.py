@@ -12,17 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphprune.calibration.data import (
-    TokenizerLike,
-    beyond_vocabulary,
-    next_token_loss,
-    predicted,
-    token_batch,
-    tokenize,
-)
+from graphprune.calibration.losses import next_token_loss, predicted
+from graphprune.calibration.tokens import TokenizerLike, beyond_vocabulary, token_batch, tokenize
 from graphprune.errors import EvaluationError
 from graphprune.io.progress import DisplayFactory, display_factory, progress_bar
 from graphprune.io.text_sources import read_documents
+from graphprune.ir.compare import relative_error, tolerance_of
 from graphprune.ir.program import Program
 
 
@@ -174,14 +169,12 @@ def _looks_back_only(program: Program) -> bool:
     ids = torch.zeros((2, 6), dtype=torch.int64)
     ids[1, -1] = 1
     logits = program(**token_batch(ids))["logits"][:, :-1]
-    return torch.allclose(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+    return relative_error(logits[0], logits[1]) <= tolerance_of(logits.dtype)
 
 
 def _check_length(program: Program, length: int) -> None:
     if length < 2:
         raise EvaluationError(f"a window needs two tokens at least, not {length}")
-    if program.source is None:
-        return
-    longest = getattr(program.source.config, "max_position_embeddings", None)
-    if isinstance(longest, int) and length > longest:
+    longest = program.context_length
+    if longest is not None and length > longest:
         raise EvaluationError(f"a window of {length} tokens is longer than the model's {longest}")

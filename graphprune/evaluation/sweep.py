@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from graphprune.calibration.data import Calibration, TokenizerLike, digest
+from graphprune.calibration.data import Calibration, digest
+from graphprune.calibration.tokens import TokenizerLike
 from graphprune.errors import CalibrationError, EvaluationError, GraphPruneError
 from graphprune.evaluation.journal import Journal
 from graphprune.evaluation.perplexity import perplexity

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -22,6 +22,8 @@ from graphprune.frontend.example_inputs import Example, example_of
 from graphprune.frontend.patches import batched_experts, broadcast_masks
 from graphprune.frontend.plain_modules import capture_call
 from graphprune.frontend.torch_export import Follow, line_and_place
+from graphprune.ir.compare import relative_error, tolerance_of
+from graphprune.ir.interpreter import run_program
 from graphprune.ir.program import Note, Program, Source
 
 
@@ -116,8 +118,8 @@ def _check_outputs(program: Program, model: Any, example: Example, what: str) ->
             found = program(**each)[name]
         except Exception as error:  # a graph of another way fails in any way
             raise CaptureError(f"{type(model).__name__} {what}: {line_and_place(error)}") from error
-        off = (found - expected).abs().max() / expected.abs().max().clamp(min=1e-12)
-        if not off <= torch.finfo(found.dtype).eps ** 0.5:
+        off = relative_error(expected, found)
+        if not off <= tolerance_of(found.dtype):
             raise CaptureError(f"{type(model).__name__} {what}: {name} differs by {off:.1e}")
 
 
@@ -246,12 +248,14 @@ def _holds_for(
     mode = FakeTensorMode(shape_env=symbols, allow_non_fake_inputs=True)
     try:
         with mode, torch.no_grad():
-            weights = [torch.empty(w.shape, dtype=w.dtype) for w in program.weights.values()]
-            inputs = [
-                torch.empty([sizes.get(s, s) for s in v.shape], dtype=v.dtype)  # type: ignore[arg-type]
+            weights = {
+                name: torch.empty(w.shape, dtype=w.dtype) for name, w in program.weights.items()
+            }
+            inputs = {
+                v.name: torch.empty([sizes.get(s, s) for s in v.shape], dtype=v.dtype)  # type: ignore[arg-type]
                 for v in program.inputs
-            ]
-            fx.Interpreter(program.graph_module).run(*weights, *inputs)
+            }
+            run_program(program, inputs, weights=weights)
     except Exception:  # noqa: BLE001 - operators refuse sizes in any way
         return False
     return True

@@ -28,19 +28,19 @@ FIELD = "text"
 
 _LINES = (".jsonl", ".ndjson", ".json")
 
-Refusal = type[GraphPruneError]
+ErrorClass = type[GraphPruneError]
 
 
 def read_documents(
-    source: str | PathLike[str], refuse: Refusal = CalibrationError, most: int | None = None
+    source: str | PathLike[str], error: ErrorClass = CalibrationError, most: int | None = None
 ) -> list[str]:
-    """The documents of a source of text, in its order: one, or one for each line or row.
+    """Return the documents of a source of text, in its order: one, or one for each line or row.
 
     Parameters
     ----------
     source
         As the module says.
-    refuse
+    error
         The class of errors to raise.
     most
         Read no further once there are so many characters; the last document is cut.
@@ -48,22 +48,22 @@ def read_documents(
     Raises
     ------
     GraphPruneError
-        Of the class `refuse`, when the source is missing, empty or not what its name says.
+        Of the class `error`, when the source is missing, empty or not what its name says.
     """
     text = str(source)
     if not Path(source).exists():
         file, colon, field = text.rpartition(":")
         if colon and _is_lines(Path(file)):
-            return _taken(_records(Path(file), field, refuse), text, most, refuse)
+            return _taken(_records(Path(file), field, error), text, most, error)
         if text.count(":") in (2, 3):
-            return _taken(_rows(text, refuse), text, most, refuse)
+            return _taken(_rows(text, error), text, most, error)
     path = Path(source)
     if _is_lines(path):
-        return _taken(_records(path, FIELD, refuse), text, most, refuse)
-    return _taken(_whole(path, most, refuse), text, most, refuse)
+        return _taken(_records(path, FIELD, error), text, most, error)
+    return _taken(_whole(path, most, error), text, most, error)
 
 
-def _taken(documents: Iterable[str], source: str, most: int | None, refuse: Refusal) -> list[str]:
+def _taken(documents: Iterable[str], source: str, most: int | None, error: ErrorClass) -> list[str]:
     taken: list[str] = []
     left = most
     for document in documents:
@@ -71,7 +71,7 @@ def _taken(documents: Iterable[str], source: str, most: int | None, refuse: Refu
         if left is not None and (left := left - len(document)) <= 0:
             break
     if not any(document.strip() for document in taken):
-        raise refuse(f"{source} is empty")
+        raise error(f"{source} is empty")
     return taken
 
 
@@ -83,65 +83,65 @@ def _is_lines(path: Path) -> bool:
     return name.suffix in _LINES
 
 
-def _whole(path: Path, most: int | None, refuse: Refusal) -> Iterator[str]:
+def _whole(path: Path, most: int | None, error: ErrorClass) -> Iterator[str]:
     pieces: list[str] = []
     left = most
-    for line in _decoded(path, refuse):
+    for line in _decoded(path, error):
         pieces.append(line)
         if left is not None and (left := left - len(line)) <= 0:
             break
     yield "".join(pieces)
 
 
-def _records(path: Path, field: str, refuse: Refusal) -> Iterator[str]:
-    for number, line in enumerate(_decoded(path, refuse), 1):
+def _records(path: Path, field: str, error: ErrorClass) -> Iterator[str]:
+    for number, line in enumerate(_decoded(path, error), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise refuse(f"{path}:{number} is not JSON: {error.msg}") from error
+        except json.JSONDecodeError as cause:
+            raise error(f"{path}:{number} is not JSON: {cause.msg}") from cause
         if not isinstance(record, dict) or not isinstance(record.get(field), str):
-            raise refuse(f"{path}:{number} has no field {field!r} that holds a text")
+            raise error(f"{path}:{number} has no field {field!r} that holds a text")
         yield str(record[field])
 
 
-def _decoded(path: Path, refuse: Refusal) -> Iterator[str]:
-    """The lines of a file, with every failure in one line."""
+def _decoded(path: Path, error: ErrorClass) -> Iterator[str]:
+    """Yield the lines of a file, with every failure in one line."""
     at = 0
     try:
         if not path.is_file():
-            raise refuse(f"{path} is a directory" if path.is_dir() else f"{path} does not exist")
+            raise error(f"{path} is a directory" if path.is_dir() else f"{path} does not exist")
         with cast("BinaryIO", gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
             for line in file:
                 yield line.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
                 at += len(line)
-    except UnicodeDecodeError as error:
-        byte = at + error.start
-        raise refuse(f"{path} is not UTF-8: byte {byte} cannot be decoded") from error
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise refuse(f"{path} cannot be read: {reason}") from error
+    except UnicodeDecodeError as cause:
+        byte = at + cause.start
+        raise error(f"{path} is not UTF-8: byte {byte} cannot be decoded") from cause
+    except (OSError, EOFError, zlib.error) as cause:
+        reason = getattr(cause, "strerror", None) or cause
+        raise error(f"{path} cannot be read: {reason}") from cause
 
 
 # -- data sets ------------------------------------------------------------------------------------
 
 
-def _rows(source: str, refuse: Refusal) -> Iterator[str]:
-    """The column of a data set, row by row; it is streamed, not downloaded whole."""
+def _rows(source: str, error: ErrorClass) -> Iterator[str]:
+    """Yield the column of a data set, row by row; it is streamed, not downloaded whole."""
     name, *config, split, column = source.split(":")
     try:
         datasets: Any = import_module("datasets")
-    except ImportError as error:
-        raise refuse(
+    except ImportError as cause:
+        raise error(
             f"{source} is no file, and to read a data set the package 'datasets' is needed"
-        ) from error
+        ) from cause
     try:
         rows = iter(datasets.load_dataset(name, *config, split=split, streaming=True))
         first = next(rows, None)
-    except Exception as error:
-        raise refuse(f"{source}: the data set cannot be read: {first_line(error)}") from error
+    except Exception as cause:
+        raise error(f"{source}: the data set cannot be read: {first_line(cause)}") from cause
     if first is not None and not isinstance(first.get(column), str):
-        raise refuse(f"{source}: no column {column!r} holds texts; there are {', '.join(first)}")
+        raise error(f"{source}: no column {column!r} holds texts; there are {', '.join(first)}")
     for row in () if first is None else itertools.chain([first], rows):
         yield row[column] or ""  # a row may lack a text

@@ -80,14 +80,14 @@ def set_argument(node: fx.Node, name: str, index: int | None, value: Any) -> Non
 
 
 def copy_of(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
-    """A copy of `graph`, and the copy of every node."""
+    """Return a copy of `graph`, and the copy of every node."""
     copy, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     copy.output(copy.graph_copy(graph, copies))
     return copy, copies
 
 
 def made_from(origin: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    """A call at the graph's insertion point that stands for (a part of) `origin`.
+    """Return a call at the graph's insertion point that stands for (a part of) `origin`.
 
     It has the provenance of `origin` and no value: `rebuild` derives one, as does `valued`.
     """
@@ -109,7 +109,7 @@ def valued(node: fx.Node, mode: FakeTensorMode | None = None) -> fx.Node:
 
 
 def size_of(size: Any, sizes: Mapping[str, int]) -> int:
-    """A dimension's size, where its symbols have the `sizes` by their names."""
+    """Return a dimension's size, where its symbols have the `sizes` by their names."""
     if isinstance(size, int):
         return size
     expression = size.node.expr

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def program_text(program: Program) -> str:
-    """The program as people read and compare it; the same for equal graphs.
+    """Return the program as people read and compare it; the same for equal graphs.
 
     Examples
     --------

@@ -158,12 +158,21 @@ class Program:
         return self.graph_module.graph
 
     @property
+    def context_length(self) -> int | None:
+        """The longest text that the model's config declares, in tokens; None where it does not."""
+        if self.source is None:
+            return None
+        config = self.source.config
+        text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
+        return declared_length({} if text is None else vars(text), vars(config))
+
+    @property
     def is_decoder(self) -> bool:
         """Whether a KV cache goes in and out."""
         return any(value.name.startswith(PAST) for value in self.inputs)
 
     def within(self, symbol: int | str, wanted: int) -> int:
-        """A size for `symbol`, as near to `wanted` as its range allows; a number is itself."""
+        """Return a size for `symbol`, as near to `wanted` as it may be; a number is itself."""
         if isinstance(symbol, int):
             return symbol
         limits = {str(key): limits for key, limits in self.ranges.items()}.get(symbol)
@@ -189,7 +198,7 @@ class Program:
         yield from zip(self.outputs, output.args[0], strict=True)
 
     def weight(self, name: str) -> Tensor:
-        """The weight called `name`, which may be a tied name.
+        """Return the weight called `name`, which may be a tied name.
 
         Raises
         ------
@@ -202,11 +211,11 @@ class Program:
         return self.weights[name]
 
     def parameter_count(self) -> int:
-        """Number of parameters; tied ones count once."""
+        """Return the number of parameters; tied ones count once."""
         return sum(w.numel() for name, w in self.weights.items() if self.kinds[name] == "parameter")
 
     def kv_bytes_per_token(self) -> int:
-        """Bytes that one more token takes in the KV cache (0 when there is none)."""
+        """Return the bytes that one more token takes in the KV cache (0 when there is none)."""
         total = 0
         for value in self.inputs:
             if value.name.startswith(PAST):
@@ -215,7 +224,7 @@ class Program:
         return total
 
     def fingerprint(self) -> str:
-        """A digest of the names, kinds and shapes of parameters and buffers, not of their values.
+        """Return a digest of names, kinds and shapes of parameters and buffers, not of values.
 
         Plans are made for it; that their groups reach the same slices is checked beside it.
         """
@@ -256,13 +265,13 @@ class Program:
         return {value.name: out for value, out in zip(self.outputs, outputs, strict=True)}
 
     def placed(self, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """What the graph's placeholders are, in order: `weights`, and `inputs` filled in."""
+        """Return what the graph's placeholders are, in order: `weights`, and `inputs` filled in."""
         filled = self.fill(inputs)
         held = [weights[name] for name in self.weights]
         return [*held, *(filled[value.name] for value in self.inputs)]
 
     def fill(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`inputs` with what may be left out filled in.
+        """Return `inputs` with what may be left out filled in.
 
         Raises
         ------
@@ -303,7 +312,7 @@ class Program:
     # -- deriving -------------------------------------------------------------------------------
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> Program:
-        """The same graph with some weights replaced by others of the same shape.
+        """Return the same graph with some weights replaced by others of the same shape.
 
         Raises
         ------
@@ -352,8 +361,18 @@ class Program:
         return extension("graphprune.backends", backend)(self, path, **options)
 
 
+_LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len")
+"""What configs call the longest text, the common name first."""
+
+
+def declared_length(*configs: Mapping[str, Any]) -> int | None:
+    """Return the context length that the first of `configs`, in their order, declares."""
+    lengths = (config.get(name) for config in configs for name in _LENGTHS)
+    return next((n for n in lengths if type(n) is int and n > 0), None)
+
+
 def caches_of(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The caches among `outputs`, by the names of the inputs of the next run that take them."""
+    """Return the caches among `outputs`, by the names of the inputs that take them next."""
     return {
         PAST + name.removeprefix(PRESENT): tensor
         for name, tensor in outputs.items()
@@ -362,7 +381,7 @@ def caches_of(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def value_of(name: str, node: fx.Node) -> Value:
-    """The program value called `name` that `node` stands for."""
+    """Return the program value called `name` that `node` stands for."""
     fake = node.meta["val"]
     return Value(name, node.name, tuple(map(_size, fake.shape)), fake.dtype)
 

@@ -11,7 +11,7 @@ from graphprune.ir.aten import printed_name
 
 
 def module_path(node: fx.Node) -> str:
-    """The dotted path of the module whose forward made `node` ("" for the model itself)."""
+    """Return the dotted path of the module whose forward made `node` ("" for the model itself)."""
     stack = node.meta.get("nn_module_stack") or {}
     # Sizes that export itself reads off have a mark where a module would be.
     paths = [entry[0] for entry in stack.values() if not entry[0].startswith("_empty_nn_module")]
@@ -22,7 +22,7 @@ _LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.|$)")
 
 
 def layer_of(path: str) -> str:
-    """The path of the numbered layer that a dotted path leads into, or "".
+    """Return the path of the numbered layer that a dotted path leads into, or "".
 
     Examples
     --------

@@ -2,66 +2,218 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._sympy.functions import CleanDiv, FloorDiv, Mod, PythonMod
 
-from graphprune.ir.aten import name_of
-from graphprune.ir.program import PAST, Program, Value
+from graphprune.ir.aten import LOOKUPS, MOVES, name_of, plain_name
+from graphprune.ir.nodes import arguments_of, size_of
+from graphprune.ir.program import PAST, Program
 
-_BATCH, _LENGTH = 2, 7
+# -- sizes ----------------------------------------------------------------------------------------
+
+
+def sample_sizes(program: Program, *, batch: int = 2, length: int = 7) -> dict[str, int]:
+    """Return a size for every symbol of a program's inputs.
+
+    First dimensions are `batch`. Other dimensions of numbers, images and the like, are the size
+    that is next to the example's, further by what the graph divides them by, so that strides come
+    out even. All others, tokens and the like, are `length`.
+
+    Parameters
+    ----------
+    program
+        The program; the ranges of its sizes are kept to.
+    batch, length
+        As above.
+    """
+    found: dict[str, int] = {}
+    for value, node in program.input_nodes():
+        for dim, size in enumerate(node.meta["val"].shape):
+            for symbol in getattr(getattr(size, "node", None), "expr", size).free_symbols:
+                if str(symbol) in found:
+                    continue
+                if dim == 0:
+                    wanted = batch
+                elif value.dtype.is_floating_point and not value.name.startswith(PAST):
+                    wanted = _next_size(program, size, symbol) or length
+                else:
+                    wanted = length
+                found[str(symbol)] = program.within(str(symbol), wanted)
+    return found
+
+
+def _next_size(program: Program, size: Any, symbol: Any) -> int | None:
+    """Return the size next to the example's that is divided as evenly; None for no example."""
+    environment = size.node.shape_env
+    known = getattr(environment, "backed_var_to_val", None)
+    example = (environment.var_to_val if known is None else known).get(symbol)
+    if example is None:
+        return None
+    step, example = _divisor(program, symbol), int(example)
+    further = example + step
+    return further if program.within(str(symbol), further) == further else example - step
+
+
+def _divisor(program: Program, symbol: Any) -> int:
+    """Return what the sizes of the graph divide a symbol by, all together."""
+    found = 1
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        for part in value if isinstance(value, tuple | list) else (value,):
+            for size in part.shape if isinstance(part, Tensor) else (part,):
+                if isinstance(size, torch.SymInt) and symbol in size.node.expr.free_symbols:
+                    found = math.lcm(found, _divided(size.node.expr))
+    return found
+
+
+def _divided(expression: Any) -> int:
+    """Return the product of the numbers by which what is inside is divided in turn."""
+    found = math.lcm(1, *map(_divided, expression.args))
+    if isinstance(expression, FloorDiv | CleanDiv | Mod | PythonMod):
+        by = expression.args[1]
+        found *= int(by) if by.is_Integer else 1
+    return found
+
+
+# -- values ---------------------------------------------------------------------------------------
 
 
 def random_inputs(
-    program: Program, *, seed: int = 0, batch: int = _BATCH, length: int = _LENGTH
+    program: Program,
+    sizes: Mapping[str, int] | None = None,
+    *,
+    seed: int = 0,
+    batch: int = 2,
+    length: int = 7,
+    complete: bool = False,
 ) -> dict[str, Tensor]:
-    """Random inputs for every input but caches and attention masks, which fill themselves in.
+    """Return random inputs on the CPU: ids within their tables, mixed masks, normal numbers.
 
     Parameters
     ----------
     program
         The program.
+    sizes
+        The size of every symbol; by default `sample_sizes` of `batch` and `length`.
     seed
         Same seed, same inputs.
     batch, length
-        Sizes of dynamic dimensions: the first, and all others.
+        See `sample_sizes`.
+    complete
+        Whether to make caches and attention masks too, which otherwise fill themselves in.
     """
+    sizes = sample_sizes(program, batch=batch, length=length) if sizes is None else sizes
     generator = torch.Generator().manual_seed(seed)
     inputs = {}
     for value, node in program.input_nodes():
-        if value.name.startswith(PAST) or value.name.endswith("attention_mask"):
+        fills_in = value.name.startswith(PAST) or value.name.endswith("attention_mask")
+        if fills_in and not complete:
             continue
-        sizes = [
-            program.within(size, batch if dim == 0 else length)
-            for dim, size in enumerate(value.shape)
-        ]
-        inputs[value.name] = _random(value, node, sizes, generator)
+        shape = [size_of(size, sizes) for size in node.meta["val"].shape]
+        inputs[value.name] = _random(value.name, node, shape, value.dtype, generator)
     return inputs
 
 
-def _random(value: Value, node: fx.Node, sizes: list[int], generator: torch.Generator) -> Tensor:
-    if value.dtype.is_floating_point:
-        return torch.randn(sizes, generator=generator).to(value.dtype)
-    if value.dtype is torch.bool:
-        return torch.ones(sizes, dtype=torch.bool)
-    rows = _table_rows(node)
-    return torch.randint(0, rows, sizes, generator=generator, dtype=value.dtype)
+def _random(
+    name: str, node: fx.Node, shape: list[int], dtype: torch.dtype, generator: torch.Generator
+) -> Tensor:
+    if dtype is torch.bool:
+        return _mixed(shape, generator) ^ _hides(name, node)
+    if name.endswith("mask") and not dtype.is_floating_point:
+        return torch.ones(shape, dtype=dtype)
+    if dtype.is_floating_point or dtype.is_complex:
+        return torch.randn(shape, generator=generator).to(dtype)
+    rows = table_rows(node, shifted=False) or 2
+    return torch.randint(0, rows, shape, generator=generator).to(dtype)
 
 
-def _table_rows(node: fx.Node) -> int:
-    """Rows of the smallest table that an input of indices picks from (2 when it is none)."""
-    rows = [
-        user.args[0].meta["val"].shape[0]
-        for user in node.users
-        if name_of(user) == "embedding" and isinstance(user.args[0], fx.Node)
-    ]
-    return min(rows, default=2)
+def _mixed(shape: list[int], generator: torch.Generator) -> Tensor:
+    """Return a mask that keeps half of the last dimension: its first place, and others in each row.
+
+    Every row keeps as many. The first place is kept by all, so that masks that meet, such as a
+    causal one and one of padding, leave something.
+    """
+    if not shape or not math.prod(shape):
+        return torch.ones(shape, dtype=torch.bool)
+    order = torch.rand(shape, generator=generator)
+    order[..., 0] = -1
+    kept = order.argsort(-1)[..., : -(-shape[-1] // 2)]
+    return torch.zeros(shape, dtype=torch.bool).scatter(-1, kept, True)
+
+
+def _hides(name: str, node: fx.Node) -> bool:
+    """Whether a mask that is true hides what it stands for, as the graph uses it."""
+    pending, seen = [(node, True)], {node}
+    while pending:
+        mask, hides = pending.pop()
+        for user in mask.users:
+            given, plain = arguments_of(user), plain_name(user)
+            if plain == "masked_fill" and given["mask"] is mask:
+                return hides
+            if plain == "where" and given["condition"] is mask:
+                return hides if _is_least(given["self"]) else not hides
+            if plain == "scaled_dot_product_attention" and given["attn_mask"] is mask:
+                return not hides
+            flips = plain in ("logical_not", "bitwise_not")
+            if (flips or name_of(user) in MOVES or plain.endswith("and")) and user not in seen:
+                seen.add(user)
+                pending.append((user, hides != flips))
+    return "padding" in name
+
+
+def _is_least(value: Any) -> bool:
+    """Whether `value` is a very low number, or is filled with one."""
+    if isinstance(value, fx.Node):
+        given = arguments_of(value)
+        value = given.get("fill_value", given.get("s"))
+    return isinstance(value, int | float) and value < -1e3
 
 
 def continuation(
     program: Program, inputs: Mapping[str, Tensor], seed: int = 1
 ) -> dict[str, Tensor]:
-    """One more token for every row of a decoder's `inputs`."""
-    rows = len(inputs["input_ids"])
-    return random_inputs(program, seed=seed, batch=rows, length=1)
+    """Return one more token for every row of a decoder's `inputs`."""
+    return random_inputs(program, seed=seed, batch=len(inputs["input_ids"]), length=1)
+
+
+# -- tables ---------------------------------------------------------------------------------------
+
+_SHIFTS = ("add", "sub", "mul")
+"""Operators after which an index is another than what went in, by an offset say."""
+
+
+def table_rows(node: fx.Node, *, shifted: bool = True) -> int | None:
+    """Return the rows of the smallest table that the integers of `node` look into, if any.
+
+    Where `shifted` is false, tables looked into by what arithmetic made of the integers, which
+    their rows do not bound, do not count.
+    """
+    rows: dict[fx.Node, int] = {}
+    moved: set[fx.Node] = set()
+    start = (node, False)
+    seen, queue = {start}, [start]
+    while queue:
+        node, changed = queue.pop()
+        for user in node.users:
+            value = user.meta.get("val")
+            after = (user, changed or name_of(user) in _SHIFTS)
+            if _looks_up(user, node):
+                rows[user] = int(user.args[0].meta["val"].shape[0])  # type: ignore[union-attr]
+                moved |= {user} if changed else set()
+            elif isinstance(value, Tensor) and not value.is_floating_point() and after not in seen:
+                seen.add(after)
+                queue.append(after)
+    return min((n for user, n in rows.items() if shifted or user not in moved), default=None)
+
+
+def _looks_up(user: fx.Node, index: fx.Node) -> bool:
+    """Whether `user` picks rows of a weight by the values of `index`."""
+    table: Any = user.args[0] if user.args else None
+    if not isinstance(table, fx.Node) or table is index or table.op != "placeholder":
+        return False
+    return name_of(user) in LOOKUPS

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from graphprune.errors import RewriteError, first_line
+from graphprune.ir.interpreter import Hooks, call, run_program
 from graphprune.ir.nodes import get_argument, set_argument
 from graphprune.ir.program import Program, value_of
 from graphprune.ir.provenance import operator_of
@@ -150,37 +151,38 @@ def _expression(size: Any) -> Any:
     return getattr(getattr(size, "node", None), "expr", size)
 
 
-class _Proof(fx.Interpreter):
+class _Proof:
     """Runs a program on tensors without data and compares every shape with what is promised."""
 
     def __init__(self, program: Program) -> None:
-        super().__init__(program.graph_module)
         self.program = program
-        self.extra_traceback = False  # it would make many lines of our one
 
     def run_on_nothing(self) -> None:
         symbols = ShapeEnv(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True)
         with FakeTensorMode(shape_env=symbols, allow_non_fake_inputs=True), torch.no_grad():
-            empty = [torch.empty(w.shape, dtype=w.dtype) for w in self.program.weights.values()]
+            empty = {
+                name: torch.empty(weight.shape, dtype=weight.dtype)
+                for name, weight in self.program.weights.items()
+            }
             given = {
                 name: torch.empty(value.shape, dtype=value.dtype)
                 for name, value in self.program.fill(random_inputs(self.program)).items()
             }
-            self.run(*empty, *(given[value.name] for value in self.program.inputs))
+            run_program(self.program, given, Hooks(compute=self._compute), empty)
 
-    def run_node(self, n: fx.Node) -> Any:
+    def _compute(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
-            result = super().run_node(n)
+            result = call(node, args, kwargs)
         except Exception as error:
             raise RewriteError(
-                f"{operator_of(n)} does not accept its new sizes: {first_line(error)}"
+                f"{operator_of(node)} does not accept its new sizes: {first_line(error)}"
             ) from error
-        if isinstance(result, Tensor) and n.op == "call_function":
-            promised = n.meta["val"].shape
+        if isinstance(result, Tensor):
+            promised = node.meta["val"].shape
             for size, due in zip(result.shape, promised, strict=True):
                 if isinstance(due, int) and isinstance(size, int) and due != size:
                     raise RewriteError(
-                        f"{operator_of(n)} came out as {tuple(result.shape)}, not as "
+                        f"{operator_of(node)} came out as {tuple(result.shape)}, not as "
                         f"{tuple(promised)}"
                     )
         return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from graphprune.calibration.cache import load_measured
+from graphprune.calibration.cache import read_cache
 from graphprune.io.atomic import staged_file
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import layer_of
@@ -45,7 +45,7 @@ def draw_scores(path: Path, scores: Path, program: Program) -> None:
         When the picture exists, cannot be written, or its name says no format.
     """
     check_format(path)
-    found = load_measured(scores, "scores", program, None)
+    found = read_cache(scores, "scores", program, None)
     values = {name: each.flatten().tolist() for name, each in list(found.items())[:_MOST]}
     with staged_file(path) as staged:
         histograms(staged, values, label="score of a unit")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from graphprune.analysis.groups import Group
-from graphprune.calibration.data import Calibration, inputs_of, task_loss
+from graphprune.calibration.data import Calibration, inputs_of
+from graphprune.calibration.losses import task_loss
 from graphprune.criteria import Scores, ScoringContext
 from graphprune.errors import SelectionError
 from graphprune.ir.program import Program

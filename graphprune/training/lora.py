@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from graphprune.analysis.matrices import Matrix, Use
 from graphprune.ir.aten import PRODUCTS, name_of
+from graphprune.ir.interpreter import Hooks, run_program
 from graphprune.ir.nodes import arguments_of
 from graphprune.ir.program import Program
 from graphprune.training.trainable import Batch
@@ -71,14 +72,20 @@ class Adapters:
                 beside.update({use.node: (use.source, side) for use in matrix.uses})
             else:
                 self._inside.append(matrix)
-        self._interpreter = _Beside(program.graph_module, beside)
+        self._beside = beside
 
     def run(self, batch: Batch, training: bool) -> dict[str, Tensor]:
         """Return the outputs of the program with its adapters."""
         self._modules.train(training)
-        outputs = self._interpreter.run(*self._program.placed(self._with(self._inside), batch))
-        named = zip(self._program.outputs, outputs, strict=True)
-        return {value.name: output for value, output in named}
+        hooks = Hooks(after=self._with_side)
+        return run_program(self._program, batch, hooks, self._with(self._inside))
+
+    def _with_side(self, node: fx.Node, value: Any, values: Mapping[fx.Node, Any]) -> Any:
+        """Return the value of a node, with what an adapter beside it makes of its activations."""
+        if node not in self._beside:
+            return value
+        source, side = self._beside[node]
+        return value + side(values[source]).to(value.dtype)
 
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
@@ -164,24 +171,6 @@ class _Side(nn.Module):
             return outer(inner(x)) * self.layer.scaling[_ADAPTER]
         delta = self.layer.get_delta_weight(_ADAPTER)
         return functional.linear(x, delta.masked_fill(self.zero, 0))
-
-
-class _Beside(fx.Interpreter):
-    """Runs a graph and adds what `sides` make of the activations to the products of nodes."""
-
-    def __init__(
-        self, module: fx.GraphModule, sides: Mapping[fx.Node, tuple[fx.Node, nn.Module]]
-    ) -> None:
-        super().__init__(module)
-        self.sides = sides
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Return the value of a node."""
-        value = super().run_node(n)
-        if n in self.sides:
-            source, side = self.sides[n]
-            value = value + side(self.env[source]).to(value.dtype)
-        return value
 
 
 def _is_beside(use: Use) -> bool:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from graphprune.calibration.data import LABELS, inputs_of, predicted, task_loss
+from graphprune.calibration.data import LABELS, inputs_of
+from graphprune.calibration.losses import predicted, task_loss
 from graphprune.errors import TrainingError
 from graphprune.ir.program import Program
 from graphprune.training.trainable import Batch, Trainable

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.calibration.data import Calibration
-from graphprune.calibration.layerwise import Run
+from graphprune.calibration.layerwise import BatchExecution
 from graphprune.errors import CalibrationError
 from graphprune.io.progress import Progress, no_progress
 from graphprune.ir.nodes import arguments_of
@@ -50,7 +50,7 @@ def reestimate(
     norms = dict(_kept(program))
     if not norms:
         return {}
-    runs = Run.all(program, calibration)
+    executions = BatchExecution.of_all(program, calibration)
     found: dict[str, Tensor] = {}
     for node in track(list(program.graph.nodes), "taking statistics of batch norms"):
         if node in norms:
@@ -58,12 +58,12 @@ def reestimate(
             if mean in found or variance in found:
                 raise CalibrationError(f"{mean}: two batch norms keep it together")
             source = arguments_of(node)["input"]
-            moments = _moments(mean, [run.values[source] for run in runs])
+            moments = _moments(mean, [each.values[source] for each in executions])
             for name, moment in zip((mean, variance), moments, strict=True):
                 found[name] = moment.to(program.weights[name].dtype)
-        for run in runs:
-            run.replace({name: found[name] for name in norms.get(node, ())})
-            run.advance([node])
+        for execution in executions:
+            execution.replace({name: found[name] for name in norms.get(node, ())})
+            execution.advance([node])
     return found
 
 

@@ -10,7 +10,13 @@ from torch import Tensor, fx
 from graphprune.analysis.coupling import Coupling
 from graphprune.analysis.matrices import Matrix, bias_of, contractions
 from graphprune.calibration.data import Calibration
-from graphprune.calibration.statistics import InputStatistics, Statistics, Walk, damped, walk
+from graphprune.calibration.statistics import (
+    InputStatistics,
+    LayerwiseResult,
+    Statistics,
+    damped,
+    run_layerwise,
+)
 from graphprune.errors import CalibrationError, PlanError
 from graphprune.io.progress import Progress, no_progress
 from graphprune.ir.program import Program
@@ -27,7 +33,7 @@ def refit(
     damp: float = 0.01,
     track: Progress = no_progress,
     memory: int | None = None,
-) -> tuple[Program, list[str], Walk]:
+) -> tuple[Program, list[str], LayerwiseResult]:
     """Return `program` with the units of `plan` at zero and their consumers refitted.
 
     For a matrix W whose columns R go and K stay, with the second moments C of its inputs on the
@@ -55,7 +61,7 @@ def refit(
 
     Returns
     -------
-    Program, list of str, Walk
+    Program, list of str, LayerwiseResult
         The program at its first size, on which the plan can be applied; names of what was refitted;
         what it took.
 
@@ -110,7 +116,7 @@ def refit(
         done.update(new)
         return new
 
-    walked = walk(program, matrices, calibration, "gram", edit, track, memory=memory)
+    walked = run_layerwise(program, matrices, calibration, "gram", edit, track, memory=memory)
     rest = {
         name: program.weights[name].masked_fill(mask, 0)
         for name, mask in gone.items()

@@ -10,7 +10,7 @@ divisor, which zeroing does by itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from graphprune.analysis.axes import Axis
 from graphprune.analysis.index_maps import indices_by_unit
 from graphprune.analysis.inference import infer
 from graphprune.analysis.types import Types
+from graphprune.ir.interpreter import Hooks, call, run_program
 from graphprune.ir.nodes import argument_names
 from graphprune.ir.program import Program
 from graphprune.plan.plan import Plan
@@ -165,56 +166,28 @@ class MaskedReference:
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Run the reference as a program is run."""
-        filled = self.original.fill(inputs)
-        arguments = (
-            *(self.weights[name] for name in self.original.weights),
-            *(filled[value.name] for value in self.original.inputs),
-        )
-        masked = _Masked(self.original.graph_module, self.statistics, self.choices)
-        outputs = masked.run(*arguments)
-        return {v.name: out for v, out in zip(self.original.outputs, outputs, strict=True)}
+        hooks = Hooks(compute=self._compute)
+        return run_program(self.original, inputs, hooks, self.weights)
+
+    def _compute(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what a node makes with statistics over what stays, and choices from it."""
+        for dim, stays in self.choices.get(node, ()):
+            shape = [1] * args[0].ndim
+            shape[dim] = -1
+            args = (args[0].masked_fill(~stays.view(shape), -torch.inf), *args[1:])
+        if node in self.statistics:
+            return _over_what_stays(node, self.statistics[node], *args, **kwargs)
+        result = call(node, args, kwargs)
+        if node.target is torch.ops.aten.div.Tensor and bool(result.isnan().any()):
+            # Zero by zero is zero: what goes may be divided by what goes along with it.
+            above, below = args[0], torch.as_tensor(args[1])
+            return result.masked_fill((above == 0) & (below == 0), 0)
+        return result
 
 
 def _inverse(sources: Sequence[int]) -> Tensor:
     """Return where every index is found among `sources`."""
     return torch.tensor(sources).argsort()
-
-
-class _Masked(fx.Interpreter):
-    """A run of a graph with some statistics taken over what stays, and choices made from it."""
-
-    def __init__(
-        self,
-        graph_module: fx.GraphModule,
-        statistics: Mapping[fx.Node, list[Left]],
-        choices: Mapping[fx.Node, list[tuple[int, Tensor]]],
-    ) -> None:
-        super().__init__(graph_module)
-        self.statistics = statistics
-        self.choices = choices
-
-    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        args, kwargs = super().fetch_args_kwargs_from_env(n)
-        for dim, stays in self.choices.get(n, ()):
-            shape = [1] * args[0].ndim
-            shape[dim] = -1
-            args = (args[0].masked_fill(~stays.view(shape), -torch.inf), *args[1:])
-        return args, kwargs
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n not in self.statistics:
-            result = super().run_node(n)
-            return self._without_quotients_of_nothing(n, result)
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        return _over_what_stays(n, self.statistics[n], *args, **kwargs)
-
-    def _without_quotients_of_nothing(self, n: fx.Node, result: Any) -> Any:
-        """Let zero by zero be zero: what goes may be divided by what goes along with it."""
-        if n.target is not torch.ops.aten.div.Tensor or not bool(result.isnan().any()):
-            return result
-        (above, below), _ = self.fetch_args_kwargs_from_env(n)
-        below = torch.as_tensor(below)
-        return result.masked_fill((above == 0) & (below == 0), 0)
 
 
 def _over_what_stays(
@@ -240,7 +213,7 @@ def _over_what_stays(
         for dim, kept in affine:
             if given.get(name) is not None:
                 given[name] = given[name].index_select(dim, kept)
-    result = node.target(narrow, **given)  # type: ignore[operator]
+    result = call(node, (narrow,), given)
     if not any(clears for _, _, clears in left):
         return result
     for dim, kept, _ in left:

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from graphprune.errors import VerificationError
+from graphprune.ir.compare import relative_error, tolerance_of
 from graphprune.ir.program import PRESENT, Program, caches_of
 from graphprune.ir.sample_inputs import continuation, random_inputs
 from graphprune.plan.plan import Plan
 from graphprune.verification.masked_reference import MaskedReference
-
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def verify(
         values that are not finite.
     """
     plan.check(original)
-    allowed = _TOLERANCE.get(_dtype(original), 1e-4) if tolerance is None else tolerance
+    allowed = tolerance_of(_dtype(original)) if tolerance is None else tolerance
     reference = MaskedReference(original, plan)
     weights = {
         name: _error(weight, program.weights.get(name), name)
@@ -156,9 +155,6 @@ def _error(expected: Tensor, found: Tensor | None, name: str) -> float:
     if found is None or found.shape != expected.shape:
         shape = "missing" if found is None else f"of shape {tuple(found.shape)}"
         raise VerificationError(f"{name} is {shape}, not of shape {tuple(expected.shape)}")
-    if expected.numel() == 0 or not expected.dtype.is_floating_point:
-        return 0.0 if torch.equal(expected, found) else float("inf")
     if not bool(torch.isfinite(expected).all()) or not bool(torch.isfinite(found).all()):
         raise VerificationError(f"{name} holds values that are not finite")
-    scale = float(expected.abs().max()) or 1.0
-    return float((expected - found).abs().max()) / scale
+    return relative_error(expected, found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, fx, nn
 
 import graphprune as gp
 from graphprune.analysis.matrices import Contractions, Matrix, contractions
+from graphprune.ir.interpreter import Hooks, Interpreter, Values, given_of
 from graphprune.ir.program import Program
 
 
@@ -19,44 +21,49 @@ def captured(module: nn.Module, *inputs: Tensor) -> Program:
     return gp.capture(module.eval(), example_inputs=inputs)
 
 
-class _Watch(fx.Interpreter):
+class _Watch:
     """Compares every contraction with its matrix while the graph runs."""
 
     def __init__(self, program: Program, found: Contractions) -> None:
-        super().__init__(program.graph_module, garbage_collect_values=False)
         self.program, self.checked = program, 0
         self.uses = [(m, use) for m in found.matrices for use in m.uses]
+        self.expected: list[tuple[int, Tensor]] = []
 
-    def run_node(self, n: fx.Node) -> Any:
-        expected = [self._sums(m, use) for m, use in self.uses if use.node is n]
-        result = super().run_node(n)
-        for rows, total in expected:
-            bias = self._bias(n)
+    def run(self, inputs: dict[str, Tensor]) -> None:
+        values = Values(given_of(self.program, inputs))
+        Interpreter(values, Hooks(self._before, after=self._after)).run(self.program.graph.nodes)
+
+    def _before(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> None:
+        uses = [(m, use) for m, use in self.uses if use.node is node]
+        self.expected = [self._sums(m, use, values) for m, use in uses]
+
+    def _after(self, node: fx.Node, result: Any, values: Mapping[fx.Node, Any]) -> Any:
+        for rows, total in self.expected:
+            bias = self._bias(node, values)
             got = float(result.double().sum()) - bias * result.numel()
-            assert got == pytest.approx(float(total), rel=1e-4, abs=1e-3), (n, rows)
+            assert got == pytest.approx(float(total), rel=1e-4, abs=1e-3), (node, rows)
             self.checked += 1
         return result
 
-    def _sums(self, matrix: Matrix, use: Any) -> tuple[int, Tensor]:
+    def _sums(self, matrix: Matrix, use: Any, held: Mapping[fx.Node, Any]) -> tuple[int, Tensor]:
         values = matrix.read(self.program.weights[matrix.weight]).double()
-        pairs = list(use.rows(self.env))
+        pairs = list(use.rows(held))
         return len(pairs), sum(
             ((rows.double() @ values[part].T).sum() for part, rows in pairs), torch.zeros(())
         )
 
-    def _bias(self, n: fx.Node) -> float:
+    def _bias(self, n: fx.Node, values: Mapping[fx.Node, Any]) -> float:
         at = {"linear": 2, "addmm": 0, "conv1d": 2, "conv2d": 2}.get(str(n.target).split(".")[1])
         bias = n.args[at] if at is not None and len(n.args) > at else None
         if at is not None and bias is None:
             bias = n.kwargs.get("bias")
-        return float(self.env[bias].double().mean()) if isinstance(bias, fx.Node) else 0.0
+        return float(values[bias].double().mean()) if isinstance(bias, fx.Node) else 0.0
 
 
 def check(program: Program, inputs: dict[str, Tensor]) -> int:
     watch = _Watch(program, contractions(program))
-    filled = program.fill(inputs)
     with torch.no_grad():
-        watch.run(*program.weights.values(), *(filled[value.name] for value in program.inputs))
+        watch.run(inputs)
     return watch.checked
 
 

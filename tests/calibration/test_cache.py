@@ -11,7 +11,7 @@ import torch
 from architectures import coupling_of, inputs_of, program_of
 from safetensors.torch import save_file
 
-from graphprune.calibration.cache import load_measured, save_measured
+from graphprune.calibration.cache import read_cache, write_cache
 from graphprune.calibration.data import Calibration
 from graphprune.criteria import CRITERIA, ScoringContext
 from graphprune.criteria.score_cache import load_or_score
@@ -33,7 +33,7 @@ def other_weights(program: Program) -> Program:
 @pytest.fixture
 def kept(tmp_path: Path) -> Path:
     path, program = tmp_path / "kept.safetensors", program_of("llama-gqa")
-    save_measured(
+    write_cache(
         path, "things", {"x": torch.arange(3)}, program, calibration_of("llama-gqa"), seed=1
     )
     return path
@@ -42,7 +42,7 @@ def kept(tmp_path: Path) -> Path:
 def test_it_is_read_back_for_the_same_program_data_and_options(kept: Path) -> None:
     program = program_of("llama-gqa")
     for data in (calibration_of("llama-gqa"), None):
-        found = load_measured(kept, "things", program, data, seed=1)
+        found = read_cache(kept, "things", program, data, seed=1)
         assert found.keys() == {"x"}
         assert torch.equal(found["x"], torch.arange(3))
 
@@ -62,7 +62,7 @@ def test_it_is_refused_for_anything_else(kept: Path, change: dict[str, Any], mes
     given = {"what": "things", "program": program_of("llama-gqa"), "seed": 1}
     given["calibration"] = calibration_of("llama-gqa")
     with pytest.raises(CalibrationError, match=message):
-        load_measured(kept, **{**given, **change})
+        read_cache(kept, **{**given, **change})
 
 
 def test_a_file_that_something_else_wrote_is_refused(tmp_path: Path) -> None:
@@ -70,13 +70,13 @@ def test_a_file_that_something_else_wrote_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no")
     for name in ("model.safetensors", "text", "absent"):
         with pytest.raises(CalibrationError, match=f"{name} holds no things") as caught:
-            load_measured(tmp_path / name, "things", program_of("llama-gqa"), None)
+            read_cache(tmp_path / name, "things", program_of("llama-gqa"), None)
         assert "\n" not in str(caught.value)
 
 
 def test_a_file_is_never_written_over(kept: Path) -> None:
     with pytest.raises(OutputError, match="exists already"):
-        save_measured(kept, "things", {}, program_of("llama-gqa"), None)
+        write_cache(kept, "things", {}, program_of("llama-gqa"), None)
 
 
 # -- scores ---------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from byte_llama import byte_llama, byte_tokenizer
 
 import graphprune as gp
 import graphprune.calibration.data as calibration_module
-from graphprune.calibration.data import Calibration, digest, inputs_of, next_token_loss, task_loss
+from graphprune.calibration.data import Calibration, digest, inputs_of
+from graphprune.calibration.losses import next_token_loss, task_loss
 from graphprune.errors import CalibrationError
 
 WORDS = " ".join(str(number) for number in range(1000, 1400))

@@ -1,4 +1,4 @@
-"""Statistics against hooks on the model, and the walk against running the program."""
+"""Statistics against hooks on the model, and layer-wise execution against running the program."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from torch import Tensor, nn
 
 from graphprune.analysis.matrices import Matrix, contractions
 from graphprune.calibration.data import Calibration
-from graphprune.calibration.layerwise import Run, segments, unpadded
+from graphprune.calibration.layerwise import segments, unpadded
 from graphprune.calibration.statistics import (
     InputStatistics,
     Statistics,
-    kept_statistics,
+    load_or_observe,
     load_statistics,
     observe,
+    run_layerwise,
     save_statistics,
     statistics_bytes,
-    walk,
 )
 from graphprune.errors import CalibrationError, OutputError
+from graphprune.ir.interpreter import Interpreter
 
 
 def calibration_of(name: str, batches: int = 2) -> Calibration:
@@ -139,7 +140,7 @@ def test_an_edit_is_seen_by_the_layers_after_it_and_not_by_its_own() -> None:
         names = [m.weight for m in held if "down_proj" in m.weight]
         return {name: torch.zeros_like(program.weights[name]) for name in names}
 
-    walked = walk(program, matrices, calibration, edit=edit)
+    walked = run_layerwise(program, matrices, calibration, edit=edit)
     changed = program.with_weights(walked.weights)
     after = observe(changed, matrices, calibration)
     assert set(walked.weights) == {f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)}
@@ -164,7 +165,7 @@ def test_walking_without_edits_computes_what_running_does(name: str) -> None:
         seen.update(found)
         return {}
 
-    walk(program, matrices, calibration, edit=edit)
+    run_layerwise(program, matrices, calibration, edit=edit)
     assert seen.keys() == once.keys()
     for key, each in seen.items():
         assert torch.equal(each.squares, once[key].squares)
@@ -189,18 +190,18 @@ def test_kept_ones_are_measured_once(tmp_path: Path) -> None:
     matrices = contractions(program).matrices
     path = tmp_path / "kept.safetensors"
     with pytest.raises(CalibrationError, match=r"kept\.safetensors does not exist, and no calib"):
-        kept_statistics(path, program, matrices, None)
-    first = kept_statistics(path, program, matrices[:3], data)
+        load_or_observe(path, program, matrices, None)
+    first = load_or_observe(path, program, matrices[:3], data)
     assert path.is_file()
-    again = kept_statistics(path, program, matrices[1:3], None)
+    again = load_or_observe(path, program, matrices[1:3], None)
     assert again.keys() == {matrix.name for matrix in matrices[1:3]}
     assert all(torch.equal(each.squares, first[name].squares) for name, each in again.items())
     with pytest.raises(CalibrationError, match=f"lacks the statistics of {matrices[3].name}"):
-        kept_statistics(path, program, matrices, data)
+        load_or_observe(path, program, matrices, data)
     with pytest.raises(CalibrationError, match=f"no products of pairs .* {matrices[0].name}"):
-        kept_statistics(path, program, matrices[:3], data, "gram")
+        load_or_observe(path, program, matrices[:3], data, "gram")
     with pytest.raises(CalibrationError, match="on other calibration data"):
-        kept_statistics(path, program, matrices[:3], calibration_of("llama-gqa", 1))
+        load_or_observe(path, program, matrices[:3], calibration_of("llama-gqa", 1))
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_anything_runs(
@@ -208,10 +209,10 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_runs(
 ) -> None:
     program = program_of("llama-gqa")
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(Run, "step", lambda *_: pytest.fail("something ran"))
+    monkeypatch.setattr(Interpreter, "step", lambda *_: pytest.fail("something ran"))
     given = program, contractions(program).matrices, calibration_of("llama-gqa")
     with pytest.raises(OutputError, match="cannot be written"):
-        kept_statistics(tmp_path / "file" / "kept", *given)
+        load_or_observe(tmp_path / "file" / "kept", *given)
 
 
 def test_kept_ones_that_are_not_finite_are_refused(tmp_path: Path) -> None:
@@ -283,8 +284,8 @@ def test_with_less_memory_the_same_is_seen_in_more_runs(name: str, replay: bool)
     seen: list[Statistics] = [{}, {}]
     given = program, matrices, data, "gram"
     edits = [recording(program, 0.5, calls[at], seen[at]) for at in (0, 1)]
-    free = walk(*given, edits[0], replay=replay)
-    bound = walk(*given, edits[1], replay=replay, memory=most)
+    free = run_layerwise(*given, edits[0], replay=replay)
+    bound = run_layerwise(*given, edits[1], replay=replay, memory=most)
     assert len(calls[1]) > len(calls[0])
     assert sum(calls[1], []) == sum(calls[0], [])
     assert bound.statistics_bytes <= most < free.statistics_bytes
@@ -298,7 +299,7 @@ def test_without_replay_an_edit_is_not_seen() -> None:
     program, data = program_of("llama-gqa"), calibration_of("llama-gqa")
     matrices = contractions(program).matrices
     seen: Statistics = {}
-    walk(program, matrices, data, edit=recording(program, 0.0, [], seen), replay=False)
+    run_layerwise(program, matrices, data, edit=recording(program, 0.0, [], seen), replay=False)
     for name, each in observe(program, matrices, data).items():
         assert torch.equal(each.squares, seen[name].squares)
 
@@ -308,11 +309,11 @@ def test_a_bound_that_nothing_fits_is_refused_before_anything_runs(
 ) -> None:
     program, data = program_of("llama-gqa"), calibration_of("llama-gqa")
     matrices = contractions(program).matrices
-    monkeypatch.setattr(Run, "step", lambda *_: pytest.fail("something ran"))
+    monkeypatch.setattr(Interpreter, "step", lambda *_: pytest.fail("something ran"))
     down = "model.layers.0.mlp.down_proj.weight"
     needed = statistics_bytes([m for m in matrices if m.name == down], "gram")
     with pytest.raises(CalibrationError, match=rf"{down}: the statistics take 0\.\d+ MiB, and"):
-        walk(program, matrices, data, "gram", lambda *_: {}, memory=needed - 1)
+        run_layerwise(program, matrices, data, "gram", lambda *_: {}, memory=needed - 1)
     total = statistics_bytes(matrices, "gram")
     with pytest.raises(CalibrationError, match="all matrices together: the statistics take"):
         observe(program, matrices, data, "gram", memory=total - 1)
@@ -324,7 +325,7 @@ def test_of_all_batches_only_one_holds_the_inside_of_a_layer() -> None:
     matrices = contractions(program).matrices
     batch = inputs_of(program, batch=2, length=8)
     one, four = (
-        walk(program, matrices, Calibration.from_batches([batch] * n), edit=lambda *_: {})
+        run_layerwise(program, matrices, Calibration.from_batches([batch] * n), edit=lambda *_: {})
         for n in (1, 4)
     )
     assert four.peak_bytes < 2 * one.peak_bytes

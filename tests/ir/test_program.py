@@ -13,6 +13,7 @@ import graphprune as gp
 from graphprune.errors import UsageError
 from graphprune.frontend.capture import capture
 from graphprune.ir.exported import to_exported_program
+from graphprune.ir.program import declared_length
 from graphprune.ir.provenance import module_path, source_line
 
 
@@ -137,3 +138,20 @@ def test_sizes_stay_within_the_range_of_a_dynamic_one() -> None:
     assert [program.within("s0", size) for size in (3, 7, 11)] == [7, 7, 11]
     assert [program.within("s1", size) for size in (1, 5, 11)] == [1, 5, 9]
     assert [program.within(4, 11), program.within("s2", 11)] == [4, 11]
+
+
+def test_the_context_length_is_what_the_config_of_the_text_declares() -> None:
+    assert program_of("llama-gqa").context_length == 64
+    assert program_of("gpt2").context_length == 64  # which calls it n_positions
+    assert program_of("t5").context_length is None  # its positions are relative
+    assert declared_length({}, {"n_positions": 5}) == 5
+    assert declared_length({"max_position_embeddings": 3}, {"n_positions": 5}) == 3
+
+
+def test_the_context_length_of_a_model_of_images_and_text_is_that_of_its_text() -> None:
+    from transformers import Gemma3Config
+
+    program = program_of("llama-gqa")
+    config = Gemma3Config(text_config={"max_position_embeddings": 77})
+    source = dataclasses.replace(program.source, config=config)  # type: ignore[type-var]
+    assert dataclasses.replace(program, source=source).context_length == 77

@@ -10,7 +10,7 @@ from byte_llama import byte_llama
 
 import graphprune as gp
 from graphprune import reference
-from graphprune.calibration.data import next_token_loss
+from graphprune.calibration.losses import next_token_loss
 from graphprune.errors import CalibrationError, MergeError, PipelineError, VerificationError
 from graphprune.ir.program import PAST, Program
 from graphprune.passes.merge_kv_heads import MergeKvHeads

@@ -11,7 +11,8 @@ from architectures import inputs_of, program_of
 from byte_llama import save_checkpoint
 
 import graphprune as gp
-from graphprune.calibration.data import Calibration, next_token_loss
+from graphprune.calibration.data import Calibration
+from graphprune.calibration.losses import next_token_loss
 from graphprune.errors import CalibrationError, SelectionError, TrainingError, UsageError
 from graphprune.ir.program import Program
 from graphprune.passes.merge_kv_heads import MergeKvHeads

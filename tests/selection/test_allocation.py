@@ -6,7 +6,7 @@ import pytest
 import torch
 from architectures import calibration_of, coupling_of, program_of
 
-from graphprune.calibration.data import next_token_loss
+from graphprune.calibration.losses import next_token_loss
 from graphprune.criteria import ScoringContext, criterion
 from graphprune.errors import CalibrationError, SelectionError
 from graphprune.plan.plan import Plan

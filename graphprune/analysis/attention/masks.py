@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from graphprune.analysis.attention.probes import Prober, Sizes, ancestors, run_part
+from graphprune.analysis.attention.probes import Prober, Sizes
+from graphprune.ir.interpreter import ancestors, run_part
 
 MaskKind = Literal["none", "causal", "window", "bias"]
 

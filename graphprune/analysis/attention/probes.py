@@ -1,47 +1,14 @@
-"""Parts of a program's graph, run on sizes and inputs that tell what they compute."""
+"""Sizes and inputs on which a part of a graph tells what it computes."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from graphprune.ir.nodes import size_of
 from graphprune.ir.program import PAST, Program
-
-
-def run_part(
-    program: Program, wanted: Sequence[fx.Node], given: Mapping[fx.Node, Any]
-) -> tuple[Any, ...]:
-    """Return the values of `wanted`, from weights and the `given` values of other nodes."""
-    needed = ancestors(wanted, given)
-    weights = {node: name for name, node in program.weight_nodes() if node in needed}
-    held: dict[fx.Node, Any] = dict(given)
-    with torch.no_grad():
-        for node in program.graph.nodes:
-            if node not in needed or node in held:
-                continue
-            if node.op == "placeholder":
-                held[node] = program.weights[weights[node]]
-            else:
-                args, kwargs = fx.map_arg((node.args, node.kwargs), held.__getitem__)
-                held[node] = node.target(*args, **kwargs)
-    return tuple(held[node] for node in wanted)
-
-
-def ancestors(nodes: Sequence[fx.Node], stop: Collection[fx.Node] = ()) -> set[fx.Node]:
-    """`nodes` and all that they are computed from, up to the nodes `stop`."""
-    pending, found = list(nodes), set(nodes)
-    while pending:
-        node = pending.pop()
-        for other in () if node in stop else node.all_input_nodes:
-            if other not in found:
-                found.add(other)
-                pending.append(other)
-    return found
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.analysis.attention.masks import Mask, meaning_of
-from graphprune.analysis.attention.probes import SAMPLE, Prober, run_part
+from graphprune.analysis.attention.probes import SAMPLE, Prober
 from graphprune.ir.aten import (
     MOVES,
     PERMUTES,
@@ -25,6 +25,7 @@ from graphprune.ir.aten import (
     name_of,
     uncopied,
 )
+from graphprune.ir.interpreter import run_part
 from graphprune.ir.nodes import arguments_of
 from graphprune.ir.program import PAST, PRESENT, Program
 from graphprune.ir.provenance import module_path

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from graphprune.analysis.attention.probes import Prober, Sizes, run_part
+from graphprune.analysis.attention.probes import Prober, Sizes
+from graphprune.ir.interpreter import run_part
 from graphprune.ir.program import Program
 
 _ATEN = torch.ops.aten

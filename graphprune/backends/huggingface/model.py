@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from graphprune.errors import BackendError, first_line
-from graphprune.ir.program import PAST, PRESENT, Program
+from graphprune.ir.compare import relative_error, tolerance_of
+from graphprune.ir.program import PRESENT, Program
+from graphprune.ir.sample_inputs import random_inputs
 
 _ROWS, _LENGTH = 2, 5
-
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
 
 @contextlib.contextmanager
@@ -110,7 +110,7 @@ def difference(program: Program, model: Any) -> str:
 
 def compare(program: Program, model: Any) -> tuple[str, Exception | None]:
     """As `difference`, with the exception that `model` raised, if it did."""
-    inputs = _random_inputs(program, model)
+    inputs = random_inputs(program, batch=_ROWS, length=_LENGTH)
     device = next(iter(program.weights.values())).device
     try:
         ours = program(**{name: tensor.to(device) for name, tensor in inputs.items()})
@@ -121,15 +121,15 @@ def compare(program: Program, model: Any) -> tuple[str, Exception | None]:
             theirs = model(**inputs, return_dict=True)
     except Exception as error:  # noqa: BLE001 - model code may fail in any way
         return f"the model does not run: {first_line(error)}", error
-    tolerance = _TOLERANCE.get(dtype_of(program), 1e-4)
+    tolerance = tolerance_of(dtype_of(program))
     for value in program.outputs:
         if value.name.startswith(PRESENT):
             continue
-        expected, found = ours[value.name].cpu().double(), _output(theirs, value.name)
+        expected, found = ours[value.name].cpu(), _output(theirs, value.name)
         if found is None or found.shape != expected.shape:
             shape = tuple(expected.shape)
             return f"the model has no output {value.name} of shape {shape}", None
-        off = (found.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-12)
+        off = relative_error(expected, found)
         if not off <= tolerance:
             return f"{value.name} of the model differ by {off:.1e} from those of the program", None
     return "", None
@@ -147,27 +147,3 @@ def _output(outputs: Any, name: str) -> Tensor | None:
     # A base model's first output is called "logits" in a captured decoder.
     held = next(iter(found.values()), None) if name == "logits" else None
     return held if isinstance(held, Tensor) else None
-
-
-def _random_inputs(program: Program, model: Any) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    try:
-        words = getattr(model.get_input_embeddings(), "num_embeddings", 2)
-    except NotImplementedError:  # models of images have none
-        words = 2
-    inputs = {}
-    for value in program.inputs:
-        if value.name.startswith(PAST):
-            continue
-        shape = [
-            program.within(size, _ROWS if dim == 0 else _LENGTH)
-            for dim, size in enumerate(value.shape)
-        ]
-        if value.dtype.is_floating_point:
-            inputs[value.name] = torch.randn(shape, generator=generator).to(value.dtype)
-        elif value.name.endswith("mask"):
-            inputs[value.name] = torch.ones(shape, dtype=value.dtype)
-        else:
-            ids = torch.randint(words, shape, generator=generator)
-            inputs[value.name] = ids.to(value.dtype)
-    return inputs

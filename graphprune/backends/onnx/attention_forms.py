@@ -194,9 +194,8 @@ def _more_than_masked(site: AttentionSite, capped: str) -> str:
 
 def rotations_of(program: Program, sites: Sequence[AttentionSite]) -> Rotations:
     """Return the rotary embeddings of queries and new keys that GroupQueryAttention has too."""
-    config = program.source and program.source.config.get_text_config(decoder=True)
-    positions = getattr(config, "max_position_embeddings", None)
-    if not sites or not isinstance(positions, int):
+    positions = program.context_length
+    if not sites or positions is None:
         return {}
     reader = RotaryReader(program, positions)
     found: Rotations = {}

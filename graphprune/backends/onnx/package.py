@@ -41,11 +41,12 @@ from graphprune.backends.onnx.export import OnnxReport, export
 from graphprune.backends.onnx.last_logits import last_only
 from graphprune.backends.onnx.parity import FULL, SHARED, Comparison, compare
 from graphprune.backends.onnx.runtime.genai_config import genai_config
-from graphprune.backends.onnx.session import CPU, provider_name, tolerance
+from graphprune.backends.onnx.session import CPU, provider_name
 from graphprune.backends.onnx.weights import MODEL, held_weights, weights_beside
 from graphprune.errors import BackendError, CheckpointError, ParityError, first_line
 from graphprune.io.atomic import as_json, staged_directory
 from graphprune.io.progress import DisplayFactory
+from graphprune.ir.compare import tolerance_of
 from graphprune.ir.program import Program
 from graphprune.plan.plan import Plan
 
@@ -198,7 +199,7 @@ def write_package(
             "attention": dict(report.attention),
             "operators": dict(report.operators),
             "parity": dict(report.parity),
-            "tolerance": tolerance(program.outputs[0].dtype),
+            "tolerance": tolerance_of(program.outputs[0].dtype),
             "versions": _versions(),
             "notes": notes,
         }

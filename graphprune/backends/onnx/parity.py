@@ -21,12 +21,12 @@ from graphprune.backends.onnx.session import (
     Pair,
     open_session,
     positions,
-    sample_inputs,
     sizes_for,
-    tolerance,
 )
 from graphprune.errors import ParityError
+from graphprune.ir.compare import tolerance_of
 from graphprune.ir.program import PAST, PRESENT, Program, caches_of
+from graphprune.ir.sample_inputs import random_inputs
 
 SHARED = "past and present in one buffer"
 """The check that lets a runtime keep each cache in one place."""
@@ -147,7 +147,7 @@ def compare(
     else:
         for batch in (3, 1):
             pair.check = f"batch of {batch}"
-            pair.run(sample_inputs(program, sizes_for(program, names, batch)))
+            pair.run(random_inputs(program, sizes_for(program, names, batch), complete=True))
     worst = max(pair.errors.values(), default=0.0)
     return Comparison(worst, version, notes, pair.errors, provider)
 
@@ -303,7 +303,7 @@ class _Decoder:
             if not torch.equal(*chosen):
                 best = last[0].topk(2).values[0]
                 gap = float(best[0] - best[1]) / float(last[0].abs().max())
-                if gap > 2 * tolerance(last[0].dtype):
+                if gap > 2 * tolerance_of(last[0].dtype):
                     raise ParityError(
                         f"ONNX Runtime chooses token {int(chosen[1])} and the program "
                         f"{int(chosen[0])} ({self.pair.check}, step {step + 1})"
@@ -317,4 +317,4 @@ class _Decoder:
         sizes = {"batch": batch, "sequence": new, "past_sequence": past}
         sizes["total_sequence"] = past + new
         chosen = {symbol: sizes[name] for symbol, name in self.names.items()}
-        return sample_inputs(self.program, chosen, past)
+        return random_inputs(self.program, chosen, seed=past, complete=True)

@@ -7,24 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from graphprune.backends.onnx.dimension_names import output_names
 from graphprune.errors import BackendError, ParityError, first_line
-from graphprune.ir.aten import LOOKUPS, name_of
-from graphprune.ir.nodes import size_of
+from graphprune.ir.compare import relative_error, tolerance_of
 from graphprune.ir.program import PAST, PRESENT, Program
-
-TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Largest relative error allowed, where it is not `DEFAULT_TOLERANCE`."""
-
-DEFAULT_TOLERANCE = 1e-4
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """Largest relative error allowed in outputs of this type."""
-    return TOLERANCE.get(dtype, DEFAULT_TOLERANCE)
-
+from graphprune.ir.sample_inputs import table_rows
 
 _LENGTHS = (7, 11, 13, 17, 19)
 _SPARE = 4
@@ -222,28 +211,12 @@ class Pair:
             )
         error = relative_error(reference, found)
         self.errors[self.check] = max(self.errors.get(self.check, 0.0), error)
-        allowed = tolerance(reference.dtype)
+        allowed = tolerance_of(reference.dtype)
         if not error <= allowed:
             raise ParityError(
                 f"ONNX Runtime differs from the program in {name} ({self.check}): relative error "
                 f"{error:.1e}, and {allowed:.0e} is allowed"
             )
-
-
-def relative_error(reference: Tensor, found: Tensor) -> float:
-    """Largest difference over the largest absolute value of `reference`.
-
-    Entries that are the same infinity, or both NaN, are equal.
-    """
-    if not reference.numel():
-        return 0.0
-    a, b = reference.double(), found.double()
-    same = (a == b) | (a.isnan() & b.isnan())
-    difference = torch.where(same, 0.0, (a - b).abs()).max().item()
-    if difference == 0.0:
-        return 0.0
-    scale = torch.where(a.isfinite(), a.abs(), 0.0).max().item()
-    return difference / scale if scale and difference == difference else float("inf")
 
 
 def positions(program: Program, names: Mapping[str, str], wanted: int) -> int:
@@ -256,7 +229,7 @@ def positions(program: Program, names: Mapping[str, str], wanted: int) -> int:
         if names.get(str(symbol)) not in (None, "batch") and limits.upper.is_Integer:
             room = min(room, int(limits.upper))
     for value, node in program.input_nodes():
-        rows = _rows(node) if value.name.endswith("attention_mask") else None
+        rows = table_rows(node) if value.name.endswith("attention_mask") else None
         room = room if rows is None else min(room, rows - _SPARE)
     return max(room, 1)
 
@@ -270,66 +243,3 @@ def sizes_for(program: Program, names: Mapping[str, str], batch: int) -> dict[st
     for symbol, name in names.items():
         chosen[name] = program.within(symbol, chosen[name])
     return {symbol: chosen[name] for symbol, name in names.items()}
-
-
-def sample_inputs(program: Program, sizes: Mapping[str, int], seed: int = 0) -> dict[str, Tensor]:
-    """Random inputs on the CPU: token ids within the vocabulary, masks of ones, normal floats.
-
-    Parameters
-    ----------
-    program
-        The program to make inputs for.
-    sizes
-        The size of every symbol.
-    seed
-        Seed of what is random.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    inputs = {}
-    for value, node in program.input_nodes():
-        shape = [size_of(size, sizes) for size in node.meta["val"].shape]
-        if value.name.endswith("attention_mask") or value.dtype == torch.bool:
-            inputs[value.name] = torch.ones(shape, dtype=value.dtype)
-        elif value.dtype.is_floating_point or value.dtype.is_complex:
-            inputs[value.name] = torch.randn(shape, generator=generator).to(value.dtype)
-        else:
-            bound = _rows(node, shifted=False) or 2
-            drawn = torch.randint(0, bound, shape, generator=generator)
-            inputs[value.name] = drawn.to(value.dtype)
-    return inputs
-
-
-_SHIFTS = ("add", "sub", "mul")
-"""Operators after which an index is another than what went in, by an offset say."""
-
-
-def _rows(node: fx.Node, *, shifted: bool = True) -> int | None:
-    """Rows of the smallest table that the integers of `node` look into; None for no table.
-
-    Where `shifted` is false, tables looked into by what arithmetic made of the integers, which
-    their rows do not bound, do not count.
-    """
-    rows: dict[fx.Node, int] = {}
-    moved: set[fx.Node] = set()
-    start = (node, False)
-    seen, queue = {start}, [start]
-    while queue:
-        node, changed = queue.pop()
-        for user in node.users:
-            value = user.meta.get("val")
-            after = (user, changed or name_of(user) in _SHIFTS)
-            if _looks_up(user, node):
-                rows[user] = int(user.args[0].meta["val"].shape[0])  # type: ignore[union-attr]
-                moved |= {user} if changed else set()
-            elif isinstance(value, Tensor) and not value.is_floating_point() and after not in seen:
-                seen.add(after)
-                queue.append(after)
-    return min((n for user, n in rows.items() if shifted or user not in moved), default=None)
-
-
-def _looks_up(user: fx.Node, index: fx.Node) -> bool:
-    """Whether `user` picks rows of a weight by the values of `index`."""
-    table: Any = user.args[0] if user.args else None
-    if not isinstance(table, fx.Node) or table is index or table.op != "placeholder":
-        return False
-    return name_of(user) in LOOKUPS

@@ -18,8 +18,9 @@ from torch import Tensor, fx
 from graphprune.analysis.matrices import contractions
 from graphprune.analysis.types import Types
 from graphprune.calibration.data import Calibration
-from graphprune.calibration.layerwise import Run, segments, unpadded
+from graphprune.calibration.layerwise import BatchExecution, segments, unpadded
 from graphprune.io.progress import Progress, no_progress
+from graphprune.ir.interpreter import Segment
 from graphprune.ir.program import Program
 from graphprune.plan.steps import Permutation
 from graphprune.transforms.heads.attention_fit import AttentionFit
@@ -107,7 +108,7 @@ def align(
         for found in maps
         for projection in found.projections
     ]
-    runs = Run.all(program, unpadded(calibration))
+    executions = BatchExecution.of_all(program, unpadded(calibration))
     changed: dict[str, Tensor] = {}
     reordering: dict[str, tuple[Permutation, ...]] = {}
     for heads in chosen:
@@ -119,24 +120,24 @@ def align(
     def edit(change: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> None:
         changed.update(change({**program.weights, **changed}))
 
-    for run in runs:
-        run.replace(changed)
-    for nodes in track(segments(program, parted), "aligning heads"):
-        inside = set(nodes)
+    for execution in executions:
+        execution.replace(changed)
+    for segment in track(segments(program, parted), "aligning heads"):
+        inside = set(segment.nodes)
         here = [fit for fit in fits if fit.map.projections[3].node in inside]
         if here:
-            _observe(runs, nodes, [fit.observe for fit in here])
+            _observe(executions, segment, [fit.observe for fit in here])
             for fit in here:
                 edit(fit.share_heads)
-            for run in runs:
-                run.replace(changed)
-            _observe(runs, nodes, [fit.observe_shared for fit in here])
+            for execution in executions:
+                execution.replace(changed)
+            _observe(executions, segment, [fit.observe_shared for fit in here])
             for fit in here:
                 edit(fit.refit_output)
-            for run in runs:
-                run.replace(changed)
-        for run in runs:
-            run.advance(nodes)
+            for execution in executions:
+                execution.replace(changed)
+        for execution in executions:
+            execution.advance(segment.nodes)
     for fit in fits:
         name = fit.map.heads.name
         reordering[name] = fit.reordering
@@ -147,14 +148,13 @@ def align(
 
 
 def _observe(
-    runs: Iterable[Run],
-    nodes: Sequence[fx.Node],
+    executions: Iterable[BatchExecution],
+    segment: Segment,
     observers: Sequence[Callable[[Mapping[fx.Node, Any]], None]],
 ) -> None:
-    """Run `nodes` on every batch, and show the values to `observers`."""
-    for run in runs:
-        values = run.copied(nodes)
-        for node in nodes:
-            run.step(node, values)
+    """Compute a segment on every batch, and show the values to `observers`."""
+    for execution in executions:
+        values = execution.trial(segment)
         for observe in observers:
             observe(values)
+        values.clear()

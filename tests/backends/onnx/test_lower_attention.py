@@ -25,9 +25,9 @@ from graphprune.backends.onnx import export as backend
 from graphprune.backends.onnx.dimension_names import dimension_names
 from graphprune.backends.onnx.fuse_norms import fuse_norms
 from graphprune.backends.onnx.lower_attention import lower_attention
-from graphprune.backends.onnx.session import relative_error
 from graphprune.errors import BackendError, UsageError
 from graphprune.frontend.capture import capture
+from graphprune.ir.compare import relative_error
 from graphprune.ir.program import Program, caches_of
 from graphprune.passes.export_onnx import ExportOnnx
 from graphprune.passes.merge_kv_heads import MergeKvHeads

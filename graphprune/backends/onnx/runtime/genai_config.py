@@ -55,7 +55,7 @@ def genai_config(
     ends = ids["eos_token_id"]
     ends = list(ends) if isinstance(ends, list | tuple) else [ends]
     pad = ids["pad_token_id"]
-    length = int(getattr(config, "max_position_embeddings", None) or 2048)
+    length = program.context_length or 2048
     heads, sizes = zip(*((int(c.shape[1]), int(c.shape[3])) for c in caches), strict=True)
     model: dict[str, Any] = {
         "type": "decoder",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from graphprune.errors import CheckpointError, first_line
+from graphprune.ir.program import declared_length
 
 
 def limits_of(directory: Path) -> tuple[int | None, frozenset[int]]:
@@ -23,13 +24,8 @@ def limits_of(directory: Path) -> tuple[int | None, frozenset[int]]:
     generation = _read_json(directory / "generation_config.json")
     config = _read_json(directory / "config.json")
     text = config.get("text_config") or {}
-    lengths = (
-        model.get("context_length"),
-        text.get("max_position_embeddings"),
-        config.get("max_position_embeddings"),
-        config.get("n_positions"),
-    )
-    context = next((length for length in lengths if isinstance(length, int)), None)
+    written = model.get("context_length")
+    context = written if isinstance(written, int) else declared_length(text, config)
     given = (place.get("eos_token_id") for place in (model, generation, config, text))
     ends: Any = next((each for each in given if each is not None), [])
     return context, frozenset(ends if isinstance(ends, list) else [ends])

@@ -17,7 +17,7 @@ from graphprune.backends.onnx.runtime.decoder import CUDA, Batch, layout_of
 from graphprune.backends.onnx.runtime.limits import limits_of
 from graphprune.backends.onnx.runtime.sampling import Sampling, Text
 from graphprune.backends.onnx.session import open_session, provider_name
-from graphprune.calibration.data import load_tokenizer
+from graphprune.calibration.tokens import load_tokenizer
 from graphprune.errors import CheckpointError, UsageError
 
 Prompt = str | Sequence[int]
