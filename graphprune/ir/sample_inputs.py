@@ -34,7 +34,8 @@ def sample_sizes(program: Program, *, batch: int = 2, length: int = 7) -> dict[s
     found: dict[str, int] = {}
     for value, node in program.input_nodes():
         for dim, size in enumerate(node.meta["val"].shape):
-            for symbol in getattr(getattr(size, "node", None), "expr", size).free_symbols:
+            expression = size.node.expr if isinstance(size, torch.SymInt) else None
+            for symbol in expression.free_symbols if expression is not None else ():
                 if str(symbol) in found:
                     continue
                 if dim == 0:
