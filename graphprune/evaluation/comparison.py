@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphprune.calibration.data import next_token_loss, predicted
+from graphprune.calibration.losses import next_token_loss, predicted
 from graphprune.errors import EvaluationError
 from graphprune.evaluation.perplexity import why_not_causal
 from graphprune.io.progress import DisplayFactory, progress_bar
