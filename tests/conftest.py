@@ -1,13 +1,18 @@
-"""What all tests share: one thread, and the flag that rewrites golden texts."""
+"""What all tests share: one thread, verification around every pass, captures, golden texts."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from captures import remembered
+
+from graphprune.pipeline.instruments import VerifyEach
+from graphprune.pipeline.pass_base import Context
+from graphprune.pipeline.pass_manager import PassManager, Result
 
 torch.set_num_threads(1)  # the models are tiny: more threads cost more than they give
 
@@ -17,6 +22,20 @@ def captures_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     """Share what was captured, except with the tests of capture itself."""
     if request.node.get_closest_marker("captures_anew") is None:
         monkeypatch.setattr("graphprune.frontend.capture.capture_transformers", remembered)
+
+
+@pytest.fixture(autouse=True)
+def verified(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verify and audit every pass that any test runs, whether it asks for it or not."""
+    if request.node.get_closest_marker("unverified") is not None:
+        return
+    run = PassManager.run
+
+    def verified_run(manager: PassManager, context: Context) -> Result:
+        instruments = (VerifyEach(), *manager.instruments)
+        return run(dataclasses.replace(manager, instruments=instruments, audit=True), context)
+
+    monkeypatch.setattr(PassManager, "run", verified_run)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,27 +1,9 @@
-"""What the tests of passes share: a plugin, and verification around every pass."""
+"""What the tests of passes share: a plugin."""
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 from distributions import PLUGIN, plugin_passes, write_metadata
-
-from graphprune.pipeline.instruments import VerifyEach
-from graphprune.pipeline.pass_base import Context
-from graphprune.pipeline.pass_manager import PassManager, Result
-
-
-@pytest.fixture(autouse=True)
-def verified(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Verify and audit every pass that any test here runs, whether it asks for it or not."""
-    run = PassManager.run
-
-    def verified_run(manager: PassManager, context: Context) -> Result:
-        instruments = (VerifyEach(), *manager.instruments)
-        return run(dataclasses.replace(manager, instruments=instruments, audit=True), context)
-
-    monkeypatch.setattr(PassManager, "run", verified_run)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import importlib
 import inspect
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -157,37 +157,57 @@ def test_an_unknown_option_is_refused(cls: type[Pass]) -> None:
 # -- what it does ----------------------------------------------------------------------------------
 
 
+class Ran(NamedTuple):
+    """The example of a pass, run once for all tests, and the program around it."""
+
+    result: Result
+    before: tuple[str, dict[str, Any]]
+    after: tuple[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[str, Ran]:
+    return {}
+
+
+@pytest.fixture
+def ran(cls: type[Pass], program: Any, runs: dict[str, Ran], tmp_path: Path) -> Ran:
+    if cls.name not in runs:
+        before = state(program)
+        result = run(example(cls), program, tmp_path / "first")
+        runs[cls.name] = Ran(result, before, state(program))
+    return runs[cls.name]
+
+
 def test_its_example_runs_and_leaves_its_input_alone(
-    cls: type[Pass], program: Any, tmp_path: Path
+    cls: type[Pass], program: Any, ran: Ran
 ) -> None:
-    text, weights = state(program)
-    result = run(example(cls), program, tmp_path)
-    after, values = state(program)
+    (text, weights), (after, values) = ran.before, ran.after
     assert after == text
     assert values.keys() == weights.keys()
     assert all(torch.equal(values[name], weights[name]) for name in weights)
+    made = ran.result.program
     if cls.required:
-        assert result.program is program
-    held = [name for name, weight in result.program.weights.items() if weight.grad_fn is not None]
+        assert made is program
+    held = [name for name, weight in made.weights.items() if weight.grad_fn is not None]
     assert held == [], "these weights keep the graph that computed them alive"
 
 
 def test_it_keeps_no_state_and_gives_the_same_again(
-    cls: type[Pass], program: Any, tmp_path: Path
+    cls: type[Pass], program: Any, ran: Ran, tmp_path: Path
 ) -> None:
     pipeline = example(cls)
-    first = run(pipeline, program, tmp_path / "first")
-    second = run(pipeline, program, tmp_path / "second")
+    again = run(pipeline, program, tmp_path / "second")
     assert pipeline == example(cls)
     assert vars(pipeline.passes[0]) == vars(example(cls).passes[0])
-    assert first.plan.to_json() == second.plan.to_json()
-    weights, again = first.program.weights, second.program.weights
-    assert all(torch.equal(weight, again[name]) for name, weight in weights.items())
-    assert [each.details for each in first.report.passes] == [
-        each.details for each in second.report.passes
+    assert ran.result.plan.to_json() == again.plan.to_json()
+    weights = ran.result.program.weights
+    assert all(torch.equal(weight, again.program.weights[name]) for name, weight in weights.items())
+    assert [each.details for each in ran.result.report.passes] == [
+        each.details for each in again.report.passes
     ]
 
 
-def test_its_report_is_json(cls: type[Pass], program: Any, tmp_path: Path) -> None:
-    report = run(example(cls), program, tmp_path).report
+def test_its_report_is_json(cls: type[Pass], ran: Ran) -> None:
+    report = ran.result.report
     assert type(report).from_json(report.to_json()).passes[0].name == cls.name

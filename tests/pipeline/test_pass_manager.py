@@ -29,6 +29,8 @@ from graphprune.pipeline.pass_base import Context, Outcome
 from graphprune.pipeline.pass_manager import PassManager, Result
 from graphprune.pipeline.pipeline import Pipeline
 
+pytestmark = pytest.mark.unverified
+
 FAKE_CALIBRATION: Any = SimpleNamespace(describe=lambda: {"samples": 2})
 
 
