@@ -110,6 +110,11 @@ class MergeKvHeads(Pass):
         """Whether heads are aligned."""
         return self.init == "aligned"
 
+    @property
+    def instead_of_calibration(self) -> str:
+        """The mean of the heads."""
+        return "init=mean"
+
     def run(self, program: Program, context: Context) -> Outcome:
         """Find the KV heads of every attention, make those of each group equal, and merge them."""
         from graphprune.plan.plan import Plan

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from graphprune.ir.printer import program_text
 from graphprune.pipeline.pass_base import COUPLING, Analysis, Context, Outcome, Pass
 
 if TYPE_CHECKING:
@@ -82,6 +81,8 @@ class Print(Pass):
             return _types(context.coupling(program), program)
         if self.what == "plan":
             return _plan(context.plan_so_far)
+        from graphprune.ir.printer import program_text
+
         return Text(program_text(program))
 
 

@@ -172,6 +172,11 @@ class Prune(Pass):
         scoring = criterion(self.criterion).requires_calibration and not kept
         return scoring or self.normalize == "loss"
 
+    @property
+    def instead_of_calibration(self) -> str:
+        """Scores of the weights alone."""
+        return "criterion=l2" + (" normalize=none" if self.normalize == "loss" else "")
+
     def run(self, program: Program, context: Context) -> Outcome:
         """Score the target's groups, select units, and rewrite; once for each step."""
         from graphprune.plan.plan import Plan

@@ -138,6 +138,11 @@ class Sparsify(Pass):
         """Whether the criterion looks at data that no file of statistics stands for."""
         return self._looks and not (self.statistics and Path(self.statistics).exists())
 
+    @property
+    def instead_of_calibration(self) -> str:
+        """Scores of the weights alone."""
+        return "criterion=magnitude"
+
     def run(self, program: Program, context: Context) -> Outcome:
         """Find the matrices, score them, and set zeros."""
         from graphprune.analysis.matrices import contractions

@@ -19,6 +19,7 @@ from graphprune.io.atomic import staged_file
 from graphprune.io.progress import DisplayFactory, progress_bar
 from graphprune.io.version import __version__
 from graphprune.ir.program import Program
+from graphprune.pipeline.pass_manager import uncalibrated
 from graphprune.pipeline.pipeline import Pipeline
 
 RESULT, PICTURE = "sweep.json", "sweep.png"
@@ -84,11 +85,9 @@ def sweep(
         for seed in range(len(draws))
     ]
     for recipe, _, seed, pipeline, _ in jobs:
-        lacking = [p.name for p in pipeline.passes if p.requires_calibration]
+        lacking = [each for each in pipeline.passes if each.requires_calibration]
         if lacking and draws[seed] is None:
-            raise CalibrationError(
-                f"recipe {recipe.name!r}: {lacking[0]} needs calibration data, and there is none"
-            )
+            raise CalibrationError(f"recipe {recipe.name!r}: {uncalibrated(lacking[0])}")
     journal = Journal(Path(folder))
     measured = perplexity(program, **vars(heldout), progress=progress or False)
     dense = MeasuredProgram.measured(program, measured.loss, measured.perplexity)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from graphprune.ir.printer import program_text
 from graphprune.pipeline.pass_base import Context, Outcome, Pass
 
 if TYPE_CHECKING:
@@ -105,6 +104,8 @@ class PrintProgram(Instrument):
     def _print(self, title: str, program: Program) -> None:
         from rich.console import Console
 
+        from graphprune.ir.printer import program_text
+
         console = self.console or Console(stderr=True)
         console.print(f"// {title}", program_text(program), sep="\n", markup=False, soft_wrap=True)
 
@@ -124,18 +125,23 @@ class Dump(Instrument):
     def before_pass(self, position: PassPosition, program: Program, context: Context) -> None:
         """Write the original program to ``000_input.txt``."""
         if program is context.original:
-            self._write("000_input.txt", program_text(program))
+            self._write_program("000_input.txt", program)
 
     def after_pass(self, position: PassPosition, outcome: Outcome, context: Context) -> None:
         """Write what the pass made."""
         name = f"{position.number:03d}_{position.pass_.name}.txt"
-        self._write(name, program_text(outcome.program))
+        self._write_program(name, outcome.program)
 
     def on_error(self, position: PassPosition, error: Exception) -> None:
         """Write the pipeline up to the failure and the traceback to ``failure.txt``."""
         upto = ",".join(map(str, position.pipeline[: position.number]))
         trace = "".join(traceback.format_exception(error))
         self._write("failure.txt", f"// {position}\n{upto}\n\n{trace}")
+
+    def _write_program(self, name: str, program: Program) -> None:
+        from graphprune.ir.printer import program_text
+
+        self._write(name, program_text(program))
 
     def _write(self, name: str, text: str) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)

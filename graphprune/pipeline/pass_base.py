@@ -227,6 +227,11 @@ class Pass(ABC):
         """Whether these options need calibration data; asked before any pass runs."""
         return False
 
+    @property
+    def instead_of_calibration(self) -> str:
+        """Options with which the pass needs no calibration data; "" where there are none."""
+        return ""
+
     @abstractmethod
     def run(self, program: Program, context: Context) -> Outcome:
         """Make a new program; never edit the one that came in."""

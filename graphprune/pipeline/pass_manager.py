@@ -183,9 +183,17 @@ def _refuse_uncalibrated(positions: list[PassPosition], calibrated: bool) -> Non
     """Ask every pass, so that options that only then turn out to make no sense are refused too."""
     for position in positions:
         if position.pass_.requires_calibration and not calibrated:
-            raise CalibrationError(
-                f"{position}: {position.pass_} needs calibration data; none was given"
-            )
+            raise CalibrationError(f"{position}: {uncalibrated(position.pass_)}")
+
+
+def uncalibrated(pass_: Pass) -> str:
+    """Say that a pass lacks calibration data, and what to do about it."""
+    instead = pass_.instead_of_calibration
+    return (
+        f"{pass_} needs calibration data; none was given: give --calibration FILE (in Python "
+        "calibration=Calibration.from_text(...))"
+        + (f", or {instead}, which needs none" if instead else "")
+    )
 
 
 def _resized(before: Program, after: Program) -> str:

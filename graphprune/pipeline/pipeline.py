@@ -46,6 +46,10 @@ class Pipeline:
     passes: Sequence[Pass]
 
     def __post_init__(self) -> None:
+        if isinstance(self.passes, str):
+            raise PipelineError(
+                f"a text is no sequence of passes: read it with Pipeline.parse({self.passes!r})"
+            )
         object.__setattr__(self, "passes", tuple(self.passes))
         for number, pass_ in enumerate(self.passes, 1):
             if not isinstance(pass_, Pass):
@@ -154,11 +158,13 @@ class Pipeline:
             Of the class that a pass raised, naming the pass; `PipelineError` for anything else that
             goes wrong in a pass; `CalibrationError` before any work when calibration is missing.
         UsageError
-            When `stop_after` is negative or a pass to print around is not in the pipeline.
+            When `stop_after` is negative, a pass to print around is not in the pipeline, or
+            `program` or `calibration` is a name or a text.
         """
         from graphprune.io.progress import display_factory
         from graphprune.plan.plan import Plan
 
+        _refuse_texts(program, calibration)
         if stop_after is not None and stop_after < 0:
             raise UsageError(f"stop_after is {stop_after}, not a number of passes")
         self._refuse_absent([*print_before, *print_after])
@@ -183,6 +189,17 @@ class Pipeline:
         for pattern in patterns:
             if not matching(names, pattern):
                 raise UsageError(f"no pass {pattern!r} to print around{nearest(pattern, names)}")
+
+
+def _refuse_texts(program: object, calibration: object) -> None:
+    """Refuse names of files where what they hold is wanted, saying how to read them."""
+    if isinstance(program, str | PathLike):
+        raise UsageError(f"program is a name: load it with graphprune.load({str(program)!r})")
+    if isinstance(calibration, str | PathLike):
+        raise UsageError(
+            "calibration is a text: make it ready with "
+            f"graphprune.Calibration.from_text({str(calibration)!r}, tokenizer)"
+        )
 
 
 def _yaml_text(source: str | PathLike[str]) -> str:

@@ -16,6 +16,7 @@ import yaml
 
 from graphprune.errors import GraphPruneError, PipelineError, add_context
 from graphprune.pipeline import registry
+from graphprune.pipeline.mend import mended
 from graphprune.pipeline.options import BARE, QUOTED, Word
 from graphprune.pipeline.pass_base import Pass
 
@@ -34,8 +35,27 @@ def read_text(text: str) -> list[Pass]:
     ------
     PipelineError
         When the text is malformed, or a pass or option is unknown or ill-typed; names the column
-        and the nearest name. An error that a pass raises for its options is placed likewise.
+        and the nearest name, and what to write where another kind of bracket or separator was
+        used. An error that a pass raises for its options is placed likewise.
     """
+    try:
+        return _read_passes(text)
+    except PipelineError as error:
+        if suggestion := _suggestion(text):
+            raise PipelineError(f"{error}; did you mean {suggestion!r}?") from error
+        raise
+
+
+def _suggestion(text: str) -> str:
+    """Return another spelling of `text` that can be read, or ""."""
+    spelled = mended(text, registry.names())
+    try:
+        return spelled if spelled != text and _read_passes(spelled) else ""
+    except GraphPruneError:
+        return ""
+
+
+def _read_passes(text: str) -> list[Pass]:
     pass_, at = _read_pass(text, 0)
     passes = [pass_]
     while at < len(text):
@@ -88,6 +108,8 @@ def _read_pass(text: str, at: int) -> tuple[Pass, int]:
     at = name.end()
     if text[at : at + 1] == "{":
         at += 1
+        if "}" not in text[at:]:
+            raise PipelineError(f"pipeline column {at}: '{{' is not closed: '}}' is missing")
         while not (close := _CLOSE.match(text, at)):
             option = _expect(_OPTION, text, at, "key=value or '}'")
             with _at(f"pipeline column {option.start(1) + 1}"):

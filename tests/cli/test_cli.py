@@ -418,8 +418,11 @@ def refuse_checkpoints(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
         ("prune{target=ffn ratio=half}", ["ratio", "half"]),
         ("prune{target=nothing.* ratio=0.5}", ["nothing.*"]),
         ("prune{target=ffn ratio=0.5 criterion=magnitude round_to=64}", ["48", "64"]),
-        ("prune{target=ffn", ["column 7"]),
-        ("prune{target=ffn ratio=0.25 criterion=taylor}", ["needs calibration"]),
+        ("prune{target=ffn", ["column 6", "is not closed"]),
+        (
+            "prune{target=ffn ratio=0.25 criterion=taylor}",
+            ["needs calibration", "--calibration", "criterion=l2"],
+        ),
         ("absent.yaml", ["absent.yaml"]),
         ("merge-kv-heads{groups=3}", ["3"]),
     ],
@@ -555,7 +558,11 @@ def test_sweep_writes_points_json_and_a_picture(
     ("recipe", "options", "words"),
     [
         ("prune{target=ffn ratio=0.5}", [], ["has no {ratio}"]),
-        ("prune{target=ffn ratio={ratio}}", [], ["prune needs calibration data"]),
+        (
+            "prune{target=ffn ratio={ratio}}",
+            [],
+            ["needs calibration data", "--calibration", "criterion=l2"],
+        ),
         ("prune{target=ffn ratio={ratio}", [], ["recipe 'prune{", "at ratio 0.1"]),
         ("prune{target=ffn ratio={ratio}}", ["--ratios", "0.5..2"], ["1.1 is not in [0, 1)"]),
         ("prune{target=ffn ratio={ratio}}", ["--calibration", "gone"], ["gone does not exist"]),

@@ -53,7 +53,7 @@ def test_graph(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
 def test_long_lines_are_not_wrapped(
     program: Program, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("graphprune.passes.print.program_text", lambda program: "node" * 100)
+    monkeypatch.setattr("graphprune.ir.printer.program_text", lambda program: "node" * 100)
     run("graph", program)
     assert capsys.readouterr().out == "node" * 100 + "\n"
 

@@ -41,7 +41,7 @@ def program() -> Any:
 
 @pytest.fixture(autouse=True)
 def fakes_throughout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graphprune.pipeline.instruments.program_text", fake_text)
+    monkeypatch.setattr("graphprune.ir.printer.program_text", fake_text)
     monkeypatch.setitem(sys.modules, "graphprune.plan.plan", SimpleNamespace(Plan=FakePlan))
 
 

@@ -96,7 +96,7 @@ def test_every_pipeline_reads_back(pipeline: Pipeline) -> None:
         ("", "pipeline column 1: expected the name of a pass, found the end"),
         ("every,", "pipeline column 7: expected the name of a pass, found the end"),
         ("every every", "pipeline column 7: expected ',' or the end, found 'every'"),
-        ("every{", "pipeline column 7: expected key=value or '}', found the end"),
+        ("every{", "pipeline column 6: '{' is not closed: '}' is missing"),
         ("every{flag}", "pipeline column 7: expected key=value or '}', found 'flag}'"),
         (
             "every{flag = true}",
@@ -139,7 +139,8 @@ def test_every_pipeline_reads_back(pipeline: Pipeline) -> None:
 def test_bad_text_is_refused_with_its_place(text: str, message: str) -> None:
     with pytest.raises(PipelineError) as caught:
         Pipeline.parse(text)
-    assert str(caught.value) == message
+    # What else might have been meant follows.
+    assert str(caught.value).startswith(message)
 
 
 def test_what_a_pass_refuses_keeps_its_class_and_gets_a_place() -> None:
@@ -251,6 +252,48 @@ def dataclass_with(annotation: Any) -> type:
 
 
 # -- the registry ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("prune(target=ffn ratio=0.5)", "prune{target=ffn ratio=0.5}"),
+        ("prune[target=ffn ratio=0.5],verify", "prune{target=ffn ratio=0.5},verify"),
+        ("prune target=ffn ratio=0.5,verify", "prune{target=ffn ratio=0.5},verify"),
+        ("prune{target=ffn ratio=0.5", "prune{target=ffn ratio=0.5}"),
+        ("prune{target=ffn ratio=0.5,verify", "prune{target=ffn ratio=0.5},verify"),
+        ("prune{target=ffn,kv-heads, ratio=0.5}", "prune{target=ffn,kv-heads ratio=0.5}"),
+        ("prune{target: ffn ratio: 0.5}; verify", "prune{target=ffn ratio=0.5},verify"),
+        (
+            "prune{target=ffn ratio=0.5,merge-kv-heads{groups=2}",
+            "prune{target=ffn ratio=0.5},merge-kv-heads{groups=2}",
+        ),
+        ("verify verify", "verify,verify"),
+        ("verify,", "verify"),
+    ],
+)
+def test_another_spelling_is_answered_with_what_to_write(text: str, meant: str) -> None:
+    with pytest.raises(PipelineError) as caught:
+        Pipeline.parse(text)
+    assert str(caught.value).endswith(f"; did you mean {meant!r}?")
+    assert Pipeline.parse(meant)
+
+
+@pytest.mark.parametrize("text", ["prune{target=ffn", "prnue(ratio=0.5)", "prune{{}}", '"'])
+def test_what_cannot_be_mended_is_not_suggested(text: str) -> None:
+    with pytest.raises(PipelineError) as caught:
+        Pipeline.parse(text)
+    assert "did you mean 'prune{" not in str(caught.value)
+
+
+def test_texts_where_objects_are_wanted_are_refused_with_what_makes_them() -> None:
+    with pytest.raises(PipelineError, match=r"read it with Pipeline.parse\('verify'\)"):
+        Pipeline("verify")  # type: ignore[arg-type]
+    pipeline = Pipeline.parse("verify")
+    with pytest.raises(UsageError, match=r"graphprune.load\('folder'\)"):
+        pipeline.run("folder")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"Calibration.from_text\('text.txt', tokenizer\)"):
+        pipeline.run(object(), calibration=Path("text.txt"))  # type: ignore[arg-type]
 
 
 def test_the_built_in_passes_are_registered() -> None:
