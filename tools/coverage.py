@@ -192,7 +192,7 @@ def _reason(frozen: Any) -> str:
 
 
 def _cuts(coupling: Coupling) -> tuple[Cut, ...]:
-    """A random quarter of every group (one unit at least), other ones under every parent."""
+    """Draw a quarter of every group (one unit at least), other ones under every parent."""
     chosen = random.Random(0)
     sizes = {group.name: group.size for group in coupling.groups}
     return tuple(_cut(group, sizes, chosen) for group in coupling.groups)

@@ -272,7 +272,7 @@ def plain_transformers(output: Path, ids: torch.Tensor) -> np.ndarray[Any, Any]:
 def difference(
     program: Program, ids: torch.Tensor, logits: np.ndarray[Any, Any], what: str = "logits"
 ) -> float:
-    """The largest difference of `logits` from the program's, relative to the largest of those.
+    """Return the largest difference from the program's logits, relative to the largest of those.
 
     Raises
     ------
@@ -283,7 +283,7 @@ def difference(
 
 
 def relative(expected: np.ndarray[Any, Any], got: np.ndarray[Any, Any], what: str) -> float:
-    """The largest difference relative to the largest of `expected`; refused beyond `TOLERANCE`."""
+    """Return the largest difference over the largest expected; refuse it beyond `TOLERANCE`."""
     found = float(np.abs(expected - got).max() / np.abs(expected).max())
     if not found <= TOLERANCE:
         raise VerificationError(f"{what} differ from the program's by {found:.1e}")
@@ -294,7 +294,7 @@ def relative(expected: np.ndarray[Any, Any], got: np.ndarray[Any, Any], what: st
 
 
 def open_session(path: Path) -> Any:
-    """An ONNX Runtime session on the CPU."""
+    """Open an ONNX Runtime session on the CPU."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -406,7 +406,7 @@ def final_table(
 
 
 def spread(rows: Sequence[Row]) -> str:
-    """The perplexities of one step: their mean, with the standard deviation where they differ."""
+    """Write the mean of a step's perplexities, with their standard deviation where they differ."""
     found = [row.perplexity for row in rows]
     mean = f"{statistics.mean(found):.2f}"
     return f"{mean} ± {statistics.stdev(found):.2f}" if len(set(found)) > 1 else mean

@@ -104,7 +104,7 @@ def tuned(program: gp.Program, digits: Digits, seed: int, *, epochs: int) -> gp.
 
 
 def _in_training(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a node makes where batch norms use the statistics of the batch."""
+    """Return what a node makes where batch norms use the statistics of the batch."""
     if node.target is not BATCH_NORM:
         return call(node, args, kwargs)
     x, weight, bias, _, _, _, _, eps, _ = args

@@ -9,7 +9,7 @@ Row = dict[str, Any]
 
 
 def as_text(rows: list[Row]) -> str:
-    """The rows as Markdown."""
+    """Write the rows as Markdown."""
     (first,) = (row for row in rows if row["kind"] == "machine")
     lines = ["# ONNX packages on a GPU", "", "Made by `tools/bench_gpu.py`.", ""]
     lines += [f"- {first['gpu']}, provider {first['provider']}"]

@@ -20,7 +20,7 @@ class Study:
 
     @classmethod
     def of_reference(cls, seeds: int, samples: int) -> Study:
-        """The packaged checkpoint, with `samples` windows of 128 tokens in each draw."""
+        """Take the packaged checkpoint, with `samples` windows of 128 tokens in each draw."""
         torch.set_num_threads(1)
         directory = reference.checkpoint_dir()
         text = reference.calibration_text()

@@ -78,7 +78,7 @@ class Runner(Protocol):
         """Bring the cache back to what it was before the run."""
 
     def logits(self) -> Array:
-        """What the last run gave for the last position."""
+        """Return what the last run gave for the last position."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Facts:
         return 2 * work.new * self.matrices + 4 * self.query_width * pairs
 
     def least(self, work: Work) -> int:
-        """What bounds the run from below: bytes for a single token, operations for a prompt."""
+        """Say what bounds the run from below: bytes for a single token, operations for a prompt."""
         return self.read(work) if work.new == 1 else self.flops(work)
 
 
@@ -153,7 +153,7 @@ class Workshop:
     loaded: dict[str, Any] = field(default_factory=dict)
 
     def program(self, model: str) -> gp.Program:
-        """A model, captured."""
+        """Capture a model."""
         if model not in self.programs:
             if not MODELS[model]:
                 torch.manual_seed(0)
@@ -165,7 +165,7 @@ class Workshop:
         return self.programs[model]
 
     def checkpoint(self, model: str) -> Path:
-        """A model as transformers stores it, with the tokenizer that the builder asks for."""
+        """Store a model as transformers does, with the tokenizer that the builder asks for."""
         path = self._place(model, "checkpoint")
         if not path.exists():
             self.program(model).save_pretrained(path)
@@ -174,7 +174,7 @@ class Workshop:
         return path
 
     def graph(self, model: str, route: str, work: Work) -> Path:
-        """The ONNX file that does `work`."""
+        """Return the ONNX file that does `work`."""
         if route in _TARGETS:
             path = self._place(model, route) / "model.onnx"
             if not path.exists():
@@ -188,7 +188,7 @@ class Workshop:
         return self._exported(model, route) / f"{stage}.onnx"
 
     def torch_model(self, model: str) -> Any:
-        """A model as transformers loads it."""
+        """Load a model as transformers does."""
         if model not in self.loaded:
             path = self.checkpoint(model)
             self.loaded[model] = tf.AutoModelForCausalLM.from_pretrained(path).eval()
@@ -214,7 +214,7 @@ class Workshop:
         return path
 
     def _exported(self, model: str, route: str) -> Path:
-        """The two graphs of `export_for_generation`, on a prompt without padding."""
+        """Export the two graphs of `export_for_generation`, for a prompt without padding."""
         from transformers.exporters import OnnxConfig, OnnxExporter
 
         path = self._place(model, route)
@@ -232,7 +232,7 @@ class Workshop:
 
 
 def genai_version(python: Path) -> str:
-    """The version of onnxruntime-genai that an interpreter has."""
+    """Return the version of onnxruntime-genai that an interpreter has."""
     code = f"from importlib.metadata import version; print(version({BUILDER_PACKAGE!r}))"
     ran = subprocess.run([str(python), "-c", code], check=True, capture_output=True, text=True)
     return ran.stdout.strip()
@@ -262,7 +262,7 @@ class Inputs:
         return generator.standard_normal(self.cache_shape, dtype=np.float32)
 
     def named(self, name: str) -> Array:
-        """The input that an ONNX graph calls `name`."""
+        """Return the input that an ONNX graph calls `name`."""
         past, new = self.work.past, self.work.new
         if name == "input_ids":
             return self.ids
@@ -289,14 +289,14 @@ class Sessions:
         self.open: dict[Path, onnxruntime.InferenceSession] = {}
 
     def of(self, path: Path) -> onnxruntime.InferenceSession:
-        """The session on a file."""
+        """Open a session on a file."""
         if path not in self.open:
             self.open[path] = session(path, self.threads)
         return self.open[path]
 
 
 def session(path: Path, threads: int, profile: Path | None = None) -> onnxruntime.InferenceSession:
-    """A session on the CPU, whose threads rest when it does."""
+    """Open a session on the CPU, whose threads rest when it does."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 4
@@ -390,7 +390,7 @@ class TorchRunner:
 
 
 def torch_runner(shop: Workshop, work: Work, model: str, route: str) -> TorchRunner:
-    """A model in torch, ready for `work`."""
+    """Make a model in torch ready for `work`."""
     inputs = Inputs(shop.torch_model(model).config, work)
     if route == COMPILED:
         # What was compiled for other work is looked through at every call.
@@ -399,7 +399,7 @@ def torch_runner(shop: Workshop, work: Work, model: str, route: str) -> TorchRun
 
 
 def ort_runner(shop: Workshop, sessions: Sessions, work: Work, model: str, route: str) -> OrtRunner:
-    """A model in ONNX Runtime, ready for `work`."""
+    """Make a model in ONNX Runtime ready for `work`."""
     config = tf.AutoConfig.from_pretrained(shop.checkpoint(model))
     path = shop.graph(model, route.removesuffix(ONE_CACHE), work)
     one_cache = route.endswith(ONE_CACHE)

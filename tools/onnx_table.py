@@ -39,7 +39,7 @@ class Rows:
 
     @classmethod
     def read(cls, path: Path | None) -> Rows:
-        """The rows of earlier runs, the last of each kind; of none without a path."""
+        """Read the rows of earlier runs, the last of each kind; none without a path."""
         found = cls(path)
         if path is not None and path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
@@ -48,7 +48,7 @@ class Rows:
         return found
 
     def find(self, section: str, threads: int, work: Work) -> Row | None:
-        """The row of a kind of work, if it was measured."""
+        """Return the row of a kind of work, if it was measured."""
         return self.held.get((section, threads, work.past, work.new))
 
     def add(self, row: Row) -> None:
@@ -95,7 +95,7 @@ class Spread:
 
 
 def work_of(row: Row) -> Work:
-    """What a row's runs did."""
+    """Say what a row's runs did."""
     return Work(row["past"], row["new"])
 
 
@@ -111,7 +111,7 @@ def ideal(row: Row, model: str) -> float:
 
 
 def share_of_gain(speedup: float, best: float) -> float:
-    """The part of the ideal gain that is realised: 0 where nothing is gained, 1 where all is."""
+    """Return the part of the ideal gain that is reached: 0 where nothing is, 1 where all is."""
     return (speedup - 1) / (best - 1)
 
 

@@ -44,7 +44,7 @@ def need(path: Path, how: str) -> Path:
 
 @app.callback()
 def main() -> None:
-    """Published models and English prose, for measuring."""
+    """Make published models and English prose ready for measuring."""
 
 
 @app.command()

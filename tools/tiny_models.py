@@ -364,7 +364,7 @@ def types_of(task: str) -> list[str]:
 
 
 def tiny_config(model_type: str, fields: Mapping[str, Any] | None = None) -> Any:
-    """The config of a tiny model of `model_type`, with the values of `fields` in front."""
+    """Make the config of a tiny model of `model_type`, with the values of `fields` in front."""
     from transformers import CONFIG_MAPPING
 
     return _shrunk(CONFIG_MAPPING[model_type], fields or {})
@@ -394,7 +394,7 @@ def _like(default: Any, value: Any) -> Any:
 
 
 def tiny_model(task: str, model_type: str) -> nn.Module:
-    """A tiny model with random weights, the same each time, in evaluation mode."""
+    """Make a tiny model with random weights, the same each time, in evaluation mode."""
     import transformers
     from transformers.models.auto import modeling_auto
 

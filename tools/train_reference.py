@@ -133,7 +133,7 @@ class Corpus:
 
 
 def digest(name: str) -> str:
-    """What files are ordered by: as good as random, and the same everywhere."""
+    """Return what files are ordered by: as good as random, and the same everywhere."""
     return hashlib.sha256(name.encode()).hexdigest()
 
 

@@ -154,7 +154,7 @@ class _Inference:
         return type_
 
     def _carry(self, source: UnitNumbers, node: fx.Node) -> None:
-        """Indices stay indices of their axis where an operator only moves them."""
+        """Keep indices those of their axis where an operator only moves them."""
         if source in self.unit_numbers:
             self.unit_numbers[node, 0] = self.unit_numbers[source]
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from graphprune.ir.aten import printed_name
-
 if TYPE_CHECKING:
     from torch import fx
 
@@ -49,6 +47,8 @@ def _lines(program: Program) -> Iterator[str]:
 
 
 def _call(node: fx.Node, names: dict[fx.Node, str]) -> str:
+    from graphprune.ir.aten import printed_name  # and with it torch, which listing passes needs not
+
     args = [_operand(arg, names) for arg in node.args]
     args += [f"{key}={_operand(arg, names)}" for key, arg in node.kwargs.items()]
     return f"{printed_name(node.target)}({', '.join(args)})"
