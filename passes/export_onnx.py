@@ -100,7 +100,7 @@ class ExportOnnx(Pass):
             if path.suffix == ".onnx":
                 report = program.export_onnx(path, **options)
             else:
-                report = write_package(program, path, plan=context.plan_so_far, **options)
+                report = write_package(program, path, plan=context.plan_of(program), **options)
         details: dict[str, Any] = {"path": self.path, "opset": report.opset}
         if self.target is not None:
             details |= {"target": self.target, "attention": dict(report.attention)}

@@ -339,7 +339,7 @@ class Recover(Pass):
         return found
 
     def _checkpoint(self, program: Program, data: Calibration, context: Context) -> Any:
-        from graphprune.calibration.data import digest
+        from graphprune.ir.tensors import digest
         from graphprune.training.loop import Checkpoint
 
         if self.checkpoint is None:

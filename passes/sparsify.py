@@ -172,7 +172,9 @@ class Sparsify(Pass):
         }
         if pattern.of and 4 % pattern.of == 0 and 2 * pattern.kept <= pattern.of:
             details["hardware"] = _hardware(matrices, new)
-        return Outcome(program.with_weights(new), details=details, edited=True)
+        promised = dict.fromkeys(new, self.pattern) if pattern.of else {}
+        sparse = program.with_weights(new)
+        return Outcome(sparse, details=details, edited=True, patterns=promised)
 
     def _new(
         self, program: Program, matrices: Sequence[Matrix], work: _Work, context: Context

@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from graphprune.calibration.data import Calibration, digest
+from graphprune.calibration.data import Calibration
 from graphprune.errors import CalibrationError
 from graphprune.io.atomic import staged_file
 from graphprune.ir.program import Program
+from graphprune.ir.tensors import digest
 
 _KEY, _FORMAT = "graphprune", 2
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -17,7 +16,7 @@ from graphprune.io.text_sources import read_documents
 
 if TYPE_CHECKING:
     from graphprune.ir.program import Program, Value
-
+from graphprune.ir.tensors import digest
 
 _MOST = 2**24
 """Characters of a source that windows are drawn from: bounds memory, and a stream's length."""
@@ -264,14 +263,3 @@ def _fits(tensor: Tensor, value: Value) -> bool:
 
 def _rows(batch: Mapping[str, Tensor]) -> int:
     return len(next(iter(batch.values())))
-
-
-def digest(batches: Sequence[Mapping[str, Tensor]]) -> str:
-    """Return a digest of the names, types, shapes and values of tensors."""
-    found = hashlib.sha256()
-    for batch in batches:
-        for name, tensor in sorted(batch.items()):
-            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            flat = tensor.detach().cpu().contiguous().flatten()
-            found.update(flat.view(torch.uint8).numpy().data)
-    return found.hexdigest()

@@ -51,6 +51,8 @@ def verify(
         report = verify(original, plan, smaller, tolerance=tolerance)
     if not session.quiet:
         print(f"verified: max relative error {report.max_relative_error:.2e}")
+        for remark in report.remarks():
+            print(remark)
 
 
 @verb

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from graphprune.calibration.data import Calibration, digest
+from graphprune.calibration.data import Calibration
 from graphprune.calibration.tokens import TokenizerLike
 from graphprune.errors import CalibrationError, EvaluationError, GraphPruneError
 from graphprune.evaluation.journal import Journal
@@ -20,6 +20,7 @@ from graphprune.io.progress import DisplayFactory, progress_bar
 from graphprune.io.version import __version__
 from graphprune.ir.program import Program
 from graphprune.pipeline.pass_manager import uncalibrated
+from graphprune.ir.tensors import digest
 from graphprune.pipeline.pipeline import Pipeline
 
 RESULT, PICTURE = "sweep.json", "sweep.png"

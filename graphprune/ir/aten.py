@@ -118,7 +118,12 @@ def is_view(node: fx.Node) -> bool:
 def is_random(node: fx.Node) -> bool:
     """Return whether `node` draws from a generator."""
     tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags and not is_idle_dropout(node)
+    if torch.Tag.nondeterministic_seeded not in tags or is_idle_dropout(node):
+        return False
+    # Attention has its dropout as an argument.
+    names = (argument.name for argument in node.target._schema.arguments)  # type: ignore[union-attr]
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    return name_of(node) != "scaled_dot_product_attention" or bool(given.get("dropout_p", 0))
 
 
 _DROPOUTS = frozenset({"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"})

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from graphprune.calibration.data import Calibration
     from graphprune.io.progress import DisplayFactory
     from graphprune.ir.program import Program
+    from graphprune.plan.edits import Edit
     from graphprune.plan.plan import Plan
 
 T = TypeVar("T")
@@ -117,6 +118,8 @@ class Context:
         Makes a progress display, or None to be quiet.
     analyses
         Results of analyses, shared by the passes of one run.
+    edits
+        What passes did to values beside the plan.
     """
 
     original: Program
@@ -127,6 +130,13 @@ class Context:
     progress: DisplayFactory | None = None
     analyses: AnalysisCache = field(default_factory=AnalysisCache, repr=False)
     baseline: Baseline | None = None
+    edits: tuple[Edit, ...] = ()
+
+    def plan_of(self, program: Program) -> Plan:
+        """Return the plan so far, with the values of weights that it would not give `program`."""
+        from graphprune.pipeline.edits import with_edits
+
+        return with_edits(self.original, self.plan_so_far, program, self.edits)
 
     def since_baseline(self) -> tuple[Program, Plan]:
         """Return what to verify a program against: the baseline, and the plan from there on."""
@@ -182,6 +192,8 @@ class Outcome:
         the new program is itself what later ones are verified against.
     verified
         The largest relative error that the pass found of the program, where it verified it.
+    patterns
+        Weights -> the n:m pattern of zeros, such as "2:4", that the pass promises of them.
     """
 
     program: Program
@@ -190,6 +202,7 @@ class Outcome:
     edited: bool = False
     baseline: Baseline | None = None
     verified: float | None = None
+    patterns: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from graphprune.errors import CalibrationError, GraphPruneError, PipelineError, add_context
+from graphprune.pipeline.edits import edit_of
 from graphprune.pipeline.instruments import Instrument, PassPosition
 from graphprune.pipeline.pass_base import Baseline, Context, Outcome, Pass
 from graphprune.pipeline.report import PassRecord, ProgramSize, Report
@@ -77,7 +78,7 @@ class PassManager:
             seed=context.seed,
             calibration=None if calibration is None else calibration.describe(),
         )
-        return Result(program, context.plan_so_far, report)
+        return Result(program, context.plan_of(program), report)
 
     def _limited(self) -> tuple[list[PassPosition], list[PassPosition]]:
         """Return the positions to run and those beyond the bisect limit."""
@@ -106,6 +107,8 @@ class PassManager:
             if self.audit:
                 audit_preserved(pass_, program, outcome.program, context)
             context.analyses.move(program, outcome.program, pass_.preserves)
+            if edit := edit_of(str(pass_), program, outcome, context):
+                context = dataclasses.replace(context, edits=(*context.edits, edit))
             plan = context.plan_so_far
             if outcome.plan is not None:
                 plan += outcome.plan

@@ -12,10 +12,12 @@ from typing import Any
 
 from graphprune.errors import PlanError
 from graphprune.plan.checks import check_change
+from graphprune.plan.edits import Edit, Edits
 from graphprune.plan.index_map import IndexMap
 from graphprune.plan.steps import Cut, Merge, Permutation, Step
 
-_FORMAT = 1
+_FORMAT, _WITH_EDITS = 1, 2
+"""A plan without edits is of the first format, so that every release reads it."""
 
 _MEMBERS = [
     {
@@ -47,12 +49,13 @@ _MERGE = {
     "moves": _PERMUTATIONS,
 }
 _STEPS = [{"fingerprint": str, "cuts": [_CUT], "merges": [_MERGE]}]
+_EDITS = [{"pass": str, "weights": [str], "patterns": [[str]], "graph": bool}]
 
 
-def to_data(steps: Iterable[Step]) -> dict[str, Any]:
-    """Return `steps` as JSON data."""
-    return {
-        "format": _FORMAT,
+def to_data(steps: Iterable[Step], edits: Edits | None = None) -> dict[str, Any]:
+    """Return `steps` and `edits`, but for the values of weights, as JSON data."""
+    data: dict[str, Any] = {
+        "format": _FORMAT if edits is None else _WITH_EDITS,
         "steps": [
             {
                 "fingerprint": step.fingerprint,
@@ -62,10 +65,14 @@ def to_data(steps: Iterable[Step]) -> dict[str, Any]:
             for step in steps
         ],
     }
+    if edits is not None:
+        data["edits"] = [_edit_to_data(edit) for edit in edits.made]
+        data["values"] = edits.digest
+    return data
 
 
-def from_data(data: Any) -> tuple[Step, ...]:
-    """Return the steps that `to_data` made `data` of.
+def from_data(data: Any) -> tuple[tuple[Step, ...], Edits | None]:
+    """Return the steps and edits that `to_data` made `data` of.
 
     Raises
     ------
@@ -73,17 +80,18 @@ def from_data(data: Any) -> tuple[Step, ...]:
         When the data is no plan.
     """
     try:
-        if data["format"] != _FORMAT:
-            raise PlanError(f"plan format {data['format']} is not {_FORMAT}")
+        if data["format"] not in (_FORMAT, _WITH_EDITS):
+            raise PlanError(f"plan format {data['format']} is not {_FORMAT} or {_WITH_EDITS}")
         _conform(data["steps"], _STEPS, "steps")
         steps = tuple(map(_step_from_data, data["steps"]))
+        edits = _edits_from_data(data) if data["format"] == _WITH_EDITS else None
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise PlanError(f"not a plan: {type(error).__name__}: {error}") from error
     for step in steps:
         changes: tuple[Cut | Merge, ...] = (*step.cuts, *step.merges)
         for change in changes:
             check_change(change)
-    return steps
+    return steps, edits
 
 
 def _conform(data: Any, form: Any, where: str) -> None:
@@ -97,6 +105,8 @@ def _conform(data: Any, form: Any, where: str) -> None:
             raise TypeError(f"{where} is no list")
         for index, item in enumerate(data):
             _conform(item, form[0], f"{where}[{index}]")
+    elif form is bool and isinstance(data, bool):
+        return
     elif not isinstance(data, form) or isinstance(data, bool) or (type(data) is int and data < 0):
         raise TypeError(f"{where} is {data!r}")
 
@@ -129,6 +139,25 @@ def _permutation_to_data(permutation: Permutation) -> dict[str, Any]:
         "dim": permutation.dim,
         "places": list(permutation.sources),
     }
+
+
+def _edit_to_data(edit: Edit) -> dict[str, Any]:
+    return {
+        "pass": edit.by,
+        "weights": list(edit.weights),
+        "patterns": [list(pair) for pair in edit.patterns.items()],
+        "graph": edit.graph,
+    }
+
+
+def _edits_from_data(data: dict[str, Any]) -> Edits:
+    _conform(data["edits"], _EDITS, "edits")
+    _conform(data["values"], str, "values")
+    made = (
+        Edit(each["pass"], tuple(each["weights"]), dict(each["patterns"]), each["graph"])
+        for each in data["edits"]
+    )
+    return Edits(tuple(made), data["values"])
 
 
 def _step_from_data(data: dict[str, Any]) -> Step:

@@ -7,6 +7,7 @@ it.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from torch import Tensor
 from graphprune.errors import PlanError
 from graphprune.io.atomic import staged_file
 from graphprune.plan.checks import check_step
+from graphprune.plan.edits import Edits
 from graphprune.plan.json_form import from_data, to_data
 from graphprune.plan.steps import Step, WeightDim
 
@@ -34,15 +36,30 @@ Removed = dict[str, dict[int, list[int]]]
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps in order; see the module's docstring."""
+    """Steps in order, and what passes did to values beside them.
+
+    Parameters
+    ----------
+    steps
+        What goes and merges.
+    edits
+        The weights that have other values than those steps leave, or None.
+    """
 
     steps: tuple[Step, ...] = ()
+    edits: Edits | None = None
 
     def __add__(self, other: Plan) -> Plan:
-        return Plan((*self.steps, *other.steps))
+        if self.edits is not None and other:
+            raise PlanError("edits are of weights after the last step: no step can follow them")
+        return Plan((*self.steps, *other.steps), self.edits or other.edits)
 
     def __bool__(self) -> bool:
-        return bool(self.steps)
+        return bool(self.steps) or self.edits is not None
+
+    def without_edits(self) -> Plan:
+        """Return the steps alone: what says which sizes come out, not which values."""
+        return Plan(self.steps)
 
     # -- in the coordinates of the first program --------------------------------------------------
 
@@ -105,8 +122,8 @@ class Plan:
     # -- as text --------------------------------------------------------------------------------
 
     def to_json(self, indent: int | None = 1) -> str:
-        """Return the plan as JSON text."""
-        return json.dumps(to_data(self.steps), indent=indent)
+        """Return the plan as JSON text, without the values of weights that were edited."""
+        return json.dumps(to_data(self.steps, self.edits), indent=indent)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -121,18 +138,25 @@ class Plan:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise PlanError(f"not a plan: {type(error).__name__}: {error}") from error
-        return cls(from_data(data))
+        return cls(*from_data(data))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the plan as JSON; a file that is there is replaced.
+
+        The values of edited weights go into a file beside it, ``plan.edits`` for ``plan.json``.
 
         Raises
         ------
         OutputError
             When it cannot be written.
+        PlanError
+            When the plan was read from a file, and the values beside it are gone or changed.
         """
+        plan = self
+        if self.edits is not None and not self.edits.changed_graph:
+            plan = Plan(self.steps, self.edits.write(_edits_beside(path)))
         with staged_file(path, overwrite=True) as file:
-            file.write_text(self.to_json() + "\n", encoding="utf-8")
+            file.write_text(plan.to_json() + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Plan:
@@ -148,12 +172,15 @@ class Plan:
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"{path}: cannot be read: {error}") from error
         try:
-            return cls.from_json(text)
+            plan = cls.from_json(text)
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from error
+        if plan.edits is None:
+            return plan
+        return cls(plan.steps, dataclasses.replace(plan.edits, values=_edits_beside(path)))
 
     def __str__(self) -> str:
-        if not self.steps:
+        if not self:
             return "an empty plan"
         lines = []
         for number, step in enumerate(self.steps, start=1):
@@ -166,7 +193,14 @@ class Plan:
                 moved = ", reordered" if merge.reordering else ""
                 share = f"{merge.size:>6} into {merge.groups}"
                 lines.append(f"  merge {share} KV heads of {merge.group}{moved}")
+        for edit in self.edits.made if self.edits else ():
+            lines.append(f"other values in {len(edit.weights)} weights, by {edit.by}")
         return "\n".join(lines)
+
+
+def _edits_beside(path: str | PathLike[str]) -> Path:
+    """Return where the values of edited weights lie for a plan at `path`."""
+    return Path(path).with_suffix(".edits")
 
 
 def _advance(step: Step, origin: dict[WeightDim, list[list[int]]]) -> None:

@@ -237,7 +237,7 @@ class _Document:
         assert self.plan is not None
         program = self.coupling.program
         self.plan.check(program)
-        after = apply_plan(program, self.plan)
+        after = apply_plan(program, self.plan.without_edits())
         shapes = {name: list(weight.shape) for name, weight in after.weights.items()}
         changed = {
             self.numbers_of_weights[name]: shape

@@ -8,6 +8,10 @@ without data, and compared with the types.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from torch import Tensor
+
 from graphprune.analysis.axes import Axis
 from graphprune.analysis.axis_cuts import AxisCut
 from graphprune.analysis.coupling import Coupling, analyze
@@ -49,16 +53,33 @@ def apply_step(program: Program, step: Step, coupling: Coupling | None = None) -
 def apply_plan(program: Program, plan: Plan) -> Program:
     """Apply `plan` to `program`, which is left as it is.
 
+    Weights that passes gave other values get those that the plan brings along.
+
     Raises
     ------
     PlanError
-        When the plan was made for another program.
+        When the plan was made for another program, or the values of edited weights are not at hand
+        or do not fit: the result would be another model.
     RewriteError
         When the graph cannot follow; nothing is returned then.
     """
+    values = plan.edits.read() if plan.edits else {}
     for step in plan.steps:
         program = apply_step(program, step)
-    return program
+    return _edited(program, values)
+
+
+def _edited(program: Program, values: Mapping[str, Tensor]) -> Program:
+    """Return `program` with `values` of weights that passes edited."""
+    fitting = {}
+    for name, value in values.items():
+        weight = program.weights.get(name)
+        if weight is None or weight.shape != value.shape:
+            found = "missing" if weight is None else f"of shape {tuple(weight.shape)}"
+            wanted = tuple(value.shape)
+            raise PlanError(f"the plan edits {name}, which is {found}, not of shape {wanted}")
+        fitting[name] = value.to(weight)
+    return program.with_weights(fitting) if fitting else program
 
 
 def _remove(program: Program, cuts: tuple[Cut, ...], coupling: Coupling) -> Program:

@@ -5,11 +5,13 @@ slicing is shared. Removing zeroes; where units are chosen at run time, as exper
 went are never chosen, since their logits are minus infinity. Merging replaces every head of a run
 by the run's mean. Where a normalization's statistics run over an axis that lost units (LayerNorm
 over the residual stream), they are taken over what stays; a plain mean (RMSNorm) keeps its old
-divisor, which zeroing does by itself.
+divisor, which zeroing does by itself. What zeros would make infinite, such as quotients by a
+constant, keeps its value: nothing reads it but what is zero.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,11 +22,13 @@ from graphprune.analysis.axes import Axis
 from graphprune.analysis.index_maps import indices_by_unit
 from graphprune.analysis.inference import infer
 from graphprune.analysis.types import Types
+from graphprune.ir.aten import is_random
 from graphprune.ir.interpreter import Hooks, call, run_program
 from graphprune.ir.nodes import argument_names
 from graphprune.ir.program import Program
 from graphprune.plan.plan import Plan
-from graphprune.plan.steps import Step, WeightDim
+from graphprune.verification.draws import Draws, random_nodes
+from graphprune.verification.narrow_weights import NarrowWeights
 
 Left = tuple[int, Tensor, bool]
 """A dimension, its indices that are left, and whether a result has zeros at the others."""
@@ -50,91 +54,38 @@ def masked(
 class MaskedReference:
     """The original graph on edited weights: removed slices zeroed, merged heads made equal.
 
-    Attributes
+    Parameters
     ----------
+    original
+        The program that the plan was made for.
+    plan
+        What goes, merges and has other values.
+    types
+        The types of `original`, where they are known; inferred by default.
     narrow
-        The edited weights with what goes left out, which the program must hold.
-    gone
-        The names of weights that go as a whole, which it must not hold.
+        What the plan leaves of the weights, which the program must hold; by default as it says.
     """
 
-    def __init__(self, original: Program, plan: Plan, types: Types | None = None) -> None:
+    def __init__(
+        self,
+        original: Program,
+        plan: Plan,
+        types: Types | None = None,
+        narrow: NarrowWeights | None = None,
+    ) -> None:
         self.original = original
-        self.narrow: dict[str, Tensor] = dict(original.weights)
-        self.origin: dict[WeightDim, Tensor] = {}
-        for step in plan.steps:
-            self._edit(step)
-        self.gone = {name for step in plan.steps for cut in step.cuts for name in cut.whole}
-        for name in self.gone:
-            del self.narrow[name]
-        # What goes with its unit as a whole says nothing about the units of its own axes.
-        self.origin = {at: old for at, old in self.origin.items() if at[0] not in self.gone}
-        wide = {name: self._widen(name) for name in original.weights}
-        self.weights = wide
+        self.narrow = narrow or NarrowWeights(original.weights, plan)
+        self.weights = {name: self.narrow.widen(name) for name in original.weights}
         self.statistics: dict[fx.Node, list[Left]] = {}
         self.choices: dict[fx.Node, list[tuple[int, Tensor]]] = {}
-        if self.origin:
-            self._find_statistics_and_choices(types or infer(original))
+        self.draws = Draws()
+        self._unmasked = _Unmasked(original)
+        self._kept_of_draws: list[dict[int, Tensor]] = []
+        if self.narrow.origin:
+            self._find_what_stays(types or infer(original))
 
-    # -- weights --------------------------------------------------------------------------------
-
-    def _edit(self, step: Step) -> None:
-        lost: dict[WeightDim, set[int]] = {}
-        for cut in step.cuts:
-            for weight, dim, indices in cut.indices():
-                lost.setdefault((weight, dim), set()).update(indices)
-        for at, gone in lost.items():
-            size = self.narrow[at[0]].shape[at[1]]
-            kept = [index for index in range(size) if index not in gone]
-            moved = torch.full((size,), -1)
-            moved[kept] = torch.arange(len(kept))
-            self._shrink(at, kept, moved)
-        for each in step.permutations:
-            self._shrink((each.weight, each.dim), list(each.sources), _inverse(each.sources))
-        for merge in step.merges:
-            for weight, dim, runs in merge.runs():
-                self._pool((weight, dim), runs)
-
-    def _pool(self, at: WeightDim, runs: list[list[int]]) -> None:
-        name, dim = at
-        weight = self.narrow[name].detach().clone().movedim(dim, 0)
-        members = torch.tensor(runs)
-        pooled = weight[members].double().mean(dim=1).to(weight.dtype)
-        weight[members[:, 0]] = pooled
-        self.narrow[name] = weight.movedim(0, dim)
-        size = len(weight)
-        first = torch.arange(size)
-        first[members] = members[:, :1].expand_as(members)
-        kept = sorted(set(first.tolist()))
-        moved = torch.empty(size, dtype=torch.long)
-        moved[kept] = torch.arange(len(kept))
-        self._shrink(at, kept, moved[first])
-
-    def _shrink(self, at: WeightDim, kept: list[int], moved: Tensor) -> None:
-        """Keep only `kept`; `moved` tells where every index is found now (-1: nowhere)."""
-        name, dim = at
-        weight = self.narrow[name].detach()
-        origin = self.origin.get(at, torch.arange(weight.shape[dim]))
-        self.origin[at] = torch.where(origin >= 0, moved[origin.clamp(min=0)], -1)
-        self.narrow[name] = weight.movedim(dim, 0)[kept].movedim(0, dim).contiguous()
-
-    def _widen(self, name: str) -> Tensor:
-        """Return the weight at its original shape: copies of merged heads, zeros for what went."""
-        if name not in self.narrow:
-            return torch.zeros_like(self.original.weights[name])
-        weight = self.narrow[name]
-        for (other, dim), origin in self.origin.items():
-            if other != name:
-                continue
-            weight = weight.movedim(dim, 0)[origin.clamp(min=0)]
-            weight[origin < 0] = 0
-            weight = weight.movedim(0, dim)
-        return weight
-
-    # -- running --------------------------------------------------------------------------------
-
-    def _find_statistics_and_choices(self, types: Types) -> None:
-        """Find normalizations over, and choices from, axes that lost units, and what stays."""
+    def _find_what_stays(self, types: Types) -> None:
+        """Find normalizations over, choices from, and draws along axes that lost units."""
         kept = self._kept(types)
 
         def stays(axis: Axis) -> Tensor | None:
@@ -154,11 +105,27 @@ class MaskedReference:
         for choice in types.facts.routings:
             if (left := stays(choice.axis)) is not None:
                 self.choices.setdefault(choice.node, []).append((choice.dim, left))
+        for node in random_nodes(self.original.graph):
+            axes = types.axes_of[node] if isinstance(node.meta.get("val"), Tensor) else ()
+            along = {
+                dim: left for dim, axis in enumerate(axes) if (left := stays(axis)) is not None
+            }
+            self._kept_of_draws.append({dim: m.nonzero().flatten() for dim, m in along.items()})
+
+    def narrow_draws(self) -> list[Tensor | None]:
+        """Return what was drawn in the last run, of the units that stay."""
+        found = []
+        for drawn, kept in itertools.zip_longest(self.draws.made, self._kept_of_draws):
+            narrow: Tensor | None = drawn
+            for dim, left in (kept or {}).items():
+                narrow = None if narrow is None else narrow.index_select(dim, left)
+            found.append(narrow)
+        return found
 
     def _kept(self, types: Types) -> dict[Axis, Tensor]:
         """Return every atom that lost units -> a boolean mask of those that are left."""
         kept: dict[Axis, Tensor] = {}
-        for (name, dim), origin in self.origin.items():
+        for (name, dim), origin in self.narrow.origin.items():
             for place in types.axes.occurrences(types.weight(name)[dim]):
                 stays = (origin[indices_by_unit(place)] >= 0).any(1)
                 kept[place.atom] = kept.get(place.atom, torch.zeros(place.atom.size).bool()) | stays
@@ -166,6 +133,7 @@ class MaskedReference:
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Run the reference as a program is run."""
+        self.draws = Draws()
         hooks = Hooks(compute=self._compute)
         return run_program(self.original, inputs, hooks, self.weights)
 
@@ -177,17 +145,50 @@ class MaskedReference:
             args = (args[0].masked_fill(~stays.view(shape), -torch.inf), *args[1:])
         if node in self.statistics:
             return _over_what_stays(node, self.statistics[node], *args, **kwargs)
-        result = call(node, args, kwargs)
-        if node.target is torch.ops.aten.div.Tensor and bool(result.isnan().any()):
-            # Zero by zero is zero: what goes may be divided by what goes along with it.
+        result = self.draws.compute(node, args, kwargs)
+        if not isinstance(result, Tensor) or bool(result.isfinite().all()):
+            return result
+        return self._finite(node, args, result)
+
+    def _finite(self, node: fx.Node, args: tuple[Any, ...], result: Tensor) -> Tensor:
+        """Return `result` with the values of the original where zeros alone made it infinite."""
+        if node.target is torch.ops.aten.div.Tensor:
             above, below = args[0], torch.as_tensor(args[1])
+            if isinstance(divisor := node.args[1], fx.Node) and divisor in self._unmasked:
+                below = torch.where(below == 0, self._unmasked[divisor], below)
+                result = call(node, (above, below), {})
+            # Zero by zero is zero: what goes may be divided by what goes along with it.
             return result.masked_fill((above == 0) & (below == 0), 0)
+        if node in self._unmasked:
+            return torch.where(result.isfinite(), result, self._unmasked[node])
         return result
 
 
-def _inverse(sources: Sequence[int]) -> Tensor:
-    """Return where every index is found among `sources`."""
-    return torch.tensor(sources).argsort()
+class _Unmasked:
+    """The values of a program that follow from its weights alone, before anything was zeroed."""
+
+    def __init__(self, program: Program) -> None:
+        self._values: dict[fx.Node, Any] = {
+            n: program.weights[w] for w, n in program.weight_nodes()
+        }
+        self._nodes = set(self._values)
+        for node in program.graph.nodes:
+            inputs = node.all_input_nodes
+            if (
+                node.op == "call_function"
+                and self._nodes.issuperset(inputs)
+                and not is_random(node)
+            ):
+                self._nodes.add(node)
+
+    def __contains__(self, node: object) -> bool:
+        return node in self._nodes
+
+    def __getitem__(self, node: fx.Node) -> Any:
+        if node not in self._values:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), self.__getitem__)
+            self._values[node] = call(node, args, kwargs)
+        return self._values[node]
 
 
 def _over_what_stays(

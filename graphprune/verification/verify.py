@@ -1,6 +1,6 @@
 """Verification: a rewritten program must equal the original with its removed slices zeroed.
 
-The change of shape must be exact, whatever the edit before it did to quality. What the program is
+The change of shape must be exact, whatever edits of values did to quality. What the program is
 compared with is in `graphprune.verification.masked_reference`.
 """
 
@@ -13,30 +13,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphprune.errors import VerificationError
+from graphprune.errors import VerificationError, first_line
 from graphprune.ir.compare import relative_error, tolerance_of
+from graphprune.ir.interpreter import Hooks, run_program
 from graphprune.ir.program import PRESENT, Program, caches_of
+from graphprune.ir.provenance import whereabouts
 from graphprune.ir.sample_inputs import continuation, random_inputs
 from graphprune.plan.plan import Plan
+from graphprune.verification.draws import Draws, random_nodes
 from graphprune.verification.masked_reference import MaskedReference
+from graphprune.verification.narrow_weights import NarrowWeights
+from graphprune.verification.patterns import broken_patterns
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """How far apart was what was compared.
+    """How far apart was what was compared, and what that proves.
 
     Parameters
     ----------
     max_relative_error
         Largest absolute difference of any output, over the largest absolute value of that output.
     max_weight_error
-        The same over the weights of the program and those that the plan's index maps leave.
+        The same over the weights of the program and those that the plan leaves.
     tolerance
         What was allowed.
     outputs
         Error of each output.
     runs
         What was run, for people.
+    moved
+        How far outputs move, relative, when what goes or merges has other values; at most 1.
+    edited
+        Each pass that gave weights other values on purpose -> how many. What is compared with has
+        these values too, as the plan brings them along.
+    patterns
+        How many weights were found to have the zeros of the n:m pattern that a pass promised.
     """
 
     max_relative_error: float
@@ -44,16 +56,40 @@ class VerifyReport:
     tolerance: float
     outputs: Mapping[str, float]
     runs: tuple[str, ...]
+    moved: float = 1.0
+    edited: Mapping[str, int] = field(default_factory=dict)
+    patterns: int = 0
+
+    @property
+    def proves_sizes(self) -> bool:
+        """Whether the outputs depend on what goes, so that their agreement says something."""
+        return self.moved > self.tolerance
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
-        return asdict(self)
+        return asdict(self) | {"proves_sizes": self.proves_sizes}
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"max relative error {self.max_relative_error:.1e} "
             f"(tolerance {self.tolerance:.0e}; {', '.join(self.runs)})"
         )
+        return "\n".join([text, *self.remarks()])
+
+    def remarks(self) -> list[str]:
+        """Return what else there is to say, a line each."""
+        lines = [
+            f"{by} gave {count} weights other values; they are as the plan brings them along"
+            for by, count in self.edited.items()
+        ]
+        if self.patterns:
+            lines.append(f"{self.patterns} weights have the zeros that their pattern promises")
+        if not self.proves_sizes:
+            lines.append(
+                "this proves nothing of the change of sizes: the outputs do not move when what "
+                "goes or merges has other values"
+            )
+        return lines
 
 
 def verify(
@@ -71,7 +107,7 @@ def verify(
     original
         The program that the plan was made for, with its weights.
     plan
-        What was removed and merged.
+        What was removed and merged, and which weights were given other values.
     program
         The rewritten program.
     tolerance
@@ -82,32 +118,40 @@ def verify(
     Raises
     ------
     PlanError
-        When the plan was made for another program.
+        When the plan was made for another program, or the values of edited weights are not at
+        hand.
     VerificationError
-        Past tolerance, naming the output or weight and the error; also for other shapes, and for
-        values that are not finite.
+        Past tolerance, naming the output or weight and the error; also for other shapes, for
+        values that are not finite, zeros that a pattern promised and that are not there, and draws
+        that cannot be the same on both sides.
     """
     plan.check(original)
     allowed = tolerance_of(_dtype(original)) if tolerance is None else tolerance
-    reference = MaskedReference(original, plan)
+    expected = _expected(original, plan, program)
     weights = {
         name: _error(weight, program.weights.get(name), name)
-        for name, weight in reference.narrow.items()
+        for name, weight in expected.values.items()
     }
-    if left := sorted(reference.gone.intersection(program.weights)):
+    if left := sorted(expected.gone.intersection(program.weights)):
         raise VerificationError(f"weight {left[0]} is still there, and should have gone")
+    patterns = _check_patterns(plan, program)
+    reference = MaskedReference(original, plan, narrow=expected)
+    _check_draws(plan, original, program)
     outputs: dict[str, float] = {}
-    runs = []
-    wide, narrow = _Session(reference), _Session(program)
+    runs: list[str] = []
+    moved = 0.0
+    wide, narrow = _Session(reference), _Session(_Redrawn(program, reference))
     for run, inputs in _runs(original, seed):
+        wanted = wide(inputs)
+        if not runs:
+            moved = _moved(reference, inputs, wanted, seed)
         runs.append(run)
         try:
             got = narrow(inputs)
         except Exception as error:  # a wrong graph may fail in any way
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise VerificationError(f"the program does not run: {first}") from error
-        for name, expected in wide(inputs).items():
-            outputs[name] = max(outputs.get(name, 0.0), _error(expected, got.get(name), name))
+            raise VerificationError(f"the program does not run: {first_line(error)}") from error
+        for name, output in wanted.items():
+            outputs[name] = max(outputs.get(name, 0.0), _error(output, got.get(name), name))
     for errors, kind in ((weights, "weight"), (outputs, "output")):
         worst = max(errors, key=errors.__getitem__, default=None)
         if worst is not None and not errors[worst] <= allowed:
@@ -121,7 +165,92 @@ def verify(
         allowed,
         outputs,
         tuple(runs),
+        moved,
+        {edit.by: len(edit.weights) for edit in plan.edits.made} if plan.edits else {},
+        patterns,
     )
+
+
+def _expected(original: Program, plan: Plan, program: Program) -> NarrowWeights:
+    """Return the weights that `program` must hold, rounded as it was stored."""
+    found = NarrowWeights(original.weights, plan)
+    for name, value in (plan.edits.read() if plan.edits else {}).items():
+        left = found.values.get(name)
+        if left is None or left.shape != value.shape:
+            raise VerificationError(f"the plan edits {name}, which its steps leave otherwise")
+        found.values[name] = value.to(left)
+    stored = program.source.stored_dtype if program.source else None
+    for name, value in found.values.items() if stored else ():
+        if name in program.weights and _is_rounded(program.weights[name], stored):
+            found.values[name] = value.to(stored).to(value.dtype)
+    return found
+
+
+def _is_rounded(weight: Tensor, stored: torch.dtype | None) -> bool:
+    """Tell whether a weight was read from a file of the narrower type `stored`."""
+    if stored is None or not weight.is_floating_point() or weight.dtype.itemsize <= stored.itemsize:
+        return False
+    return torch.equal(weight.to(stored).to(weight.dtype), weight)
+
+
+def _check_patterns(plan: Plan, program: Program) -> int:
+    patterns = (
+        {n: p for edit in plan.edits.made for n, p in edit.patterns.items()} if plan.edits else {}
+    )
+    if broken := broken_patterns(program, patterns):
+        name = broken[0]
+        raise VerificationError(f"{name} has not the zeros of its pattern {patterns[name]}")
+    return len(patterns)
+
+
+def _check_draws(plan: Plan, original: Program, program: Program) -> None:
+    """Refuse random draws that cannot be the same on both sides."""
+    ours, theirs = random_nodes(original.graph), random_nodes(program.graph)
+    reordered = any(step.permutations for step in plan.steps)
+    if ours and (reordered or [n.target for n in ours] != [n.target for n in theirs]):
+        raise VerificationError(
+            f"not comparable: {whereabouts(ours[0])} draws at random, and the plan changes which "
+            "draws there are or their order"
+        )
+
+
+def _moved(
+    reference: MaskedReference,
+    inputs: Mapping[str, Tensor],
+    outputs: Mapping[str, Tensor],
+    seed: int,
+) -> float:
+    """Return how far `outputs` move when what goes or merges is random instead."""
+    original = reference.original
+    generator = torch.Generator().manual_seed(seed)
+    weights = dict(reference.weights)
+    for name, weight in original.weights.items():
+        if original.kinds[name] == "constant" or not weight.is_floating_point():
+            continue
+        mask = reference.narrow.untold(name)
+        if bool(mask.any()):
+            scale = float(weight.double().std(correction=0)) or 1.0
+            noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64) * scale
+            weights[name] = torch.where(mask, noise.to(weight.dtype), weights[name])
+    hooks = Hooks(compute=Draws(reference.draws.made).compute)
+    with torch.no_grad():
+        found = run_program(original, inputs, hooks, weights)
+    apart = (relative_error(output, found[name]) for name, output in outputs.items())
+    return min(max(apart, default=0.0), 1.0)
+
+
+@dataclass
+class _Redrawn:
+    """The program, run with the draws of the reference's last run."""
+
+    program: Program
+    reference: MaskedReference
+
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        if not self.reference.draws.made:
+            return self.program(**inputs)
+        hooks = Hooks(compute=Draws(self.reference.narrow_draws()).compute)
+        return run_program(self.program, inputs, hooks)
 
 
 def _dtype(program: Program) -> torch.dtype:
@@ -138,7 +267,7 @@ def _runs(program: Program, seed: int) -> Iterator[tuple[str, dict[str, Tensor]]
 
 @dataclass
 class _Session:
-    """Runs a program step by step on its own KV cache; returns the other outputs."""
+    """A program run step by step on its own KV cache; what it returns are the other outputs."""
 
     call: Any
     cache: dict[str, Tensor] = field(default_factory=dict)
@@ -151,7 +280,7 @@ class _Session:
 
 
 def _error(expected: Tensor, found: Tensor | None, name: str) -> float:
-    """Largest absolute difference over the largest absolute value expected."""
+    """Return the largest absolute difference over the largest absolute value expected."""
     if found is None or found.shape != expected.shape:
         shape = "missing" if found is None else f"of shape {tuple(found.shape)}"
         raise VerificationError(f"{name} is {shape}, not of shape {tuple(expected.shape)}")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import build, coupling_of, program_of, random_plan
-from torch import Tensor
+from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune.errors import PlanError, VerificationError
@@ -21,6 +21,7 @@ from graphprune.plan.plan import Plan
 from graphprune.plan.steps import Step
 from graphprune.transforms.heads.kv_heads import find_heads
 from graphprune.transforms.heads.merge import merge_of
+from graphprune.verification.verify import _runs
 
 NAME = "llama-gqa"
 UP, GATE, DOWN = (f"model.layers.1.mlp.{part}_proj.weight" for part in ("up", "gate", "down"))
@@ -103,9 +104,12 @@ def test_the_report_says_what_was_compared() -> None:
 
 
 def test_the_seed_decides_what_it_runs_on() -> None:
-    given = pruned("gpt2")
-    errors = [gp.verify(*given, seed=seed).outputs["logits"] for seed in (0, 0, 1)]
-    assert errors[0] == errors[1] != errors[2]
+    program = program_of("gpt2")
+    first, again, other = (dict(_runs(program, seed)) for seed in (0, 0, 1))
+    assert len(first) == 2
+    for run, inputs in first.items():
+        assert torch.equal(inputs["input_ids"], again[run]["input_ids"])
+        assert not torch.equal(inputs["input_ids"], other[run]["input_ids"])
 
 
 def test_nothing_is_changed_by_verifying() -> None:
@@ -420,3 +424,87 @@ def test_nor_does_what_it_imports() -> None:
     inner = {"analysis.inference", "analysis.operators", "analysis.axes"}
     assert {"plan.plan", "ir.program"} | inner <= seen
     assert not rewriting(seen)
+
+
+# -- what verification itself must not get wrong --------------------------------------------------
+
+
+class Fourier(nn.Module):
+    """Positions divided by frequencies, as constants or buffers of the code."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.inner, self.outer = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.register_buffer("periods", torch.arange(1.0, 9.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "reciprocal":
+            return self.outer(self.inner(x) + (x[:, :1] * self.periods.reciprocal()).sin())
+        periods = self.periods if self.kind == "buffer" else torch.tensor(range(1, 9)).float()
+        return self.outer(self.inner(x) + (x[:, :1] / periods).sin())
+
+
+@pytest.mark.parametrize("kind", ["buffer", "constant", "reciprocal"])
+def test_constants_that_are_divided_by_make_nothing_infinite(kind: str) -> None:
+    program = gp.capture(Fourier(kind).eval(), (torch.randn(4, 8),))
+    result = gp.Pipeline.parse("prune{target=ffn ratio=0.5 criterion=l2}").run(program)
+    assert gp.verify(program, result.plan, result.program).max_relative_error <= 1e-5
+
+
+class Noisy(nn.Module):
+    """Draws of `kind` along the axis that is pruned, and along others."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.inner, self.outer = nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        if self.kind == "dropout":
+            return self.outer(nn.functional.dropout(x, 0.5, training=True))
+        if self.kind == "noise":
+            return self.outer(x + torch.randn_like(x) * x)
+        return self.outer(x) + torch.randn(3)
+
+
+@pytest.mark.parametrize("kind", ["dropout", "noise", "elsewhere"])
+def test_both_sides_draw_the_same(kind: str) -> None:
+    program = gp.capture(Noisy(kind).eval(), (torch.randn(4, 8),))
+    result = gp.Pipeline.parse("prune{target=ffn ratio=0.5 criterion=l2}").run(program)
+    assert gp.verify(program, result.plan, result.program).max_relative_error <= 1e-5
+    wrong = result.program.with_weights(
+        {"outer.weight": result.program.weights["outer.weight"] * 2}
+    )
+    with pytest.raises(VerificationError, match="outer.weight"):
+        gp.verify(program, result.plan, wrong)
+
+
+def test_a_verification_that_no_output_depends_on_says_that_it_proves_nothing() -> None:
+    class Deaf(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(8, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.outer(self.inner(x).relu()) * 0 + x[:, :3]
+
+    program = gp.capture(Deaf().eval(), (torch.randn(4, 8),))
+    result = gp.Pipeline.parse("prune{target=ffn ratio=0.5 criterion=l2}").run(program)
+    report = gp.verify(program, result.plan, result.program)
+    assert report.moved == 0
+    assert not report.proves_sizes
+    assert "proves nothing" in str(report)
+    assert not report.to_dict()["proves_sizes"]
+
+
+@pytest.mark.parametrize(
+    "text", ["prune{target=ffn ratio=0.5 criterion=l2}", "merge-kv-heads{groups=2}"]
+)
+def test_outputs_move_with_what_goes_and_what_merges(text: str) -> None:
+    program = program_of("llama-mha")
+    result = gp.Pipeline.parse(text).run(program)
+    report = gp.verify(program, result.plan, result.program)
+    assert report.proves_sizes
+    assert "proves nothing" not in str(report)

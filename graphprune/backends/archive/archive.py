@@ -31,6 +31,7 @@ from graphprune.errors import BackendError, CheckpointError, first_line
 from graphprune.io.atomic import share_mode, staged_directory
 from graphprune.io.companions import copy_companions
 from graphprune.ir.program import Note, Program, Source, value_of
+from graphprune.ir.tensors import own_storage
 
 _FORMAT, _VERSION = "graphprune-archive", 1
 _PROGRAM, _GRAPH, _WEIGHTS = "program.json", "graph.json", "weights.safetensors"
@@ -101,7 +102,7 @@ def describe(program: Program) -> Callable[[Path, Mapping[str, Tensor]], None]:
 
     def write(folder: Path, weights: Mapping[str, Tensor]) -> None:
         (folder / _GRAPH).write_bytes(graph)
-        save_file(_own_storage(weights), folder / _WEIGHTS, metadata={"format": "pt"})
+        save_file(own_storage(weights), folder / _WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(described, indent=1, ensure_ascii=False, default=str)
         (folder / _PROGRAM).write_text(text + "\n", encoding="utf-8")
         share_mode([folder / _WEIGHTS], like=folder / _PROGRAM)
@@ -178,18 +179,6 @@ def load(
 
 
 # -- the weights --------------------------------------------------------------------------------
-
-
-def _own_storage(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`weights` as safetensors wants them: contiguous, and none in the storage of another."""
-    seen: set[int] = set()
-    result = {}
-    for name, weight in weights.items():
-        tensor = weight.detach().contiguous()
-        start = tensor.untyped_storage().data_ptr()
-        result[name] = tensor.clone() if start and start in seen else tensor
-        seen.add(start)
-    return result
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

@@ -185,7 +185,7 @@ def write_package(
             notes.append(f"no genai_config.json: {why}")
         else:
             _write_json(staged / "genai_config.json", genai)
-        if plan is not None and plan.steps:
+        if plan:
             plan.save(staged / "plan.json")
         record = {
             "format": _FORMAT,

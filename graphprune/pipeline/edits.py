@@ -1,0 +1,79 @@
+"""What passes did to values, so that the plan of a run can bring it along."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from graphprune.plan.edits import Edit, Edits
+from graphprune.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from graphprune.ir.program import Program
+    from graphprune.pipeline.pass_base import Context, Outcome
+
+
+def edit_of(by: str, before: Program, outcome: Outcome, context: Context) -> Edit | None:
+    """Return what a pass did to values: the weights that may have others, before any step of it.
+
+    Parameters
+    ----------
+    by
+        The pass, as a pipeline writes it.
+    before
+        The program that it was given.
+    outcome, context
+        What it made, and the context that it was given.
+    """
+    if not outcome.edited:
+        return None
+    after = outcome.baseline.program if outcome.baseline else outcome.program
+    bases = (before, context.since_baseline()[0])
+    old = next((base for base in bases if base.graph_module is after.graph_module), None)
+    resized = outcome.baseline is None and bool(outcome.plan)
+    known = before.weights if old is None else old.weights
+    names = [name for name, weight in after.weights.items() if known.get(name) is not weight]
+    return Edit(by, tuple(names), dict(outcome.patterns), old is None and not resized)
+
+
+def with_edits(original: Program, plan: Plan, program: Program, made: Sequence[Edit]) -> Plan:
+    """Return `plan` with those edits that `program` shows beside what its steps leave.
+
+    Parameters
+    ----------
+    original
+        The program that the plan starts from.
+    plan
+        The steps that led to `program`.
+    program
+        What came out.
+    made
+        What passes did to values on the way.
+    """
+    import torch
+
+    from graphprune.verification.narrow_weights import NarrowWeights
+    from graphprune.verification.patterns import broken_patterns
+
+    if not made or any(edit.graph for edit in made):
+        return Plan(plan.steps, Edits(tuple(made))) if made else plan
+    names = {name for edit in made for name in edit.weights if name in program.weights}
+    left = NarrowWeights(original.weights, plan, names).values
+    values = {
+        name: program.weights[name]
+        for name in sorted(names)
+        if not torch.equal(left[name].to(program.weights[name]), program.weights[name])
+    }
+    promised = {name: each for edit in made for name, each in edit.patterns.items()}
+    broken = set(broken_patterns(program, promised))
+    told = [
+        dataclasses.replace(
+            edit,
+            weights=tuple(name for name in edit.weights if name in values),
+            patterns={n: each for n, each in edit.patterns.items() if n in values.keys() - broken},
+        )
+        for edit in made
+    ]
+    told = [edit for edit in told if edit.weights]
+    return Plan(plan.steps, Edits(tuple(told), values=values)) if told else plan

@@ -1,0 +1,65 @@
+"""The same random draws in two programs, of which one has lost units."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.ir.aten import is_random, name_of
+from graphprune.ir.interpreter import call
+
+_FACTORS = frozenset({"dropout", "feature_dropout"})
+"""What multiplies values by what it draws."""
+
+_VALUES = frozenset({
+    "rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm",
+})  # fmt: skip
+"""What gives what it draws, whatever the values of its operands."""
+
+
+class Draws:
+    """What the random operators of a graph draw in one run, in order.
+
+    Each draws from a seed of its own, by its number, so that two graphs with the same operators
+    draw the same where sizes are the same.
+
+    Parameters
+    ----------
+    given
+        What to take instead of drawing, by number; None to draw.
+
+    Attributes
+    ----------
+    made
+        What was drawn: values or factors, or None where it cannot be told from what they act on.
+    """
+
+    def __init__(self, given: Sequence[Tensor | None] = ()) -> None:
+        self.given = given
+        self.made: list[Tensor | None] = []
+
+    def compute(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the value of an operator, random or not."""
+        if not is_random(node):
+            return call(node, args, kwargs)
+        number = len(self.made)
+        drawn = self.given[number] if number < len(self.given) else None
+        factor, values = name_of(node) in _FACTORS, name_of(node) in _VALUES
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(number)
+            if not factor and not values:
+                self.made.append(None)
+                return call(node, args, kwargs)
+            if drawn is None:
+                on = (torch.ones_like(args[0]), *args[1:]) if factor else args
+                drawn = call(node, on, kwargs)
+        self.made.append(drawn)
+        return args[0] * drawn if factor else drawn
+
+
+def random_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """Return the nodes that draw, in order."""
+    return [node for node in graph.nodes if is_random(node)]
