@@ -13,10 +13,10 @@ from torch import Tensor
 from graphprune.calibration.tokens import TokenizerLike, beyond_vocabulary, token_batch, tokenize
 from graphprune.errors import CalibrationError
 from graphprune.io.text_sources import read_documents
+from graphprune.ir.tensors import digest
 
 if TYPE_CHECKING:
     from graphprune.ir.program import Program, Value
-from graphprune.ir.tensors import digest
 
 _MOST = 2**24
 """Characters of a source that windows are drawn from: bounds memory, and a stream's length."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from graphprune.plan.edits import Edit, Edits
@@ -11,30 +11,35 @@ from graphprune.plan.plan import Plan
 
 if TYPE_CHECKING:
     from graphprune.ir.program import Program
-    from graphprune.pipeline.pass_base import Context, Outcome
 
 
-def edit_of(by: str, before: Program, outcome: Outcome, context: Context) -> Edit | None:
+def edit_of(
+    by: str,
+    after: Program,
+    bases: Sequence[Program],
+    patterns: Mapping[str, str],
+    *,
+    resized: bool,
+) -> Edit:
     """Return what a pass did to values: the weights that may have others, before any step of it.
 
     Parameters
     ----------
     by
         The pass, as a pipeline writes it.
-    before
-        The program that it was given.
-    outcome, context
-        What it made, and the context that it was given.
+    after
+        The program with its edits.
+    bases
+        The programs that it may have edited, the likeliest first.
+    patterns
+        The zeros that it promises.
+    resized
+        Whether sizes have changed as well from the first of `bases` to `after`.
     """
-    if not outcome.edited:
-        return None
-    after = outcome.baseline.program if outcome.baseline else outcome.program
-    bases = (before, context.since_baseline()[0])
     old = next((base for base in bases if base.graph_module is after.graph_module), None)
-    resized = outcome.baseline is None and bool(outcome.plan)
-    known = before.weights if old is None else old.weights
+    known = (old or bases[0]).weights
     names = [name for name, weight in after.weights.items() if known.get(name) is not weight]
-    return Edit(by, tuple(names), dict(outcome.patterns), old is None and not resized)
+    return Edit(by, tuple(names), dict(patterns), old is None and not resized)
 
 
 def with_edits(original: Program, plan: Plan, program: Program, made: Sequence[Edit]) -> Plan:

@@ -107,7 +107,14 @@ class PassManager:
             if self.audit:
                 audit_preserved(pass_, program, outcome.program, context)
             context.analyses.move(program, outcome.program, pass_.preserves)
-            if edit := edit_of(str(pass_), program, outcome, context):
+            if outcome.edited:
+                edit = edit_of(
+                    str(pass_),
+                    outcome.baseline.program if outcome.baseline else outcome.program,
+                    (program, context.since_baseline()[0]),
+                    outcome.patterns,
+                    resized=outcome.baseline is None and bool(outcome.plan),
+                )
                 context = dataclasses.replace(context, edits=(*context.edits, edit))
             plan = context.plan_so_far
             if outcome.plan is not None:
