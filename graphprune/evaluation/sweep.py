@@ -19,8 +19,8 @@ from graphprune.io.atomic import staged_file
 from graphprune.io.progress import DisplayFactory, progress_bar
 from graphprune.io.version import __version__
 from graphprune.ir.program import Program
-from graphprune.pipeline.pass_manager import uncalibrated
 from graphprune.ir.tensors import digest
+from graphprune.pipeline.pass_manager import uncalibrated
 from graphprune.pipeline.pipeline import Pipeline
 
 RESULT, PICTURE = "sweep.json", "sweep.png"
