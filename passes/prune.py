@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from graphprune.errors import NothingToPrune, SelectionError
+from graphprune.errors import NothingToPrune, SelectionError, UsageError
 from graphprune.ir.runtimes import Runtime
 from graphprune.pipeline.pass_base import Context, Outcome, Pass
 
@@ -15,8 +15,13 @@ if TYPE_CHECKING:
 
     from graphprune.analysis.coupling import Coupling
     from graphprune.analysis.groups import Group
+    from graphprune.criteria import Criterion
     from graphprune.ir.program import Program
     from graphprune.plan.steps import Cut
+
+    Scorer = str | Criterion
+else:
+    Scorer = str  # what the text of a pipeline can hold
 
 
 @dataclass(frozen=True)
@@ -46,13 +51,16 @@ class Prune(Pass):
     criterion
         How units are scored: l1, l2, magnitude (as l2), random, taylor, taylor-vector,
         taylor-second, taylor-mixed, wanda, gate, gate-token, gate-batch, obs, scop, scop-gamma,
-        scop-beta.
+        scop-beta; or one of one's own (`graphprune.criteria.base.Criterion`), by name, in Python
+        also as an object.
     aggregate
         How the scores of a unit in the weights of its group become one: sum, mean, max, product, or
         last (in the weight that is used last).
     scope
         local: every group loses the same part. global: those units of all groups go that are the
-        least important for what they save.
+        least important for what they save; layers then differ in size. None: local where `ratio`
+        is given, which says what every group loses; global where only budgets of the whole program
+        are, and the criterion's scores say the same of every group (taylor and gate do).
     normalize
         How the scores of different groups are made comparable in scope global: divided by what the
         word says of a group's scores, or in their place the increase of the loss on the calibration
@@ -65,10 +73,8 @@ class Prune(Pass):
     steps
         In how many equal parts the ratio is removed, with scores taken anew before each.
     protect
-        How many of the first and of the last layers stay whole, such as 4,2: groups that hold a
-        weight of theirs. None: where every group of a kind is to lose the same part, the parts of
-        blocks in the first eighth and the last sixteenth of the layers stay (4 and 2 of 32, as the
-        paper has it; of less than 8 none); 0,0 keeps none.
+        How many of the first and of the last layers stay whole: groups that hold a weight of
+        theirs. 4,2 of 32 in the paper. None: all layers lose something, so that they stay alike.
     params
         The part of the program's parameters that goes, in [0, 1). All budgets that are given are
         met.
@@ -117,9 +123,9 @@ class Prune(Pass):
 
     target: tuple[str, ...]
     ratio: float | None = None
-    criterion: str = "taylor"
+    criterion: Scorer = "taylor"
     aggregate: Literal["sum", "mean", "max", "product", "last"] = "sum"
-    scope: Literal["local", "global"] = "local"
+    scope: Literal["local", "global"] | None = None
     normalize: Literal["none", "mean", "max", "sum", "l2", "loss"] = "none"
     round_to: int | None = None
     skip: tuple[str, ...] = ()
@@ -132,6 +138,9 @@ class Prune(Pass):
     runtime: Runtime | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.criterion, str):
+            object.__setattr__(self, "_criterion", _checked(self.criterion))
+            object.__setattr__(self, "criterion", self.criterion.name)
         super().__post_init__()
         if not self.target:
             raise SelectionError("prune: no target")
@@ -140,7 +149,7 @@ class Prune(Pass):
         for name, part in self.budgets.items():
             if not 0 <= part < 1:
                 raise SelectionError(f"prune: {name} {part:g} is not in [0, 1)")
-        if self.normalize == "loss" and self.scope == "local":
+        if self.normalize == "loss" and self.allocation == "local":
             raise SelectionError("prune: normalize=loss decides between groups: add scope=global")
         if self.round_to is not None and self.round_to < 1:
             raise SelectionError(f"prune: round_to {self.round_to} is not positive")
@@ -162,14 +171,28 @@ class Prune(Pass):
         return {name: part for name, part in parts.items() if part is not None}
 
     @property
+    def scorer(self) -> Criterion:
+        """The criterion that was given, as an object or by its name."""
+        from graphprune.criteria import criterion
+
+        given: Criterion | None = vars(self).get("_criterion")
+        return given or criterion(str(self.criterion))
+
+    @property
+    def allocation(self) -> Literal["local", "global"]:
+        """The scope, where none is given the one that fits budget and criterion."""
+        if self.scope is not None:
+            return self.scope
+        comparable = self.normalize != "none" or self.scorer.comparable
+        return "global" if self.ratio is None and comparable else "local"
+
+    @property
     def requires_calibration(self) -> bool:
         """Whether the criterion looks at data, or the loss is measured on it."""
         from pathlib import Path
 
-        from graphprune.criteria import criterion
-
         kept = self.scores is not None and Path(self.scores).exists()
-        scoring = criterion(self.criterion).requires_calibration and not kept
+        scoring = self.scorer.requires_calibration and not kept
         return scoring or self.normalize == "loss"
 
     @property
@@ -181,19 +204,17 @@ class Prune(Pass):
         """Score the target's groups, select units, and rewrite; once for each step."""
         from graphprune.plan.plan import Plan
         from graphprune.plan.steps import Step
-        from graphprune.selection.targets import outer_groups, outer_layers, target_groups
+        from graphprune.selection.targets import outer_layers, target_groups
         from graphprune.transforms.apply import apply_step
 
         first = coupling = context.coupling(program)
         protected = outer_layers(first, *self.protect) if self.protect else set()
-        kept = outer_groups(first) if self._keeps_outer_layers() else set()
-        meant = {
+        names = {
             group.name
             for target in self.target
             for group in target_groups(first, target, self.skip)
             if not protected.intersection(group.weights())
         }
-        names = meant - kept
         if not names:
             targets = ", ".join(map(repr, self.target))
             raise SelectionError(f"every group of target {targets} is in a protected layer")
@@ -217,18 +238,9 @@ class Prune(Pass):
             "removed": {name: f"{n} of {first.group(name).size}" for name, n in removed.items()},
             "unchanged": [g.name for g in first.groups if g.name in names - removed.keys()],
         }
-        if meant & kept:
-            details["protected"] = sorted(meant & kept)
         if hints := self._hints(first, removed):
             details["speed hints"] = hints
         return Outcome(program, Plan(tuple(steps)), details=details)
-
-    def _keeps_outer_layers(self) -> bool:
-        """Whether nothing is said about them, and every group of a kind is to lose the same."""
-        from graphprune.selection.targets import TARGETS
-
-        by_kind = all(target in TARGETS or target == "all" for target in self.target)
-        return self.protect is None and self.scope == "local" and by_kind
 
     def _hints(self, first: Coupling, removed: Mapping[str, int]) -> list[str]:
         """Return what leaves the fast path of `runtime` by this."""
@@ -251,7 +263,7 @@ class Prune(Pass):
         first: Coupling,
     ) -> list[Cut]:
         """Return what goes so that `part` of the budgets on `first` is met; none where it is."""
-        from graphprune.criteria import ScoringContext, check_scores, criterion
+        from graphprune.criteria import ScoringContext, check_scores
         from graphprune.criteria.score_cache import load_or_score
         from graphprune.selection.allocation import loss_margins
         from graphprune.selection.kernel_sizes import preferred_sizes
@@ -267,15 +279,15 @@ class Prune(Pass):
             track=context.track,
         )
         if self.scores is not None:
-            scores = load_or_score(self.scores, self.criterion, scoring)
+            scores = load_or_score(self.scores, self.scorer, scoring)
         else:
-            scores = criterion(self.criterion).scores(scoring)
+            scores = self.scorer.scores(scoring)
             check_scores(scores, scoring)
         sizes: Mapping[str, Sequence[int]] = {}
         if self.runtime is not None and self.round_to is None:
             sizes = preferred_sizes((first.group(group.name) for group in groups), self.runtime)
         selector = Selector(
-            scope=self.scope,
+            scope=self.allocation,
             normalize="none" if self.normalize == "loss" else self.normalize,
             round_to=self.round_to or 1,
             first=first,
@@ -289,3 +301,15 @@ class Prune(Pass):
             if part == 1 and coupling is first:
                 raise
             return []
+
+
+def _checked(given: object) -> Criterion:
+    """Return `given`, a criterion as an object; refuse anything else."""
+    from graphprune.criteria import Criterion
+
+    if not isinstance(given, Criterion):
+        raise UsageError(
+            "prune: criterion is a name or an object of a class made of graphprune.criteria's "
+            f"Criterion, not {given!r}"
+        )
+    return given

@@ -33,8 +33,8 @@ Array = np.ndarray[Any, Any]
 DENSE = "dense"
 MODELS = {
     DENSE: "",
-    "-25 %": "prune{target=ffn,kv-heads ratio=0.25 criterion=l2 protect=0,0}",
-    "-50 %": "prune{target=ffn,kv-heads ratio=0.5 criterion=l2 protect=0,0}",
+    "-25 %": "prune{target=ffn,kv-heads ratio=0.25 criterion=l2}",
+    "-50 %": "prune{target=ffn,kv-heads ratio=0.5 criterion=l2}",
     "4 KV heads": "merge-kv-heads{groups=4}",
     "1 KV head": "merge-kv-heads{groups=1}",
 }

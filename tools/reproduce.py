@@ -222,7 +222,7 @@ def llm_pruner() -> Section:
     cells: dict[tuple[str, str], Measure] = {}
     for row in ("taylor", "taylor-vector", "l2", "random"):
         for ratio in ("0.2", "0.4"):
-            prune = f"prune{{target=ffn,kv-heads params={ratio} criterion={row}}}"
+            prune = f"prune{{target=ffn,kv-heads params={ratio} scope=local criterion={row}}}"
             cells[row, f"-{float(ratio):.0%}"] = partial(after, prune)
             cells[row, f"-{float(ratio):.0%}, LoRA"] = partial(after, prune + tune)
     cells = dict(sorted(cells.items(), key=lambda cell: "LoRA" in cell[0][1]))

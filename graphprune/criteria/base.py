@@ -16,6 +16,7 @@ from graphprune.analysis.matrices import Matrix, contractions
 from graphprune.calibration.data import Calibration
 from graphprune.criteria.units import consumers
 from graphprune.errors import CalibrationError, SelectionError, UsageError, nearest
+from graphprune.io.extensions import extension, provided
 from graphprune.io.progress import Progress, no_progress
 from graphprune.ir.program import Program
 
@@ -102,15 +103,45 @@ class ScoringContext:
 
 
 class Criterion(ABC):
-    """Scores units of groups; subclasses register themselves by `name`."""
+    """Scores units of groups.
+
+    A subclass with a `name` is known by it wherever its module is imported: at once in Python, by
+    the entry-point group ``graphprune.criteria`` in an installed distribution, by ``--plugin FILE``
+    on the command line. An object will do in place of a name, such as one with settings.
+
+    Examples
+    --------
+    >>> import graphprune as gp
+    >>> from graphprune.passes.prune import Prune
+    >>> class LastUnits(Criterion):
+    ...     name = "last-units"
+    ...
+    ...     def scores(self, context):
+    ...         return {g.name: -torch.arange(g.size).double() for g in context.groups}
+    >>> layers = torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)
+    >>> program = gp.capture(torch.nn.Sequential(*layers), (torch.zeros(2, 4),))
+    >>> pipeline = gp.Pipeline.parse("prune{target=* ratio=0.25 criterion=last-units}")
+    >>> pipeline.run(program, quiet=True).plan.steps[0].cuts[0].units
+    {(): (6, 7)}
+    >>> str(Prune("*", 0.25, LastUnits()))
+    'prune{target=* ratio=0.25 criterion=last-units}'
+    """
 
     name: ClassVar[str]
     requires_calibration: ClassVar[bool] = False
+    comparable: ClassVar[bool] = False
+    """Whether scores estimate one thing in all groups, such as the loss: the units that are missed
+    least can then be looked for in all of them."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "name" in cls.__dict__:
             CRITERIA[cls.name] = cls
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What the scores depend on beside the name: the attributes of the object."""
+        return {key: repr(value) for key, value in vars(self).items()}
 
     @abstractmethod
     def scores(self, context: ScoringContext) -> Scores:
@@ -118,7 +149,10 @@ class Criterion(ABC):
 
 
 CRITERIA: dict[str, type[Criterion]] = {}
-"""Every criterion by name."""
+"""Every criterion whose module is imported, by name."""
+
+GROUP = "graphprune.criteria"
+"""The entry points of criteria in other distributions."""
 
 
 def criterion(name: str) -> Criterion:
@@ -127,10 +161,21 @@ def criterion(name: str) -> Criterion:
     Raises
     ------
     UsageError
-        When there is none, with the nearest name.
+        When there is none, with the nearest name; or a distribution's cannot be loaded, or is none.
     """
     if name not in CRITERIA:
-        raise UsageError(f"there is no criterion {name!r}{nearest(name, CRITERIA)}")
+        entries = provided(GROUP)
+        if name not in entries:
+            raise UsageError(
+                f"there is no criterion {name!r}{nearest(name, [*CRITERIA, *entries])}"
+            )
+        found = extension(GROUP, name)
+        if not (isinstance(found, type) and issubclass(found, Criterion)):
+            raise UsageError(f"criterion {name!r} ({entries[name].value}) is no Criterion")
+        if found.name != name:
+            raise UsageError(
+                f"criterion {name!r} ({entries[name].value}) calls itself {found.name!r}"
+            )
     return CRITERIA[name]()
 
 

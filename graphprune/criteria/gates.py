@@ -27,6 +27,7 @@ class Gate(Criterion):
 
     name = "gate"
     requires_calibration = True
+    comparable = True
     absolute: ClassVar[Literal["token", "sample", "batch"]] = "sample"
 
     def scores(self, context: ScoringContext) -> Scores:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from graphprune.calibration.cache import read_cache, write_cache
-from graphprune.criteria.base import Scores, ScoringContext, check_scores, criterion
+from graphprune.criteria.base import Criterion, Scores, ScoringContext, check_scores, criterion
 from graphprune.errors import CalibrationError
 from graphprune.io.atomic import staged_file
 
 
-def load_or_score(path: str | PathLike[str], name: str, context: ScoringContext) -> Scores:
-    """Read the scores of criterion `name` from the file at `path`; without a file, make them.
+def load_or_score(
+    path: str | PathLike[str], scorer: Criterion | str, context: ScoringContext
+) -> Scores:
+    """Read the scores of a criterion from the file at `path`; without a file, make them.
 
     What is made is checked and written there. A file serves every budget and selection on the
     same weights, for groups that are among those it was made for.
@@ -21,8 +24,8 @@ def load_or_score(path: str | PathLike[str], name: str, context: ScoringContext)
     ----------
     path
         A safetensors file, read where it exists, else made.
-    name
-        Of the criterion.
+    scorer
+        The criterion, or its name.
     context
         What it looks at. Without calibration data a file that exists is taken as it is.
 
@@ -36,8 +39,11 @@ def load_or_score(path: str | PathLike[str], name: str, context: ScoringContext)
     OutputError
         When the file cannot be written; asked before anything is scored.
     """
-    options = {"criterion": name, "aggregate": context.aggregate, "seed": context.seed}
-    held = criterion(name)
+    held = criterion(scorer) if isinstance(scorer, str) else scorer
+    options: dict[str, Any] = {"criterion": held.name}
+    if held.settings:
+        options["settings"] = held.settings
+    options |= {"aggregate": context.aggregate, "seed": context.seed}
     # What looks at no data does not depend on it.
     data = context.calibration if held.requires_calibration else None
     if not Path(path).exists():

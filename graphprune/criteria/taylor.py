@@ -23,6 +23,7 @@ class Taylor(WeightCriterion):
     name = "taylor"
     measure: ClassVar[Measure] = "l1"
     requires_calibration = True
+    comparable = True
 
     def elements(
         self, context: ScoringContext, names: Sequence[str]

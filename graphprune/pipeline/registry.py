@@ -10,12 +10,15 @@ import inspect
 import re
 from dataclasses import dataclass
 
-from graphprune.errors import GraphPruneError, PipelineError, nearest
+from graphprune.errors import GraphPruneError, PipelineError, UsageError, nearest
 from graphprune.io.extensions import provided
 from graphprune.pipeline.options import Option
 from graphprune.pipeline.pass_base import Pass
 
 GROUP = "graphprune.passes"
+
+_REGISTERED: dict[str, type[Pass]] = {}
+"""Passes of no distribution, made known by `register`."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,26 @@ class PassInfo:
 
 
 def names() -> list[str]:
-    """Return the names of all passes that are installed, sorted; imports none."""
-    return sorted(provided(GROUP))
+    """Return the names of all passes that are known, sorted; imports none."""
+    return sorted({*provided(GROUP), *_REGISTERED})
+
+
+def register(cls: type[Pass]) -> None:
+    """Make a pass of no distribution known for as long as this process runs.
+
+    Raises
+    ------
+    UsageError
+        When a distribution has one of its name.
+    """
+    check_free(cls)
+    _REGISTERED[cls.name] = cls
+
+
+def check_free(cls: type[Pass]) -> None:
+    """Refuse (`UsageError`) a pass whose name is that of a distribution's."""
+    if cls.name in provided(GROUP):
+        raise UsageError(f"pass {cls.name!r} is there already")
 
 
 def find(name: str) -> type[Pass]:
@@ -50,9 +71,11 @@ def find(name: str) -> type[Pass]:
     PipelineError
         When there is none (names the nearest), or it cannot be loaded.
     """
+    if name in _REGISTERED:
+        return _REGISTERED[name]
     entries = provided(GROUP)
     if name not in entries:
-        hint = nearest(name, entries) or f"; known are {', '.join(sorted(entries)) or 'none'}"
+        hint = nearest(name, names()) or f"; known are {', '.join(names()) or 'none'}"
         raise PipelineError(f"unknown pass {name!r}{hint}")
     entry = entries[name]
     try:
@@ -68,7 +91,7 @@ def find(name: str) -> type[Pass]:
 
 
 def listing() -> list[PassInfo]:
-    """Describe every installed pass; one that fails to load says so."""
+    """Describe every known pass; one that fails to load says so."""
     return [_describe(name) for name in names()]
 
 

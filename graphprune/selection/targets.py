@@ -89,34 +89,6 @@ def outer_layers(coupling: Coupling, first: int, last: int) -> set[str]:
     return {name for layers in stacks for name in _outer(layers, first, last)}
 
 
-def outer_groups(coupling: Coupling) -> set[str]:
-    """Return the groups that lie in an outer layer of a deep stack, and are parts of blocks.
-
-    The first eighth and the last sixteenth of the layers, rounded down: of 32 the first four and
-    the last two, as LLM-Pruner keeps them (see `outer_layers`); of less than eight none.
-    """
-    outer = {
-        name
-        for layers in _stacks(coupling)
-        for name in _outer(layers, len(layers) // 8, len(layers) // 16)
-    }
-    return {
-        group.name
-        for group in coupling.groups
-        if group.role in _BLOCK_ROLES and outer.issuperset(group.weights())
-    }
-
-
-_BLOCK_ROLES: tuple[Role, ...] = (
-    "ffn",
-    "expert",
-    "expert-unit",
-    "kv-head",
-    "query-slot",
-    "head-dim",
-)
-
-
 def _stacks(coupling: Coupling) -> list[dict[int, list[str]]]:
     """Return the weights of every stack of numbered layers, by the number of the layer."""
     stacks: dict[str, dict[int, list[str]]] = {}

@@ -234,8 +234,8 @@ def test_old_names_of_options_and_choices_are_read_and_the_new_ones_written() ->
     new = "prune{target=ffn scope=global normalize=l2 params=0.5}"
     assert str(Pipeline.parse(old)) == str(Pipeline.parse(new)) == new
     yaml = "- prune: {target: [ffn], ratio: 0.5, scope: group, normalise: l2}"
-    assert str(Pipeline.from_yaml(yaml)) == "prune{target=ffn ratio=0.5 normalize=l2}"
-    assert str(Prune(target=("ffn",), ratio=0.5, scope="group")) == "prune{target=ffn ratio=0.5}"  # type: ignore[arg-type]
+    assert str(Pipeline.from_yaml(yaml)) == "prune{target=ffn ratio=0.5 scope=local normalize=l2}"
+    assert Prune("ffn", 0.5, scope="group").scope == "local"  # type: ignore[arg-type]
     with pytest.raises(PipelineError, match="given twice"):
         Pipeline.parse("prune{target=ffn ratio=0.5 normalize=l2 normalise=l2}")
 
@@ -366,19 +366,34 @@ def removed_by(**options: Any) -> set[int]:
 
 
 @pytest.mark.slow
-def test_outer_layers_of_a_deep_stack_are_protected_unless_told_otherwise() -> None:
-    assert removed_by() == set(range(2, 15))
-    assert removed_by(protect=(0, 0)) == set(range(16))
-    assert removed_by(target="model.layers.*.mlp:ffn") == set(range(16))
-    assert 0 in removed_by(scope="global", ratio=0.9)
-    details = run(deep(), Prune("ffn", 0.25, "l2")).report.passes[0].details
-    assert details["protected"] == [f"model.layers.{n}.mlp:ffn" for n in (0, 1, 15)]
+def test_all_layers_of_a_deep_stack_lose_the_same_unless_some_are_protected() -> None:
+    assert removed_by() == set(range(16))
+    assert removed_by(protect=(2, 1)) == set(range(2, 15))
 
 
-@pytest.mark.slow
-def test_the_residual_stream_is_not_protected_by_its_outer_layers() -> None:
-    details = run(deep(), Prune("hidden", 0.25, "l2")).report.passes[0].details
-    assert "protected" not in details
+@pytest.mark.parametrize(
+    ("options", "scope"),
+    [
+        ({"ratio": 0.5}, "local"),
+        ({"params": 0.1}, "global"),
+        ({"macs": 0.1, "criterion": "gate"}, "global"),
+        ({"params": 0.1, "criterion": "l2"}, "local"),
+        ({"params": 0.1, "criterion": "l2", "normalize": "mean"}, "global"),
+        ({"params": 0.1, "criterion": "obs"}, "local"),
+        ({"params": 0.1, "ratio": 0.1}, "local"),
+    ],
+)
+def test_a_ratio_is_what_every_group_loses_and_a_budget_goes_where_it_costs_least(
+    options: dict[str, Any], scope: str
+) -> None:
+    program = program_of("llama-gqa")
+    given = {"target": ("ffn", "kv-heads"), **options}
+    calibration, cuts = calibration_of("llama-gqa"), []
+    for each in ({}, {"scope": "local"}, {"scope": "global"}):
+        (step,) = run(program, Prune(**given | each), calibration=calibration).plan.steps
+        cuts.append({cut.group: cut.units for cut in step.cuts})
+    assert cuts[0] == cuts[1 if scope == "local" else 2]
+    assert cuts[1] != cuts[2]
 
 
 def test_outer_layers_stay_whole() -> None:
