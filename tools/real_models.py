@@ -50,21 +50,19 @@ def need(path: Path, how: str) -> Path:
     return path
 
 
+_TAYLOR = "prune{target=ffn ratio=0.25 criterion=taylor scores=TAYLOR"
+_OBS = "prune{target=ffn ratio=0.25 criterion=obs scores=OBS"
+
 RECIPES = {
+    "taylor": _TAYLOR + "}",
+    "obs": _OBS + "}",
+    "taylor, reconstruct": _TAYLOR + "},reconstruct",
+    "obs, reconstruct": _OBS + "},reconstruct",
+    "taylor, global": _TAYLOR + " scope=global}",
+    "taylor, global, reconstruct": _TAYLOR + " scope=global},reconstruct",
+    "taylor, outer layers kept": _TAYLOR + "_INNER protect=2,1}",
+    "obs, global": _OBS + " scope=global}",
     "l2": "prune{target=ffn ratio=0.25 criterion=l2}",
-    "taylor": "prune{target=ffn ratio=0.25 criterion=taylor scores=TAYLOR}",
-    "taylor, outer layers kept": "prune{target=ffn ratio=0.25 criterion=taylor protect=2,1 "
-    "scores=TAYLOR_IN}",
-    "taylor, global": "prune{target=ffn ratio=0.25 criterion=taylor scope=global scores=TAYLOR}",
-    "taylor, reconstruct": "prune{target=ffn ratio=0.25 criterion=taylor "
-    "scores=TAYLOR},reconstruct",
-    "taylor, global, reconstruct": "prune{target=ffn ratio=0.25 criterion=taylor scope=global "
-    "scores=TAYLOR},reconstruct",
-    "obs": "prune{target=ffn ratio=0.25 criterion=obs scores=OBS}",
-    "obs, global": "prune{target=ffn ratio=0.25 criterion=obs scope=global scores=OBS}",
-    "obs, reconstruct": "prune{target=ffn ratio=0.25 criterion=obs scores=OBS},reconstruct",
-    "obs, global, reconstruct": "prune{target=ffn ratio=0.25 criterion=obs scope=global "
-    "scores=OBS},reconstruct",
 }
 """What is measured: name -> pipeline. Words in capitals stand for files that hold scores."""
 

@@ -1,4 +1,4 @@
-"""What all verbs share: `--quiet` and `--traceback`, progress displays, loading a model."""
+"""What all verbs share: `--plugin`, `--quiet`, `--traceback`, progress, loading a model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -30,6 +31,15 @@ _Traceback = Annotated[
         "--traceback",
         callback=ask_traceback,
         help=f"Show where an error comes from; so does {TRACEBACK}=1.",
+        rich_help_panel=_PANEL,
+    ),
+]
+_Plugin = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--plugin",
+        metavar="FILE",
+        help="A Python file with passes or criteria of one's own; may be repeated.",
         rich_help_panel=_PANEL,
     ),
 ]
@@ -79,12 +89,21 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
     """
     own = [*inspect.signature(function, eval_str=True).parameters.values()][1:]
     flags = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=option)
-        for name, option in (("quiet", _Quiet), ("traceback", _Traceback))
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=option)
+        for name, default, option in (
+            ("plugin", None, _Plugin),
+            ("quiet", False, _Quiet),
+            ("traceback", False, _Traceback),
+        )
     ]
 
     @wraps(function)
-    def command(*, quiet: bool, traceback: bool, **values: Any) -> None:
+    def command(*, quiet: bool, traceback: bool, plugin: list[Path] | None, **values: Any) -> None:
+        if plugin:
+            from graphprune.pipeline.plugins import load_plugin
+
+            for file in plugin:
+                load_plugin(file)
         function(Session.start(quiet), **values)
 
     command.__dict__["__signature__"] = inspect.Signature([*own, *flags])
