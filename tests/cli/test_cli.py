@@ -58,6 +58,12 @@ def test_help_names_every_verb(graphprune: Run) -> None:
     assert all(verb in out for verb in VERBS)
 
 
+def test_a_plugin_is_known_to_every_verb(graphprune: Run, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("raise ValueError('here')")
+    assert_refused(graphprune("passes", "--plugin", str(file)), "mine.py: ValueError: here")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
