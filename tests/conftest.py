@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from graphprune.pipeline.instruments import VerifyEach
 from graphprune.pipeline.pass_base import Context
 from graphprune.pipeline.pass_manager import PassManager, Result
 
-torch.set_num_threads(1)  # the models are tiny: more threads cost more than they give
+# The models are tiny: more threads cost more than they give.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
+
+from graphprune.ir.aten import printed_name
 
 if TYPE_CHECKING:
     from torch import fx
@@ -32,6 +35,7 @@ def program_text(program: Program) -> str:
 
 def _lines(program: Program) -> Iterator[str]:
     names: dict[fx.Node, str] = {}
+    seen: Counter[str] = Counter()
     for name, node in program.weight_nodes():
         names[node] = name
         yield f"weight {name}: {_type(program.weights[name])}"
@@ -40,15 +44,21 @@ def _lines(program: Program) -> Iterator[str]:
         yield f"input {value.name}: {_dtype(value.dtype)}[{', '.join(map(str, value.shape))}]"
     for node in program.graph.nodes:
         if node.op not in ("placeholder", "output"):
-            names[node] = f"%{node.name}"
-            yield f"%{node.name}: {_type(node.meta.get('val'))} = {_call(node, names)}"
+            names[node] = _numbered(node, seen)
+            yield f"{names[node]}: {_type(node.meta.get('val'))} = {_call(node, names)}"
     outputs = [f"{value.name}={names[node]}" for value, node in program.output_nodes()]
     yield f"return {', '.join(outputs)}"
 
 
-def _call(node: fx.Node, names: dict[fx.Node, str]) -> str:
-    from graphprune.ir.aten import printed_name  # and with it torch, which listing passes needs not
+def _numbered(node: fx.Node, seen: Counter[str]) -> str:
+    """Name a result by its operator and order, whatever torch called its node."""
+    printed = printed_name(node.target)
+    name = printed.split(".")[1] if printed.count(".") == 2 else printed
+    seen[name] += 1
+    return f"%{name}" if seen[name] == 1 else f"%{name}_{seen[name] - 1}"
 
+
+def _call(node: fx.Node, names: dict[fx.Node, str]) -> str:
     args = [_operand(arg, names) for arg in node.args]
     args += [f"{key}={_operand(arg, names)}" for key, arg in node.kwargs.items()]
     return f"{printed_name(node.target)}({', '.join(args)})"

@@ -272,7 +272,7 @@ def test_a_decoder_of_fewer_modules_is_loaded_by_plain_transformers(tmp_path: Pa
     kept = model.model.layers[1].mlp.experts[3].up_proj.weight
     assert torch.equal(small.model.layers[1].mlp.experts[2].up_proj.weight, kept)
     with torch.no_grad():
-        assert torch.equal(small(**inputs).logits, pruned(**inputs)["logits"])
+        assert relative_error(small(**inputs).logits, pruned(**inputs)["logits"]) <= 1e-5
 
 
 def test_costs_tell_which_expert_goes() -> None:
