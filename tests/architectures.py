@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections.abc import Callable, Collection
 from functools import cache
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 import graphprune as gp
 from graphprune.analysis.coupling import Coupling
 from graphprune.calibration.data import Calibration
+from graphprune.ir.printer import program_text
 from graphprune.ir.program import PAST, PRESENT, Program
 from graphprune.plan.plan import Plan
 from graphprune.plan.steps import Cut, Step
@@ -215,6 +217,14 @@ def random_cuts(
 def random_plan(coupling: Coupling, **options: Any) -> Plan:
     """A plan of one step with `random_cuts`."""
     return Plan((Step(coupling.program.fingerprint(), random_cuts(coupling, **options)),))
+
+
+def printed(program: Program) -> str:
+    """The program with its dynamic sizes called s0, s1 and so on."""
+    text = program_text(program)
+    symbols = dict.fromkeys(re.findall(r"\bs\d+\b", text))
+    names = {symbol: f"s{index}" for index, symbol in enumerate(symbols)}
+    return re.sub(r"\bs\d+\b", lambda match: names[match[0]], text)
 
 
 def relative_error(expected: Tensor, found: Tensor) -> float:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import captures
 import pytest
 import torch
-from captures import remembered
+from cpu_time import pytest_runtest_makereport as pytest_runtest_makereport
+from cpu_time import pytest_runtest_setup as pytest_runtest_setup
+from cpu_time import pytest_terminal_summary as pytest_terminal_summary
 
 from graphprune.pipeline.instruments import VerifyEach
 from graphprune.pipeline.pass_base import Context
@@ -19,25 +22,33 @@ from graphprune.pipeline.pass_manager import PassManager, Result
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
-@pytest.fixture(autouse=True)
-def captures_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Share what was captured, except with the tests of capture itself."""
-    if request.node.get_closest_marker("captures_anew") is None:
-        monkeypatch.setattr("graphprune.frontend.capture.capture_transformers", remembered)
+ENTRY = "graphprune.frontend.capture.capture_transformers"
+
+run_passes = PassManager.run
+
+
+def run_verified(manager: PassManager, context: Context) -> Result:
+    """Run the passes of `manager` and verify and audit each, whether that was asked for or not."""
+    instruments = (VerifyEach(), *manager.instruments)
+    return run_passes(dataclasses.replace(manager, instruments=instruments, audit=True), context)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def shared_and_verified() -> Iterator[None]:
+    """Share what is captured between tests, and verify every pass that any of them runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ENTRY, captures.remembered)
+        patch.setattr(PassManager, "run", run_verified)
+        yield
 
 
 @pytest.fixture(autouse=True)
-def verified(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Verify and audit every pass that any test runs, whether it asks for it or not."""
-    if request.node.get_closest_marker("unverified") is not None:
-        return
-    run = PassManager.run
-
-    def verified_run(manager: PassManager, context: Context) -> Result:
-        instruments = (VerifyEach(), *manager.instruments)
-        return run(dataclasses.replace(manager, instruments=instruments, audit=True), context)
-
-    monkeypatch.setattr(PassManager, "run", verified_run)
+def as_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take either back for tests of that itself."""
+    if request.node.get_closest_marker("captures_anew"):
+        monkeypatch.setattr(ENTRY, captures.capture_transformers)
+    if request.node.get_closest_marker("unverified"):
+        monkeypatch.setattr(PassManager, "run", run_passes)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
+from architectures import coupling_of, program_of
 from byte_llama import byte_llama
 from rich.console import Console
 from torch import Tensor, nn
@@ -45,6 +47,29 @@ def test_the_overview_of_a_llama() -> None:
     hint = "model.layers.{0-1}.mlp: FFN width 48 is no multiple of 64 (cuda, tensorrt)"
     assert [line for line in rows if "FFN width" in line] == [hint]
     assert "speed hints" in rows
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mixtral", "bert", "resnet"])
+def test_the_overview_is_the_golden_text(name: str, golden: Callable[[str, str], None]) -> None:
+    console = Console(width=100, color_system=None)
+    with console.capture() as captured:
+        console.print(overview(name, program_of(name), coupling_of(name)))
+    lines = (line.rstrip() for line in captured.get().splitlines())
+    golden(f"overview-{name}", "\n".join(lines))
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mixtral", "bert", "resnet"])
+def test_what_explain_says_is_the_golden_text(
+    name: str, golden: Callable[[str, str], None]
+) -> None:
+    coupling = coupling_of(name)
+    chosen = {
+        member.weight: member.dim for group in coupling.groups for member in group.members[:1]
+    }
+    golden(
+        f"explain-{name}",
+        "\n\n".join(coupling.explain(weight, dim) for weight, dim in chosen.items()),
+    )
 
 
 def test_a_model_of_no_family_has_an_overview_too() -> None:
