@@ -18,11 +18,25 @@ if TYPE_CHECKING:
     from graphprune.backends.onnx.runtime.runner import OnnxRunner
     from graphprune.calibration.data import Calibration
     from graphprune.errors import GraphPruneError, VerificationError
+    from graphprune.evaluation.ablation import sensitivity
     from graphprune.evaluation.perplexity import perplexity
+    from graphprune.evaluation.sweep import sweep
     from graphprune.frontend.capture import capture
     from graphprune.io import reference
     from graphprune.ir.program import Program
+    from graphprune.passes.export_onnx import ExportOnnx
+    from graphprune.passes.merge_kv_heads import MergeKvHeads
+    from graphprune.passes.print import Print
+    from graphprune.passes.prune import Prune
+    from graphprune.passes.reconstruct import Reconstruct
+    from graphprune.passes.recover import Recover
+    from graphprune.passes.reestimate_norms import ReestimateNorms
+    from graphprune.passes.save_pretrained import SavePretrained
+    from graphprune.passes.sparsify import Sparsify
+    from graphprune.passes.verify import Verify
+    from graphprune.pipeline.pass_manager import Result
     from graphprune.pipeline.pipeline import Pipeline
+    from graphprune.pipeline.report import Report
     from graphprune.plan.plan import Plan
     from graphprune.transforms.apply import apply_plan as apply
     from graphprune.verification.verify import verify
@@ -30,18 +44,32 @@ if TYPE_CHECKING:
 _HOMES = {
     "Calibration": "graphprune.calibration.data:Calibration",
     "Coupling": "graphprune.analysis.coupling:Coupling",
+    "ExportOnnx": "graphprune.passes.export_onnx:ExportOnnx",
     "GraphPruneError": "graphprune.errors:GraphPruneError",
+    "MergeKvHeads": "graphprune.passes.merge_kv_heads:MergeKvHeads",
     "OnnxRunner": "graphprune.backends.onnx.runtime.runner:OnnxRunner",
     "Pipeline": "graphprune.pipeline.pipeline:Pipeline",
     "Plan": "graphprune.plan.plan:Plan",
+    "Print": "graphprune.passes.print:Print",
     "Program": "graphprune.ir.program:Program",
+    "Prune": "graphprune.passes.prune:Prune",
+    "Reconstruct": "graphprune.passes.reconstruct:Reconstruct",
+    "Recover": "graphprune.passes.recover:Recover",
+    "ReestimateNorms": "graphprune.passes.reestimate_norms:ReestimateNorms",
+    "Report": "graphprune.pipeline.report:Report",
+    "Result": "graphprune.pipeline.pass_manager:Result",
+    "SavePretrained": "graphprune.passes.save_pretrained:SavePretrained",
+    "Sparsify": "graphprune.passes.sparsify:Sparsify",
     "VerificationError": "graphprune.errors:VerificationError",
+    "Verify": "graphprune.passes.verify:Verify",
     "analyze": "graphprune.analysis.coupling:analyze",
     "apply": "graphprune.transforms.apply:apply_plan",
     "capture": "graphprune.frontend.capture:capture",
     "load": "graphprune.backends.load:load",
     "perplexity": "graphprune.evaluation.perplexity:perplexity",
     "reference": "graphprune.io.reference",
+    "sensitivity": "graphprune.evaluation.ablation:sensitivity",
+    "sweep": "graphprune.evaluation.sweep:sweep",
     "verify": "graphprune.verification.verify:verify",
 }
 """Public name -> where it is defined, as an entry point writes it."""
@@ -49,12 +77,24 @@ _HOMES = {
 __all__ = [
     "Calibration",
     "Coupling",
+    "ExportOnnx",
     "GraphPruneError",
+    "MergeKvHeads",
     "OnnxRunner",
     "Pipeline",
     "Plan",
+    "Print",
     "Program",
+    "Prune",
+    "Reconstruct",
+    "Recover",
+    "ReestimateNorms",
+    "Report",
+    "Result",
+    "SavePretrained",
+    "Sparsify",
     "VerificationError",
+    "Verify",
     "__version__",
     "analyze",
     "apply",
@@ -62,6 +102,8 @@ __all__ = [
     "load",
     "perplexity",
     "reference",
+    "sensitivity",
+    "sweep",
     "verify",
 ]
 

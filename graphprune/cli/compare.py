@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -9,11 +10,12 @@ import typer
 
 from graphprune.cli.console import show
 from graphprune.cli.inputs import read_plan
-from graphprune.cli.options import Checkpoint
+from graphprune.cli.options import AsJson, Checkpoint
 from graphprune.cli.session import Session, verb
+from graphprune.errors import VerificationError
 
 
-@verb
+@verb("graphprune verify DIR OUT")
 def verify(
     session: Session,
     directory: Checkpoint,
@@ -35,6 +37,7 @@ def verify(
             metavar="NAME", help="What runs an ONNX package: a provider of ONNX Runtime, as 'cuda'."
         ),
     ] = "cpu",
+    as_json: AsJson = False,
 ) -> None:
     """Prove that OUT equals DIR with the removed units set to zero.
 
@@ -43,39 +46,59 @@ def verify(
     from graphprune.verification.verify import verify
 
     if output is None:
-        _check_parity(session, directory, provider)
+        _check_parity(session, directory, provider, as_json)
         return
     plan = read_plan(output / "plan.json")
     original, smaller = session.load(directory), session.load(str(output))
     with session.working("verifying"):
         report = verify(original, plan, smaller, tolerance=tolerance)
-    if not session.quiet:
+    if as_json:
+        print(json.dumps({"verified": True, **report.to_dict()}))
+    elif not session.quiet:
         print(f"verified: max relative error {report.max_relative_error:.2e}")
         for remark in report.remarks():
             print(remark)
 
 
-@verb
+@verb("graphprune diff OUT_A OUT_B")
 def diff(
     session: Session,
-    first: Annotated[Path, typer.Argument(metavar="PLAN_A", help="A plan.json.")],
-    second: Annotated[Path, typer.Argument(metavar="PLAN_B", help="Another for the same model.")],
+    first: Annotated[
+        Path, typer.Argument(metavar="PLAN_A", help="A plan.json, or the directory that it is in.")
+    ],
+    second: Annotated[
+        Path, typer.Argument(metavar="PLAN_B", help="Another one, for the same model.")
+    ],
+    as_json: AsJson = False,
 ) -> None:
     """Compare two plans: how many units of each group go, and how many of them in both."""
-    from graphprune.report.plan_diff import difference
+    from graphprune.report.plan_diff import difference, difference_json
 
-    show(difference(read_plan(first), read_plan(second), first.name, second.name))
+    plans = read_plan(first), read_plan(second)
+    if as_json:
+        print(json.dumps(difference_json(*plans), indent=1))
+    else:
+        print(f"A: {first}\nB: {second}")
+        show(difference(*plans, "A", "B"))
 
 
-def _check_parity(session: Session, directory: str, provider: str) -> None:
+def _check_parity(session: Session, directory: str, provider: str, as_json: bool) -> None:
     """Run the model of an ONNX package beside its program, and print a line for each check."""
     from graphprune.backends.onnx.package import verify_package
     from graphprune.backends.onnx.session import provider_name
 
     with session.working(f"running {directory}"):
         ran = verify_package(directory, provider=provider_name(provider))
-    if not session.quiet:
+    worst = max(ran.errors.values(), default=None)
+    if as_json:
+        verdict = {"verified": worst is not None, "errors": dict(ran.errors)}
+        print(json.dumps({**verdict, "notes": list(ran.notes)}))
+    elif not session.quiet:
         for check, error in ran.errors.items():
             print(f"{check}: max relative error {error:.2e}")
         for remark in ran.notes:
             print(remark)
+        if worst is not None:
+            print(f"verified: {directory} gives what its program gives, within {worst:.2e}")
+    if worst is None:
+        raise VerificationError(f"{directory}: nothing could be compared")

@@ -11,6 +11,7 @@ import typer
 from graphprune.cli.console import show
 from graphprune.cli.inputs import read_calibration, require_text, resolve
 from graphprune.cli.options import (
+    AsJson,
     BatchSize,
     CalibrationLength,
     CalibrationText,
@@ -24,9 +25,10 @@ from graphprune.cli.options import (
 from graphprune.cli.session import Session, verb
 from graphprune.errors import CalibrationError, EvaluationError
 from graphprune.io import reference
+from graphprune.io.atomic import as_json as to_json
 
 
-@verb
+@verb("graphprune evaluate DIR --text heldout.txt")
 def evaluate(
     session: Session,
     directory: Checkpoint,
@@ -35,6 +37,7 @@ def evaluate(
     length: Length = 256,
     max_tokens: MaxTokens = None,
     batch_size: BatchSize = 4,
+    as_json: AsJson = False,
 ) -> None:
     """Measure the perplexity of a causal language model on a text."""
     from graphprune.evaluation.perplexity import perplexity
@@ -50,12 +53,15 @@ def evaluate(
         batch_size=batch_size,
         progress=session.progress or False,
     )
+    if as_json:
+        print(to_json({"text": str(path), **found.to_dict()}))
+        return
     print(f"perplexity {found.perplexity:.4f}")
     print(f"loss       {found.loss:.4f} nats per token")
     print(f"tokens     {found.tokens} of {path.name}, in windows of {found.length}")
 
 
-@verb
+@verb("graphprune sensitivity DIR --group heads --text heldout.txt")
 def sensitivity(
     session: Session,
     directory: Checkpoint,
@@ -79,7 +85,8 @@ def sensitivity(
         bool, typer.Option(help="Also remove all units of a group but the best one.")
     ] = True,
     json: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the effects as JSON.")
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the effects as JSON; - prints them."),
     ] = None,
     picture: Annotated[
         Path | None,
@@ -101,8 +108,9 @@ def sensitivity(
     require_text(text, EvaluationError)
     if picture is not None:
         check_format(picture)
+    printed = json is not None and str(json) == "-"
     with ExitStack() as stack:  # places that cannot be written are refused first
-        json_file = stack.enter_context(staged_file(json)) if json else None
+        json_file = stack.enter_context(staged_file(json)) if json and not printed else None
         picture_file = stack.enter_context(staged_file(picture)) if picture else None
         program = session.load(directory)
         windows = text_windows(
@@ -122,10 +130,13 @@ def sensitivity(
             json_file.write_text(found.to_json() + "\n", encoding="utf-8")
         if picture_file is not None:
             found.picture(picture_file)
-    show(found)
+    if printed:
+        print(found.to_json())
+    else:
+        show(found)
 
 
-@verb
+@verb("graphprune sweep DIR --passes 'prune{target=ffn ratio={ratio}}' --ratios 0.1..0.6 -o OUT")
 def sweep(
     session: Session,
     directory: Checkpoint,
@@ -155,6 +166,7 @@ def sweep(
     length: Length = 256,
     max_tokens: MaxTokens = None,
     batch_size: BatchSize = 4,
+    as_json: AsJson = False,
 ) -> None:
     """Measure perplexity against size for several recipes: a table, JSON and a picture."""
     from graphprune.evaluation.sweep import HeldOut, sweep
@@ -187,6 +199,9 @@ def sweep(
         draws=draws,
         progress=session.progress,
     )
-    show(found)
+    if as_json:
+        print((output / "sweep.json").read_text(encoding="utf-8").rstrip())
+    else:
+        show(found)
     if not any(point.size for point in found.points):
         raise EvaluationError(f"every point failed, the first with: {found.points[0].reason}")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from graphprune.cli.options import Seed
+from graphprune.cli.options import AsJson, Seed
 from graphprune.cli.session import Session, verb
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ _SAMPLING = "Choice of tokens"
 _RUNTIME = "ONNX Runtime"
 
 
-@verb
+@verb("graphprune generate PACKAGE --prompt 'Once upon a time'")
 def generate(
     session: Session,
     directory: Annotated[
@@ -73,6 +75,7 @@ def generate(
         int | None,
         typer.Option(help="Threads of the CPU.", min=1, rich_help_panel=_RUNTIME),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Continue prompts by the model of an ONNX package; one prompt alone is shown as it grows."""
     from graphprune.backends.onnx.runtime.runner import OnnxRunner
@@ -85,7 +88,7 @@ def generate(
     if not prompts:
         raise typer.BadParameter("there is nothing to continue: give --prompt or --prompt-file")
     runner = OnnxRunner(directory, provider=provider, threads=threads)
-    alone = len(prompts) == 1
+    alone = len(prompts) == 1 and not as_json
     found = runner.generate(
         prompts,
         max_new_tokens=max_new_tokens,
@@ -96,9 +99,22 @@ def generate(
         seed=seed,
         on_text=(lambda _, piece: print(piece, end="", flush=True)) if alone else None,
     )
-    print("" if alone else "\n\n".join(str(generation.text) for generation in found))
+    if as_json:
+        rows = [{"prompt": p, **asdict(each)} for p, each in zip(prompts, found, strict=True)]
+        print(json.dumps(rows, indent=1))
+    elif alone:
+        print()
+    else:
+        for number, (text, each) in enumerate(zip(prompts, found, strict=True), 1):
+            print(f"--- {number} of {len(found)}: {_shortened(text)}\n{each.text}")
     if not session.quiet:
         _say_speed(found)
+
+
+def _shortened(text: str) -> str:
+    """Return the end of a prompt, which its continuation follows, in one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= 60 else f"...{line[-57:]}"
 
 
 def _say_speed(found: Sequence[Generation]) -> None:

@@ -42,7 +42,7 @@ def require_text(path: Path | None, error: type[GraphPruneError]) -> None:
 
 
 def read_plan(path: Path) -> Plan:
-    """Read a plan.
+    """Read a plan from its file, or from the directory that holds it as ``plan.json``.
 
     Raises
     ------
@@ -51,6 +51,8 @@ def read_plan(path: Path) -> Plan:
     """
     from graphprune.plan.plan import Plan
 
+    if path.is_dir():
+        path = path / "plan.json"
     if not path.is_file():
         raise PlanError(f"{path} does not exist")
     return Plan.load(path)

@@ -26,7 +26,7 @@ class Format(StrEnum):
     graphml = "graphml"
 
 
-@verb
+@verb("graphprune inspect DIR")
 def inspect(
     session: Session,
     directory: Checkpoint,
@@ -34,6 +34,7 @@ def inspect(
     group: Annotated[str | None, typer.Option(help="Print one group.")] = None,
     weight: Annotated[str | None, typer.Option(help="Print the dimensions of one weight.")] = None,
     tree: Annotated[bool, typer.Option("--tree", help="Print the weights by module.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
     html: Annotated[Path | None, typer.Option(hidden=True, help="What 'page' writes.")] = None,
     plan: Annotated[Path | None, typer.Option(hidden=True, help="A plan to show.")] = None,
     scores: Annotated[Path | None, typer.Option(hidden=True, help="Scores to draw.")] = None,
@@ -48,6 +49,7 @@ def inspect(
         return
     if plan is not None or scores is not None:
         raise typer.BadParameter("'page' and 'plot' show a plan, and 'plot' draws scores")
+    format = Format.json if as_json else format
     program = session.load(directory)
     with session.working("analyzing"):
         coupling = analyze(program)
@@ -69,7 +71,7 @@ def inspect(
         print(written[format]())
 
 
-@verb
+@verb("graphprune page DIR -o page.html")
 def page(
     session: Session,
     directory: Checkpoint,
@@ -82,7 +84,7 @@ def page(
     _page_and_plot(session, directory, output, plan, None, None)
 
 
-@verb
+@verb("graphprune plot DIR --plan OUT/plan.json -o sizes.svg")
 def plot(
     session: Session,
     directory: Checkpoint,
@@ -101,7 +103,7 @@ def plot(
     _page_and_plot(session, directory, None, plan, scores, output)
 
 
-@verb
+@verb("graphprune explain DIR model.layers.0.mlp.up_proj.weight 0")
 def explain(
     session: Session,
     directory: Checkpoint,

@@ -31,17 +31,16 @@ app = typer.Typer(
 )
 
 for _title, _verbs in {
-    "Look into a model": (inspect.inspect, inspect.page, inspect.plot),
+    "Look into a model": (inspect.inspect, inspect.explain, inspect.page, inspect.plot),
     "Make it smaller": (run.run, run.apply, compare.verify, compare.diff),
     "Measure": (evaluate.evaluate, evaluate.sensitivity, evaluate.sweep, generate.generate),
     "List": (listing.passes, listing.operators),
 }.items():
     for _verb in _verbs:
-        app.command(rich_help_panel=_title)(_verb)
-# A dimension such as -1 is no option.
-app.command(rich_help_panel="Look into a model", context_settings={"ignore_unknown_options": True})(
-    inspect.explain
-)
+        # A dimension such as -1 is no option.
+        _settings = {"ignore_unknown_options": _verb is inspect.explain}
+        _example = f"Example: {vars(_verb)['example']}"
+        app.command(rich_help_panel=_title, context_settings=_settings, epilog=_example)(_verb)
 
 
 def main() -> None:

@@ -45,7 +45,10 @@ if TYPE_CHECKING:
 _WATCHING = "Watching the passes"
 
 
-@verb
+@verb(
+    "graphprune run DIR --passes 'prune{target=ffn ratio=0.25},verify' "
+    "--calibration text.txt -o OUT"
+)
 def run(
     session: Session,
     directory: Checkpoint,
@@ -155,7 +158,7 @@ def run(
     print(f"{output}: {KINDS[found.kind]}: {', '.join(files)}")
 
 
-@verb
+@verb("graphprune apply DIR OUT/plan.json -o COPY")
 def apply(
     session: Session,
     directory: Checkpoint,

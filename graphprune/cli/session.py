@@ -81,7 +81,12 @@ class Session:
             return load(resolve(directory))
 
 
-def verb(function: Callable[..., None]) -> Callable[..., None]:
+def verb(example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a verb of a function; `example` is a command line that its help shows."""
+    return lambda function: _with_shared_flags(function, example)
+
+
+def _with_shared_flags(function: Callable[..., None], example: str) -> Callable[..., None]:
     """Give a verb the flags that all share, and hand it a `Session` in their place.
 
     The signature that typer reads is that of `function` with ``session``, its first parameter,
@@ -107,5 +112,6 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
         function(Session.start(quiet), **values)
 
     command.__dict__["__signature__"] = inspect.Signature([*own, *flags])
+    command.__dict__["example"] = example
     command.__annotations__ = {each.name: each.annotation for each in (*own, *flags)}
     return command

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, fx
 
-from graphprune.errors import UsageError
+from graphprune.errors import UsageError, nearest
 from graphprune.io.extensions import extension
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Note:
         return self.text
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Program:
     """A captured model: an ATen graph whose placeholders are its weights, then its inputs.
 
@@ -207,12 +207,13 @@ class Program:
         """
         name = self.aliases.get(name, name)
         if name not in self.weights:
-            raise UsageError(f"the program has no weight {name!r}")
+            hint = nearest(name, [*self.weights, *self.aliases])
+            raise UsageError(f"the program has no weight {name!r}{hint}")
         return self.weights[name]
 
     def parameter_count(self) -> int:
         """Return the number of parameters; tied ones count once."""
-        return sum(w.numel() for name, w in self.weights.items() if self.kinds[name] == "parameter")
+        return sum(weight.numel() for weight in self._parameters())
 
     def kv_bytes_per_token(self) -> int:
         """Return the bytes that one more token takes in the KV cache (0 when there is none)."""
@@ -222,6 +223,31 @@ class Program:
                 _, heads, _, width = value.shape
                 total += int(heads) * int(width) * value.dtype.itemsize
         return total
+
+    def __repr__(self) -> str:
+        kind = "Program" if self.source is None else self.source.model_class.__name__
+        types = ", ".join(sorted({str(w.dtype).removeprefix("torch.") for w in self._parameters()}))
+        lines = [f"{kind}: {self.parameter_count():,} parameters ({types or 'no weights'})"]
+        for word, values in (("in", self.inputs), ("out", self.outputs)):
+            plain = [value for value in values if not value.name.startswith((PAST, PRESENT))]
+            shown = [f"{value.name} [{', '.join(map(str, value.shape))}]" for value in plain]
+            if cached := len(values) - len(plain):
+                shown.append(f"{cached} of the KV cache")
+            lines.append(f"  {word:4}{', '.join(shown)}")
+        if per_token := self.kv_bytes_per_token():
+            lines.append(f"  KV cache {per_token:,} bytes per token")
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Show the biggest groups too, in a terminal of IPython."""
+        printer.text(extension("graphprune.renderers", "program")(self))
+
+    def _repr_html_(self) -> str:
+        """Show the biggest groups too, in a notebook."""
+        return str(extension("graphprune.renderers", "program")(self, as_html=True))
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return (w for name, w in self.weights.items() if self.kinds[name] == "parameter")
 
     def fingerprint(self) -> str:
         """Return a digest of names, kinds and shapes of parameters and buffers, not of values.

@@ -19,13 +19,26 @@ if TYPE_CHECKING:
     from graphprune.plan.plan import Plan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """What a pipeline made: the last program, the whole plan, and the report."""
 
     program: Program
     plan: Plan
     report: Report
+
+    def __repr__(self) -> str:
+        return f"{self.program!r}\n{self.plan!r}\n{self.report!r}"
+
+    def _repr_html_(self) -> str:
+        """Show the passes as a table, in a notebook."""
+        from html import escape
+
+        from graphprune.report.notebook import html_table
+
+        head, rows = self.report.rows()
+        plan = f"<pre>{escape(repr(self.program))}\n{escape(repr(self.plan))}</pre>"
+        return plan + html_table(head, rows)
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,14 @@ class PassInfo:
         The first line of its docstring, or why it cannot be loaded.
     options
         Its options with what its docstring says of each.
+    example
+        A pipeline with it, from its docstring; empty where that has none.
     """
 
     name: str
     summary: str
     options: tuple[tuple[Option, str], ...] = ()
+    example: str = ""
 
 
 def names() -> list[str]:
@@ -92,7 +95,13 @@ def find(name: str) -> type[Pass]:
 
 def listing() -> list[PassInfo]:
     """Describe every known pass; one that fails to load says so."""
-    return [_describe(name) for name in names()]
+    infos = []
+    for name in names():
+        try:
+            infos.append(describe(name))
+        except GraphPruneError as error:
+            infos.append(PassInfo(name, str(error)))
+    return infos
 
 
 def sections(cls: type) -> dict[str, str]:
@@ -114,15 +123,21 @@ def sections(cls: type) -> dict[str, str]:
     return {title: body.strip() for title, body in zip(parts[1::2], parts[2::2], strict=True)}
 
 
-def _describe(name: str) -> PassInfo:
-    try:
-        cls = find(name)
-    except GraphPruneError as error:
-        return PassInfo(name, str(error))
+def describe(name: str) -> PassInfo:
+    """Describe the pass called `name`, as its docstring does.
+
+    Raises
+    ------
+    PipelineError
+        When there is none (names the nearest), or it cannot be loaded.
+    """
+    cls = find(name)
     summary = (inspect.getdoc(cls) or "").partition("\n")[0]
-    helps = _definitions(sections(cls).get("Options", ""))
-    options = cls.options().values()
-    return PassInfo(name, summary, tuple((each, helps.get(each.name, "")) for each in options))
+    parts = sections(cls)
+    helps = _definitions(parts.get("Options", ""))
+    options = tuple((each, helps.get(each.name, "")) for each in cls.options().values())
+    example = re.search(rf"^'({re.escape(name)}\b.*)'$", parts.get("Example", ""), re.MULTILINE)
+    return PassInfo(name, summary, options, example[1] if example else "")
 
 
 def _definitions(text: str) -> dict[str, str]:

@@ -71,7 +71,7 @@ class PassRecord:
     verified: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """A pipeline's run.
 
@@ -139,18 +139,28 @@ class Report:
         from rich.text import Text
 
         table = Table(title=Text(f"graphprune {self.versions.get('graphprune', '')}".rstrip()))
-        table.add_column("pass", overflow="fold")
-        for title in ("seconds", "parameters", "KV bytes/token"):
+        (first, *others), (*rows, total) = self.rows()
+        table.add_column(first, overflow="fold")
+        for title in others:
             table.add_column(title, justify="right")
-        table.add_row("(input)", "", *_cells(self.before))
-        for record in self.passes:
-            row = (f"{record.seconds:.2f}", *_cells(record.after, record.before))
-            table.add_row(Text(record.text), *row)
-        for text in self.skipped:
-            table.add_row(Text(text), "skipped", "", "")
+        for row in rows:
+            table.add_row(*map(Text, row))
         table.add_section()
-        table.add_row("total", f"{self.seconds:.2f}", *_cells(self.after, self.before))
+        table.add_row(*map(Text, total))
         return table
+
+    def rows(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Return the titles and rows of the table; the last row is the total."""
+        rows: list[tuple[str, ...]] = [("(input)", "", *_cells(self.before))]
+        for record in self.passes:
+            sizes = _cells(record.after, record.before)
+            rows.append((record.text, f"{record.seconds:.2f}", *sizes))
+        rows += [(text, "skipped", "", "") for text in self.skipped]
+        rows.append(("total", f"{self.seconds:.2f}", *_cells(self.after, self.before)))
+        return ("pass", "seconds", "parameters", "KV bytes/token"), rows
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         """Return the table as plain text."""

@@ -34,7 +34,11 @@ Removed = dict[str, dict[int, list[int]]]
 """Weight name -> dimension -> sorted indices."""
 
 
-@dataclass(frozen=True)
+_SHOWN = 24
+"""Lines of a plan that `repr` shows."""
+
+
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Steps in order, and what passes did to values beside them.
 
@@ -178,6 +182,11 @@ class Plan:
         if plan.edits is None:
             return plan
         return cls(plan.steps, dataclasses.replace(plan.edits, values=_edits_beside(path)))
+
+    def __repr__(self) -> str:
+        lines = str(self).splitlines()
+        more = len(lines) - _SHOWN
+        return "\n".join(lines if more < 2 else [*lines[:_SHOWN], f"  and {more} more lines"])
 
     def __str__(self) -> str:
         if not self:

@@ -16,6 +16,7 @@ from command_line import PRUNE, Done, Run, assert_refused
 from safetensors.torch import load_file, save_file
 
 from graphprune.cli import console
+from graphprune.pipeline.pipeline import Pipeline
 
 VERBS = ["inspect", "explain", "run", "apply", "verify", "evaluate", "sensitivity", "sweep"]
 VERBS += ["page", "plot", "diff", "passes", "operators", "generate"]
@@ -49,7 +50,7 @@ def test_the_module_runs_as_the_command_does() -> None:
 def test_every_verb_has_help(graphprune: Run, verb: str) -> None:
     done = graphprune(verb, "--help")
     assert done.status == 0
-    assert verb in done.out
+    assert f"Example: graphprune {verb} " in done.out
     assert done.err == ""
 
 
@@ -108,6 +109,7 @@ def test_inspect_prints_json(graphprune: Run, checkpoint: Path) -> None:
     done = graphprune("inspect", checkpoint, "--format", "json")
     assert done.status == 0, done
     assert "speed_hints" in json.loads(done.out)
+    assert graphprune("inspect", checkpoint, "--json").out == done.out
 
 
 def test_inspect_prints_dot(graphprune: Run, checkpoint: Path) -> None:
@@ -219,14 +221,29 @@ def test_explain_names_the_operators_that_couple(graphprune: Run, checkpoint: Pa
 
 def test_diff_compares_two_plans(graphprune: Run, smaller: Path, tmp_path: Path) -> None:
     plan = smaller / "plan.json"
-    done = graphprune("diff", plan, plan)
+    again = Path(shutil.copytree(smaller, tmp_path / "again"))
+    done = graphprune("diff", smaller, again)
     assert "mlp.up_proj.weight" in done.out
+    assert done.out.startswith(f"A: {smaller}\nB: {again}\n")
+    assert graphprune("diff", plan, plan).status == 0
+    data = json.loads(graphprune("diff", smaller, again, "--json").out)
+    assert data["removed"][0] == {
+        "weight": "model.layers.0.mlp.gate_proj.weight",
+        "dimension": 0,
+        "first": 12,
+        "second": 12,
+        "both": 12,
+    }
     assert_refused(graphprune("diff", plan, tmp_path / "none.json"), "none.json")
 
 
 def test_explain_refuses_what_is_not_there(graphprune: Run, checkpoint: Path) -> None:
     assert_refused(graphprune("explain", checkpoint, "nonsense", 0), "nonsense")
     assert_refused(graphprune("explain", checkpoint, "lm_head.weight", 7), "7")
+    near = "did you mean 'model.layers.0.mlp.up_proj.weight'?"
+    wrong = "model.layers.0.mlp.uo_proj.weight"
+    assert_refused(graphprune("explain", checkpoint, wrong, 0), wrong, near)
+    assert_refused(graphprune("inspect", checkpoint, "--weight", wrong), wrong, near)
 
 
 def test_evaluate_measures_perplexity(graphprune: Run, checkpoint: Path, text: Path) -> None:
@@ -234,6 +251,9 @@ def test_evaluate_measures_perplexity(graphprune: Run, checkpoint: Path, text: P
     assert done.status == 0, done
     assert 200 < float(done.out.split()[1]) < 320
     assert "text.txt" in done.out
+    options = ["--text", text, "--length", 64, "--json"]
+    data = json.loads(graphprune("evaluate", checkpoint, *options).out)
+    assert data["perplexity"] == pytest.approx(float(done.out.split()[1]), rel=1e-5)
 
 
 def test_evaluate_refuses_a_short_text(graphprune: Run, checkpoint: Path, tmp_path: Path) -> None:
@@ -281,11 +301,20 @@ def test_sensitivity_refuses_bad_options(
     assert [path.name for path in text.parent.iterdir()] == ["text.txt"]
 
 
-def test_passes_lists_options(graphprune: Run) -> None:
+def test_passes_are_a_list_and_one_is_described(graphprune: Run) -> None:
     done = graphprune("passes")
     assert done.status == 0
-    for word in ("prune", "ratio", "merge-kv-heads", "groups", "verify", "tolerance"):
+    for word in ("prune", "merge-kv-heads", "verify", "Remove the least important units"):
         assert word in done.out
+    assert "round_to" not in done.out
+    one = graphprune("passes", "prune").out
+    for word in ("target", "[needed]", "round_to", "[criterion=taylor]"):
+        assert word in one
+    example = one.split("--passes '")[1].split("'")[0]
+    assert Pipeline.parse(example).passes[0].name == "prune"
+    assert_refused(graphprune("passes", "prnue"), "did you mean 'prune'?")
+    data = json.loads(graphprune("passes", "verify", "--json").out)
+    assert [option["name"] for option in data[0]["options"]] == ["tolerance"]
 
 
 def test_operators_lists_rules(graphprune: Run) -> None:
@@ -329,6 +358,9 @@ def test_verify_proves_it(graphprune: Run, checkpoint: Path, smaller: Path) -> N
     done = graphprune("verify", checkpoint, smaller)
     assert done.status == 0, done
     assert "max relative error" in done.out
+    data = json.loads(graphprune("verify", checkpoint, smaller, "--json").out)
+    assert data["verified"] is True
+    assert data["max_relative_error"] <= data["tolerance"]
 
 
 def test_verify_refuses_a_checkpoint_that_was_changed(

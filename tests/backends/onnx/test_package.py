@@ -138,6 +138,7 @@ def test_the_command_line_proves_it_too(
     out = capsys.readouterr().out
     assert "8 tokens after it: max relative error" in out
     assert REFUSED in out
+    assert out.splitlines()[-1].startswith(f"verified: {package} gives what its program gives")
 
 
 @pytest.fixture

@@ -443,7 +443,11 @@ def test_prompts_are_continued_on_the_command_line(
     (tmp_path / "b.txt").write_text("b")
     given = ["--prompt", TEXT, "--prompt-file", tmp_path / "b.txt"]
     assert invoke(monkeypatch, packages("shared"), *given, *short, "--quiet") == 0
-    assert capsys.readouterr() == (f"{one}\n\n{two}\n", "")
+    parts = f"--- 1 of 2: {TEXT}\n{one}\n--- 2 of 2: b\n{two}\n"
+    assert capsys.readouterr() == (parts, "")
+    assert invoke(monkeypatch, packages("shared"), *given, *short, "--json", "-q") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["prompt"], row["text"]) for row in rows] == [(TEXT, one), ("b", two)]
 
 
 def test_options_of_the_command_line_reach_the_runner(
