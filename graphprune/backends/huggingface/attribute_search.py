@@ -23,7 +23,7 @@ from typing import Any
 from torch import nn
 
 from graphprune.backends.huggingface.config_search import Place, needed_sizes, sizes_of
-from graphprune.backends.huggingface.model import compare, difference
+from graphprune.backends.huggingface.trial import Trial
 from graphprune.ir.nodes import arguments_of
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import module_path
@@ -134,8 +134,8 @@ class AttributeSearch:
 
     Parameters
     ----------
-    program
-        The program to reach.
+    trial
+        Of the program to reach.
     before
         The model of the config, with the sizes and the attributes as they were.
     unit_sizes
@@ -143,10 +143,10 @@ class AttributeSearch:
     """
 
     def __init__(
-        self, program: Program, before: nn.Module, unit_sizes: Callable[[Place], Collection[int]]
+        self, trial: Trial, before: nn.Module, unit_sizes: Callable[[Place], Collection[int]]
     ) -> None:
-        self.program = program
-        sizes, after = sizes_of(before), needed_sizes(program, derived=False)
+        self.trial = trial
+        sizes, after = sizes_of(before), needed_sizes(trial.program, derived=False)
         changed: dict[str, list[Place]] = defaultdict(list)
         for name, then in after.items():
             places = [(name, d) for d, size in enumerate(then) if size != sizes[name][d]]
@@ -180,7 +180,7 @@ class AttributeSearch:
         for kind in list(chosen):
             fewer = {other: index for other, index in chosen.items() if other != kind}
             with having(model, merged(base, self._attributes(fewer))):
-                if not difference(self.program, model):
+                if not self.trial.difference(model):
                     chosen = fewer
         return merged(base, self._attributes(chosen))
 
@@ -197,7 +197,7 @@ class AttributeSearch:
                 continue
             tried.append(chosen)
             with having(model, merged(base, self._attributes(chosen))):
-                why, done, place = _progress(self.program, model)
+                why, done, place = _progress(self.trial, model)
             if not why:
                 return chosen
             for kind, options in self._kinds.items():
@@ -226,7 +226,7 @@ class AttributeSearch:
         return found
 
 
-def _progress(program: Program, model: nn.Module) -> tuple[str, tuple[int, int], list[type]]:
+def _progress(trial: Trial, model: nn.Module) -> tuple[str, tuple[int, int], list[type]]:
     """Return what is wrong, how far the model ran, and the classes it was in, innermost first."""
     done = 0
 
@@ -235,7 +235,7 @@ def _progress(program: Program, model: nn.Module) -> tuple[str, tuple[int, int],
         done += 1
 
     with nn.modules.module.register_module_forward_hook(count):
-        why, error = compare(program, model)
+        why, error = trial.compare(model)
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)] if error else []
     inside = [
         (type(value), frame.f_lineno)

@@ -37,6 +37,7 @@ from graphprune.backends.huggingface.model import (
     without_values,
 )
 from graphprune.backends.huggingface.renumber import renumbered
+from graphprune.backends.huggingface.trial import Trial
 from graphprune.errors import BackendError
 from graphprune.ir.program import Program
 
@@ -120,6 +121,7 @@ class _FormSearch:
         self.base_class = builder.model_class
         self.target = needed_sizes(program, derived=True)
         self._types: Types | None = None
+        self.trial = Trial(program)
         self.sizes_only = without_values(program)
         only = "only sizes were compared: the program has no weights"
         self.notes = (only,) if self.sizes_only else ()
@@ -200,7 +202,7 @@ class _FormSearch:
             return ChosenForm(found, self.program)
         found, model = self._with_buffers(found)
         layers = of_layers(self.program, model, found.shapes)
-        search = AttributeSearch(self.program, self.builder.model({}), self._unit_sizes)
+        search = AttributeSearch(self.trial, self.builder.model({}), self._unit_sizes)
         attributes = search.run(model, merged(found.attributes, layers))
         if attributes is None:
             return None
@@ -212,13 +214,13 @@ class _FormSearch:
             return ChosenForm(found, self.program), ""
         try:
             found, model = self._with_buffers(found)
-            why = difference(self.program, model)
+            why = self._difference(model)
             if why:
                 # What a module computed from its sizes, such as the scale of attention, the program
                 # may have kept as it was.
                 found = dataclasses.replace(found, attributes=self._as_before(found, model))
                 model = self._pruned_model(found)
-                why = difference(self.program, model) and why
+                why = self._difference(model) and why
         except BackendError as error:
             return None, str(error)
         return (None, why) if why else (ChosenForm(found, self.program, model), "")
@@ -263,7 +265,11 @@ class _FormSearch:
             return None, str(error)
         if names := differing_buffers(self.program, model):
             return None, f"the model would compute {names[0]} from its config, with other values"
-        return model, difference(self.program, model)
+        return model, self._difference(model)
+
+    def _difference(self, model: Any) -> str:
+        """Say how `model` differs, in its structure or with the program's own weights."""
+        return self.trial.difference(model) or difference(self.program, model)
 
     def _unit_sizes(self, place: Place) -> set[int]:
         """Return the sizes of what a dimension is made of: heads, their width, their groups."""

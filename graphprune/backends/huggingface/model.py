@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from graphprune.ir.compare import relative_error, tolerance_of
 from graphprune.ir.program import PRESENT, Program
 from graphprune.ir.sample_inputs import random_inputs
 
-_ROWS, _LENGTH = 2, 5
+ROWS, LENGTH = 2, 5
 
 
 @contextlib.contextmanager
@@ -100,39 +100,38 @@ def _same(weight: Tensor, other: Tensor | None) -> bool:
 
 
 def difference(program: Program, model: Any) -> str:
-    """How what `model` computes differs from what `program` does; "" where it does not.
+    """Say how what `model` computes differs from what `program` does; "" where it does not.
 
-    Both run on random inputs of two rows of five tokens (or two images). An output counts as equal
-    within 1e-4 of its largest magnitude in float32, which is what other kernels may cost.
+    Both run with the program's own weights, on random inputs of two rows of five tokens (or two
+    images). An output counts as equal within 1e-4 of its largest magnitude in float32, which is
+    what other kernels may cost. That no other structure would do is for a `Trial` to show.
     """
-    return compare(program, model)[0]
-
-
-def compare(program: Program, model: Any) -> tuple[str, Exception | None]:
-    """As `difference`, with the exception that `model` raised, if it did."""
-    inputs = random_inputs(program, batch=_ROWS, length=_LENGTH)
+    inputs = random_inputs(program, batch=ROWS, length=LENGTH)
     device = next(iter(program.weights.values())).device
     try:
         ours = program(**{name: tensor.to(device) for name, tensor in inputs.items()})
     except Exception as error:  # noqa: BLE001 - a capture may have kept the sizes of its example
-        return f"the program does not run on other inputs: {first_line(error)}", None
+        return f"the program does not run on other inputs: {first_line(error)}"
     try:
         with torch.no_grad(), quiet():
             theirs = model(**inputs, return_dict=True)
     except Exception as error:  # noqa: BLE001 - model code may fail in any way
-        return f"the model does not run: {first_line(error)}", error
-    tolerance = tolerance_of(dtype_of(program))
-    for value in program.outputs:
-        if value.name.startswith(PRESENT):
+        return f"the model does not run: {first_line(error)}"
+    return mismatch(ours, theirs, tolerance_of(dtype_of(program)))
+
+
+def mismatch(expected: Mapping[str, Tensor], outputs: Any, tolerance: float) -> str:
+    """Say which of a model's `outputs` is not as `expected`; "" where all are."""
+    for name, wanted in expected.items():
+        if name.startswith(PRESENT):
             continue
-        expected, found = ours[value.name].cpu(), _output(theirs, value.name)
-        if found is None or found.shape != expected.shape:
-            shape = tuple(expected.shape)
-            return f"the model has no output {value.name} of shape {shape}", None
-        off = relative_error(expected, found)
+        found = _output(outputs, name)
+        if found is None or found.shape != wanted.shape:
+            return f"the model has no output {name} of shape {tuple(wanted.shape)}"
+        off = relative_error(wanted.cpu(), found)
         if not off <= tolerance:
-            return f"{value.name} of the model differ by {off:.1e} from those of the program", None
-    return "", None
+            return f"{name} of the model differ by {off:.1e} from those of the program"
+    return ""
 
 
 def _output(outputs: Any, name: str) -> Tensor | None:

@@ -1,0 +1,165 @@
+"""A trial of models beside a program, on weights and inputs that let a wrong structure show.
+
+A model's own weights may hide what is wrong with its sizes: where attention is all but even, two
+heads of four give what one head of eight does, and half precision is off by more than both. So
+weights are drawn whose scores, gates and norms are far from even, and everything runs in float64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from graphprune.backends.huggingface.model import LENGTH, ROWS, mismatch, quiet
+from graphprune.errors import first_line
+from graphprune.ir.nodes import copy_of
+from graphprune.ir.program import PRESENT, Program
+from graphprune.ir.sample_inputs import random_inputs
+
+_TOLERANCE = 1e-4
+"""Parts of many models compute in float32 whatever their weights are in."""
+
+_SCALES = (1.0, 0.1, None)
+"""Of drawn weights, tried in turn until all outputs are finite; None is the program's own weights."""
+
+
+class Trial:
+    """Runs of a program and of models that may stand for it, all with the same drawn weights.
+
+    Parameters
+    ----------
+    program
+        The program; of its weights only the sizes are used, and buffers.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._types = [torch.float64, torch.float32]  # some kernels lack the first
+        self._inputs: dict[str, Tensor] = {}
+        self._weights: Mapping[str, Tensor] = {}
+        self._expected: dict[str, Tensor] = {}
+
+    def difference(self, model: nn.Module) -> str:
+        """Say how `model` differs from the program; "" where it does not."""
+        return self.compare(model)[0]
+
+    def compare(self, model: nn.Module) -> tuple[str, Exception | None]:
+        """As `difference`, with the exception that `model` raised, if it did."""
+        if not self._expected:
+            try:
+                self._run_program()
+            except Exception as error:  # noqa: BLE001 - a capture may have kept its example's sizes
+                return f"the program does not run on other inputs: {first_line(error)}", None
+        try:
+            with self._lent(model), torch.no_grad(), quiet():
+                found = model(**self._inputs, return_dict=True)
+        except Exception as error:  # noqa: BLE001 - model code may fail in any way
+            if len(self._types) > 1 and _is_about_types(error):
+                self._take_narrower_type()
+                return self.compare(model)
+            return f"the model does not run: {first_line(error)}", error
+        why = mismatch(self._expected, found, _TOLERANCE)
+        return why and f"{why} where both have drawn weights", None
+
+    # -- the program's side -----------------------------------------------------------------------
+
+    def _run_program(self) -> None:
+        """Draw inputs and weights, and keep what the program gives."""
+        while True:
+            dtype = self._types[0]
+            program = _in_type(self.program, dtype)
+            self._inputs = random_inputs(program, batch=ROWS, length=LENGTH)
+            try:
+                for scale in _SCALES:
+                    self._weights = _drawn(self.program, dtype, scale)
+                    self._expected = self._outputs(program)
+                    if all(tensor.isfinite().all() for tensor in self._expected.values()):
+                        break
+                return
+            except Exception as error:
+                if len(self._types) == 1 or not _is_about_types(error):
+                    raise
+                self._take_narrower_type()
+
+    def _outputs(self, program: Program) -> dict[str, Tensor]:
+        device = next(iter(program.weights.values())).device
+        weights = {name: weight.to(device) for name, weight in self._weights.items()}
+        inputs = {name: tensor.to(device) for name, tensor in self._inputs.items()}
+        with torch.no_grad():
+            outputs = program.run(weights, inputs)
+        return {n: t.cpu() for n, t in outputs.items() if not n.startswith(PRESENT)}
+
+    def _take_narrower_type(self) -> None:
+        del self._types[0]
+        self._expected = {}
+
+    # -- the model's side -------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _lent(self, model: nn.Module) -> Iterator[None]:
+        """Let `model` have the drawn weights for a while, and all else in the trial's type."""
+        named = [
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        ]
+        before = [(tensor, tensor.data) for _, tensor in named]
+        try:
+            for name, tensor in named:
+                name = self.program.aliases.get(name, name)
+                drawn = self._weights.get(name)
+                if drawn is not None and drawn.shape == tensor.shape:
+                    tensor.data = drawn
+                elif tensor.is_floating_point():
+                    tensor.data = tensor.data.to(self._types[0])
+            yield
+        finally:
+            for tensor, data in before:
+                tensor.data = data
+
+
+def _is_about_types(error: Exception) -> bool:
+    """Whether a kernel is missing for the type, rather than sizes being wrong."""
+    said = str(error)
+    return any(word in said for word in ("not implemented for", "dtype", "scalar type", "Double"))
+
+
+def _in_type(program: Program, dtype: torch.dtype) -> Program:
+    """Return `program` with every cast to a floating type as one to `dtype`; weights are left."""
+    graph, _ = copy_of(program.graph)
+
+    def swap(value: Any) -> Any:
+        return dtype if isinstance(value, torch.dtype) and value.is_floating_point else value
+
+    for node in graph.nodes:
+        if node.op == "call_function":
+            node.args = fx.node.map_aggregate(node.args, swap)
+            node.kwargs = fx.node.map_aggregate(node.kwargs, swap)
+    inputs = tuple(dataclasses.replace(value, dtype=swap(value.dtype)) for value in program.inputs)
+    module = fx.GraphModule(nn.Module(), graph)
+    return dataclasses.replace(program, graph_module=module, inputs=inputs)
+
+
+def _drawn(program: Program, dtype: torch.dtype, scale: float | None) -> Mapping[str, Tensor]:
+    """Weights of the sizes of the program's, on the CPU; buffers and single numbers are its own.
+
+    A matrix keeps the magnitude of what goes in, so that scores of attention differ by about one.
+    """
+    generator = torch.Generator().manual_seed(0)
+    drawn = {}
+    for name, weight in program.weights.items():
+        shape = tuple(weight.shape)
+        if not weight.is_floating_point():
+            drawn[name] = weight.detach().cpu()
+        elif program.kinds[name] != "parameter" or not shape or scale is None:
+            drawn[name] = weight.detach().cpu().to(dtype)
+        elif len(shape) == 1:
+            drawn[name] = torch.rand(shape, generator=generator).to(dtype) + 0.5
+        else:
+            normal = torch.randn(shape, generator=generator).to(dtype)
+            drawn[name] = normal * (scale / max(shape[1:]) ** 0.5)
+    return drawn
