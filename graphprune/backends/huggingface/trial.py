@@ -25,7 +25,7 @@ _TOLERANCE = 1e-4
 """Parts of many models compute in float32 whatever their weights are in."""
 
 _SCALES = (1.0, 0.1, None)
-"""Of drawn weights, tried in turn until all outputs are finite; None is the program's own weights."""
+"""Of drawn weights, tried until all outputs are finite; None is the program's own weights."""
 
 
 class Trial:
