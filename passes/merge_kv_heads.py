@@ -115,6 +115,12 @@ class MergeKvHeads(Pass):
         """The mean of the heads."""
         return "init=mean"
 
+    def calibration_tokens(self, program: Program) -> int:
+        """Return what least squares need, where heads are aligned."""
+        from graphprune.calibration.statistics import tokens_for_gram
+
+        return tokens_for_gram(program) if self.init == "aligned" else 0
+
     def run(self, program: Program, context: Context) -> Outcome:
         """Find the KV heads of every attention, make those of each group equal, and merge them."""
         from graphprune.plan.plan import Plan

@@ -200,6 +200,10 @@ class Prune(Pass):
         """Scores of the weights alone."""
         return "criterion=l2" + (" normalize=none" if self.normalize == "loss" else "")
 
+    def calibration_tokens(self, program: Program) -> int:
+        """Return what the criterion needs."""
+        return self.scorer.tokens_needed(program)
+
     def run(self, program: Program, context: Context) -> Outcome:
         """Score the target's groups, select units, and rewrite; once for each step."""
         from graphprune.plan.plan import Plan

@@ -81,6 +81,12 @@ class Reconstruct(Pass):
         """Always."""
         return True
 
+    def calibration_tokens(self, program: Program) -> int:
+        """Return what least squares need."""
+        from graphprune.calibration.statistics import tokens_for_gram
+
+        return tokens_for_gram(program)
+
     def run(self, program: Program, context: Context) -> Outcome:
         """Refit the program before the cuts, then cut it."""
         from graphprune.transforms.refit import refit

@@ -244,12 +244,12 @@ class Recover(Pass):
                     "a text is read by the tokenizer of a checkpoint directory, and this program "
                     "came from none: give calibration data instead"
                 )
-            ids = tokenize(read_documents(self.text), source.directory)
-            if len(ids) < self.length:
+            stream = tokenize(read_documents(self.text), source.directory)
+            windows = stream.windows(self.length)
+            if not len(windows):
                 raise TrainingError(
-                    f"{self.text} has {len(ids)} tokens; one window takes {self.length}"
+                    f"{self.text} has {len(stream.ids)} tokens; one window takes {self.length}"
                 )
-            windows = ids[: len(ids) // self.length * self.length].view(-1, self.length)
             data = Calibration.from_batches([token_batch(windows)])
         data.check(program)
         return data

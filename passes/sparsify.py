@@ -143,6 +143,12 @@ class Sparsify(Pass):
         """Scores of the weights alone."""
         return "criterion=magnitude"
 
+    def calibration_tokens(self, program: Program) -> int:
+        """Return what least squares need, where there are some."""
+        from graphprune.calibration.statistics import tokens_for_gram
+
+        return tokens_for_gram(program) if self.criterion == "sparsegpt" else 0
+
     def run(self, program: Program, context: Context) -> Outcome:
         """Find the matrices, score them, and set zeros."""
         from graphprune.analysis.matrices import contractions

@@ -6,16 +6,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+BOS = 1
+"""The token that a tokenizer of `byte_tokenizer` begins with, where it does."""
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
+CHAT = "{% for message in messages %}{{ message.role[0] }}:{{ message.content }};{% endfor %}"
+
+
+def byte_tokenizer(*, begins: bool = False, chats: bool = False) -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes, which may begin every text with `BOS` and may have a chat template."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=inner)
+    if begins:
+        token = letters[BOS]
+        inner.post_processor = processors.TemplateProcessing(
+            single=f"{token} $A", special_tokens=[(token, BOS)]
+        )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
+    if begins:
+        tokenizer.bos_token = letters[BOS]
+    if chats:
+        tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + CHAT
+    return tokenizer
 
 
 def byte_llama(**changes: Any) -> LlamaForCausalLM:

@@ -56,6 +56,7 @@ def write_cache(
         "fingerprint": program.fingerprint(),
         "weights": digest([program.weights]),
         "data": calibration.sha256 if calibration is not None else None,
+        "calibration": calibration.describe() if calibration is not None else None,
         "options": options,
     }
     with staged_file(path) as staged:
@@ -106,9 +107,20 @@ def _check(
         raise CalibrationError(f"{path} holds the {what} of this program with other weights")
     if calibration is not None and about["data"] not in (None, calibration.sha256):
         raise CalibrationError(
-            f"{path} holds the {what} on other calibration data ({about['data'][:12]}; "
-            f"this is {calibration.sha256[:12]})"
+            f"{path} holds the {what} on other calibration data: "
+            f"{_drawn(about.get('calibration') or {'sha256': about['data']})}; "
+            f"this is {_drawn(calibration.describe())}"
         )
     for name, value in options.items():
         if (kept := about["options"].get(name)) != value:
             raise CalibrationError(f"{path} holds the {what} for {name} {kept}, not {value}")
+
+
+def _drawn(told: Mapping[str, Any]) -> str:
+    """Say in a few words what `Calibration.describe` told; older files hold the digest alone."""
+    words = [f"digest {told['sha256'][:12]}"]
+    if told.get("length") is not None:
+        words.insert(0, f"{told['samples']} windows of {told['length']} tokens")
+    if told.get("first tokens"):
+        words.append(f"beginning with {', '.join(map(str, told['first tokens']))}")
+    return ", ".join(words)

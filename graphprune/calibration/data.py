@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from graphprune.calibration.tokens import TokenizerLike, beyond_vocabulary, token_batch, tokenize
+from graphprune.calibration.tokens import (
+    TokenizerLike,
+    TokenStream,
+    beyond_vocabulary,
+    token_batch,
+    tokenize,
+)
 from graphprune.errors import CalibrationError
 from graphprune.io.text_sources import read_documents
 from graphprune.ir.tensors import digest
@@ -20,6 +27,12 @@ if TYPE_CHECKING:
 
 _MOST = 2**24
 """Characters of a source that windows are drawn from: bounds memory, and a stream's length."""
+
+SAMPLES, LENGTH = 10, 64
+"""Windows, and tokens of each, where nobody asks for others."""
+
+LONG = 256
+"""Tokens of a window where many are needed: so few of them are first tokens, which are unlike."""
 
 _HELD_OUT = 2048
 """Tokens that are held out at most."""
@@ -51,6 +64,12 @@ class Calibration:
     held_out
         More windows of the same text, none of which is among `batches`: to measure on what nothing
         was fitted to. Empty where the text is too short, and for batches that were given.
+    first
+        The tokens that every window begins with, because the tokenizer puts them there by itself.
+    wanted
+        The tokens that passes asked for; 0 where none did. Fewer than that is a text too short.
+    text
+        What more windows can be drawn from.
     """
 
     batches: tuple[Mapping[str, Tensor], ...]
@@ -61,6 +80,9 @@ class Calibration:
     seed: int | None = None
     labels: tuple[Tensor, ...] | None = None
     held_out: tuple[Mapping[str, Tensor], ...] = ()
+    first: tuple[int, ...] = ()
+    wanted: int = 0
+    text: _Text | None = field(default=None, repr=False)
 
     @classmethod
     def from_text(
@@ -68,15 +90,16 @@ class Calibration:
         source: str | PathLike[str],
         tokenizer: TokenizerLike,
         *,
-        samples: int = 10,
-        length: int = 64,
+        samples: int | None = None,
+        length: int | None = None,
         batch_size: int = 8,
         seed: int = 0,
+        first_token: bool = True,
     ) -> Calibration:
-        """Windows of a text that do not overlap, drawn at random.
+        """Draw windows of a text that do not overlap, at random.
 
-        The defaults are those of LLM-Pruner (Ma et al., 2023, section 4.1), which draws ten windows
-        of 64 tokens.
+        By default ten windows of 64 tokens, as LLM-Pruner draws them (Ma et al., 2023, section
+        4.1), which suit a gradient; a pipeline that needs more draws them: see `enough_for`.
 
         Parameters
         ----------
@@ -86,13 +109,16 @@ class Calibration:
         tokenizer
             The model's transformers tokenizer, or the directory that holds it.
         samples
-            How many windows.
+            How many windows; left out, as many as the passes need.
         length
-            Tokens of each window.
+            Tokens of each window, the first among them; left out, as long as the passes need.
         batch_size
             Windows that a batch holds at most.
         seed
             Which windows, and their order.
+        first_token
+            Whether windows begin as the model was trained: with what its tokenizer puts before a
+            text by itself, such as ``bos``.
 
         Raises
         ------
@@ -106,29 +132,42 @@ class Calibration:
         >>> Calibration.from_text(text, directory, samples=4, length=16).tokens
         64
         """
-        for name, value in (("samples", samples), ("length", length), ("batch_size", batch_size)):
-            if value < 1:
+        given = {"samples": samples, "length": length, "batch_size": batch_size}
+        for name, value in given.items():
+            if value is not None and value < 1:
                 raise CalibrationError(f"{name} must be at least 1, not {value}")
-        ids = tokenize(read_documents(source, most=_MOST), tokenizer)
-        if len(ids) < samples * length:
-            raise CalibrationError(
-                f"{source} has {len(ids)} tokens; "
-                f"{samples} samples of {length} need {samples * length}"
-            )
-        windows = ids[: len(ids) // length * length].view(-1, length)
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(windows), generator=generator)
-        more = order[samples : samples + -(-_HELD_OUT // length)]
-        batches, held_out = (
-            tuple(token_batch(chunk) for chunk in windows[chosen].split(batch_size) if len(chunk))
-            for chosen in (order[:samples], more)
-        )
-        sha256 = digest(batches)
-        return cls(batches, "text", sha256, samples, length, seed, held_out=held_out)
+        documents = read_documents(source, most=_MOST)
+        stream = tokenize(documents, tokenizer, first_token=first_token)
+        text = _Text(str(source), stream, batch_size, seed, samples is None, length is None)
+        return text.drawn(samples or SAMPLES, length or LENGTH)
+
+    def enough_for(self, tokens: int, longest: int | None = None) -> Calibration:
+        """Return calibration of at least so many tokens, where its size was left open.
+
+        Parameters
+        ----------
+        tokens
+            How many tokens are needed.
+        longest
+            The longest window that the model takes, if that is known.
+
+        Returns
+        -------
+        Calibration
+            Itself where it is enough or its size was asked for. Where the text is too short, all
+            of it but what is held out; `wanted` tells how many tokens there should have been.
+        """
+        if self.text is None or not self.text.may_grow or self.tokens >= tokens:
+            return dataclasses.replace(self, wanted=max(tokens, self.wanted))
+        length = self.length or LENGTH
+        if self.text.any_length:
+            length = min(LONG, longest or LONG)
+        found = self.text.drawn(-(-tokens // length), length, short=True)
+        return dataclasses.replace(found, wanted=tokens)
 
     @classmethod
     def from_batches(cls, batches: Sequence[Mapping[str, Tensor]]) -> Calibration:
-        """Batches that are ready: inputs of the program by name.
+        """Take batches that are ready: inputs of the program by name.
 
         Parameters
         ----------
@@ -165,14 +204,14 @@ class Calibration:
         for batch in self.batches:
             yield dict(batch)
 
-    def labelled(self) -> Iterator[dict[str, Tensor]]:
+    def labeled(self) -> Iterator[dict[str, Tensor]]:
         """Yield the batches, each with its labels, if it has some, under ``labels``."""
         for index, batch in enumerate(self.batches):
             yield {**batch, **({LABELS: self.labels[index]} if self.labels else {})}
 
     def singly(self) -> Iterator[dict[str, Tensor]]:
-        """Every sample as a batch of one, with its label if there are any."""
-        for batch in self.labelled():
+        """Yield every sample as a batch of one, with its label if there are any."""
+        for batch in self.labeled():
             for row in range(_rows(batch)):
                 yield {name: tensor[row : row + 1] for name, tensor in batch.items()}
 
@@ -216,19 +255,63 @@ class Calibration:
         Returns
         -------
         dict
-            ``kind``, ``sha256``, ``samples``, ``length`` and ``seed``.
+            ``kind``, ``sha256``, ``samples``, ``length``, ``tokens``, ``wanted`` (0: nobody asked
+            for a number), ``first tokens`` and ``seed``.
         """
         return {
             "kind": self.kind,
             "sha256": self.sha256,
             "samples": self.samples,
             "length": self.length,
+            "tokens": self.tokens,
+            "wanted": self.wanted,
+            "first tokens": list(self.first),
             "seed": self.seed,
         }
 
 
+@dataclass(frozen=True, eq=False)
+class _Text:
+    """A text that windows are drawn from, the same ones for the same seed."""
+
+    source: str
+    stream: TokenStream
+    batch_size: int
+    seed: int
+    may_grow: bool
+    any_length: bool
+
+    def drawn(self, samples: int, length: int, *, short: bool = False) -> Calibration:
+        """Return so many windows; where there are fewer, all if `short` will do."""
+        windows = self.stream.windows(length)
+        spare = -(-_HELD_OUT // length)
+        if short:
+            samples = max(min(samples, len(windows) - min(spare, len(windows) // 10)), 1)
+        if len(windows) < samples:
+            raise CalibrationError(
+                f"{self.source} has {len(self.stream.ids)} tokens; "
+                f"{samples} samples of {length} need {samples * (length - len(self.stream.first))}"
+            )
+        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(self.seed))
+        batches, held_out = (
+            tuple(token_batch(chunk) for chunk in windows[at].split(self.batch_size) if len(chunk))
+            for at in (order[:samples], order[samples : samples + spare])
+        )
+        return Calibration(
+            batches,
+            "text",
+            digest(batches),
+            samples,
+            length,
+            self.seed,
+            held_out=held_out,
+            first=self.stream.first,
+            text=self,
+        )
+
+
 def inputs_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a batch of `Calibration.labelled` without its labels."""
+    """Return a batch of `Calibration.labeled` without its labels."""
     return {name: tensor for name, tensor in batch.items() if name != LABELS}
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from graphprune.calibration.data import LABELS
 from graphprune.errors import CalibrationError
@@ -53,7 +54,7 @@ def task_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         raise CalibrationError(
             f"there is a label {int(odd[0])}; the logits are of {classes} classes"
         )
-    return functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten())
+    return _cross_entropy(logits.flatten(0, -2), labels.flatten())
 
 
 def next_token_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
@@ -94,13 +95,37 @@ def next_token_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     counted = predicted(batch)
     if not counted.any():
         raise CalibrationError("there is no next token to predict: a window needs two tokens")
-    return functional.cross_entropy(logits[:, :-1][counted].float(), ids[:, 1:][counted])
+    return _cross_entropy(logits[:, :-1][counted], ids[:, 1:][counted])
 
 
 def predicted(batch: Mapping[str, Tensor]) -> Tensor:
-    """Which tokens after the first are predicted, ``[batch, length - 1]``, as truth values."""
+    """Which tokens after the first are predicted, ``[batch, length - 1]``, as a boolean mask."""
     ids = batch["input_ids"]
     mask = batch.get("attention_mask")
     if mask is None:
         return torch.ones_like(ids[:, 1:], dtype=torch.bool)
     return mask[:, 1:].bool() & mask[:, :-1].bool()
+
+
+_AT_ONCE = 2**24
+"""Logits that are in memory in float32 at once."""
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross entropy of ``[n, classes]``, in float32, in pieces of tokens.
+
+    A vocabulary of 256,000 makes logits larger than everything else of a small model. They are in
+    float32, and differentiated, a piece at a time.
+    """
+    rows = max(_AT_ONCE // logits.shape[-1], 1)
+    if len(labels) <= rows:
+        return functional.cross_entropy(logits.float(), labels)
+    sums = [
+        checkpoint(_summed, piece, of, use_reentrant=False)
+        for piece, of in zip(logits.split(rows), labels.split(rows), strict=True)
+    ]
+    return torch.stack(sums).sum() / (labels != -100).sum()
+
+
+def _summed(logits: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(logits.float(), labels, reduction="sum")

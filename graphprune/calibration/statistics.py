@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from graphprune.analysis.matrices import Matrix, Use
+from graphprune.analysis.matrices import Matrix, Use, contractions
 from graphprune.calibration.cache import read_cache, write_cache
 from graphprune.calibration.data import Calibration
 from graphprune.calibration.layerwise import BatchExecution, segments, unpadded
@@ -26,6 +26,7 @@ from graphprune.io.atomic import staged_file
 from graphprune.io.progress import Progress, no_progress
 from graphprune.ir.interpreter import Before, Memory
 from graphprune.ir.program import Program
+from graphprune.ir.provenance import layer_of
 
 Kind = Literal["moments", "gram"]
 """Sums and sums of squares of each input, or all products of two inputs as well."""
@@ -307,6 +308,20 @@ def _check(statistics: Statistics) -> None:
     for name, each in statistics.items():
         if not bool(torch.isfinite(each.squares).all()):
             raise CalibrationError(f"{name}: its inputs on the calibration data are not finite")
+
+
+ROWS_PER_INPUT = 8
+"""Rows that a least squares fit wants for each of its inputs: the error that it makes by fitting
+what is particular to n rows is about inputs / n of what is left, an eighth here."""
+
+
+def tokens_for_gram(program: Program) -> int:
+    """Return the tokens on which products of all pairs of inputs tell of every matrix.
+
+    They are `ROWS_PER_INPUT` for each input of the widest matrix in a numbered layer.
+    """
+    sizes = (m.shape[2] for m in contractions(program).matrices if layer_of(m.weight))
+    return ROWS_PER_INPUT * max(sizes, default=0)
 
 
 def damped(gram: Tensor, damp: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from graphprune.errors import CalibrationError, GraphPruneError, first_line
+from graphprune.io.text_sources import Document, Messages
 
 if TYPE_CHECKING:
     from graphprune.ir.program import Program
@@ -27,30 +29,99 @@ TokenizerLike = Tokenizer | str | PathLike[str]
 """A transformers tokenizer, or the directory that holds one."""
 
 
+@dataclass(frozen=True, eq=False)
+class TokenStream:
+    """The tokens of documents one after the other, to be cut into windows.
+
+    Parameters
+    ----------
+    ids
+        ``[tokens]``.
+    first
+        What every window begins with: what the tokenizer puts before a text by itself, such as
+        its ``bos``, since a model that was trained with that predicts badly without. Empty where
+        it puts nothing there, or none was wanted.
+    """
+
+    ids: Tensor
+    first: tuple[int, ...] = ()
+
+    def windows(self, length: int) -> Tensor:
+        """Return all windows of `length` tokens, ``[windows, length]``, which do not overlap.
+
+        What is left over at the end is not used.
+        """
+        inside = length - len(self.first)
+        if inside < 1:
+            return self.ids.new_empty(0, length)
+        rows = self.ids[: len(self.ids) // inside * inside].view(-1, inside)
+        start = self.ids.new_tensor(self.first).expand(len(rows), -1)
+        return torch.cat([start, rows], 1)
+
+
 def tokenize(
-    documents: Sequence[str],
+    documents: Sequence[Document],
     tokenizer: TokenizerLike,
     error: type[GraphPruneError] = CalibrationError,
-) -> Tensor:
-    """Return the tokens of all documents, one after the other, ``[tokens]``.
+    *,
+    first_token: bool = True,
+) -> TokenStream:
+    """Return the tokens of all documents, with an end-of-text token between them if there is one.
 
-    No special tokens are added, but for an end-of-text token between documents if there is one.
+    Conversations go through the tokenizer's chat template.
+
+    Parameters
+    ----------
+    documents
+        From `graphprune.io.text_sources.read_documents`.
+    tokenizer
+        The model's tokenizer, or the directory that holds it.
+    error
+        The class of errors to raise.
+    first_token
+        Whether windows begin with what the tokenizer puts before a text by itself.
 
     Raises
     ------
     GraphPruneError
-        Of the class `error`, when the tokenizer cannot be read.
+        Of the class `error`, when the tokenizer cannot be read, or has no template for a
+        conversation.
     """
     if isinstance(tokenizer, (str, PathLike)):
         tokenizer = load_tokenizer(tokenizer, error)
-    end = getattr(tokenizer, "eos_token_id", None)
+    first, end = first_tokens(tokenizer), getattr(tokenizer, "eos_token_id", None)
     ids: list[int] = []
     for document in documents:
-        if ids and end is not None:
+        if ids and end is not None and ids[-1] != end:
             ids.append(end)
-        # Not verbose: that the text is longer than the model allows does not matter to its windows.
-        ids.extend(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
-    return torch.tensor(ids, dtype=torch.int64)
+        if isinstance(document, str):
+            # Not verbose: that a text is longer than the model takes does not matter to windows.
+            ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        else:
+            found = _chat(document, tokenizer, error)
+            ids += found[len(first) :] if tuple(found[: len(first)]) == first else found
+    return TokenStream(torch.tensor(ids, dtype=torch.int64), first if first_token else ())
+
+
+def first_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the ids that `tokenizer` puts before every text by itself.
+
+    They are read off what it makes of a text: whether it adds a token that it has is up to it.
+    """
+    probe = "a"
+    bare = list(tokenizer(probe, add_special_tokens=False, verbose=False)["input_ids"])
+    whole = list(tokenizer(probe, verbose=False)["input_ids"])
+    starts = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+    return tuple(whole[: next(starts, 0)]) if bare else ()
+
+
+def _chat(messages: Messages, tokenizer: Any, error: type[GraphPruneError]) -> list[int]:
+    if not getattr(tokenizer, "chat_template", None):
+        raise error("the text holds conversations, and the tokenizer has no chat template")
+    try:
+        return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
+    except Exception as cause:
+        raise error(f"the chat template refuses a conversation: {first_line(cause)}") from cause
 
 
 def load_tokenizer(

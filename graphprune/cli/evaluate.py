@@ -16,6 +16,7 @@ from graphprune.cli.options import (
     CalibrationLength,
     CalibrationText,
     Checkpoint,
+    FirstToken,
     HeldOutText,
     Length,
     MaxTokens,
@@ -38,6 +39,7 @@ def evaluate(
     max_tokens: MaxTokens = None,
     batch_size: BatchSize = 4,
     as_json: AsJson = False,
+    first_token: FirstToken = True,
 ) -> None:
     """Measure the perplexity of a causal language model on a text."""
     from graphprune.evaluation.perplexity import perplexity
@@ -51,6 +53,7 @@ def evaluate(
         length=length,
         max_tokens=max_tokens,
         batch_size=batch_size,
+        first_token=first_token,
         progress=session.progress or False,
     )
     if as_json:
@@ -59,6 +62,8 @@ def evaluate(
     print(f"perplexity {found.perplexity:.4f}")
     print(f"loss       {found.loss:.4f} nats per token")
     print(f"tokens     {found.tokens} of {path.name}, in windows of {found.length}")
+    if found.first:
+        print(f"windows    begin with the tokenizer's own {', '.join(map(str, found.first))}")
 
 
 @verb("graphprune sensitivity DIR --group heads --text heldout.txt")
@@ -97,6 +102,7 @@ def sensitivity(
     length: Length = 256,
     max_tokens: MaxTokens = None,
     batch_size: BatchSize = 4,
+    first_token: FirstToken = True,
 ) -> None:
     """Measure what the model loses by each unit, such as each head, one at a time."""
     from graphprune.analysis.coupling import analyze
@@ -119,6 +125,7 @@ def sensitivity(
             resolve(tokenizer or directory),
             length=length,
             max_tokens=max_tokens,
+            first_token=first_token,
         )
         batches = text_batches(program, windows, batch_size)
         with session.working("analyzing"):
@@ -159,14 +166,15 @@ def sweep(
     steps: Annotated[int, typer.Option(help="Ratios of a range a..b.", min=2)] = 6,
     seeds: Annotated[int, typer.Option(help="Draws of calibration text, and seeds.", min=1)] = 1,
     calibration: CalibrationText = None,
-    samples: Samples = 10,
-    calibration_length: CalibrationLength = 64,
+    samples: Samples = None,
+    calibration_length: CalibrationLength = None,
     text: HeldOutText = None,
     tokenizer: TokenizerDirectory = None,
     length: Length = 256,
     max_tokens: MaxTokens = None,
     batch_size: BatchSize = 4,
     as_json: AsJson = False,
+    first_token: FirstToken = True,
 ) -> None:
     """Measure perplexity against size for several recipes: a table, JSON and a picture."""
     from graphprune.evaluation.sweep import HeldOut, sweep
@@ -177,9 +185,18 @@ def sweep(
     chosen = read_ratios(ratios, steps)
     recipes = [PipelineTemplate.read(text) for text in dict.fromkeys(passes)]
     pipelines = [recipe.at(ratio) for recipe in recipes for ratio in chosen]
+    program = session.load(directory)
     draws = [
         read_calibration(
-            pipelines, directory, calibration, tokenizer, samples, calibration_length, seed
+            pipelines,
+            directory,
+            calibration,
+            tokenizer,
+            samples,
+            calibration_length,
+            seed,
+            first_token,
+            program,
         )[1]
         for seed in range(seeds)
     ]
@@ -189,9 +206,10 @@ def sweep(
         length,
         batch_size,
         max_tokens,
+        first_token,
     )
     found = sweep(
-        session.load(directory),
+        program,
         recipes,
         chosen,
         heldout,

@@ -84,7 +84,10 @@ def generate(
 
     prompts = list(prompt or ())
     if prompt_file is not None:
-        prompts += read_documents(prompt_file, UsageError)
+        for document in read_documents(prompt_file, UsageError):
+            if not isinstance(document, str):
+                raise UsageError(f"{prompt_file} holds conversations, and prompts are texts")
+            prompts.append(document)
     if not prompts:
         raise typer.BadParameter("there is nothing to continue: give --prompt or --prompt-file")
     runner = OnnxRunner(directory, provider=provider, threads=threads)

@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from graphprune.cli.console import note
 from graphprune.errors import GraphPruneError, PlanError
 from graphprune.io import reference
 
 if TYPE_CHECKING:
     from graphprune.calibration.data import Calibration
+    from graphprune.ir.program import Program
     from graphprune.pipeline.pipeline import Pipeline
     from graphprune.plan.plan import Plan
 
@@ -63,11 +65,15 @@ def read_calibration(
     directory: str,
     path: Path | None,
     tokenizer: str | None,
-    samples: int,
-    length: int,
+    samples: int | None,
+    length: int | None,
     seed: int,
+    first_token: bool,
+    program: Program,
 ) -> tuple[Calibration | None, Calibration | None]:
     """Read calibration text: that at `path`, or the packaged one for the packaged model.
+
+    Where nobody asks for a number of windows, there are as many as the pipelines need.
 
     Returns
     -------
@@ -85,5 +91,15 @@ def read_calibration(
     if path is None:
         return None, None
     where = resolve(tokenizer or directory)
-    text = Calibration.from_text(path, where, samples=samples, length=length, seed=seed)
+    text = Calibration.from_text(
+        path, where, samples=samples, length=length, seed=seed, first_token=first_token
+    )
+    if given or needed:
+        for pipeline in pipelines:
+            text = pipeline.enough(text, program)
+        if text.tokens < text.wanted:
+            note(
+                f"{text.tokens:,} tokens of calibration text, where the passes do well by "
+                f"{text.wanted:,}: give more"
+            )
     return text, text if given or needed else None

@@ -75,18 +75,28 @@ CalibrationText = Annotated[
     ),
 ]
 Samples = Annotated[
-    int,
+    int | None,
     typer.Option(
-        "--samples", help="Windows of calibration text.", min=1, rich_help_panel=CALIBRATION
+        "--samples",
+        help="Windows of calibration text; as many as the passes need if left out.",
+        min=1,
+        rich_help_panel=CALIBRATION,
     ),
 ]
 CalibrationLength = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--calibration-length",
-        help="Tokens of each window of calibration text.",
+        help="Tokens of each window of calibration text; as the passes need if left out.",
         min=1,
         rich_help_panel=CALIBRATION,
+    ),
+]
+FirstToken = Annotated[
+    bool,
+    typer.Option(
+        "--first-token/--no-first-token",
+        help="Begin windows of text with what the tokenizer puts before a text, such as bos.",
     ),
 ]
 

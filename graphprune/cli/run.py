@@ -20,6 +20,7 @@ from graphprune.cli.options import (
     CalibrationLength,
     CalibrationText,
     Checkpoint,
+    FirstToken,
     Form,
     Output,
     Overwrite,
@@ -72,8 +73,9 @@ def run(
     ] = False,
     as_json: AsJson = False,
     calibration: CalibrationText = None,
-    samples: Samples = 10,
-    calibration_length: CalibrationLength = 64,
+    samples: Samples = None,
+    calibration_length: CalibrationLength = None,
+    first_token: FirstToken = True,
     length: Annotated[
         int | None,
         typer.Option(
@@ -119,12 +121,21 @@ def run(
         raise typer.BadParameter("give --output, or --dry-run to write nothing")
     pipeline = read_pipeline(passes)
     require_text(calibration, CalibrationError)
+    whole = pipeline  # what is looked at before sizes are decided is as much as in a real run
     if dry_run:
         output, pipeline = None, pipeline.resizing()
     with destination(output, directory, overwrite=overwrite) as folder, ExitStack() as stack:
         program = session.load(directory)
         text, fitted = read_calibration(
-            [pipeline], directory, calibration, tokenizer, samples, calibration_length, seed
+            [whole],
+            directory,
+            calibration,
+            tokenizer,
+            samples,
+            calibration_length,
+            seed,
+            first_token,
+            program,
         )
         result = pipeline.run(
             program,

@@ -143,6 +143,13 @@ class Criterion(ABC):
         """What the scores depend on beside the name: the attributes of the object."""
         return {key: repr(value) for key, value in vars(self).items()}
 
+    def tokens_needed(self, program: Program) -> int:
+        """Return how many tokens of calibration text tell one unit from another; 0 for any number.
+
+        A gradient needs few: the default is as many as are drawn where nobody asks for a number.
+        """
+        return 0
+
     @abstractmethod
     def scores(self, context: ScoringContext) -> Scores:
         """Return the score of every unit of ``context.groups``; higher is more important."""

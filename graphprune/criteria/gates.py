@@ -46,7 +46,7 @@ class Gate(Criterion):
             for group in context.groups
         }
         sources = {use.source for each in held.values() for m, _ in each for use in m.uses}
-        batches = list(data.singly() if self.absolute == "sample" else data.labelled())
+        batches = list(data.singly() if self.absolute == "sample" else data.labeled())
         for batch in context.track(batches, "taking gradients of gates"):
             values = _activations(context.program, batch, sources)
             for name, consumers in held.items():

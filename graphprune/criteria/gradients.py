@@ -25,7 +25,7 @@ def loss_gradients(context: ScoringContext, names: Sequence[str]) -> Iterator[tu
         Without calibration batches, or when they do not fit the program or the loss is not finite.
     """
     data = context.data()
-    batches = context.track(list(data.labelled()), "taking gradients")
+    batches = context.track(list(data.labeled()), "taking gradients")
     yield from _gradients(context.program, batches, data.samples, names)
 
 

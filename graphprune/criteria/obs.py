@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from graphprune.calibration.statistics import damped, observe
+from graphprune.calibration.statistics import damped, observe, tokens_for_gram
 from graphprune.criteria.base import Criterion, Scores, ScoringContext
+from graphprune.ir.program import Program
 
 
 class Obs(Criterion):
@@ -22,6 +23,10 @@ class Obs(Criterion):
 
     name = "obs"
     requires_calibration = True
+
+    def tokens_needed(self, program: Program) -> int:
+        """Return the tokens that a least squares fit needs."""
+        return tokens_for_gram(program)
 
     def scores(self, context: ScoringContext) -> Scores:
         """Remove greedily in the consumers of every group.

@@ -83,7 +83,7 @@ class Scop(Criterion):
             [each.requires_grad_() for each in inner.values()], lr=self.rate, betas=(0.5, 0.9)
         )
         generator = torch.Generator().manual_seed(context.seed)
-        batches = list(data.labelled())
+        batches = list(data.labeled())
         for _ in context.track(range(self.epochs), "learning what is real"):
             knockoffs = self.controls(data, generator)
             for at in torch.randperm(len(batches), generator=generator).tolist():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from graphprune.calibration.losses import next_token_loss, predicted
 from graphprune.calibration.tokens import TokenizerLike, beyond_vocabulary, token_batch, tokenize
 from graphprune.errors import EvaluationError
 from graphprune.io.progress import DisplayFactory, display_factory, progress_bar
-from graphprune.io.text_sources import read_documents
+from graphprune.io.text_sources import Document, read_documents
 from graphprune.ir.compare import relative_error, tolerance_of
 from graphprune.ir.program import Program
 
@@ -37,6 +38,8 @@ class Perplexity:
         Tokens of each window.
     sha256
         A digest of the windows: equal for two programs measured on the same tokens.
+    first
+        The tokens that every window begins with, because the tokenizer puts them there by itself.
     """
 
     perplexity: float
@@ -44,6 +47,7 @@ class Perplexity:
     tokens: int
     length: int
     sha256: str
+    first: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name."""
@@ -58,12 +62,15 @@ def perplexity(
     length: int = 256,
     batch_size: int = 4,
     max_tokens: int | None = None,
+    first_token: bool = True,
     progress: bool | DisplayFactory = False,
 ) -> Perplexity:
     """Measure the perplexity of a causal language model on a text.
 
     The text is cut into windows of `length` tokens that do not overlap, and what is left over at
     the end is not used. In every window each token after the first is predicted from those before.
+    The first is what the tokenizer puts before a text by itself, if it does so, since the model was
+    trained that way: without it, a model may look several times worse than it is.
 
     Parameters
     ----------
@@ -80,6 +87,8 @@ def perplexity(
         Windows that are run at once.
     max_tokens
         Use no more than the first so many tokens of the text.
+    first_token
+        Whether windows begin with what the tokenizer puts before a text by itself.
     progress
         Whether to show a progress bar, or what makes one.
 
@@ -91,7 +100,7 @@ def perplexity(
     """
     if problem := why_not_causal(program):
         raise EvaluationError(f"perplexity needs a causal language model{problem}")
-    windows = text_windows(program, text, tokenizer, length=length, max_tokens=max_tokens)
+    windows, first = _windows(program, text, tokenizer, length, max_tokens, first_token)
     show = display_factory() if progress is True else (progress or None)
     total, count = 0.0, 0
     with progress_bar(show, "measuring perplexity", total=len(windows)) as advance:
@@ -103,7 +112,7 @@ def perplexity(
             advance(len(chunk))
     loss = total / count
     digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
-    return Perplexity(_exp(loss), loss, count, length, digest)
+    return Perplexity(_exp(loss), loss, count, length, digest, first)
 
 
 def text_windows(
@@ -113,6 +122,7 @@ def text_windows(
     *,
     length: int = 256,
     max_tokens: int | None = None,
+    first_token: bool = True,
 ) -> Tensor:
     """Cut a text into the windows that `perplexity` measures, ``[windows, length]``.
 
@@ -122,21 +132,38 @@ def text_windows(
         When the text cannot be read or is too short for one window, or a window is too long for
         the model.
     """
+    return _windows(program, text, tokenizer, length, max_tokens, first_token)[0]
+
+
+def _windows(
+    program: Program,
+    text: str | PathLike[str],
+    tokenizer: TokenizerLike,
+    length: int,
+    max_tokens: int | None,
+    first_token: bool,
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Return the windows of a text, and the tokens that each begins with."""
     _check_length(program, length)
-    ids = tokenize(_documents(text), tokenizer, EvaluationError)[:max_tokens]
-    if len(ids) < length:
+    documents = _documents(text)
+    stream = tokenize(documents, tokenizer, EvaluationError, first_token=first_token)
+    stream = dataclasses.replace(stream, ids=stream.ids[:max_tokens])
+    windows = stream.windows(length)
+    if not len(windows):
         limit = "" if max_tokens is None or max_tokens >= length else f" of {max_tokens} allowed"
-        raise EvaluationError(f"the text has {len(ids)} tokens{limit}; a window takes {length}")
-    if problem := beyond_vocabulary(program, ids):
+        raise EvaluationError(
+            f"the text has {len(stream.ids)} tokens{limit}; a window takes {length}"
+        )
+    if problem := beyond_vocabulary(program, windows):
         raise EvaluationError(problem)
-    return ids[: len(ids) // length * length].view(-1, length)
+    return windows, stream.first
 
 
 def _exp(loss: float) -> float:
     return math.exp(loss) if loss < math.log(float("1e308")) else math.inf
 
 
-def _documents(text: str | PathLike[str]) -> list[str]:
+def _documents(text: str | PathLike[str]) -> list[Document]:
     if not isinstance(text, str) or not any(map(str.isspace, text)) or _is_file(text):
         return read_documents(text, EvaluationError)
     if not text.strip():

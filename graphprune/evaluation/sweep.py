@@ -36,6 +36,7 @@ class HeldOut:
     length: int = 256
     batch_size: int = 4
     max_tokens: int | None = None
+    first_token: bool = True
 
 
 def sweep(

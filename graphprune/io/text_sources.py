@@ -2,9 +2,9 @@
 
 A source is written as one of
 
-- ``FILE``: a UTF-8 text, or JSON lines (``.jsonl``, ``.ndjson``, ``.json``) with a field ``text``;
-  either may be compressed (``.gz``);
-- ``FILE.jsonl:FIELD``: JSON lines with the text in another field;
+- ``FILE``: a UTF-8 text, or JSON lines (``.jsonl``, ``.ndjson``, ``.json``) with a field ``text``,
+  or with conversations in a field ``messages``; either may be compressed (``.gz``);
+- ``FILE.jsonl:FIELD``: JSON lines with the text or conversation in another field;
 - ``NAME:SPLIT:COLUMN`` or ``NAME:CONFIG:SPLIT:COLUMN``: a data set, where ``datasets`` is
   installed.
 """
@@ -15,7 +15,7 @@ import gzip
 import itertools
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
@@ -23,8 +23,13 @@ from typing import Any, BinaryIO, cast
 
 from graphprune.errors import CalibrationError, GraphPruneError, first_line
 
-FIELD = "text"
-"""The field of JSON lines that is read where none is named."""
+FIELDS = ("text", "messages")
+"""The fields of JSON lines that are read where none is named: the first that a line has."""
+
+Messages = list[dict[str, Any]]
+"""A conversation: messages with a ``role`` and a ``content``, as chat templates take them."""
+
+Document = str | Messages
 
 _LINES = (".jsonl", ".ndjson", ".json")
 
@@ -33,7 +38,7 @@ ErrorClass = type[GraphPruneError]
 
 def read_documents(
     source: str | PathLike[str], error: ErrorClass = CalibrationError, most: int | None = None
-) -> list[str]:
+) -> list[Document]:
     """Return the documents of a source of text, in its order: one, or one for each line or row.
 
     Parameters
@@ -54,25 +59,37 @@ def read_documents(
     if not Path(source).exists():
         file, colon, field = text.rpartition(":")
         if colon and _is_lines(Path(file)):
-            return _taken(_records(Path(file), field, error), text, most, error)
+            return _taken(_records(Path(file), (field,), error), text, most, error)
         if text.count(":") in (2, 3):
             return _taken(_rows(text, error), text, most, error)
     path = Path(source)
     if _is_lines(path):
-        return _taken(_records(path, FIELD, error), text, most, error)
+        return _taken(_records(path, FIELDS, error), text, most, error)
     return _taken(_whole(path, most, error), text, most, error)
 
 
-def _taken(documents: Iterable[str], source: str, most: int | None, error: ErrorClass) -> list[str]:
-    taken: list[str] = []
+def _taken(
+    documents: Iterable[Document], source: str, most: int | None, error: ErrorClass
+) -> list[Document]:
+    taken: list[Document] = []
     left = most
     for document in documents:
-        taken.append(document if left is None else document[:left])
-        if left is not None and (left := left - len(document)) <= 0:
+        whole = left is None or not isinstance(document, str)
+        taken.append(document if whole else document[:left])
+        if left is not None and (left := left - sum(map(len, _texts(document)))) <= 0:
             break
-    if not any(document.strip() for document in taken):
+    if not any(text.strip() for document in taken for text in _texts(document)):
         raise error(f"{source} is empty")
     return taken
+
+
+def _texts(document: Document) -> Iterator[str]:
+    """Yield what is said in a document."""
+    if isinstance(document, str):
+        yield document
+        return
+    for message in document:
+        yield str(message.get("content") or "")
 
 
 # -- files ----------------------------------------------------------------------------------------
@@ -93,7 +110,7 @@ def _whole(path: Path, most: int | None, error: ErrorClass) -> Iterator[str]:
     yield "".join(pieces)
 
 
-def _records(path: Path, field: str, error: ErrorClass) -> Iterator[str]:
+def _records(path: Path, fields: Sequence[str], error: ErrorClass) -> Iterator[Document]:
     for number, line in enumerate(_decoded(path, error), 1):
         if not line.strip():
             continue
@@ -101,9 +118,18 @@ def _records(path: Path, field: str, error: ErrorClass) -> Iterator[str]:
             record = json.loads(line)
         except json.JSONDecodeError as cause:
             raise error(f"{path}:{number} is not JSON: {cause.msg}") from cause
-        if not isinstance(record, dict) or not isinstance(record.get(field), str):
-            raise error(f"{path}:{number} has no field {field!r} that holds a text")
-        yield str(record[field])
+        held = (record.get(field) for field in fields) if isinstance(record, dict) else ()
+        found = next((each for each in held if _is_document(each)), None)
+        if found is None:
+            others = "".join(f", and no {each!r}" for each in fields[1:])
+            raise error(f"{path}:{number} has no field {fields[0]!r} that holds a text{others}")
+        yield found
+
+
+def _is_document(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(each, dict) and "role" in each for each in value)
+    return isinstance(value, str)
 
 
 def _decoded(path: Path, error: ErrorClass) -> Iterator[str]:
@@ -127,7 +153,7 @@ def _decoded(path: Path, error: ErrorClass) -> Iterator[str]:
 # -- data sets ------------------------------------------------------------------------------------
 
 
-def _rows(source: str, error: ErrorClass) -> Iterator[str]:
+def _rows(source: str, error: ErrorClass) -> Iterator[Document]:
     """Yield the column of a data set, row by row; it is streamed, not downloaded whole."""
     name, *config, split, column = source.split(":")
     try:
@@ -141,7 +167,7 @@ def _rows(source: str, error: ErrorClass) -> Iterator[str]:
         first = next(rows, None)
     except Exception as cause:
         raise error(f"{source}: the data set cannot be read: {first_line(cause)}") from cause
-    if first is not None and not isinstance(first.get(column), str):
+    if first is not None and not _is_document(first.get(column)):
         raise error(f"{source}: no column {column!r} holds texts; there are {', '.join(first)}")
     for row in () if first is None else itertools.chain([first], rows):
         yield row[column] or ""  # a row may lack a text

@@ -245,6 +245,10 @@ class Pass(ABC):
         """Options with which the pass needs no calibration data; "" where there are none."""
         return ""
 
+    def calibration_tokens(self, program: Program) -> int:
+        """Return how many tokens of calibration text do well by `program`; 0 for any number."""
+        return 0
+
     @abstractmethod
     def run(self, program: Program, context: Context) -> Outcome:
         """Make a new program; never edit the one that came in."""

@@ -103,6 +103,11 @@ class Pipeline:
             changing.pop()
         return Pipeline(changing)
 
+    def enough(self, calibration: Calibration, program: Program) -> Calibration:
+        """Return as much calibration text as the passes need, where its size was left open."""
+        tokens = max((each.calibration_tokens(program) for each in self.passes), default=0)
+        return calibration.enough_for(tokens, program.context_length) if tokens else calibration
+
     def run(
         self,
         program: Program,
@@ -126,7 +131,8 @@ class Pipeline:
         program
             What to start from.
         calibration
-            Batches for the passes that need them.
+            Batches for the passes that need them. Of a text whose windows nobody counted, as many
+            as the passes need.
         output
             The folder that relative output paths start from; the current one by default.
         seed
@@ -176,7 +182,7 @@ class Pipeline:
         context = Context(
             original=program,
             plan_so_far=Plan(),
-            calibration=calibration,
+            calibration=calibration and self.enough(calibration, program),
             output=Path(output),
             seed=seed,
             progress=display_factory(quiet=quiet),

@@ -81,7 +81,7 @@ def _counts(group: Group, levels: int) -> Sequence[int]:
 def _loss(program: Program, data: Calibration) -> float:
     """Return the mean loss over the samples of `data`."""
     total = 0.0
-    for batch in data.labelled():
+    for batch in data.labeled():
         rows = len(next(iter(batch.values())))
         outputs = program(**inputs_of(batch))
         total += task_loss(outputs[program.outputs[0].name], batch).item() * rows

@@ -12,6 +12,7 @@ from byte_llama import byte_llama, byte_tokenizer
 
 import graphprune as gp
 import graphprune.calibration.data as calibration_module
+import graphprune.calibration.losses as losses_module
 from graphprune.calibration.data import Calibration, inputs_of
 from graphprune.calibration.losses import next_token_loss, task_loss
 from graphprune.errors import CalibrationError
@@ -42,7 +43,8 @@ def test_defaults_are_ten_windows_of_64_tokens(text: Path, tokenizer: Any) -> No
     assert ids_of(calibration).shape == (10, 64)
     assert calibration.tokens == 640
     assert [len(batch["input_ids"]) for batch in calibration] == [8, 2]
-    assert calibration.describe().keys() == {"kind", "sha256", "samples", "length", "seed"}
+    keys = {"kind", "sha256", "samples", "length", "tokens", "wanted", "first tokens", "seed"}
+    assert calibration.describe().keys() == keys
     assert (calibration.describe()["samples"], calibration.describe()["length"]) == (10, 64)
 
 
@@ -296,10 +298,10 @@ def test_labels_are_no_inputs_and_come_along_where_they_are_asked_for() -> None:
     ]
     calibration = Calibration.from_batches(batches)
     assert [list(batch) for batch in calibration] == [["x"], ["x"]]
-    assert [batch["labels"].tolist() for batch in calibration.labelled()] == [[4, 1], [0]]
-    assert [list(inputs_of(batch)) for batch in calibration.labelled()] == [["x"], ["x"]]
+    assert [batch["labels"].tolist() for batch in calibration.labeled()] == [[4, 1], [0]]
+    assert [list(inputs_of(batch)) for batch in calibration.labeled()] == [["x"], ["x"]]
     plain = Calibration.from_batches([inputs_of(batch) for batch in batches])
-    assert [list(batch) for batch in plain.labelled()] == [["x"], ["x"]]
+    assert [list(batch) for batch in plain.labeled()] == [["x"], ["x"]]
     assert plain.sha256 != calibration.sha256
     assert plain.samples == calibration.samples == 3
 
@@ -357,3 +359,76 @@ def test_digests_tell_values_names_and_types_apart() -> None:
     ]
     assert len({digest([each]) for each in (zeros, *others)}) == 6
     assert digest([zeros]) == digest([{"a": torch.ones(8)[::2] * 0}])
+
+
+# -- as much as is needed --------------------------------------------------------------------------
+
+
+def test_a_size_that_is_left_open_grows_to_what_is_needed(text: Path, tokenizer: Any) -> None:
+    few = Calibration.from_text(text, tokenizer)
+    assert few.enough_for(600).sha256 == few.sha256
+    more = few.enough_for(1500, longest=128)
+    assert (more.length, more.samples, more.wanted) == (128, 12, 1500)
+    used = {tuple(row) for row in ids_of(more).tolist()}
+    assert len(used) == 12
+    assert used.isdisjoint(tuple(r) for b in more.held_out for r in b["input_ids"].tolist())
+
+
+def test_a_size_that_was_asked_for_stays(text: Path, tokenizer: Any) -> None:
+    asked = Calibration.from_text(text, tokenizer, samples=3).enough_for(1500)
+    assert (asked.samples, asked.length, asked.wanted) == (3, 64, 1500)
+    longer = Calibration.from_text(text, tokenizer, length=32).enough_for(1500)
+    assert (longer.samples, longer.length) == (47, 32)
+    batches = Calibration.from_batches([{"x": torch.zeros(2, 3)}])
+    assert batches.enough_for(1500).samples == 2
+
+
+def test_a_text_too_short_gives_what_it_has_and_holds_some_out(text: Path, tokenizer: Any) -> None:
+    found = Calibration.from_text(text, tokenizer).enough_for(100_000, longest=64)
+    assert found.tokens < found.wanted == 100_000
+    held_out = sum(len(batch["input_ids"]) for batch in found.held_out)
+    assert found.samples + held_out == len(TEXT) // 64
+    assert held_out == len(TEXT) // 64 // 10
+
+
+def test_least_squares_are_given_several_rows_for_each_input(text: Path, tokenizer: Any) -> None:
+    program = gp.capture(byte_llama(intermediate_size=96))
+    data = Calibration.from_text(text, tokenizer)
+    taylor, fitted, sparse = (
+        gp.Pipeline.parse(each).enough(data, program)
+        for each in (
+            "prune{target=ffn ratio=0.5 criterion=taylor}",
+            "prune{target=ffn ratio=0.5 criterion=obs}",
+            "prune{target=ffn ratio=0.5 criterion=taylor},reconstruct",
+        )
+    )
+    assert taylor.tokens == 640
+    assert fitted.tokens == sparse.tokens == 8 * 96
+    result = gp.Pipeline.parse("prune{target=ffn ratio=0.5 criterion=obs}").run(
+        program, calibration=data
+    )
+    assert result.report.calibration is not None
+    assert result.report.calibration["sha256"] == fitted.sha256
+    assert result.report.calibration["wanted"] == 8 * 96
+
+
+# -- losses in pieces ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_a_loss_in_pieces_is_the_loss(monkeypatch: pytest.MonkeyPatch, labels: bool) -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(0, 11, (3, 9))
+    batch = {"input_ids": ids, **({"labels": torch.where(ids > 8, -100, ids)} if labels else {})}
+
+    def loss_and_gradient() -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        logits = torch.randn(3, 9, 11, generator=generator).requires_grad_()
+        loss = task_loss(logits, batch)
+        loss.backward()
+        assert logits.grad is not None
+        return loss.detach(), logits.grad
+
+    whole = loss_and_gradient()
+    monkeypatch.setattr(losses_module, "_AT_ONCE", 50)
+    torch.testing.assert_close(loss_and_gradient(), whole)
