@@ -28,7 +28,7 @@ def relative_error(expected: Tensor, found: Tensor) -> float:
     """Return the largest difference over the largest finite magnitude of `expected`.
 
     Entries that are the same infinity, or both NaN, are equal. It is infinite where something
-    differs from zeros, from a value that is no number, or from an integer or a truth value.
+    differs from zeros, from a value that is no number, or from an integer or a boolean.
 
     Examples
     --------

@@ -153,7 +153,7 @@ def test_an_edit_is_seen_by_the_layers_after_it_and_not_by_its_own() -> None:
 
 
 @pytest.mark.parametrize("name", ["t5", "resnet", "vit", "mixtral", "opt"])
-def test_walking_without_edits_computes_what_running_does(name: str) -> None:
+def test_layerwise_execution_without_edits_computes_what_running_does(name: str) -> None:
     """In-place operators may not be run twice on one tensor."""
     program = program_of(name)
     calibration = Calibration.from_batches([inputs_of(program)])
