@@ -31,7 +31,15 @@ from graphprune.cli.options import (
     TokenizerDirectory,
 )
 from graphprune.cli.session import Session, verb
-from graphprune.cli.writing import KINDS, PLAN, REPORT, compared, destination, form_of, write
+from graphprune.cli.writing import (
+    KINDS,
+    REPORT,
+    compared,
+    destination,
+    form_of,
+    plan_files,
+    write,
+)
 from graphprune.errors import CalibrationError
 from graphprune.pipeline.instruments import Instrument, PassPosition
 
@@ -188,7 +196,7 @@ def apply(
         with session.working("applying the plan"):
             smaller = apply_plan(program, chosen)
         found = form_of(session, smaller, form)
-        files = write(session, smaller, chosen, folder, found)
+        files = [*write(session, smaller, chosen, folder, found), *plan_files(folder)]
     if session.quiet:
         return
     counts = program.parameter_count(), smaller.parameter_count()
@@ -197,7 +205,7 @@ def apply(
         print(json.dumps({"parameters": parameters, "form": found.kind, "written": files}))
         return
     print(f"parameters {counts[0]:,} -> {counts[1]:,}")
-    print(f"{output}: {KINDS[found.kind]}: {', '.join([*files, PLAN])}")
+    print(f"{output}: {KINDS[found.kind]}: {', '.join(files)}")
 
 
 class _Spinner(Instrument):
@@ -245,7 +253,8 @@ def _write_result(
     files = write(session, result.program, result.plan, folder, form)
     predictions, why_not = compared(session, program, result.program, text)
     source = None if program.source is None else program.source.directory
-    others = {path.name for path in folder.iterdir()} - {*files, PLAN}
+    plan = plan_files(folder)
+    others = {path.name for path in folder.iterdir()} - {*files, *plan}
     return Summary(
         Footprint.of(program, source),
         Footprint.of(result.program, folder),
@@ -258,7 +267,7 @@ def _write_result(
         {
             "checkpoint": files,
             "by passes": sorted(others),
-            "plan": [PLAN],
+            "plan": plan,
             "report": [REPORT],
         },
     )

@@ -13,6 +13,7 @@ from graphprune.cli.inputs import resolve
 from graphprune.cli.options import Form
 from graphprune.cli.session import Session
 from graphprune.errors import BackendError, GraphPruneError, OutputError
+from graphprune.plan.edits import edits_beside
 
 if TYPE_CHECKING:
     from graphprune.backends.huggingface.save import CheckpointForm
@@ -82,6 +83,11 @@ def write(
     inner.rmdir()
     plan.save(folder / PLAN)
     return names
+
+
+def plan_files(folder: Path) -> list[str]:
+    """Return the names of the plan in `folder`, and of the values that it brings along, if any."""
+    return [PLAN, *(path.name for path in [edits_beside(folder / PLAN)] if path.exists())]
 
 
 def compared(

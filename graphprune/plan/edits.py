@@ -18,6 +18,8 @@ from graphprune.io.atomic import staged_file
 from graphprune.ir.tensors import digest, own_storage
 
 if TYPE_CHECKING:
+    from os import PathLike
+
     from torch import Tensor
 
 
@@ -112,3 +114,8 @@ class Edits:
         with staged_file(path, overwrite=True) as file:
             save_file(values, file)
         return dataclasses.replace(self, digest=digest([values]), values=path)
+
+
+def edits_beside(path: str | PathLike[str]) -> Path:
+    """Return where the values of edited weights lie for a plan at `path`."""
+    return Path(path).with_suffix(".edits")

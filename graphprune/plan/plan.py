@@ -21,7 +21,7 @@ from torch import Tensor
 from graphprune.errors import PlanError
 from graphprune.io.atomic import staged_file
 from graphprune.plan.checks import check_step
-from graphprune.plan.edits import Edits
+from graphprune.plan.edits import Edits, edits_beside
 from graphprune.plan.json_form import from_data, to_data
 from graphprune.plan.steps import Step, WeightDim
 
@@ -158,7 +158,7 @@ class Plan:
         """
         plan = self
         if self.edits is not None and not self.edits.changed_graph:
-            plan = Plan(self.steps, self.edits.write(_edits_beside(path)))
+            plan = Plan(self.steps, self.edits.write(edits_beside(path)))
         with staged_file(path, overwrite=True) as file:
             file.write_text(plan.to_json() + "\n", encoding="utf-8")
 
@@ -181,7 +181,7 @@ class Plan:
             raise PlanError(f"{path}: {error}") from error
         if plan.edits is None:
             return plan
-        return cls(plan.steps, dataclasses.replace(plan.edits, values=_edits_beside(path)))
+        return cls(plan.steps, dataclasses.replace(plan.edits, values=edits_beside(path)))
 
     def __repr__(self) -> str:
         lines = str(self).splitlines()
@@ -205,11 +205,6 @@ class Plan:
         for edit in self.edits.made if self.edits else ():
             lines.append(f"other values in {len(edit.weights)} weights, by {edit.by}")
         return "\n".join(lines)
-
-
-def _edits_beside(path: str | PathLike[str]) -> Path:
-    """Return where the values of edited weights lie for a plan at `path`."""
-    return Path(path).with_suffix(".edits")
 
 
 def _advance(step: Step, origin: dict[WeightDim, list[list[int]]]) -> None:
