@@ -147,6 +147,10 @@ class Coupling:
     def _exactness(self) -> dict[Atom, tuple[Exactness, str]]:
         found: dict[Atom, tuple[Exactness, str]] = {}
         facts, axes = self.types.facts, self.types.axes
+        for each in self.types.normalized_weights:
+            for atom in () if each.foldable else each.atoms:
+                why = f"a norm of {each.name} runs over it, at {whereabouts(each.result)}"
+                found.setdefault(atom, ("approximate", why))
         for entry in facts.statistics:
             for atom in axes.atoms(entry.axis):
                 why = f"mean and variance over it at {whereabouts(entry.node)}"

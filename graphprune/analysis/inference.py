@@ -48,7 +48,17 @@ def infer(program: Program, untied: Iterable[TypedAttention] = ()) -> Types:
             sides = [(types.axes.product(*side),) for side in sides]
         for left, right in zip(*sides, strict=True):
             inference.unify(left, right, site.node)
+    _keep_norms(types)
     return types
+
+
+def _keep_norms(types: Types) -> None:
+    """Forget what runs over a weight alone to normalize it, where its old norm is kept."""
+    inside = {n for each in types.normalized_weights if each.foldable for n in each.inside}
+    facts = types.facts
+    facts.contractions = [entry for entry in facts.contractions if entry.node not in inside]
+    facts.means = [entry for entry in facts.means if entry.node not in inside]
+    facts.statistics = [entry for entry in facts.statistics if entry.node not in inside]
 
 
 class _Inference:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,32 @@ from graphprune.analysis.axes import Atom, Axes, Axis
 from graphprune.analysis.operators.facts import Facts, Type, ZeroPropagation
 from graphprune.ir.aten import is_view
 from graphprune.ir.program import Program
+
+
+@dataclass(frozen=True, eq=False)
+class NormalizedWeight:
+    """A weight that a graph divides by a norm of itself, or centers, before it uses it.
+
+    Parameters
+    ----------
+    name, weight
+        The parameter and its node.
+    result
+        The normalized weight.
+    inside
+        `weight` and all that is computed from it and other weights alone.
+    atoms
+        What the norm runs over: without some of their units the others would be scaled otherwise.
+    foldable
+        Whether `result` can take the place of `weight`: then the norm is that of all units.
+    """
+
+    name: str
+    weight: fx.Node
+    result: fx.Node
+    inside: frozenset[fx.Node]
+    atoms: frozenset[Atom]
+    foldable: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +125,78 @@ class TypedGraph:
         while _may_share(node) and node.args[0] in self.atoms_of:
             node = node.args[0]  # type: ignore[assignment]
         return node
+
+    # -- weights that are normalized ------------------------------------------------------------
+
+    @cached_property
+    def normalized_weights(self) -> tuple[NormalizedWeight, ...]:
+        """Weights of which the graph takes a norm, and scales what the norm was taken over."""
+        found = []
+        for name, weight in self.program.weight_nodes():
+            if self.program.kinds[name] != "parameter":
+                continue
+            inside = self._made_of_weights(weight)
+            ends = [n for n in inside if any(user not in self._of_weights for user in n.users)]
+            if ends and (atoms := self._scaled_over(inside)):
+                alone = len(ends) == 1 and self._could_replace(weight, ends[0])
+                inner = frozenset(inside)
+                found.append(NormalizedWeight(name, weight, ends[-1], inner, atoms, alone))
+        return tuple(found)
+
+    @cached_property
+    def _of_weights(self) -> dict[fx.Node, set[fx.Node]]:
+        """Nodes that are computed from weights alone -> the parameters that they depend on."""
+        kinds = self.program.kinds
+        found = {
+            node: {node} if kinds[name] == "parameter" else set[fx.Node]()
+            for name, node in self.program.weight_nodes()
+        }
+        for node in self.program.graph.nodes:
+            inputs = node.all_input_nodes
+            if node.op == "call_function" and inputs and all(other in found for other in inputs):
+                found[node] = set[fx.Node]().union(*(found[other] for other in inputs))
+        return found
+
+    def _made_of_weights(self, weight: fx.Node) -> list[fx.Node]:
+        """Return `weight` and what is computed from it and other weights alone, in order."""
+        inside, pending = {weight}, [weight]
+        while pending:
+            for user in pending.pop().users:
+                if user in self._of_weights and user not in inside:
+                    inside.add(user)
+                    pending.append(user)
+        if len(inside) == 1:
+            return [weight]
+        return [node for node in self._of_weights if node in inside]
+
+    def _scaled_over(self, inside: Sequence[fx.Node]) -> frozenset[Atom]:
+        """Return the atoms that something of `inside` is reduced over and joined with again."""
+        nothing: frozenset[Atom] = frozenset()
+        reduced: dict[fx.Node, frozenset[Atom]] = {}
+        facts = self.facts
+        sums = [(entry.node, entry.axis) for entry in facts.contractions]
+        sums += [(entry.node, entry.axis) for entry in facts.means]
+        sums += [(entry.node, entry.axis) for entry in facts.statistics]
+        for node, axis in sums:
+            factors = [n for n in node.all_input_nodes if self._of_weights.get(n)]
+            if node in inside and len(factors) == 1:  # a product of two parameters is no norm
+                reduced[node] = reduced.get(node, nothing) | self.atoms_in(axis)
+        found: set[Atom] = set()
+        for node in inside:
+            inputs = node.all_input_nodes
+            for other in inputs:
+                over = reduced.get(other, nothing)
+                rest = [self.atoms_of.get(n, nothing) for n in inputs if n is not other]
+                found |= over.intersection(nothing.union(*rest))
+                reduced[node] = reduced.get(node, nothing) | over
+        return frozenset(found)
+
+    def _could_replace(self, weight: fx.Node, result: fx.Node) -> bool:
+        """Return whether `result` has the form of `weight`."""
+        ours, theirs = self.axes_of[weight], self.axes_of.get(result)
+        if not isinstance(theirs, tuple) or weight.meta["val"].dtype != result.meta["val"].dtype:
+            return False
+        return len(ours) == len(theirs) and all(map(self.axes.same, ours, theirs))
 
 
 def _may_share(node: fx.Node) -> bool:

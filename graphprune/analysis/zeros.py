@@ -71,12 +71,16 @@ class Zeros:
         """`atoms`, when inputs are zero as `given` says (and nowhere, where it says nothing)."""
         graph, atoms_of = self.graph, self.atoms_of
         weights = {node for _, node in graph.program.weight_nodes()}
+        normalized = {each.result for each in graph.normalized_weights if each.foldable}
         zeros: dict[fx.Node, frozenset[Atom]] = {}
         for node in graph.program.graph.nodes:
             if graph.axes_of.get(node) is None:
                 continue
             if node.op == "placeholder":
                 zeros[node] = atoms_of[node] if node in weights else given.get(node, _NOTHING)
+                continue
+            if node in normalized:  # it becomes a weight where something of its norm would go
+                zeros[node] = atoms_of[node]
                 continue
             rule = graph.zero_rules.get(node, ZeroRule.NEVER)
             zeros[node] = _propagated(rule, node, self._cover(node, zeros), atoms_of)

@@ -16,6 +16,7 @@ from graphprune.analysis.axis_cuts import AxisCut, AxisCuts, is_cut, kept_indice
 from graphprune.analysis.operators.facts import MeanLiteral, Type
 from graphprune.analysis.types import Types
 from graphprune.errors import RewriteError
+from graphprune.ir.interpreter import run_part
 from graphprune.ir.nodes import get_argument, set_argument
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import module_path, operator_of
@@ -59,6 +60,7 @@ class Resize:
         output = self.graph.graph_copy(types.program.graph, self.new)
         self.graph.output(output)
         self._remove_branches()
+        self._fold_norms()
         for literal in types.facts.sizes:
             if self.touched((literal.axis,)) and literal.node in self.new:
                 node = self.new[literal.node]
@@ -99,6 +101,22 @@ class Resize:
                 for argument, past in select.literals:
                     set_argument(self.new[select.node], argument, None, index + past)
 
+    # -- norms of weights -----------------------------------------------------------------------
+
+    def _fold_norms(self) -> None:
+        """Let weights whose norm would change be the normalized ones, so that it does not."""
+        self.folded: dict[str, fx.Node] = {}
+        for each in self.types.normalized_weights:
+            if each.foldable and not each.atoms.isdisjoint(self.cuts):
+                self.folded[each.name] = each.result
+                self.new[each.result].replace_all_uses_with(self.new[each.weight])
+        dead = list(self.folded.values())
+        while dead:
+            node = dead.pop()
+            if node in self.new and not self.new[node].users:
+                self.graph.erase_node(self.new.pop(node))
+                dead += node.all_input_nodes
+
     def touched(self, type_: Type) -> bool:
         """Tell whether any axis of `type_` changes its size."""
         return any(is_cut(self.axes, axis, self.cuts) for axis in type_)
@@ -110,11 +128,17 @@ class Resize:
 
     def gathered(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the weights that stay, with the indices that do; unchanged ones are shared."""
+        if self.folded:
+            values = run_part(self.types.program, [*self.folded.values()], self._given(weights))
+            weights = {**weights, **dict(zip(self.folded, values, strict=True))}
         return {
             name: self._gather(weights[name], self.types.axes_of[node])
             for name, node in self.types.program.weight_nodes()
             if node in self.new
         }
+
+    def _given(self, weights: Mapping[str, Tensor]) -> dict[fx.Node, Tensor]:
+        return {node: weights[name] for name, node in self.types.program.weight_nodes()}
 
     def _gather(self, weight: Tensor, type_: Type) -> Tensor:
         for dim, axis in enumerate(type_):

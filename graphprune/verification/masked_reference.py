@@ -5,8 +5,8 @@ slicing is shared. Removing zeroes; where units are chosen at run time, as exper
 went are never chosen, since their logits are minus infinity. Merging replaces every head of a run
 by the run's mean. Where a normalization's statistics run over an axis that lost units (LayerNorm
 over the residual stream), they are taken over what stays; a plain mean (RMSNorm) keeps its old
-divisor, which zeroing does by itself. What zeros would make infinite, such as quotients by a
-constant, keeps its value: nothing reads it but what is zero.
+divisor, which zeroing does by itself. Norms of weights are those of all units. What zeros would
+make infinite, such as quotients by a constant, keeps its value: nothing reads it but what is zero.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from graphprune.ir.nodes import argument_names
 from graphprune.ir.program import Program
 from graphprune.plan.plan import Plan
 from graphprune.verification.draws import Draws, random_nodes
+from graphprune.verification.kept_norms import kept_norms, narrow_weights
 from graphprune.verification.narrow_weights import NarrowWeights
 
 Left = tuple[int, Tensor, bool]
@@ -74,7 +75,11 @@ class MaskedReference:
         narrow: NarrowWeights | None = None,
     ) -> None:
         self.original = original
-        self.narrow = narrow or NarrowWeights(original.weights, plan)
+        types = types or infer(original)
+        self.narrow = narrow or narrow_weights(original, plan, types)
+        self.normalized = {
+            each.result: self.narrow.widen(each.name) for each in kept_norms(types, plan)
+        }
         self.weights = {name: self.narrow.widen(name) for name in original.weights}
         self.statistics: dict[fx.Node, list[Left]] = {}
         self.choices: dict[fx.Node, list[tuple[int, Tensor]]] = {}
@@ -82,7 +87,7 @@ class MaskedReference:
         self._unmasked = _Unmasked(original)
         self._kept_of_draws: list[dict[int, Tensor]] = []
         if self.narrow.origin:
-            self._find_what_stays(types or infer(original))
+            self._find_what_stays(types)
 
     def _find_what_stays(self, types: Types) -> None:
         """Find normalizations over, choices from, and draws along axes that lost units."""
@@ -139,6 +144,8 @@ class MaskedReference:
 
     def _compute(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what a node makes with statistics over what stays, and choices from it."""
+        if node in self.normalized:
+            return self.normalized[node]
         for dim, stays in self.choices.get(node, ()):
             shape = [1] * args[0].ndim
             shape[dim] = -1

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphprune.analysis.inference import infer
+from graphprune.analysis.types import Types
 from graphprune.errors import VerificationError, first_line
 from graphprune.ir.compare import relative_error, tolerance_of
 from graphprune.ir.interpreter import Hooks, run_program
@@ -21,6 +23,7 @@ from graphprune.ir.provenance import whereabouts
 from graphprune.ir.sample_inputs import continuation, random_inputs
 from graphprune.plan.plan import Plan
 from graphprune.verification.draws import Draws, random_nodes
+from graphprune.verification.kept_norms import narrow_weights
 from graphprune.verification.masked_reference import MaskedReference
 from graphprune.verification.narrow_weights import NarrowWeights
 from graphprune.verification.patterns import broken_patterns
@@ -127,7 +130,8 @@ def verify(
     """
     plan.check(original)
     allowed = tolerance_of(_dtype(original)) if tolerance is None else tolerance
-    expected = _expected(original, plan, program)
+    types = infer(original)
+    expected = _expected(original, plan, program, types)
     weights = {
         name: _error(weight, program.weights.get(name), name)
         for name, weight in expected.values.items()
@@ -135,7 +139,7 @@ def verify(
     if left := sorted(expected.gone.intersection(program.weights)):
         raise VerificationError(f"weight {left[0]} is still there, and should have gone")
     patterns = _check_patterns(plan, program)
-    reference = MaskedReference(original, plan, narrow=expected)
+    reference = MaskedReference(original, plan, types, expected)
     _check_draws(plan, original, program)
     outputs: dict[str, float] = {}
     runs: list[str] = []
@@ -171,9 +175,9 @@ def verify(
     )
 
 
-def _expected(original: Program, plan: Plan, program: Program) -> NarrowWeights:
+def _expected(original: Program, plan: Plan, program: Program, types: Types) -> NarrowWeights:
     """Return the weights that `program` must hold, rounded as it was stored."""
-    found = NarrowWeights(original.weights, plan)
+    found = narrow_weights(original, plan, types)
     for name, value in (plan.edits.read() if plan.edits else {}).items():
         left = found.values.get(name)
         if left is None or left.shape != value.shape:

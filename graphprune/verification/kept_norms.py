@@ -1,0 +1,48 @@
+"""Weights whose norms run over units that go: they keep the norm of all units."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from graphprune.analysis.typed_graph import NormalizedWeight
+from graphprune.analysis.types import Types
+from graphprune.ir.interpreter import run_part
+from graphprune.ir.program import Program
+from graphprune.plan.plan import Plan
+from graphprune.verification.narrow_weights import NarrowWeights
+
+
+def kept_norms(types: Types, plan: Plan) -> list[NormalizedWeight]:
+    """Return the weights that `plan` makes normalized ones, so that what stays is not scaled."""
+    cuts = (cut for step in plan.steps for cut in step.cuts)
+    touched = {(weight, dim) for cut in cuts for weight, dim, _ in cut.indices()}
+    return [
+        each
+        for each in types.normalized_weights
+        if each.foldable
+        and any(
+            (each.name, dim) in touched and not each.atoms.isdisjoint(types.atoms_in(axis))
+            for dim, axis in enumerate(types.weight(each.name))
+        )
+    ]
+
+
+def narrow_weights(original: Program, plan: Plan, types: Types) -> NarrowWeights:
+    """Return what `plan` leaves of the weights of `original`, with norms of all units."""
+    kept = kept_norms(types, plan)
+    values = run_part(original, [each.result for each in kept], {})
+    normalized = {each.name: value for each, value in zip(kept, values, strict=True)}
+    found = NarrowWeights({**original.weights, **normalized}, plan)
+    for name in _without_use(original, kept):
+        found.values.pop(name, None)
+    return found
+
+
+def _without_use(original: Program, kept: Sequence[NormalizedWeight]) -> list[str]:
+    """Return the names of weights that only said how to normalize others."""
+    dead = {each.result for each in kept}
+    for node in reversed(original.graph.nodes):
+        if node.users and dead.issuperset(node.users):
+            dead.add(node)
+    own = {each.weight for each in kept}
+    return [name for name, node in original.weight_nodes() if node in dead - own]
