@@ -14,6 +14,7 @@ from graphprune.analysis.operators.facts import Frozen, Routing, Statistic
 from graphprune.analysis.ownership import Ownership, UnitEntries, UnitOwnership
 from graphprune.analysis.typed_graph import TypedGraph
 from graphprune.analysis.zeros import Zeros
+from graphprune.ir.aten import MOVES, SPLITS, is_operator, plain_name
 
 
 class Types(TypedGraph):
@@ -40,6 +41,9 @@ class Types(TypedGraph):
             for atom in self.axes.atoms(stack.axis):
                 if atom not in self.chosen:
                     found.setdefault(atom, Frozen(stack.axis, "places of a stack", stack.node))
+        for weight, reader in self._unread():
+            for atom in self.atoms_of[weight] - self._read:
+                found.setdefault(atom, Frozen(atom, "nothing of it is read", reader))
         for atom, count in self.min_units.items():
             if count >= atom.size:
                 why = "all of its units are needed at once"
@@ -63,6 +67,28 @@ class Types(TypedGraph):
 
     def _inside_all(self, axes: Iterable[Axis]) -> frozenset[Atom]:
         return frozenset(atom for axis in axes for atom in self.axes.atoms(axis))
+
+    @cached_property
+    def _read(self) -> frozenset[Atom]:
+        """Atoms that an operator computes with: the others lie in parts that a slice leaves out.
+
+        Those belong to sizes that were fixed when the program was captured, not to the model.
+        """
+        moving = MOVES | SPLITS
+        return frozenset[Atom]().union(
+            *(
+                self.atoms_of.get(operand, frozenset())
+                for node in self.program.graph.nodes
+                if node.op == "output" or (is_operator(node) and plain_name(node) not in moving)
+                for operand in node.all_input_nodes
+            )
+        )
+
+    def _unread(self) -> Iterator[tuple[fx.Node, fx.Node]]:
+        """Weights of which something is not read, with the first node that reads them."""
+        for _, node in self.program.weight_nodes():
+            if node.users and not self.atoms_of[node] <= self._read:
+                yield node, next(iter(node.users))
 
     @cached_property
     def _zeros(self) -> Zeros:
