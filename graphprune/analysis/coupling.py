@@ -10,10 +10,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from graphprune.analysis.axes import Atom, Axis, Occurrence, Product
-from graphprune.analysis.groups import Exactness, Group, group_names
+from graphprune.analysis.groups import Exactness, Group, earlier_names, group_names
 from graphprune.analysis.index_maps import index_map, weight_occurrences
 from graphprune.analysis.inference import infer
-from graphprune.analysis.roles import LABELS, find_roles
+from graphprune.analysis.roles import LABELS, Role, find_roles
 from graphprune.analysis.types import Types
 from graphprune.errors import UsageError, nearest
 from graphprune.io.extensions import extension
@@ -57,7 +57,7 @@ class Coupling:
         return tuple(self._by_atom.values())
 
     def group(self, name: str) -> Group:
-        """Return the group called `name`.
+        """Return the group called `name`, now or in an earlier release.
 
         Raises
         ------
@@ -68,6 +68,11 @@ class Coupling:
             hint = nearest(name, self._by_name)
             raise UsageError(f"the program has no group {name!r}{hint}")
         return self._by_name[name]
+
+    @cached_property
+    def current_names(self) -> dict[str, str]:
+        """Every name that a group has, or had in an earlier release -> its name now."""
+        return {name: group.name for name, group in self._by_name.items()}
 
     def sizes(self, group: Group) -> tuple[int, ...]:
         """Return the sizes of the parents of `group`, and its own."""
@@ -84,7 +89,10 @@ class Coupling:
 
     @cached_property
     def _by_name(self) -> dict[str, Group]:
-        return {group.name: group for group in self.groups}
+        """Groups by name; by the names of earlier releases, too."""
+        earlier = earlier_names(self._weights_of, self._roles)
+        found = {earlier[atom]: group for atom, group in self._by_atom.items()}
+        return found | {group.name: group for group in self.groups}
 
     @cached_property
     def _owners(self) -> dict[str, list[tuple[Group, int]]]:
@@ -112,9 +120,8 @@ class Coupling:
 
     @cached_property
     def _by_atom(self) -> dict[Atom, Group]:
-        occurrences = self._occurrences
-        roles = find_roles(self.types, occurrences.keys())
-        names = group_names({atom: list(self._reached(atom)) for atom in occurrences}, roles)
+        occurrences, roles = self._occurrences, self._roles
+        names = group_names(self._weights_of, roles)
         parents = _parents(self.types, occurrences)
         exactness = self._exactness()
         return {
@@ -131,10 +138,17 @@ class Coupling:
             for atom, found in occurrences.items()
         }
 
-    def _reached(self, atom: Atom) -> Iterator[str]:
-        """Return the weights that an atom reaches into."""
-        yield from (weight for weight, *_ in self._occurrences[atom])
-        yield from (member.weight for member in self._owned(atom))
+    @cached_property
+    def _roles(self) -> dict[Atom, Role]:
+        return find_roles(self.types, self._occurrences.keys())
+
+    @cached_property
+    def _weights_of(self) -> dict[Atom, list[str]]:
+        """The weights that each atom reaches into."""
+        return {
+            atom: [*(weight for weight, *_ in found), *(m.weight for m in self._owned(atom))]
+            for atom, found in self._occurrences.items()
+        }
 
     def _owned(self, atom: Atom) -> Iterator[IndexMap]:
         """Return the weights that one unit of an atom owns, unit by unit."""
@@ -304,6 +318,16 @@ class Coupling:
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.groups))
+
+    def __repr__(self) -> str:
+        source, weights = self.program.source, len(self.program.weights)
+        name = source.model_class.__name__ if source else "a program"
+        kinds: dict[str, int] = defaultdict(int)
+        for group in self.groups:
+            kinds[f"{group.role} of {group.size} units, {group.exactness}"] += 1
+        lines = (f"  {count} {kind}" for kind, count in kinds.items())
+        head = f"<Coupling of {name}: {len(self.groups)} groups in {weights} weights"
+        return "\n".join([head, *lines]) + ">"
 
 
 def analyze(program: Program) -> Coupling:

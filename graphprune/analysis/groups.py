@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -18,7 +19,7 @@ from graphprune.plan.steps import Cut
 Exactness = Literal["exact", "rescaled", "approximate"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Group:
     """A coupled group: removing a unit removes its slice of every member.
 
@@ -92,31 +93,92 @@ class Group:
                 taken[member.owner] += 1
         return found
 
+    @property
+    def summary(self) -> str:
+        """One line: name, units, role, exactness with its reason, and number of weights."""
+        why = f" ({self.why})" if self.why else ""
+        head = f"{self.name}: {self.size} units, {self.role}, {self.exactness}{why}"
+        return f"{head}, in {len(self.weights())} weights"
+
+    def __repr__(self) -> str:
+        return f"<Group {self.summary}>"
+
     def __str__(self) -> str:
         head = f"{self.name}: {self.size} units, {self.role}, {self.exactness}"
         lines = [head + (f" ({self.why})" if self.why else "")]
         if self.parents:
             lines.append(f"  chosen per unit of {', '.join(self.parents)}")
-        for m in self.members:
-            if m.owner is not None:
-                lines.append(f"  {m.weight}: whole, of unit {m.owner}")
-                continue
-            loops = "".join(f" + {stride}*[0,{size})" for size, stride in m.outer)
-            wide = f" + [0,{m.width})" if m.width > 1 else ""
-            lines.append(f"  {m.weight} dim {m.dim}: {m.offset}{loops} + {m.width}*unit{wide}")
+        lines += [f"  {where}: {held}" for where, held in map(_placed, self.members)]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Return the members as a table, for notebooks."""
+        rows = "".join(
+            f"<tr><td>{html.escape(where)}</td><td><code>{html.escape(held)}</code></td></tr>"
+            for where, held in map(_placed, self.members)
+        )
+        return (
+            f"<p>{html.escape(self.summary)}</p>"
+            f"<table><tr><th>weight</th><th>indices of a unit</th></tr>{rows}</table>"
+        )
+
+
+def _placed(member: IndexMap) -> tuple[str, str]:
+    """Return where a member lies, and which indices a unit has there."""
+    if member.owner is not None:
+        return member.weight, f"whole, of unit {member.owner}"
+    loops = "".join(f" + {stride}*[0,{size})" for size, stride in member.outer)
+    wide = f" + [0,{member.width})" if member.width > 1 else ""
+    return (
+        f"{member.weight} dim {member.dim}",
+        f"{member.offset}{loops} + {member.width}*unit{wide}",
+    )
 
 
 def group_names(members: Mapping[Atom, list[str]], roles: Mapping[Atom, Role]) -> dict[Axis, str]:
-    """Return a stable name for each group: the module path of its weights, and its label."""
+    """Return a stable name for each group: where it lies, and what it is.
+
+    That is the path of the module that its weights share. Where they share none, or another group
+    of the kind lies there, it is the module of its first weight, or else of its last.
+    """
+    shared = {atom: common_path(weights) for atom, weights in members.items()}
+    alone = {atom: path for atom, path in shared.items() if path or roles[atom] == "residual"}
+    first = {atom: common_path(weights[:1]) for atom, weights in members.items()}
+    last = {atom: common_path(weights[-1:]) for atom, weights in members.items()}
     names: dict[Axis, str] = {}
+    taken: set[str] = set()
+    for paths in (alone, first, last):
+        found: dict[str, list[Atom]] = defaultdict(list)
+        for atom in members.keys() - names.keys():
+            if atom in paths:
+                found[_name(paths[atom], roles[atom])].append(atom)
+        for name, atoms in found.items():
+            if len(atoms) == 1 and name not in taken:
+                names[atoms[0]] = name
+                taken.add(name)
+    for atom in members:  # what is left lies in one module and is of one kind: it is numbered
+        if atom in names:
+            continue
+        name = _name(first[atom], roles[atom])
+        numbered = (name, *(f"{name}.{number}" for number in range(2, len(members) + 2)))
+        names[atom] = next(each for each in numbered if each not in taken)
+        taken.add(names[atom])
+    return {atom: names[atom] for atom in members}
+
+
+def earlier_names(members: Mapping[Atom, list[str]], roles: Mapping[Atom, Role]) -> dict[Atom, str]:
+    """Return the names that groups had in plans and scores of earlier releases."""
+    names: dict[Atom, str] = {}
     taken: dict[str, int] = defaultdict(int)
     for atom, weights in members.items():
-        path = common_path(weights)
-        name = f"{path}:{roles[atom]}" if path else str(roles[atom])
+        name = _name(common_path(weights), roles[atom])
         taken[name] += 1
         names[atom] = name if taken[name] == 1 else f"{name}.{taken[name]}"
     return names
+
+
+def _name(path: str, role: Role) -> str:
+    return f"{path}:{role}" if path else str(role)
 
 
 def common_path(weights: Iterable[str]) -> str:

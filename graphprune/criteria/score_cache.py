@@ -52,7 +52,9 @@ def load_or_score(
             check_scores(scores, context)
             write_cache(staged, "scores", scores, context.program, data, **options)
         return scores
-    scores = read_cache(path, "scores", context.program, data, **options)
+    names = context.coupling.current_names
+    found = read_cache(path, "scores", context.program, data, **options)
+    scores = {names.get(name, name): score for name, score in found.items()}
     if lacking := [group.name for group in context.groups if group.name not in scores]:
         raise CalibrationError(f"{path} lacks the scores of {lacking[0]}")
     check_scores(scores, context)

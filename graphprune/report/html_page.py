@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 MARK = "__DOCUMENT__"
 
+SCRIPTS = ("document.js", "strips.js", "graph.js", "details.js", "start.js")
+"""Parts of the page's script, in the order in which they run."""
+
 
 def page(
     coupling: Coupling,
@@ -70,12 +73,19 @@ def bare_page(title: str, shapes: Mapping[str, tuple[int, ...]], problem: str) -
 
 
 def _filled(data: Mapping[str, Any]) -> str:
-    template = (files("graphprune") / "data" / "page.html").read_text(encoding="utf-8")
-    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False)
-    # A script ends at the first "</", wherever it stands.
-    return template.replace("__TITLE__", html.escape(str(data["title"]))).replace(
-        MARK, text.replace("</", "<\\/")
+    parts = files("graphprune") / "data" / "page"
+    page, style, *scripts = (
+        (parts / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", *SCRIPTS)
     )
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False)
+    for mark, value in (
+        ("__STYLE__", style),
+        ("__SCRIPT__", "".join(scripts)),
+        ("__TITLE__", html.escape(str(data["title"]))),
+        (MARK, text.replace("</", "<\\/")),  # a script ends at the first "</", wherever it stands
+    ):
+        page = page.replace(mark, value)
+    return page
 
 
 def document(
@@ -87,7 +97,7 @@ def document(
     """Return what the page shows, as JSON can hold it.
 
     Keys are short, as there is one for every weight of every layer: see the comments in
-    ``data/page.html``, which reads them.
+    ``data/page/document.js``, which reads them.
     """
     return _Document(coupling, plan, checkpoint_form).whole(title)
 
@@ -248,6 +258,13 @@ class _Document:
             changed |= {self.numbers_of_weights[name]: [0] for name in cut.whole}
         return {
             "shapes": changed,
+            "units": self._units_that_go(),
+            "merged": {
+                self.numbers[merge.group]: merge.groups
+                for step in self.plan.steps
+                for merge in step.merges
+                if merge.group in self.numbers
+            },
             "gone": {
                 self.numbers_of_weights[weight]: {dim: _runs(lost) for dim, lost in dims.items()}
                 for weight, dims in self.plan.removed.items()
@@ -258,6 +275,15 @@ class _Document:
             },
             "loads": self._loads(after),
         }
+
+    def _units_that_go(self) -> dict[int, int]:
+        """Return how many units of each group go (under each parent)."""
+        assert self.plan is not None
+        names, found = self.coupling.current_names, dict[int, int]()
+        for cut in (cut for step in self.plan.steps for cut in step.cuts if cut.group in names):
+            number = self.numbers[names[cut.group]]
+            found[number] = found.get(number, 0) + cut.count
+        return found
 
     def _loads(self, after: Program) -> dict[str, str] | None:
         """Return how the result can be written for transformers, where that is asked."""

@@ -7,8 +7,8 @@ from fnmatch import fnmatchcase
 
 from graphprune.analysis.coupling import Coupling
 from graphprune.analysis.groups import Group
-from graphprune.analysis.roles import Role
-from graphprune.errors import SelectionError
+from graphprune.analysis.roles import LABELS, Role
+from graphprune.errors import SelectionError, nearest
 from graphprune.ir.provenance import layer_of
 
 TARGETS: dict[str, tuple[Role, ...]] = {
@@ -23,6 +23,28 @@ TARGETS: dict[str, tuple[Role, ...]] = {
 }
 """Name of a pruning target -> the roles that it means."""
 
+_NAMES: dict[str, tuple[Role, ...]] = {
+    **{role: (role,) for role in LABELS},
+    **{name.removesuffix("s"): roles for name, roles in TARGETS.items()},
+    **TARGETS,
+    "query-slots": ("query-slot",),
+    "rope-pairs": ("rope-pair",),
+    "rope-dims": ("rope-pair",),
+    "head-dims": ("head-dim",),
+    "expert-units": ("expert-unit",),
+}
+
+
+def roles_of(target: str) -> tuple[Role, ...]:
+    """Return the roles that a target means, by its name, in the singular, or by a role itself.
+
+    Examples
+    --------
+    >>> roles_of("kv-heads"), roles_of("kv-head"), roles_of("residual"), roles_of("*.mlp:ffn")
+    (('kv-head',), ('kv-head',), ('residual',), ())
+    """
+    return _NAMES.get(target, ())
+
 
 def target_groups(coupling: Coupling, target: str, skip: Iterable[str] = ()) -> list[Group]:
     """Return the groups that `target` means, without those that match a `skip` pattern.
@@ -32,8 +54,8 @@ def target_groups(coupling: Coupling, target: str, skip: Iterable[str] = ()) -> 
     coupling
         The analysis.
     target
-        A key of `TARGETS`, "all" (every group whose removal equals zeroing its weight slices, but
-        the residual stream), or a glob over group names.
+        What `roles_of` knows, "all" (every group whose removal equals zeroing its weight slices,
+        but the residual stream), or a glob over group names.
     skip
         Globs over names of groups or of weights.
 
@@ -42,8 +64,8 @@ def target_groups(coupling: Coupling, target: str, skip: Iterable[str] = ()) -> 
     SelectionError
         When nothing matches, naming what there is; also for a `skip` pattern that matches nothing.
     """
-    if target in TARGETS:
-        found = [group for group in coupling.groups if group.role in TARGETS[target]]
+    if roles := roles_of(target):
+        found = [group for group in coupling.groups if group.role in roles]
     elif target == "all":
         found = [
             group
@@ -51,13 +73,16 @@ def target_groups(coupling: Coupling, target: str, skip: Iterable[str] = ()) -> 
             if group.role not in ("residual", "expert") and group.exactness != "approximate"
         ]
     else:
-        found = [group for group in coupling.groups if fnmatchcase(group.name, target)]
+        names = {coupling.current_names.get(target, ""), target}
+        found = [g for g in coupling.groups if any(fnmatchcase(g.name, name) for name in names)]
     if not found:
-        roles = sorted({group.role for group in coupling.groups})
+        kinds = sorted({group.role for group in coupling.groups})
         has = (
-            f"its groups are {', '.join(roles)}" if roles else "it has no group that can be pruned"
+            f"its groups are {', '.join(kinds)}" if kinds else "it has no group that can be pruned"
         )
-        raise SelectionError(f"target {target!r} matches no group of this program; {has}")
+        known = () if roles else (*TARGETS, "all", *coupling.current_names)
+        hint = nearest(target, known)
+        raise SelectionError(f"target {target!r} matches no group of this program{hint}; {has}")
     for pattern in skip:
         matched = {group.name for group in coupling.groups if _matches(group, pattern)}
         if not matched:

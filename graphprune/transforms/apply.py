@@ -9,12 +9,14 @@ without data, and compared with the types.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
 from graphprune.analysis.axes import Axis
 from graphprune.analysis.axis_cuts import AxisCut
 from graphprune.analysis.coupling import Coupling, analyze
+from graphprune.analysis.groups import Group
 from graphprune.errors import PlanError
 from graphprune.ir.program import Program
 from graphprune.plan.checks import check_change
@@ -88,11 +90,23 @@ def _remove(program: Program, cuts: tuple[Cut, ...], coupling: Coupling) -> Prog
     return resize.program(resize.gathered(program.weights))
 
 
+def _renamed(cut: Cut, coupling: Coupling) -> tuple[Cut, Group | None]:
+    """Return `cut` by the names that groups have now, and its group, None where there is none."""
+    names = coupling.current_names
+    members = (
+        replace(m, outer_groups=tuple(names.get(each or "", each) for each in m.outer_groups))
+        for m in cut.members
+    )
+    parents = tuple(names.get(parent, parent) for parent in cut.parents)
+    name = names.get(cut.group, cut.group)
+    group = coupling.group(name) if name in names else None
+    return replace(cut, group=name, parents=parents, members=tuple(members)), group
+
+
 def _by_atom(cuts: tuple[Cut, ...], coupling: Coupling) -> dict[Axis, AxisCut]:
     found: dict[Axis, AxisCut] = {}
-    groups = {group.name: group for group in coupling.groups}
     for cut in cuts:
-        group = groups.get(cut.group)
+        cut, group = _renamed(cut, coupling)
         if group is None or group.size != cut.size or group.members != cut.members:
             raise PlanError(f"{cut.group}: the plan's group and the program's differ")
         if cut.parents not in ((), group.parents):

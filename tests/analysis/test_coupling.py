@@ -28,6 +28,7 @@ from graphprune.errors import UsageError
 from graphprune.plan.index_map import IndexMap
 from graphprune.plan.plan import Plan
 from graphprune.plan.steps import Step
+from graphprune.transforms.apply import apply_plan
 
 LAYER = "model.layers.0"
 
@@ -140,9 +141,10 @@ def test_names_are_those_of_the_module_that_the_members_share(name: str) -> None
     coupling = coupling_of(name)
     assert len({group.name for group in coupling.groups}) == len(coupling.groups)
     for group in coupling.groups:
-        path = common_path(group.weights())
-        label = f"{path}:{group.role}" if path else group.role
-        assert re.fullmatch(re.escape(label) + r"(\.\d+)?", group.name)
+        path, _, role = group.name.rpartition(":")
+        assert re.fullmatch(re.escape(group.role) + r"(\.\d+)?", role)
+        assert path.startswith(common_path(group.weights()))
+        assert not path or any(weight.startswith(f"{path}.") for weight in group.weights())
         assert coupling.group(group.name) is group
         assert coupling.group_of(coupling.atom(group.name)) is group
 
@@ -547,3 +549,53 @@ def test_a_plan_made_on_meta_is_for_the_model_with_weights() -> None:
     plan = random_plan(coupling)
     program = program_of("gpt2")
     gp.verify(program, plan, gp.apply(program, plan))
+
+
+# -- names --------------------------------------------------------------------------------------
+
+
+def test_names_tell_where_a_group_lies() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 9), nn.ReLU(), nn.Linear(9, 3))
+    coupling = gp.analyze(gp.capture(net, (torch.randn(2, 4),)))
+    assert [group.name for group in coupling.groups] == ["0:ffn", "2:ffn"]
+    names = [group.name for group in coupling_of("opt").groups]
+    attention = "model.decoder.layers.0.self_attn"
+    assert f"{attention}.k_proj:head-dim" in names
+    assert f"{attention}.v_proj:head-dim" in names
+
+
+def test_groups_are_found_by_the_names_of_earlier_releases() -> None:
+    coupling = coupling_of("opt")
+    attention = "model.decoder.layers.0.self_attn"
+    earlier = {f"{attention}:head-dim": "k_proj", f"{attention}:head-dim.2": "v_proj"}
+    for name, module in earlier.items():
+        assert coupling.group(name).name == f"{attention}.{module}:head-dim"
+        assert coupling.current_names[name] == f"{attention}.{module}:head-dim"
+
+
+def test_plans_of_earlier_releases_are_applied() -> None:
+    coupling, program = coupling_of("opt"), program_of("opt")
+    plan = random_plan(coupling, seed=3)
+    text = plan.to_json()
+    for earlier, now in coupling.current_names.items():
+        if earlier not in {group.name for group in coupling.groups}:
+            text = text.replace(f'"{now}"', f'"{earlier}"')
+    assert ":head-dim.2" in text
+    read, expected = Plan.from_json(text), apply_plan(program, plan)
+    for name, weight in apply_plan(program, read).weights.items():
+        assert torch.equal(weight, expected.weights[name])
+
+
+# -- in a notebook ------------------------------------------------------------------------------
+
+
+def test_groups_and_couplings_are_short_in_a_notebook() -> None:
+    coupling = coupling_of("llama-gqa")
+    group = coupling.group(f"{LAYER}.mlp:ffn")
+    assert repr(group) == f"<Group {LAYER}.mlp:ffn: 48 units, ffn, exact, in 3 weights>"
+    table = group._repr_html_()
+    assert table.count("<tr>") == 4
+    assert f"{LAYER}.mlp.down_proj.weight dim 1" in table
+    lines = repr(coupling).splitlines()
+    assert lines[0].startswith("<Coupling of LlamaForCausalLM: ")
+    assert "  2 ffn of 48 units, exact" in lines

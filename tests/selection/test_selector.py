@@ -101,6 +101,30 @@ def test_a_target_means_all_groups_of_its_roles(
     assert found == groups_of(role, name)
 
 
+@pytest.mark.parametrize(
+    ("spelled", "target"),
+    [
+        ("kv-head", "kv-heads"),
+        ("query-slot", "query-heads"),
+        ("query-head", "query-heads"),
+        ("head-dims", "head-dim"),
+        ("rope-pair", "rope-dim"),
+        ("residual", "hidden"),
+    ],
+)
+def test_roles_singulars_and_plurals_are_targets(spelled: str, target: str) -> None:
+    coupling = coupling_of("llama-gqa")
+    assert target_groups(coupling, spelled) == target_groups(coupling, target)
+
+
+def test_an_unknown_target_is_refused_with_the_nearest_name() -> None:
+    coupling = coupling_of("llama-gqa")
+    with pytest.raises(SelectionError, match=r"matches no group .*; did you mean 'hidden'"):
+        target_groups(coupling, "hiden")
+    with pytest.raises(SelectionError, match=r"matches no group of this program; its groups are"):
+        target_groups(coupling, "channels")
+
+
 def test_every_target_is_tested_above() -> None:
     (mark,) = test_a_target_means_all_groups_of_its_roles.pytestmark
     assert {case[0] for case in mark.args[1]} == set(TARGETS)
