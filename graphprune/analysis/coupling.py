@@ -326,8 +326,8 @@ class Coupling:
         for group in self.groups:
             kinds[f"{group.role} of {group.size} units, {group.exactness}"] += 1
         lines = (f"  {count} {kind}" for kind, count in kinds.items())
-        head = f"<Coupling of {name}: {len(self.groups)} groups in {weights} weights"
-        return "\n".join([head, *lines]) + ">"
+        head = f"<Coupling of {name}: {len(self.groups)} groups in {weights} weights>"
+        return "\n".join([head, *lines])
 
 
 def analyze(program: Program) -> Coupling:

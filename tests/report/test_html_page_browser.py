@@ -88,7 +88,7 @@ def test_pointing_at_a_group_lights_all_its_members_and_dims_the_rest(opened: An
     others = [s for s in all_of(browser, ".seg[data-g]") if s.get_attribute("data-g") != group]
     assert len(same) == 3
     assert {each.value_of_css_property("opacity") for each in same} == {"1"}
-    assert {each.value_of_css_property("opacity") for each in others} == {"0.28"}
+    assert {each.value_of_css_property("opacity") for each in others} == {"0.25"}
 
 
 def test_a_unit_is_shown_where_it_lies(opened: Any) -> None:
@@ -138,6 +138,104 @@ def test_a_plan_is_shaded(opened: Any) -> None:
     assert all_of(browser, ".gone")
     assert "The plan" in panel(browser)
     assert "→" in panel(browser)
+
+
+def test_a_plan_says_how_many_units_of_a_group_go_and_what_is_left(opened: Any) -> None:
+    coupling = coupling_of("llama-gqa")
+    plan = random_plan(coupling)
+    browser = opened(page(coupling, "tiny", plan))
+    cut = next(cut for cut in plan.steps[0].cuts if cut.role == "ffn")
+    strip_of(browser, "ffn").click()
+    assert f"{cut.count} of 48 go" in panel(browser)
+    folded = next(each.text for each in all_of(browser, "summary") if "× 2" in each.text)
+    assert "→" in folded
+    legend = browser.find_element("css selector", ".legend").text
+    assert "frozen" in legend
+    assert "goes by the plan" in legend
+
+
+def test_what_goes_dims_with_the_strips_of_other_groups(opened: Any) -> None:
+    coupling = coupling_of("llama-gqa")
+    browser = opened(page(coupling, "tiny", random_plan(coupling)))
+    strip = strip_of(browser, "ffn")
+    group = strip.get_attribute("data-g")
+    strip.click()
+    for each in all_of(browser, ".gone[data-gs]"):
+        own = group in each.get_attribute("data-gs").split()
+        assert float(each.value_of_css_property("opacity")) == (0.8 if own else 0.25)
+
+
+def test_the_graph_has_the_weights_and_groups_of_a_block(opened: Any) -> None:
+    coupling = coupling_of("llama-gqa")
+    browser = opened(page(coupling, "tiny"))
+    block = [name for name in coupling.program.weights if name.startswith("model.layers.0.")]
+    nodes = all_of(browser, ".graph .of-weight")
+    assert [f"model.layers.0.{each.text.splitlines()[0]}" for each in nodes] == block
+    held = {g.role for g in coupling.groups if not set(g.weights()).isdisjoint(block)}
+    groups = all_of(browser, ".graph .of-group")
+    assert {each.text.splitlines()[0] for each in groups} == held
+    pairs = sum(len(set(g.weights()).intersection(block)) for g in coupling.groups)
+    assert len(all_of(browser, ".graph path")) == pairs
+    next(each for each in groups if each.text.startswith("ffn")).click()
+    assert "model.layers.0.mlp:ffn" in panel(browser)
+
+
+def test_the_graph_follows_its_block(opened: Any) -> None:
+    browser = opened(page(coupling_of("resnet"), "cnn"))
+    before = [each.text for each in all_of(browser, ".graph .of-weight")]
+    options = all_of(browser, ".drawn select option")
+    next(each for each in options if not each.is_selected()).click()
+    assert [each.text for each in all_of(browser, ".graph .of-weight")] != before
+    boxes = [each.rect for each in all_of(browser, ".graph .of-group")]
+    tops = sorted((box["x"], box["y"], box["height"]) for box in boxes)
+    for (x, y, height), (other_x, other_y, _) in zip(tops, tops[1:], strict=False):
+        assert x != other_x or y + height <= other_y  # none lies over another
+
+
+def test_there_is_a_way_back_to_click(opened: Any) -> None:
+    browser = opened(page(coupling_of("llama-gqa"), "tiny"))
+    strip_of(browser, "ffn").click()
+    next(each for each in all_of(browser, "#panel td button")).click()
+    assert "model.layers.0.mlp.gate_proj.weight" in panel(browser)
+    next(each for each in all_of(browser, "#panel nav button") if "back" in each.text).click()
+    assert "What a unit saves" in panel(browser)
+    next(each for each in all_of(browser, "#panel nav button") if each.text == "overview").click()
+    assert panel(browser).startswith("Coupled groups")
+    assert not all_of(browser, "#panel nav")
+
+
+@pytest.mark.parametrize("width", [420, 900, 1400])
+def test_labels_are_whole_or_absent_and_nothing_leaves_the_window(opened: Any, width: int) -> None:
+    coupling = coupling_of("gemma3")
+    browser = opened(page(coupling, "tiny", random_plan(coupling)))
+    browser.set_window_size(width, 900)
+    time.sleep(0.3)
+    try:
+        cut = browser.execute_script(
+            "return [...document.querySelectorAll('.seg')].filter(each => each.offsetParent && "
+            "each.textContent && each.scrollWidth > each.clientWidth).map(each => each.textContent)"
+        )
+        assert cut == []
+        page_width = browser.execute_script("return document.documentElement.scrollWidth")
+        assert page_width <= browser.execute_script("return window.innerWidth")
+    finally:
+        browser.set_window_size(1400, 1000)
+
+
+def test_strips_are_scaled_by_what_can_be_pruned(opened: Any) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        num_hidden_layers=2,
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=60_000,
+    )
+    browser = opened(page(gp.analyze(gp.capture(LlamaForCausalLM(config).eval())), "wide"))
+    ffn, row = strip_of(browser, "ffn"), browser.find_element("css selector", ".weight .dims")
+    assert ffn.rect["width"] > 0.5 * row.rect["width"]
 
 
 def test_a_checkpoint_that_cannot_be_captured_has_its_weights_and_the_reason(opened: Any) -> None:
