@@ -171,6 +171,11 @@ class Program:
         """Whether a KV cache goes in and out."""
         return any(value.name.startswith(PAST) for value in self.inputs)
 
+    @property
+    def lacks_values(self) -> bool:
+        """Whether weights are on the meta device: there is a graph, and nothing to run it on."""
+        return any(weight.is_meta for weight in self.weights.values())
+
     def within(self, symbol: int | str, wanted: int) -> int:
         """Return a size for `symbol`, as near to `wanted` as it may be; a number is itself."""
         if isinstance(symbol, int):

@@ -126,8 +126,13 @@ def verify(
     VerificationError
         Past tolerance, naming the output or weight and the error; also for other shapes, for
         values that are not finite, zeros that a pattern promised and that are not there, and draws
-        that cannot be the same on both sides.
+        that cannot be the same on both sides; and where there are no weights to run on.
     """
+    if original.lacks_values or program.lacks_values:
+        raise VerificationError(
+            "the program was captured without weights, so that nothing can be run: "
+            "load them, and verify there"
+        )
     plan.check(original)
     allowed = tolerance_of(_dtype(original)) if tolerance is None else tolerance
     types = infer(original)

@@ -647,6 +647,7 @@ def test_a_program_without_weights_is_refused(rule: str) -> None:
         pipeline.run(meta_program(), calibration=calibration_of("llama-gqa"))
 
 
+@pytest.mark.unverified  # without weights nothing can be run
 def test_a_program_without_weights_is_pruned_at_random() -> None:
     pipeline = Pipeline.parse("prune{target=ffn ratio=0.5 criterion=random}")
     plan = pipeline.run(meta_program()).plan

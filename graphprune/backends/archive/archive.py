@@ -60,7 +60,7 @@ def save(program: Program, directory: str | PathLike[str]) -> None:
     OutputError
         When `directory` is not empty or cannot be written.
     """
-    if any(weight.is_meta for weight in program.weights.values()):
+    if program.lacks_values:
         raise BackendError(
             "the program's weights are on the meta device: there is nothing to write"
         )

@@ -34,7 +34,6 @@ from graphprune.backends.huggingface.model import (
     differing_buffers,
     model_of,
     quiet,
-    without_values,
 )
 from graphprune.backends.huggingface.renumber import renumbered
 from graphprune.backends.huggingface.trial import Trial
@@ -122,7 +121,7 @@ class _FormSearch:
         self.target = needed_sizes(program, derived=True)
         self._types: Types | None = None
         self.trial = Trial(program)
-        self.sizes_only = without_values(program)
+        self.sizes_only = program.lacks_values
         only = "only sizes were compared: the program has no weights"
         self.notes = (only,) if self.sizes_only else ()
 

@@ -46,11 +46,6 @@ def dtype_of(program: Program) -> torch.dtype:
     return next(floating, torch.float32)
 
 
-def without_values(program: Program) -> bool:
-    """Whether the weights of `program` are on the meta device."""
-    return any(weight.is_meta for weight in program.weights.values())
-
-
 def model_of(program: Program, config: Any, model_class: Any) -> Any:
     """Return the model that `from_pretrained` makes of `config` and the program's own weights.
 

@@ -154,7 +154,7 @@ def export(
     if opset < 18:
         raise UsageError(f"opset {opset} is below 18, the first that can be written")
     check_target(program, target, opset)
-    if any(weight.is_meta for weight in program.weights.values()):
+    if program.lacks_values:
         raise BackendError(
             "the program's weights are on the meta device: there is nothing to write"
         )
