@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers as tf
 from captures import captured
+from tiny_models import perturb
 from torch import Tensor, nn
 
 import graphprune as gp
@@ -109,24 +110,20 @@ _BUILDERS: dict[str, Callable[[], nn.Module]] = {
         tf.ViTConfig(**_BERT_LIKE, image_size=16, patch_size=4)
     ),
     "resnet": _resnet,
+    "llama-six": lambda: _llama(
+        hidden_size=48, num_attention_heads=6, num_key_value_heads=6, attention_bias=True
+    ),
+    "llama-wide": lambda: _llama(hidden_size=64, num_attention_heads=8, num_key_value_heads=4),
     "llama-eager": lambda: _llama(num_key_value_heads=4, attn_implementation="eager"),
     "gpt2-eager": lambda: _gpt2(attn_implementation="eager"),
 }
 
-ARCHITECTURES = tuple(name for name in _BUILDERS if not name.endswith("eager"))
-EAGER = tuple(name for name in _BUILDERS if name.endswith("eager"))
+WIDER = ("llama-six", "llama-wide")
+"""For what is merged: six heads with biases, which three groups divide; eight queries on four."""
+
+EAGER = ("llama-eager", "gpt2-eager")
+ARCHITECTURES = tuple(name for name in _BUILDERS if name not in WIDER + EAGER)
 DECODERS = tuple(name for name in ARCHITECTURES if name not in ("bert", "t5", "vit", "resnet"))
-
-
-def perturb(model: nn.Module) -> nn.Module:
-    """Move every parameter and running statistic of `model` by a random amount."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-        for name, buffer in model.named_buffers():
-            if "running" in name:
-                buffer.add_(torch.rand_like(buffer) * 0.2)
-    return model.eval()
 
 
 def build(name: str) -> nn.Module:

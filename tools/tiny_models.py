@@ -405,15 +405,23 @@ def tiny_model(task: str, model_type: str) -> nn.Module:
     config = tiny_config(model_type, FIELDS.get(f"{task}:{model_type}"))
     if not isinstance(config, model_class.config_class):  # of a model with other inputs beside text
         config = config.get_text_config(decoder=True)
-    model: nn.Module = model_class(config)
+    model = perturb(model_class(config))
+    _count_statistics(model)
+    return model
+
+
+def perturb(model: nn.Module) -> nn.Module:
+    """Move every parameter and running statistic of `model` by a random amount.
+
+    No norm, bias or statistic is then the initial one or zero, so that a slip in any of them shows.
+    """
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
         for name, buffer in model.named_buffers():
             if "running" in name:
                 buffer.add_(torch.rand_like(buffer) * 0.2)
-    _count_statistics(model.eval())
-    return model
+    return model.eval()
 
 
 def _count_statistics(model: nn.Module) -> None:

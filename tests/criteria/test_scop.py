@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import build, coupling_of, inputs_of, inputs_to, model_of, perturb, program_of
+from architectures import build, coupling_of, inputs_of, inputs_to, model_of, program_of
 from digits import Digits, DigitsNet, accuracy, captured, trained
+from tiny_models import perturb
 from torch import Tensor, nn
 from torch.nn import functional
 

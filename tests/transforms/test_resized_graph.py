@@ -8,7 +8,8 @@ from functools import cache
 import pytest
 import torch
 import transformers as tf
-from architectures import perturb, printed, random_plan
+from architectures import printed, random_plan
+from tiny_models import perturb
 from torch import nn
 
 import graphprune as gp

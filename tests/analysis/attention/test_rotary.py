@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from architectures import perturb
+from tiny_models import perturb
 from torch import Tensor, nn
 
 from graphprune.analysis.attention.recognize import AttentionSite, read_attention

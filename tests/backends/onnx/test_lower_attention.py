@@ -15,8 +15,9 @@ import onnxruntime
 import pytest
 import torch
 import transformers as tf
-from architectures import perturb, program_of
+from architectures import program_of
 from byte_llama import byte_llama
+from tiny_models import perturb
 from torch import Tensor
 
 from graphprune.analysis.attention.recognize import read_attention

@@ -7,7 +7,6 @@ from functools import cache
 import pytest
 import torch
 from architectures import coupling_of, inputs_of, program_of, relative_error
-from more_llamas import captured
 from torch import Tensor
 
 import graphprune as gp
@@ -32,12 +31,12 @@ def calibration(program: Program) -> gp.Calibration:
 
 @cache
 def types_of(name: str) -> Types:
-    return gp.analyze(captured(name)).types if name == "llama-wide" else coupling_of(name).types
+    return coupling_of(name).types
 
 
 @cache
 def maps_of(name: str) -> list[HeadMap]:
-    program = captured(name)
+    program = program_of(name)
     held = contractions(program)
     return [map_heads(types_of(name), held, heads) for heads in find_heads(program)]
 
@@ -51,7 +50,7 @@ def aligned(name: str, program: Program, groups: int, **options: object) -> tupl
 
 def with_related_heads(name: str) -> Program:
     """Head u + n / 2 is head u, turned in every plane and mapped otherwise: n / 2 heads suffice."""
-    program = captured(name)
+    program = program_of(name)
     weights = dict(program.weights)
     for at, found in enumerate(maps_of(name)):
         _, key, value, _ = found.projections
@@ -106,7 +105,7 @@ def test_heads_that_differ_by_what_their_users_can_undo_merge_without_loss(name:
 
 @pytest.mark.parametrize("name", [*ROTATED, *PLAIN])
 def test_the_edited_program_holds_equal_heads_and_merging_it_is_exact(name: str) -> None:
-    program = captured(name)
+    program = program_of(name)
     found, plan = aligned(name, program, 1)
     for heads in find_heads(program):
         for weight, dim, slices in heads.slices():
@@ -121,7 +120,7 @@ def test_the_edited_program_holds_equal_heads_and_merging_it_is_exact(name: str)
 
 @pytest.mark.parametrize("name", ["llama-mha", "gpt-neox", "opt", "t5"])
 def test_aligned_heads_are_nearer_than_their_mean(name: str) -> None:
-    program = captured(name)
+    program = program_of(name)
     heads = find_heads(program)
     found, plan = aligned(name, program, 1)
     plain = Plan((Step(program.fingerprint(), (), tuple(merge_of(h, 1) for h in heads)),))
@@ -181,7 +180,7 @@ def test_values_behind_a_gate_are_averaged_and_the_report_says_so() -> None:
 
 
 def test_data_that_is_not_finite_is_refused() -> None:
-    program = captured("llama-mha")
+    program = program_of("llama-mha")
     name = "model.layers.0.self_attn.k_proj.weight"
     broken = program.with_weights({name: torch.full_like(program.weights[name], torch.inf)})
     with pytest.raises(CalibrationError, match=r"layers\.0\.self_attn:kv-head: its heads are not"):
@@ -216,7 +215,7 @@ def test_rotary_halves_are_a_plane() -> None:
 
 
 def test_heads_of_which_no_attention_is_plain_are_not_mapped() -> None:
-    program = captured("llama-mha")
+    program = program_of("llama-mha")
     heads = find_heads(program)[0]
     several = Heads(*[*vars(heads).values()][:6], heads.sites * 2, heads.deinterleaving)
     other = Heads(*[*vars(heads).values()][:6], find_heads(program)[1].sites, heads.deinterleaving)
@@ -230,7 +229,7 @@ def test_heads_of_which_no_attention_is_plain_are_not_mapped() -> None:
 
 @pytest.mark.parametrize("name", ["llama-mha", "llama-wide", "gpt2", "gpt-neox"])
 def test_similar_heads_become_neighbors_and_nothing_else_changes(name: str) -> None:
-    program = captured(name)
+    program = program_of(name)
     weights = dict(program.weights)
     heads = find_heads(program)
     for each in heads:
@@ -256,7 +255,7 @@ def test_similar_heads_become_neighbors_and_nothing_else_changes(name: str) -> N
 
 
 def test_heads_that_another_attention_orders_too_stay() -> None:
-    program = captured("t5")
+    program = program_of("t5")
     heads = find_heads(program)[0]
     way = group_by_weights(program, types_of("t5"), heads, 2)
     assert (way.groups, way.reordering) == (((0, 1), (2, 3)), ())

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import build, inputs_of, perturb, program_of, random_plan, relative_error
+from architectures import build, inputs_of, program_of, random_plan, relative_error
+from tiny_models import perturb
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BloomConfig, BloomForCausalLM

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from architectures import perturb, relative_error
+from architectures import relative_error
+from tiny_models import perturb
 from torch import Tensor, nn
 
 import graphprune as gp

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from architectures import (
+    build,
     cache_after,
     coupling_of,
     inputs_of,
@@ -19,7 +20,6 @@ from architectures import (
     random_plan,
     relative_error,
 )
-from more_llamas import captured, fresh
 from torch import Tensor, nn
 
 import graphprune as gp
@@ -67,7 +67,7 @@ LAYOUTS = {
 
 @cache
 def merged(name: str, groups: int) -> tuple[Plan, Program]:
-    program = captured(name)
+    program = program_of(name)
     plan = merging(program, groups)
     return plan, gp.apply(program, plan)
 
@@ -112,9 +112,9 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "groups"), CASES)
 def test_merging_equals_averaging_the_heads_of_the_wide_model(name: str, groups: int) -> None:
-    program = captured(name)
+    program = program_of(name)
     plan, narrow = merged(name, groups)
-    wide = averaged(fresh(name), LAYOUTS[name], groups)
+    wide = averaged(build(name), LAYOUTS[name], groups)
     for batch, length in [(1, 1), (3, 9)]:
         inputs = inputs_of(program, batch=batch, length=length, seed=length)
         assert relative_error(logits_of(wide, inputs), narrow(**inputs)["logits"]) <= 1e-4
@@ -127,12 +127,12 @@ def test_merging_equals_averaging_the_heads_of_the_wide_model(name: str, groups:
     ("name", "groups"), [("llama-mha", 2), ("llama-wide", 2), ("gpt2", 1), ("gpt2-eager", 2)]
 )
 def test_padding_is_masked_for_every_query(name: str, groups: int) -> None:
-    inputs = inputs_of(captured(name), batch=2, length=8)
+    inputs = inputs_of(program_of(name), batch=2, length=8)
     inputs["attention_mask"] = torch.ones(2, 8, dtype=torch.int64)
     inputs["attention_mask"][1, :3] = 0
     found = merged(name, groups)[1](**inputs)["logits"]
     positions = torch.stack([torch.arange(8), (torch.arange(8) - 3).clamp(min=0)])
-    wide = averaged(fresh(name), LAYOUTS[name], groups)
+    wide = averaged(build(name), LAYOUTS[name], groups)
     expected = logits_of(wide, {**inputs, "position_ids": positions})
     assert relative_error(expected[0], found[0]) <= 1e-4
     assert relative_error(expected[1, 3:], found[1, 3:]) <= 1e-4
@@ -144,14 +144,14 @@ def test_padding_is_masked_for_every_query(name: str, groups: int) -> None:
 )
 def test_decoding_on_the_narrow_cache_equals_the_wide_model(name: str, groups: int) -> None:
     narrow = merged(name, groups)[1]
-    inputs = inputs_of(captured(name), batch=2, length=9)
+    inputs = inputs_of(program_of(name), batch=2, length=9)
     past: dict[str, Tensor] = {}
     pieces = []
     for start, end in [(0, 4), (4, 7), (7, 8), (8, 9)]:
         outputs = narrow(input_ids=inputs["input_ids"][:, start:end], **past)
         past = cache_after(outputs)
         pieces.append(outputs["logits"])
-    wide = averaged(fresh(name), LAYOUTS[name], groups)
+    wide = averaged(build(name), LAYOUTS[name], groups)
     assert relative_error(logits_of(wide, inputs), torch.cat(pieces, 1)) <= 1e-4
     assert {tensor.shape[:3] for tensor in past.values()} == {(2, groups, 9)}
 
@@ -159,7 +159,7 @@ def test_decoding_on_the_narrow_cache_equals_the_wide_model(name: str, groups: i
 @pytest.mark.parametrize("name", ["llama-mha", "phi3", "gpt2", "t5"])
 def test_merging_equal_heads_loses_nothing(name: str) -> None:
     model = averaged(copy.deepcopy(model_of(name)), LAYOUTS[name], 1)
-    program = captured(name)
+    program = program_of(name)
     parameters = dict(model.named_parameters())
     equal = program.with_weights({n: parameters[n].detach() for n in parameters})
     narrow = gp.apply(equal, merging(equal, 1))
@@ -185,9 +185,9 @@ def test_the_class_itself_with_fewer_kv_heads_holds_the_merged_weights(
     name: str, groups: int
 ) -> None:
     narrow = merged(name, groups)[1]
-    config = copy.deepcopy(fresh(name).config)
+    config = copy.deepcopy(build(name).config)
     config.num_key_value_heads = groups
-    model = type(fresh(name))(config).eval()
+    model = type(build(name))(config).eval()
     model.load_state_dict({n: narrow.weight(n).clone() for n in model.state_dict()})
     inputs = inputs_of(narrow)
     assert relative_error(logits_of(model, inputs), narrow(**inputs)["logits"]) <= 1e-4
@@ -195,7 +195,7 @@ def test_the_class_itself_with_fewer_kv_heads_holds_the_merged_weights(
 
 @pytest.mark.parametrize(("name", "groups"), [("llama-six", 2), ("gpt2", 2), ("bert", 1)])
 def test_only_key_and_value_slices_change_and_to_their_mean(name: str, groups: int) -> None:
-    program, layout = captured(name), LAYOUTS[name]
+    program, layout = program_of(name), LAYOUTS[name]
     narrow = merged(name, groups)[1]
     for weight, before in program.weights.items():
         after = narrow.weights[weight]
@@ -217,7 +217,7 @@ def test_only_key_and_value_slices_change_and_to_their_mean(name: str, groups: i
     ("name", "groups"), [("llama-mha", 2), ("llama-mha", 1), ("gemma3", 1), ("gpt2", 1), ("opt", 2)]
 )
 def test_caches_shrink_with_the_heads(name: str, groups: int) -> None:
-    program, narrow = captured(name), merged(name, groups)[1]
+    program, narrow = program_of(name), merged(name, groups)[1]
     caches = [value.shape for value in narrow.inputs if value.name.startswith(PAST)]
     assert {(shape[1], shape[3]) for shape in caches} == {(groups, WIDTH)}
     assert narrow.kv_bytes_per_token() == len(caches) * groups * WIDTH * 4
@@ -226,32 +226,32 @@ def test_caches_shrink_with_the_heads(name: str, groups: int) -> None:
 
 
 def test_layers_that_are_left_out_keep_their_heads() -> None:
-    program = captured("llama-mha")
+    program = program_of("llama-mha")
     plan = merging(program, 1, only="layers.1.")
     narrow = gp.apply(program, plan)
     gp.verify(program, plan, narrow)
     heads = [value.shape[1] for value in narrow.inputs if value.name.startswith(PAST)]
     assert heads == [4, 4, 1, 1]
     layout = Layout(r"layers\.1\..*\.[kv]_proj\.weight", (0,), 4)
-    wide = averaged(fresh("llama-mha"), layout, 1)
+    wide = averaged(build("llama-mha"), layout, 1)
     inputs = inputs_of(program)
     assert relative_error(logits_of(wide, inputs), narrow(**inputs)["logits"]) <= 1e-4
 
 
 def test_self_and_cross_attention_merge_apart() -> None:
-    program = captured("t5")
+    program = program_of("t5")
     plan = merging(program, 2, only="EncDecAttention")
     narrow = gp.apply(program, plan)
     gp.verify(program, plan, narrow)
     assert len(plan.steps[0].merges) == 2
-    wide = averaged(fresh("t5"), Layout(r"EncDecAttention\.[kv]\.weight", (0,), 4), 2)
+    wide = averaged(build("t5"), Layout(r"EncDecAttention\.[kv]\.weight", (0,), 4), 2)
     inputs = inputs_of(program)
     assert relative_error(logits_of(wide, inputs), narrow(**inputs)["logits"]) <= 1e-4
 
 
 @pytest.mark.parametrize("name", ["llama-mha", "gpt2-eager", "bert"])
 def test_the_program_is_left_as_it_is(name: str) -> None:
-    program = captured(name)
+    program = program_of(name)
     before = {key: value.clone() for key, value in program.weights.items()}
     code, fingerprint = str(program.graph), program.fingerprint()
     gp.apply(program, merging(program, 2))
@@ -267,7 +267,7 @@ def test_merging_in_two_steps_equals_one(name: str) -> None:
     half, middle = merged(name, 2)
     rest = merging(middle, 1)
     last = gp.apply(middle, rest)
-    gp.verify(captured(name), half + rest, last)
+    gp.verify(program_of(name), half + rest, last)
     inputs = inputs_of(last)
     once = merged(name, 1)[1]
     assert last.kv_bytes_per_token() == once.kv_bytes_per_token()
@@ -282,14 +282,14 @@ def test_a_merged_program_is_pruned(name: str) -> None:
     assert {"query-slot", "ffn", "residual"} <= {group.role for group in coupling.groups}
     last = gp.apply(middle, second)
     gp.verify(middle, second, last)
-    assert gp.verify(captured(name), first + second, last).max_weight_error <= 1e-6
+    assert gp.verify(program_of(name), first + second, last).max_weight_error <= 1e-6
 
 
 @pytest.mark.parametrize(
     "name", ["llama-mha", "llama-eager", "phi3", "gpt2", "gpt2-eager", "t5", "opt"]
 )
 def test_a_pruned_program_is_merged(name: str) -> None:
-    program, roles = captured(name), {"ffn", "head-dim", "rope-pair", "residual"}
+    program, roles = program_of(name), {"ffn", "head-dim", "rope-pair", "residual"}
     first = random_plan(coupling_of(name), roles=roles)
     middle = gp.apply(program, first)
     second = merging(middle, 1)
@@ -299,7 +299,7 @@ def test_a_pruned_program_is_merged(name: str) -> None:
 
 
 def test_heads_that_became_neighbours_are_merged() -> None:
-    program, coupling = captured("llama-mha"), coupling_of("llama-mha")
+    program, coupling = program_of("llama-mha"), coupling_of("llama-mha")
     groups = [group for group in coupling.groups if group.role == "kv-head"]
     cuts = tuple(group.cut({(): (1, 2)}) for group in groups)
     first = Plan((Step(program.fingerprint(), cuts),))
@@ -307,7 +307,7 @@ def test_heads_that_became_neighbours_are_merged() -> None:
     second = merging(middle, 1)
     last = gp.apply(middle, second)
     gp.verify(program, first + second, last)
-    model = fresh("llama-mha")
+    model = build("llama-mha")
     for name, parameter in model.named_parameters():
         rows = parameter.data
         if re.search(r"\.[kv]_proj", name):
@@ -322,7 +322,7 @@ def test_the_plan_of_a_merge_is_read_back_and_applied_again() -> None:
     plan, narrow = merged("gpt2", 2)
     again = Plan.from_json(plan.to_json())
     assert again == plan
-    repeated = gp.apply(gp.capture(fresh("gpt2")), again)
+    repeated = gp.apply(gp.capture(build("gpt2")), again)
     assert repeated.fingerprint() == narrow.fingerprint()
     assert all(torch.equal(w, repeated.weights[n]) for n, w in narrow.weights.items())
 
@@ -337,14 +337,14 @@ def test_the_plan_of_a_merge_is_read_back_and_applied_again() -> None:
 def test_every_attention_is_found_with_its_heads(
     name: str, count: int, size: int, queries: int
 ) -> None:
-    found = find_heads(captured(name))
+    found = find_heads(program_of(name))
     assert [(heads.size, heads.queries, heads.refusal) for heads in found] == [
         (size, queries, "")
     ] * count
 
 
 def test_names_say_where_the_heads_are() -> None:
-    names = [heads.name for heads in find_heads(captured("t5"))]
+    names = [heads.name for heads in find_heads(program_of("t5"))]
     assert "decoder.block.1.layer.1.EncDecAttention:kv-head" in names
     assert len(set(names)) == len(names)
 
@@ -378,14 +378,14 @@ class OneForBoth(torch.nn.Module):
 
 @pytest.mark.parametrize("groups", [3, 0, -2, 8])
 def test_groups_that_do_not_divide_the_heads_are_refused(groups: int) -> None:
-    (heads, *_) = find_heads(captured("llama-mha"))
+    (heads, *_) = find_heads(program_of("llama-mha"))
     message = rf"self_attn:kv-head: {groups} groups do not divide 4 KV heads"
     with pytest.raises(MergeError, match=message):
         merge_of(heads, groups)
 
 
 def test_a_merge_of_other_heads_is_refused() -> None:
-    program = captured("llama-mha")
+    program = program_of("llama-mha")
     (step,) = merging(program, 2).steps
     first, second = step.merges
     for wrong in (replace(first, group="nowhere:kv-head"), replace(first, members=second.members)):
@@ -394,7 +394,7 @@ def test_a_merge_of_other_heads_is_refused() -> None:
 
 
 def test_moves_that_lose_a_place_are_refused() -> None:
-    program = captured("llama-mha")
+    program = program_of("llama-mha")
     (step,) = merging(program, 2).steps
     reordering = (Permutation("model.layers.0.self_attn.q_proj.weight", 0, (0,) * 32),)
     wrong = Plan((replace(step, merges=(replace(step.merges[0], reordering=reordering),)),))
@@ -403,7 +403,7 @@ def test_moves_that_lose_a_place_are_refused() -> None:
 
 
 def test_moves_of_another_size_are_refused() -> None:
-    program = captured("llama-mha")
+    program = program_of("llama-mha")
     (step,) = merging(program, 2).steps
     reordering = (Permutation("model.layers.0.self_attn.q_proj.weight", 0, (1, 0)),)
     wrong = Plan((replace(step, merges=(replace(step.merges[0], reordering=reordering),)),))
