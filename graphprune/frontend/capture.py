@@ -58,7 +58,7 @@ def capture(
     follow = [export_along_example] if along_example else []
     with evaluation_mode(model):
         if example_inputs is not None:
-            return capture_call(model, example_inputs, dynamic_shapes, follow=follow)
+            return capture_call(model, example_inputs, dynamic_shapes, follow=follow).limited()
         if not is_transformers_model(model):
             raise UsageError(
                 f"{type(model).__name__} is no transformers model: give example_inputs"

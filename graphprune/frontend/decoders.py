@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from graphprune.frontend.example_inputs import BATCH, NEW, PAST_LENGTH
+from graphprune.frontend.example_inputs import BATCH, NEW, PAST_LENGTH, longest_trial
 from graphprune.frontend.from_exported import to_program
 from graphprune.frontend.patches import without_pad_token
+from graphprune.frontend.sizes import LENGTHS, ROWS, conditions_of, limited
 from graphprune.frontend.torch_export import Follow, export, line_and_place
 from graphprune.ir.program import PAST, PRESENT, Note, Program, Source
 
@@ -91,7 +93,52 @@ def capture_decoder(
     inputs = ["input_ids", "attention_mask", *(PAST + name for name in names)]
     outputs = ["logits", *(PRESENT + name for name in names)]
     stand_ins = {rows: "batch", new: "new", held: "past", new + held: "total"} if fixed else {}
-    return to_program(exported, model, inputs, outputs, source, notes, stand_ins)
+    program = to_program(exported, model, inputs, outputs, source, notes, stand_ins)
+    if fixed:
+        return program
+    conditions = conditions_of(exported, program)
+    most = longest_trial(model)
+    candidates = [dict(_sizes(program, *each)) for each in _candidates() if sum(each[1:]) <= most]
+    return limited(
+        program,
+        conditions,
+        lambda ids, mask, *past: wrapper(ids, mask, list(past)),
+        lambda sizes: _inputs(program, sizes, model),
+        candidates,
+    )
+
+
+def _candidates() -> Iterator[tuple[int, int, int]]:
+    """Yield rows, new and past lengths to try: whole texts, and one more token after a text."""
+    for rows, length in itertools.product(ROWS, LENGTHS):
+        yield rows, length, 0
+        yield rows, 1, length
+
+
+def _sizes(program: Program, rows: int, new: int, past: int) -> Iterator[tuple[str, int]]:
+    for value in program.inputs:
+        held = past if value.name.startswith(PAST) else past * (value.name == "attention_mask")
+        wanted = (rows, None, past, None) if value.name.startswith(PAST) else (rows, new + held)
+        for symbol, size in zip(value.shape, wanted, strict=True):
+            if isinstance(symbol, str) and size is not None:
+                yield symbol, size
+
+
+def _inputs(program: Program, sizes: Mapping[str, int], model: Any) -> list[Tensor]:
+    """Make random tokens and a random past of these sizes."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None) or 2
+    made = []
+    for value in program.inputs:
+        shape = [sizes.get(size, 1) if isinstance(size, str) else size for size in value.shape]
+        if value.name.startswith(PAST):
+            tensor = torch.randn(shape, generator=generator).to(value.dtype)
+        elif value.name == "input_ids":
+            tensor = torch.randint(0, vocabulary, shape, generator=generator)
+        else:
+            tensor = torch.ones(shape, dtype=value.dtype)
+        made.append(tensor.to(model.device))
+    return made
 
 
 def _decoder_dims(caches: int) -> tuple[Any, ...]:

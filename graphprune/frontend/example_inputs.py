@@ -189,6 +189,17 @@ def _floats(model: Any, *shape: int) -> Tensor:
     return torch.zeros(shape, dtype=model.dtype, device=model.device)
 
 
+def longest_trial(model: Any) -> int:
+    """Return the longest length that `model` may be run with to see whether it takes it.
+
+    A position past a table raises on a processor; on a device it ends the process.
+    """
+    if model.device.type == "cpu":
+        return 1 << 14
+    known = _values(model.config, ("max_position_embeddings", "n_positions"))
+    return min((value for value in known if isinstance(value, int)), default=1 << 14)
+
+
 def configs(config: Any) -> list[Any]:
     """Return `config` and the configs inside it, at any depth."""
     parts = [config]

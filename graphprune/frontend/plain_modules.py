@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +15,8 @@ from torch.utils import _pytree as pytree
 
 from graphprune.errors import UsageError
 from graphprune.frontend.from_exported import to_program
-from graphprune.frontend.torch_export import Follow, export
+from graphprune.frontend.sizes import LENGTHS, ROWS, conditions_of, limited
+from graphprune.frontend.torch_export import Exported, Follow, export
 from graphprune.ir.program import Note, Program, Source
 
 
@@ -62,6 +65,71 @@ def _named_leaves(tree: Any, root: str) -> tuple[list[str], list[Tensor]]:
     return names, leaves
 
 
+@dataclass(frozen=True)
+class Call:
+    """A program of one call, and what it takes to compare it with the model at other sizes.
+
+    Parameters
+    ----------
+    program
+        What was captured.
+    exported
+        What it was made of.
+    model
+        The call on flat inputs, in the program's order.
+    example
+        The flat inputs that were given.
+    vocabulary
+        Where it is known, tokens are drawn from it; else they are the example's own.
+    most
+        The longest length to try.
+    """
+
+    program: Program
+    exported: Exported
+    model: Callable[..., Sequence[Tensor]]
+    example: tuple[Tensor, ...]
+    vocabulary: int | None = None
+    most: int = 1 << 14
+
+    def limited(self) -> Program:
+        """Return the program, limited to the sizes for which it computes what the model does."""
+        if any(tensor.is_meta for tensor in self.example):
+            return self.program
+        conditions = conditions_of(self.exported, self.program)
+        candidates = list(self._candidates(conditions.seen))
+        return limited(self.program, conditions, self.model, self._inputs, candidates)
+
+    def _candidates(self, seen: Mapping[str, int]) -> Iterator[dict[str, int]]:
+        """Yield sizes to try: of one length for all inputs, from 0 and from the example's on."""
+        rows = {value.shape[0] for value in self.program.inputs if value.shape} & seen.keys()
+        lengths = [symbol for symbol in seen if symbol not in rows]
+        for few, length in itertools.product(ROWS, LENGTHS if lengths else (1,)):
+            batch = {symbol: few for symbol in rows if isinstance(symbol, str)}
+            starts = [dict.fromkeys(lengths, 0), {symbol: seen[symbol] for symbol in lengths}]
+            starts += [{symbol: 2 * at for at, symbol in enumerate(lengths)}] * (len(lengths) > 1)
+            for start in starts:
+                sizes = {symbol: start[symbol] + length for symbol in lengths}
+                if max(sizes.values(), default=0) <= self.most:
+                    yield batch | sizes
+
+    def _inputs(self, sizes: Mapping[str, int]) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        made = []
+        for value, tensor in zip(self.program.inputs, self.example, strict=True):
+            for dim, symbol in enumerate(value.shape):
+                size = sizes.get(symbol, tensor.shape[dim]) if isinstance(symbol, str) else symbol
+                index = torch.arange(size, device=tensor.device) % tensor.shape[dim]
+                tensor = tensor.index_select(dim, index)
+            if self.vocabulary and value.name.endswith("input_ids"):
+                drawn = torch.randint(0, self.vocabulary, tensor.shape, generator=generator)
+                tensor = drawn.to(tensor)
+            elif tensor.is_floating_point() and not tensor.any():
+                tensor = torch.randn(tensor.shape, generator=generator).to(tensor)
+            made.append(tensor)
+        return made
+
+
 def capture_call(
     model: nn.Module,
     example_inputs: Sequence[Any] | Mapping[str, Any],
@@ -71,7 +139,7 @@ def capture_call(
     source: Source | None = None,
     notes: tuple[Note, ...] = (),
     follow: Sequence[Follow] = (),
-) -> Program:
+) -> Call:
     """Capture ``model(*example_inputs)``, or ``model(**example_inputs)`` where it is a mapping.
 
     Parameters
@@ -116,7 +184,8 @@ def capture_call(
     recorded: list[list[str]] = []
     wrapper = _Flat(model, spec, keep, recorded.append)
     exported = export(wrapper, tuple(flat), shapes, type(model).__name__, follow=follow)
-    return to_program(exported, model, names, recorded[-1], source, notes)
+    program = to_program(exported, model, names, recorded[-1], source, notes)
+    return Call(program, exported, wrapper, tuple(flat))
 
 
 def _is_dims(tree: Any) -> bool:

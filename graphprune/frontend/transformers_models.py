@@ -18,9 +18,9 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from graphprune.errors import CaptureError
 from graphprune.frontend.branches import export_with_all_found
 from graphprune.frontend.decoders import cache_layers, capture_decoder
-from graphprune.frontend.example_inputs import Example, example_of
+from graphprune.frontend.example_inputs import Example, example_of, longest_trial
 from graphprune.frontend.patches import batched_experts, broadcast_masks
-from graphprune.frontend.plain_modules import capture_call
+from graphprune.frontend.plain_modules import Call, capture_call
 from graphprune.frontend.torch_export import Follow, line_and_place
 from graphprune.ir.compare import relative_error, tolerance_of
 from graphprune.ir.interpreter import run_program
@@ -150,8 +150,8 @@ def _capture_whole(
     fixed = dict.fromkeys(example.dims)
     attempts = ((example.dims, ""), (first, "a length"), (fixed, "a batch size and a length"))
 
-    def captured(shapes: Mapping[str, Any], notes: tuple[Note, ...]) -> Program:
-        return capture_call(
+    def captured(shapes: Mapping[str, Any], notes: tuple[Note, ...]) -> Call:
+        call = capture_call(
             model,
             example.inputs,
             shapes,
@@ -160,25 +160,36 @@ def _capture_whole(
             notes=notes,
             follow=follow,
         )
+        vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+        return replace(call, vocabulary=vocabulary, most=longest_trial(model))
 
     for shapes, what in attempts:
         why = f"captured for {what} of its own: its graph holds for no other" if what else ""
         said = (*notes, Note("fixed-size", why)) if why else notes
         try:
-            program = captured(shapes, said)
-            if shared := _mask_dims(program):
+            call = captured(shapes, said)
+            if shared := _mask_dims(call.program):
                 with contextlib.suppress(CaptureError):
-                    program = captured({**shapes, **shared}, said)
+                    call = captured({**shapes, **shared}, said)
         except CaptureError:
             if shapes is fixed:
                 raise
             continue
-        if all(_holds_for(program, *sizes) for sizes in ((3, 7), (2, 11))):
+        if all(_holds_for(call.program, *sizes) for sizes in ((3, 7), (2, 11))):
             break
-        longer = _from_lengths_on(program, [tensor.shape for tensor in example.inputs.values()])
+        shapes_seen = [tensor.shape for tensor in example.inputs.values()]
+        longer = _from_lengths_on(call.program, shapes_seen)
         if longer is not None:
-            return longer
-    return program
+            return replace(call, program=longer).limited()
+        program = call.limited()
+        if program.limits and all(_is_wide(*limits) for limits in program.limits.values()):
+            return program
+    return call.limited()
+
+
+def _is_wide(least: int, most: int | None) -> bool:
+    """Tell whether a range of lengths is worth more than a graph for one length."""
+    return most is None or most >= 2 * least
 
 
 def _mask_dims(program: Program) -> dict[str, Any]:

@@ -80,6 +80,7 @@ NoteKind = Literal[
     "stand-ins",
     "fixed-size",
     "least-size",
+    "limited-size",
     "example-path",
     "full-loops",
     "no-source",
@@ -94,10 +95,11 @@ class Note:
     ----------
     kind
         ``no-cache``: a model that generates has none. ``stand-ins``: there are no weights, and
-        dynamic sizes are numbers. ``fixed-size``, ``least-size``: a size of an input that is fixed
-        or has a lower limit. ``example-path``: of a branch on data, the path that the example
-        takes. ``full-loops``: loops over what is found run over everything. ``no-source``: the
-        transformers model behind it is unknown here. "" in archives from before there were kinds.
+        dynamic sizes are numbers. ``fixed-size``, ``least-size``, ``limited-size``: a size of an
+        input that is fixed or limited. ``example-path``: of a branch on data, the path that the
+        example takes. ``full-loops``: loops over what is found run over everything.
+        ``no-source``: the transformers model behind it is unknown here. "" in archives from
+        before there were kinds.
     text
         One sentence.
     """
@@ -137,6 +139,9 @@ class Program:
     stand_ins
         Sizes that stand for dynamic ones in a program without weights -> "batch", "new", "past" or
         "total" (new and past); empty for programs that run.
+    limits
+        Dynamic sizes for which the graph does not hold everywhere -> the least and the most (None
+        where there is none) that it takes; other sizes are refused when the program is called.
     """
 
     graph_module: fx.GraphModule
@@ -149,6 +154,7 @@ class Program:
     ranges: Mapping[Any, Any] = field(default_factory=dict)
     notes: tuple[Note, ...] = ()
     stand_ins: Mapping[int, str] = field(default_factory=dict)
+    limits: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
 
     # -- looking --------------------------------------------------------------------------------
 
@@ -180,6 +186,8 @@ class Program:
         """Return a size for `symbol`, as near to `wanted` as it may be; a number is itself."""
         if isinstance(symbol, int):
             return symbol
+        least, most = self.limits.get(symbol, (0, None))
+        wanted = max(least, wanted if most is None else min(most, wanted))
         limits = {str(key): limits for key, limits in self.ranges.items()}.get(symbol)
         if limits is None:
             return wanted
@@ -338,7 +346,36 @@ class Program:
             raise UsageError(
                 f"input {missing[0]!r} is missing; the program takes {', '.join(names)}"
             )
+        self._check_sizes(filled)
         return filled
+
+    def _check_sizes(self, inputs: Mapping[str, Tensor]) -> None:
+        """Refuse inputs of sizes for which the graph does not hold, naming the first."""
+        first: dict[str, tuple[int, str]] = {}
+        for value in self.inputs:
+            shape = inputs[value.name].shape
+            if len(shape) != len(value.shape):
+                raise UsageError(
+                    f"input {value.name!r} has {len(shape)} dimensions, and the program takes "
+                    f"{len(value.shape)}"
+                )
+            for dim, (given, size) in enumerate(zip(shape, value.shape, strict=True)):
+                where = f"dimension {dim} of input {value.name!r}"
+                if isinstance(size, int):
+                    due, why = size, "the program was captured for"
+                else:
+                    due, other = first.setdefault(size, (given, where))
+                    why = f"{other} is"
+                if given != due:
+                    raise UsageError(f"{where} is {given}, and {why} {due}")
+                if not isinstance(size, int):
+                    self._check_limits(where, given, size)
+
+    def _check_limits(self, where: str, given: int, symbol: str) -> None:
+        least, most = self.limits.get(symbol, (0, None))
+        if given < least or (most is not None and given > most):
+            to = f"from {least}" if most is None else f"{least} to {most}"
+            raise UsageError(f"{where} is {given}, and the program holds for {to}")
 
     # -- deriving -------------------------------------------------------------------------------
 

@@ -97,6 +97,7 @@ def describe(program: Program) -> Callable[[Path, Mapping[str, Tensor]], None]:
         "inputs": [value.name for value in program.inputs],
         "outputs": [value.name for value in program.outputs],
         "notes": [asdict(note) for note in program.notes],
+        "limits": {symbol: list(limits) for symbol, limits in program.limits.items()},
         "source": _describe_source(program.source),
     }
 
@@ -140,6 +141,9 @@ def load(
     with _naming(folder / _PROGRAM):
         kinds = {entry["name"]: entry["kind"] for entry in described["weights"]}
         aliases, notes = dict(described["aliases"]), tuple(map(_note, described["notes"]))
+        limits = {
+            symbol: (least, most) for symbol, (least, most) in described.get("limits", {}).items()
+        }
         names = list(described["inputs"]), list(described["outputs"])
         fingerprint, digest = described["fingerprint"], described["graph_sha256"]
         source, note = _rebuild_source(described["source"], folder)
@@ -166,6 +170,7 @@ def load(
             source=source,
             ranges=dict(exported.range_constraints),
             notes=notes + note,
+            limits=limits,
         )
     for name, node in program.weight_nodes():
         wanted, found = tuple(node.meta["val"].shape), tuple(weights[name].shape)

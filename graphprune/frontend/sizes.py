@@ -1,0 +1,252 @@
+"""The sizes for which a graph holds, found from what capture assumed and by running the model.
+
+Code may take another path for another size, and `torch.export` keeps the one that its example took:
+a loop over chunks of 64 tokens, traced with 8 tokens, is one pass through the loop, and wrong for
+65. Each such decision is a condition on the sizes. A size that meets them all is right; for one
+that does not, the program is compared with the model. Where they differ, the conditions that the
+size breaks limit the program.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._sympy.value_ranges import ValueRanges
+
+from graphprune.frontend.torch_export import Exported
+from graphprune.ir.program import PAST, Note, Program
+
+ROWS = (1, 3)
+LENGTHS = (1, 3, 17, 65, 130, 257, 513, 1025, 2049, 4097)
+"""Sizes to try: few rows, and lengths on either side of what code likes to cut a length into."""
+
+_SHORT = 17
+"""Up to this length every size that breaks a condition is run."""
+
+_EACH = 300
+"""So many sizes past the one that was seen are looked at one by one, then ever fewer."""
+
+_WORK = 3e11
+"""Multiplications that one comparison may take: some seconds on a processor."""
+
+Sizes = Mapping[str, int]
+Broken = frozenset[sympy.Basic]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What capture assumed of the dynamic sizes, and the sizes that it saw.
+
+    Parameters
+    ----------
+    assumed
+        Conditions on symbols, in the order in which the code decided on them.
+    seen
+        The size of the example for each symbol.
+    """
+
+    assumed: tuple[sympy.Basic, ...]
+    seen: Sizes
+
+    def broken(self, sizes: Sizes) -> Broken:
+        """Return the conditions that `sizes` do not meet."""
+        return frozenset(each for each in self.assumed if not _holds(each, sizes))
+
+
+def conditions_of(exported: Exported, program: Program) -> Conditions:
+    """Collect the conditions under which `exported` is what the code computes."""
+    env = _environment(program)
+    if env is None:
+        return Conditions((), {})
+    names = {size for value in program.inputs for size in value.shape if isinstance(size, str)}
+    decided = [guard.expr for guard in env.guards]
+    decided += [each.expr for asserts in env.deferred_runtime_asserts.values() for each in asserts]
+    found: dict[sympy.Basic, None] = {}
+    for expression in decided:
+        condition = _replaced(expression, env.replacements)
+        free = {symbol.name for symbol in condition.free_symbols}
+        if free and free <= names:
+            found[condition] = None
+    for symbol, limits in exported.program.range_constraints.items():
+        # Sizes of 0 and 1 are never traced as dynamic ones.
+        if symbol.name in names and limits.lower.is_Integer and limits.lower > 1:
+            found[sympy.Ge(symbol, limits.lower)] = None
+    hints = {symbol.name: int(hint) for symbol, hint in _hints(env).items() if symbol.name in names}
+    return Conditions(tuple(found), hints)
+
+
+def _environment(program: Program) -> ShapeEnv | None:
+    for node in program.graph.nodes:
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        if mode is not None and mode.shape_env is not None:
+            return mode.shape_env
+    return None
+
+
+def _hints(env: ShapeEnv) -> Mapping[sympy.Symbol, Any]:
+    # torch 2.13 renamed var_to_val.
+    return getattr(env, "backed_var_to_val", None) or getattr(env, "var_to_val", {})
+
+
+def _replaced(expression: sympy.Basic, replacements: Mapping[Any, Any]) -> sympy.Basic:
+    for _ in range(8):  # a replacement may hold symbols that are replaced
+        after = expression.xreplace(replacements)
+        if after == expression:
+            break
+        expression = after
+    return expression
+
+
+def _holds(condition: sympy.Basic, sizes: Sizes) -> bool:
+    values = {s: sympy.Integer(sizes[s.name]) for s in condition.free_symbols if s.name in sizes}
+    try:
+        return condition.xreplace(values) == sympy.true
+    except (ZeroDivisionError, AssertionError, ValueError):  # a remainder by a size of nothing
+        return False
+
+
+# -- comparing with the model -------------------------------------------------------------------
+
+
+def limited(
+    program: Program,
+    conditions: Conditions,
+    model: Callable[..., Sequence[Tensor]],
+    inputs: Callable[[Sizes], Sequence[Tensor]],
+    candidates: Sequence[Sizes],
+) -> Program:
+    """Limit `program` to the sizes for which it computes what `model` does.
+
+    Parameters
+    ----------
+    program
+        A program with dynamic sizes and with weights.
+    conditions
+        What capture assumed of them.
+    model
+        Gives the outputs, in the order of the program's, for inputs in the order of the program's.
+    inputs
+        Makes inputs of the sizes that it is given.
+    candidates
+        Sizes to try: those that break a condition are run, the cheapest first.
+    """
+    harmless: set[sympy.Basic] = set()
+    harmful: list[Broken] = []
+    tried: set[Broken] = set()
+    for sizes in sorted(candidates, key=_work):
+        broken = conditions.broken(sizes)
+        if not broken or any(each <= broken for each in harmful):
+            continue
+        # Short ones are cheap, and where one is right by chance another may not be.
+        if max(sizes.values()) > _SHORT and (broken <= harmless or broken in tried):
+            continue
+        tried.add(broken)
+        same = _same(program, model, inputs, sizes)
+        if same:
+            harmless |= broken
+        elif same is False:
+            harmful.append(broken)
+    if not harmful:
+        return program
+    decisive = {each for broken in harmful for each in (broken - harmless or broken)}
+    limits = {
+        symbol: _range(symbol, decisive, conditions.seen)
+        for symbol in sorted({s.name for each in decisive for s in each.free_symbols})
+    }
+    return with_limits(program, limits)
+
+
+def _work(sizes: Sizes) -> int:
+    return math.prod(max(size, 1) for size in sizes.values())
+
+
+def with_limits(program: Program, limits: Mapping[str, tuple[int, int | None]]) -> Program:
+    """Limit the dynamic sizes of `program`, and say so in its notes."""
+    ranges = {
+        symbol: known & _values(*limits[str(symbol)]) if str(symbol) in limits else known
+        for symbol, known in program.ranges.items()
+    }
+    notes = [
+        Note("limited-size", f"{value.name}: dimension {dim} takes {_said(limits[size])}")
+        for value in program.inputs
+        if not value.name.startswith(PAST)
+        for dim, size in enumerate(value.shape)
+        if isinstance(size, str) and size in limits
+    ]
+    advice = "; capture on example_inputs of another size gives other limits"
+    notes = [replace(note, text=note.text + advice) for note in notes]
+    return replace(program, ranges=ranges, limits=limits, notes=(*program.notes, *notes))
+
+
+def _said(limits: tuple[int, int | None]) -> str:
+    least, most = limits
+    if least == most:
+        return f"{least} alone: the code takes another path for other sizes"
+    to = f"{least} or more" if most is None else f"{least} to {most}"
+    return f"{to}: the code takes another path for other sizes"
+
+
+def _values(least: int, most: int | None) -> ValueRanges[Any]:
+    return ValueRanges(least, sympy.oo if most is None else most)
+
+
+def _range(symbol: str, conditions: Collection[sympy.Basic], seen: Sizes) -> tuple[int, int | None]:
+    """Return the range around the size that was seen in which all `conditions` hold."""
+
+    def hold(size: int) -> bool:
+        return all(_holds(each, {**seen, symbol: size}) for each in conditions)
+
+    least = most = seen[symbol]
+    while least > 0 and hold(least - 1):
+        least -= 1
+    while most < seen[symbol] + _EACH and hold(most + 1):
+        most += 1
+    if most < seen[symbol] + _EACH:
+        return least, most
+    for step in (1 << power for power in range(14)):
+        if not hold(most + step):
+            first = bisect.bisect_left(range(step), True, key=lambda up: not hold(most + up))
+            return least, most + first - 1
+    return least, None
+
+
+def _same(
+    program: Program,
+    model: Callable[..., Sequence[Tensor]],
+    inputs: Callable[[Sizes], Sequence[Tensor]],
+    sizes: Sizes,
+) -> bool | None:
+    """Tell whether program and model compute the same; None where the model takes no such size."""
+    if program.parameter_count() * _work(sizes) > _WORK:
+        return False
+    given = inputs(sizes)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            expected = model(*given)
+        except Exception:  # noqa: BLE001 - model code refuses sizes in any way
+            return None
+        try:
+            found = program.graph_module(*program.weights.values(), *given)
+        except Exception:  # noqa: BLE001 - so do operators
+            return False
+    return all(map(_close, expected, found))
+
+
+def _close(expected: Tensor, found: Tensor) -> bool:
+    if expected.shape != found.shape:
+        return False
+    if not expected.is_floating_point():
+        return bool(torch.equal(expected, found))
+    wanted, got = expected.double().nan_to_num(), found.double().nan_to_num()
+    allowed = torch.finfo(expected.dtype).eps ** 0.5 * wanted.abs().max() if wanted.numel() else 0
+    return not wanted.numel() or bool((wanted - got).abs().max() <= allowed)

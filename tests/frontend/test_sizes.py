@@ -1,0 +1,107 @@
+"""A program is right at sizes that were not traced, or it refuses them by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+import graphprune as gp
+from graphprune.backends.archive import archive
+from graphprune.errors import UsageError
+
+
+class Module(nn.Module):
+    """Any function after a linear layer."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.first(x))
+
+
+def in_chunks(h: Tensor) -> Tensor:
+    """Every chunk of four less its own mean."""
+    padded = nn.functional.pad(h, (0, 0, 0, (4 - h.shape[1] % 4) % 4))
+    parts = [padded[:, at : at + 4] for at in range(0, padded.shape[1], 4)]
+    return torch.cat([part - part.mean(1, keepdim=True) for part in parts], 1)[:, : h.shape[1]]
+
+
+def once(h: Tensor) -> Tensor:
+    """In another way for long texts."""
+    return h if h.shape[1] < 50 else -h
+
+
+def windowed(h: Tensor) -> Tensor:
+    """Right at any length; a decision on a size that changes nothing."""
+    return h + 0.0 if h.shape[1] > 20 else h
+
+
+def captured(function: Callable[[Tensor], Tensor], length: int = 3) -> tuple[gp.Program, nn.Module]:
+    torch.manual_seed(0)
+    module = Module(function).eval()
+    shapes = ({0: Dim.AUTO, 1: Dim.AUTO},)
+    return gp.capture(module, (torch.randn(2, length, 6),), dynamic_shapes=shapes), module
+
+
+@pytest.mark.parametrize(
+    ("function", "length", "limits"),
+    [(in_chunks, 3, (1, 4)), (in_chunks, 7, (0, 8)), (once, 3, (0, 49)), (once, 60, (50, None))],
+)
+def test_a_length_at_which_the_code_goes_another_way_is_refused_by_name(
+    function: Callable[[Tensor], Tensor], length: int, limits: tuple[int, int | None]
+) -> None:
+    program, module = captured(function, length)
+    (symbol,) = program.limits
+    assert program.limits[symbol] == limits
+    assert [note.kind for note in program.notes] == ["limited-size"]
+    for size in (1, 3, 4, 5, 8, 9, 17, 49, 50, 65, 130):
+        x = torch.randn(3, size, 6)
+        if limits[0] <= size <= (limits[1] or size):
+            assert torch.allclose(program(x)["output"], module(x), atol=1e-6)
+        else:
+            with pytest.raises(UsageError, match=rf"dimension 1 of input 'x' is {size}, and the"):
+                program(x)
+
+
+def test_a_decision_that_changes_nothing_limits_nothing() -> None:
+    program, module = captured(windowed)
+    assert not program.limits
+    assert not program.notes
+    x = torch.randn(1, 130, 6)
+    assert torch.allclose(program(x)["output"], module(x), atol=1e-6)
+
+
+def test_limits_stay_with_an_archive(tmp_path: object) -> None:
+    program, _ = captured(in_chunks)
+    program.save(f"{tmp_path}/archive")
+    assert archive.load(f"{tmp_path}/archive").limits == program.limits
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (torch.zeros(2, 4, 5), "dimension 2 of input 'x' is 5, and the program was captured for 6"),
+        (torch.zeros(2, 6), "input 'x' has 2 dimensions, and the program takes 3"),
+    ],
+)
+def test_a_size_that_the_graph_does_not_take_is_named(given: Tensor, message: str) -> None:
+    program, _ = captured(windowed)
+    with pytest.raises(UsageError, match=message):
+        program(given)
+
+
+def test_sizes_that_differ_where_they_are_one_are_named() -> None:
+    class Add(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x + y
+
+    program = gp.capture(Add(), (torch.zeros(2, 4), torch.zeros(2, 4)))
+    with pytest.raises(UsageError, match="dimension 0 of input 'y' is 5, and dimension 0 of input"):
+        program(torch.zeros(3, 4), torch.zeros(5, 4))
