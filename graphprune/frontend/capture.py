@@ -11,13 +11,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import fx, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from graphprune.errors import UsageError
+from graphprune.errors import CaptureError, UsageError
 from graphprune.frontend.branches import export_along_example
 from graphprune.frontend.plain_modules import capture_call
-from graphprune.frontend.torch_export import evaluation_mode
-from graphprune.frontend.transformers_models import capture_transformers, is_transformers_model
+from graphprune.frontend.torch_export import Follow, evaluation_mode
+from graphprune.frontend.transformers_models import (
+    capture_transformers,
+    capture_transformers_call,
+    is_transformers_model,
+)
 from graphprune.ir.program import Program
 
 
@@ -40,8 +46,9 @@ def capture(
         Positional (a sequence) or keyword (a mapping) inputs. Not needed for transformers models,
         for which they follow from the config.
     dynamic_shapes
-        As for `torch.export.export`; without it the first dimension of every example is dynamic
-        where the model allows it.
+        As for `torch.export.export`; without it the first dimension of every example, and all
+        dimensions of an example with fewer than four, are dynamic where the model allows it. What
+        became fixed or limited stands in the program's notes.
     cache
         Whether a decoder is captured with its KV cache; by default it is wherever it has one.
     along_example
@@ -55,12 +62,64 @@ def capture(
     UsageError
         When a module that is no transformers model comes without example inputs.
     """
+    model = _bare(model)
     follow = [export_along_example] if along_example else []
-    with evaluation_mode(model):
-        if example_inputs is not None:
-            return capture_call(model, example_inputs, dynamic_shapes, follow=follow).limited()
-        if not is_transformers_model(model):
-            raise UsageError(
-                f"{type(model).__name__} is no transformers model: give example_inputs"
+    try:
+        with evaluation_mode(model):
+            if example_inputs is not None:
+                return _capture_example(model, example_inputs, dynamic_shapes, follow)
+            if not is_transformers_model(model):
+                raise UsageError(
+                    f"{type(model).__name__} is no transformers model: give example_inputs"
+                )
+            return capture_transformers(model, cache, follow=follow)
+    except CaptureError as error:
+        branches = isinstance(error.__cause__, GuardOnDataDependentSymNode)
+        if along_example or not branches:
+            raise
+        try:
+            capture(
+                model,
+                example_inputs,
+                dynamic_shapes=dynamic_shapes,
+                cache=cache,
+                along_example=True,
             )
-        return capture_transformers(model, cache, follow=follow)
+        except CaptureError:
+            raise error from error.__cause__
+        raise CaptureError(
+            f"{error}; along_example=True captures the path that the example takes"
+        ) from error.__cause__
+
+
+def _capture_example(
+    model: nn.Module,
+    example_inputs: Sequence[Any] | Mapping[str, Any],
+    dynamic_shapes: Any,
+    follow: Sequence[Follow],
+) -> Program:
+    if is_transformers_model(model):
+        return capture_transformers_call(model, example_inputs, dynamic_shapes, follow=follow)
+    return capture_call(model, example_inputs, dynamic_shapes, follow=follow).limited()
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """Return the module that is run, without what torch wraps around it; refuse what is no code."""
+    name = type(model).__name__
+    if isinstance(model, torch.export.ExportedProgram):
+        raise CaptureError("an ExportedProgram is captured already: give the module it was made of")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(f"{name} is TorchScript: give the module that it was made of")
+    if isinstance(model, fx.GraphModule) and "_guards_fn" in dict(model.named_children()):
+        raise CaptureError(f"{name} is an exported graph: give the module that it was made of")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return _bare(model.module)
+    if isinstance(inner := model._modules.get("_orig_mod"), nn.Module):  # torch.compile
+        return _bare(inner)
+    adapted = next((m for m in model.modules() if type(m).__module__.startswith("peft.")), None)
+    if adapted is not None:
+        raise CaptureError(
+            f"{name} has adapters of peft ({type(adapted).__name__}): merge them into its weights "
+            "first, model = model.merge_and_unload()"
+        )
+    return model

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graphprune.errors import CaptureError
 from graphprune.frontend.example_inputs import configs
 
 # -- torch 2.13 ---------------------------------------------------------------------------------
@@ -57,6 +58,72 @@ def no_moves_in_place() -> Iterator[None]:
         yield
     finally:
         nn.Module.to = move  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def explicit_masks() -> Iterator[None]:
+    """Let `nn.TransformerEncoder` and its kin take a mask as it is, without looking at its values.
+
+    They compare it with a causal one to choose a kernel, which is a branch on data; the mask
+    itself is applied either way.
+    """
+    from torch.nn.modules import transformer
+
+    before = transformer._detect_is_causal_mask
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
+    try:
+        yield
+    finally:
+        transformer._detect_is_causal_mask = before
+
+
+@contextlib.contextmanager
+def no_autocast_regions(device: str) -> Iterator[None]:
+    """Let `torch.autocast` leave no region in the graph where it casts nothing on `device`.
+
+    A region is a graph of its own, which cannot be read with the rest. One that casts is refused:
+    capture sees operators before their casts.
+    """
+    enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
+
+    def check(self: torch.autocast) -> torch.autocast:
+        if self._enabled and self.device == device:
+            raise CaptureError(
+                f"it runs under torch.autocast({device!r}): cast the model and its inputs to one "
+                "type, or switch autocast off in its code"
+            )
+        return self
+
+    torch.autocast.__enter__ = check  # type: ignore[method-assign]
+    torch.autocast.__exit__ = lambda self, *_: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__enter__, torch.autocast.__exit__ = enter, leave  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def no_grad_regions() -> Iterator[None]:
+    """Let `torch.enable_grad` and `torch.set_grad_enabled` leave no region in the graph.
+
+    Values do not depend on the mode, and a module made of a program trains all that it computes.
+    """
+    enable, switch = torch.enable_grad, torch.set_grad_enabled
+    names = ("__init__", "__enter__", "__exit__")
+    before = [(kind, name, kind.__dict__.get(name)) for kind in (enable, switch) for name in names]
+    enable.__enter__ = lambda self: None  # type: ignore[method-assign]
+    enable.__exit__ = lambda self, *_: None  # type: ignore[method-assign]
+    switch.__init__ = lambda self, mode: None  # type: ignore[method-assign]
+    switch.__enter__ = lambda self: None  # type: ignore[method-assign]
+    switch.__exit__ = lambda self, *_: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for kind, name, function in before:
+            if function is not None:
+                setattr(kind, name, function)
+            elif name in kind.__dict__:
+                delattr(kind, name)
 
 
 # -- transformers 5.23 ---------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from graphprune.errors import UsageError
+from graphprune.errors import CaptureError, UsageError
 from graphprune.frontend.from_exported import to_program
-from graphprune.frontend.sizes import LENGTHS, ROWS, conditions_of, limited
+from graphprune.frontend.sizes import LENGTHS, ROWS, conditions_of, limited, same, with_fixed
 from graphprune.frontend.torch_export import Exported, Follow, export
 from graphprune.ir.program import Note, Program, Source
 
@@ -52,6 +52,8 @@ def _named_leaves(tree: Any, root: str) -> tuple[list[str], list[Tensor]]:
     names, leaves = [], []
     if isinstance(tree, Mapping):  # a transformers ModelOutput among them
         tree = dict(tree)
+    elif is_dataclass(tree) and not isinstance(tree, type):
+        tree = {each.name: getattr(tree, each.name) for each in fields(tree)}
     for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
         if isinstance(leaf, Tensor):
             keys = [
@@ -94,11 +96,43 @@ class Call:
 
     def limited(self) -> Program:
         """Return the program, limited to the sizes for which it computes what the model does."""
-        if any(tensor.is_meta for tensor in self.example):
+        if self.program.limits or any(tensor.is_meta for tensor in self.example):
             return self.program
         conditions = conditions_of(self.exported, self.program)
         candidates = list(self._candidates(conditions.seen))
         return limited(self.program, conditions, self.model, self._inputs, candidates)
+
+    def check(self, what: str) -> None:
+        """Refuse a program that does not compute what the model does on the example.
+
+        Raises
+        ------
+        CaptureError
+            With `what` the model does, which would explain it.
+        """
+        sizes = {
+            size: given
+            for value, tensor in zip(self.program.inputs, self.example, strict=True)
+            for size, given in zip(value.shape, tensor.shape, strict=True)
+            if isinstance(size, str)
+        }
+        if not same(self.program, self.model, self._inputs, sizes):
+            raise CaptureError(f"the model {what}: its graph computes something else")
+
+    def is_wide(self) -> bool:
+        """Tell whether every dynamic size is worth more than the example's own."""
+        ranges = self.program.limits.values()
+        return all(most is None or most >= 2 * least for least, most in ranges)
+
+    def takes(self, example: Sequence[Tensor]) -> bool:
+        """Tell whether the program takes inputs of the sizes of `example`."""
+        limits = self.program.limits
+        for value, tensor in zip(self.program.inputs, example, strict=True):
+            for size, given in zip(value.shape, tensor.shape, strict=True):
+                least, most = limits.get(str(size), (0, None))
+                if given < least or (most is not None and given > most):
+                    return False
+        return True
 
     def _candidates(self, seen: Mapping[str, int]) -> Iterator[dict[str, int]]:
         """Yield sizes to try: of one length for all inputs, from 0 and from the example's on."""
@@ -160,32 +194,72 @@ def capture_call(
     CaptureError
         When `torch.export` refuses.
     """
-    if isinstance(example_inputs, Mapping):
-        args, kwargs = (), dict(example_inputs)
-    else:
-        args, kwargs = tuple(example_inputs), {}
     if isinstance(example_inputs, Tensor):
         raise UsageError("example_inputs is a tensor: give a tuple of inputs, such as (x,)")
+    given = isinstance(example_inputs, Mapping)
+    args, kwargs = ((), dict(example_inputs)) if given else (tuple(example_inputs), {})
     flat, spec = pytree.tree_flatten((args, kwargs))
     if not flat or not all(isinstance(leaf, Tensor) for leaf in flat):
         raise UsageError("example_inputs must hold tensors only (nested in tuples, lists, dicts)")
-    parameters = list(inspect.signature(model.forward).parameters)
-    named = dict(zip(parameters, args, strict=False)) | kwargs
-    names, _ = _named_leaves(named, "input")
-    if dynamic_shapes is None:
-        attempts = [({0: Dim.AUTO} if leaf.ndim else None for leaf in flat)]
-        if all(leaf.ndim and leaf.shape[0] == 1 for leaf in flat):
-            # A batch of one would be taken as a constant.
-            flat = [torch.cat([leaf, leaf]) for leaf in flat]
-        shapes: Any = (tuple(attempts[0]),)
-    else:
-        leaves = pytree.tree_leaves(dynamic_shapes, is_leaf=lambda x: x is None or _is_dims(x))
-        shapes = (tuple(leaves),)
+    names, _ = _named_leaves(_by_parameter(model, args, kwargs), "input")
     recorded: list[list[str]] = []
     wrapper = _Flat(model, spec, keep, recorded.append)
-    exported = export(wrapper, tuple(flat), shapes, type(model).__name__, follow=follow)
-    program = to_program(exported, model, names, recorded[-1], source, notes)
-    return Call(program, exported, wrapper, tuple(flat))
+
+    def captured(example: Sequence[Tensor], dims: Sequence[Any]) -> Call:
+        tensors, name = tuple(example), type(model).__name__
+        exported = export(wrapper, tensors, (tuple(dims),), name, follow=follow)
+        if not recorded[-1]:
+            raise CaptureError(f"{name} returns no tensor in tuples, lists, dicts or dataclasses")
+        program = to_program(exported, model, names, recorded[-1], source, notes)
+        return Call(with_fixed(program, dims), exported, wrapper, tensors)
+
+    if dynamic_shapes is not None:
+        return captured(flat, pytree.tree_leaves(dynamic_shapes, is_leaf=_is_leaf))
+    return _with_most_dynamic(captured, flat)
+
+
+def _by_parameter(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Mapping[str, Any]:
+    """Return the arguments of the model's forward by the names of its parameters."""
+    try:
+        return inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise UsageError(f"{type(model).__name__} does not take example_inputs: {error}") from error
+
+
+def _with_most_dynamic(
+    captured: Callable[[Sequence[Tensor], Sequence[Any]], Call], flat: Sequence[Tensor]
+) -> Call:
+    """Capture with as many dynamic sizes as hold for more than the example.
+
+    Lengths are tried as well as batches, but no sides of images, which code divides in many ways.
+    A batch of one, which `torch.export` takes for a constant, is tried as a batch of two.
+    """
+    alone = all(leaf.ndim and leaf.shape[0] == 1 for leaf in flat)
+    several = [torch.cat([leaf, leaf]) for leaf in flat] if alone else flat
+    all_dims = [dict.fromkeys(range(leaf.ndim if leaf.ndim < 4 else 1), Dim.AUTO) for leaf in flat]
+    rows = [{0: Dim.AUTO} if leaf.ndim else {} for leaf in flat]
+    failure: Exception | None = None
+    for dims in ([all_dims] if all_dims != rows else []) + [rows]:
+        try:
+            call = captured(several, dims)
+        except CaptureError as error:
+            failure = error
+            continue
+        checked = replace(call, program=call.limited())
+        if checked.takes(flat) and checked.is_wide():
+            return checked
+    if not alone:
+        if failure is None:
+            return checked
+        raise failure
+    call = captured(flat, [dict.fromkeys(dims, Dim.STATIC) for dims in rows])
+    return replace(call, program=with_fixed(call.program, rows))
+
+
+def _is_leaf(tree: Any) -> bool:
+    return tree is None or _is_dims(tree)
 
 
 def _is_dims(tree: Any) -> bool:

@@ -19,11 +19,12 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor
+from torch.export import Dim
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from graphprune.frontend.torch_export import Exported
-from graphprune.ir.program import PAST, Note, Program
+from graphprune.ir.program import Note, Program
 
 ROWS = (1, 3)
 LENGTHS = (1, 3, 17, 65, 130, 257, 513, 1025, 2049, 4097)
@@ -80,7 +81,11 @@ def conditions_of(exported: Exported, program: Program) -> Conditions:
         # Sizes of 0 and 1 are never traced as dynamic ones.
         if symbol.name in names and limits.lower.is_Integer and limits.lower > 1:
             found[sympy.Ge(symbol, limits.lower)] = None
-    hints = {symbol.name: int(hint) for symbol, hint in _hints(env).items() if symbol.name in names}
+    hints = {
+        symbol.name: int(hint)
+        for symbol, hint in env.backed_var_to_val.items()
+        if symbol.name in names
+    }
     return Conditions(tuple(found), hints)
 
 
@@ -90,11 +95,6 @@ def _environment(program: Program) -> ShapeEnv | None:
         if mode is not None and mode.shape_env is not None:
             return mode.shape_env
     return None
-
-
-def _hints(env: ShapeEnv) -> Mapping[sympy.Symbol, Any]:
-    # torch 2.13 renamed var_to_val.
-    return getattr(env, "backed_var_to_val", None) or getattr(env, "var_to_val", {})
 
 
 def _replaced(expression: sympy.Basic, replacements: Mapping[Any, Any]) -> sympy.Basic:
@@ -142,18 +142,19 @@ def limited(
     harmless: set[sympy.Basic] = set()
     harmful: list[Broken] = []
     tried: set[Broken] = set()
-    for sizes in sorted(candidates, key=_work):
-        broken = conditions.broken(sizes)
+    trials = [(conditions.broken(sizes), sizes) for sizes in candidates]
+    # Fewest conditions first: what is wrong then says which of them matter.
+    for broken, sizes in sorted(trials, key=lambda trial: (len(trial[0]), _work(trial[1]))):
         if not broken or any(each <= broken for each in harmful):
             continue
         # Short ones are cheap, and where one is right by chance another may not be.
         if max(sizes.values()) > _SHORT and (broken <= harmless or broken in tried):
             continue
         tried.add(broken)
-        same = _same(program, model, inputs, sizes)
-        if same:
+        equal = same(program, model, inputs, sizes)
+        if equal:
             harmless |= broken
-        elif same is False:
+        elif equal is False:
             harmful.append(broken)
     if not harmful:
         return program
@@ -175,24 +176,39 @@ def with_limits(program: Program, limits: Mapping[str, tuple[int, int | None]]) 
         symbol: known & _values(*limits[str(symbol)]) if str(symbol) in limits else known
         for symbol, known in program.ranges.items()
     }
+    first: dict[str, str] = {}
+    for value in program.inputs:
+        for dim, size in enumerate(value.shape):
+            if isinstance(size, str):
+                first.setdefault(size, f"dimension {dim} of {value.name}")
     notes = [
-        Note("limited-size", f"{value.name}: dimension {dim} takes {_said(limits[size])}")
-        for value in program.inputs
-        if not value.name.startswith(PAST)
-        for dim, size in enumerate(value.shape)
-        if isinstance(size, str) and size in limits
+        Note("limited-size", f"{first[symbol]} is {_said(*of)}: {_WHY}")
+        for symbol, of in limits.items()
     ]
-    advice = "; capture on example_inputs of another size gives other limits"
-    notes = [replace(note, text=note.text + advice) for note in notes]
     return replace(program, ranges=ranges, limits=limits, notes=(*program.notes, *notes))
 
 
-def _said(limits: tuple[int, int | None]) -> str:
-    least, most = limits
+_WHY = (
+    "the model's code takes another path for other sizes; example_inputs of another size give "
+    "other limits"
+)
+
+
+def _said(least: int, most: int | None) -> str:
     if least == most:
-        return f"{least} alone: the code takes another path for other sizes"
-    to = f"{least} or more" if most is None else f"{least} to {most}"
-    return f"{to}: the code takes another path for other sizes"
+        return f"{least} alone"
+    return f"{least} or more" if most is None else f"{least} to {most}"
+
+
+def with_fixed(program: Program, wanted: Sequence[Mapping[int, Any] | None]) -> Program:
+    """Say in the notes which dimensions that were `wanted` dynamic became fixed, input by input."""
+    notes = [
+        Note("fixed-size", f"dimension {dim} of {value.name} is {value.shape[dim]} alone: {_WHY}")
+        for value, dims in zip(program.inputs, wanted, strict=True)
+        for dim, how in (dims or {}).items()
+        if isinstance(value.shape[dim], int) and how not in (None, Dim.STATIC)
+    ]
+    return replace(program, notes=(*program.notes, *notes))
 
 
 def _values(least: int, most: int | None) -> ValueRanges[Any]:
@@ -219,7 +235,7 @@ def _range(symbol: str, conditions: Collection[sympy.Basic], seen: Sizes) -> tup
     return least, None
 
 
-def _same(
+def same(
     program: Program,
     model: Callable[..., Sequence[Tensor]],
     inputs: Callable[[Sizes], Sequence[Tensor]],

@@ -11,10 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import ExportedProgram
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils import _pytree as pytree
 
 from graphprune.errors import CaptureError, first_line
-from graphprune.frontend.patches import no_moves_in_place, quiet_export
+from graphprune.frontend.patches import (
+    explicit_masks,
+    no_autocast_regions,
+    no_grad_regions,
+    no_moves_in_place,
+    quiet_export,
+)
 from graphprune.ir.program import Note
 
 
@@ -65,20 +71,25 @@ def export(
                 return attempt(module, args, shapes, error)
         if fallback is not None:
             return export(module, args, fallback, name, follow=follow)
-        advice = ""
-        if isinstance(error, GuardOnDataDependentSymNode):
-            advice = "; along_example=True captures the path that the example takes"
         raise CaptureError(
-            f"torch.export could not capture {name}: {line_and_place(error)}{advice}"
+            f"torch.export could not capture {name}: {line_and_place(error)}"
         ) from error
 
 
 def export_once(module: nn.Module, args: tuple[Any, ...], shapes: Any) -> ExportedProgram:
     """Call `torch.export.export`, whatever it raises."""
     # Without no_grad, the grad-mode switches in transformers' rotary code become sub-graphs.
-    with torch.no_grad(), warnings.catch_warnings(), quiet_export(), no_moves_in_place():
+    with torch.no_grad(), warnings.catch_warnings(), _all_patches(args):
         warnings.simplefilter("ignore")
         return torch.export.export(module.eval(), args, dynamic_shapes=shapes, strict=False)
+
+
+@contextlib.contextmanager
+def _all_patches(args: tuple[Any, ...]) -> Iterator[None]:
+    device = pytree.tree_leaves(args)[0].device.type
+    regions = no_autocast_regions(device), no_grad_regions()
+    with quiet_export(), no_moves_in_place(), explicit_masks(), regions[0], regions[1]:
+        yield
 
 
 @contextlib.contextmanager

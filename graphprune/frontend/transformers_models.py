@@ -54,15 +54,13 @@ def capture_transformers(
         When `torch.export` refuses, there is no cache where one is asked for, or a graph that rests
         on an assumption computes something else than the model.
     """
-    source = Source(
-        model.config, type(model), generation_config=getattr(model, "generation_config", None)
-    )
+    source = _source_of(model)
     example = functools.cache(lambda: example_of(model))
     on_meta = model.device.type == "meta"
     follow = [] if on_meta else [export_with_all_found, *follow]
     with batched_experts(model), broadcast_masks() as broadcast:
         program = _captured_with(model, cache, source, example, follow)
-    branched = any(note.kind in ("example-path", "full-loops") for note in program.notes)
+    branched = _rests_on_assumptions(program)
     if (broadcast or branched) and not on_meta:
         what = (
             "branches on data in more ways than one"
@@ -71,6 +69,47 @@ def capture_transformers(
         )
         _check_outputs(program, model, example(), what)
     return program
+
+
+def capture_transformers_call(
+    model: Any,
+    example_inputs: Sequence[Any] | Mapping[str, Any],
+    dynamic_shapes: Any = None,
+    *,
+    follow: Sequence[Follow] = (),
+) -> Program:
+    """Capture one call of a transformers model on inputs of the user's own.
+
+    Raises
+    ------
+    CaptureError
+        When `torch.export` refuses.
+    """
+    with batched_experts(model), broadcast_masks() as broadcast:
+        call = capture_call(
+            model,
+            example_inputs,
+            dynamic_shapes,
+            keep=_is_kept,
+            source=_source_of(model),
+            follow=[export_with_all_found, *follow],
+        )
+    if broadcast or _rests_on_assumptions(call.program):
+        call.check("branches on data, or makes a mask that is no function of each place alone")
+    return call.limited()
+
+
+def _rests_on_assumptions(program: Program) -> bool:
+    return any(note.kind in ("example-path", "full-loops") for note in program.notes)
+
+
+def _source_of(model: Any) -> Source:
+    generation = getattr(model, "generation_config", None)
+    return Source(model.config, type(model), generation_config=generation)
+
+
+def _is_kept(output: str) -> bool:
+    return output.split(".")[0] not in _INNER
 
 
 def _captured_with(
@@ -155,7 +194,7 @@ def _capture_whole(
             model,
             example.inputs,
             shapes,
-            keep=lambda name: name.split(".")[0] not in _INNER,
+            keep=_is_kept,
             source=source,
             notes=notes,
             follow=follow,
@@ -182,14 +221,9 @@ def _capture_whole(
         if longer is not None:
             return replace(call, program=longer).limited()
         program = call.limited()
-        if program.limits and all(_is_wide(*limits) for limits in program.limits.values()):
+        if program.limits and replace(call, program=program).is_wide():
             return program
     return call.limited()
-
-
-def _is_wide(least: int, most: int | None) -> bool:
-    """Tell whether a range of lengths is worth more than a graph for one length."""
-    return most is None or most >= 2 * least
 
 
 def _mask_dims(program: Program) -> dict[str, Any]:

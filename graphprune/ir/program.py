@@ -396,6 +396,13 @@ class Program:
             merged[self.aliases.get(name, name)] = tensor
         return dataclasses.replace(self, weights=merged)
 
+    def to_module(self) -> Any:
+        """Make an `nn.Module` to train, with weights of its own; see `graphprune.backends.module`.
+
+        A transformers model comes back as its own class wherever that can hold the program.
+        """
+        return extension("graphprune.backends", "module")(self)
+
     # -- writing --------------------------------------------------------------------------------
 
     def save_pretrained(self, directory: str | PathLike[str], **options: Any) -> None:
