@@ -17,6 +17,7 @@ from graphprune.frontend.from_exported import to_program
 from graphprune.frontend.patches import without_pad_token
 from graphprune.frontend.sizes import LENGTHS, ROWS, conditions_of, limited
 from graphprune.frontend.torch_export import Follow, export, line_and_place
+from graphprune.ir.nodes import size_of
 from graphprune.ir.program import PAST, PRESENT, Note, Program, Source
 
 _STAND_INS = (101, 103, 107)
@@ -120,8 +121,8 @@ def _sizes(program: Program, rows: int, new: int, past: int) -> Iterator[tuple[s
         held = past if value.name.startswith(PAST) else past * (value.name == "attention_mask")
         wanted = (rows, None, past, None) if value.name.startswith(PAST) else (rows, new + held)
         for symbol, size in zip(value.shape, wanted, strict=True):
-            if isinstance(symbol, str) and size is not None:
-                yield symbol, size
+            if size is not None and str(symbol).isidentifier():  # no sum of past and new
+                yield str(symbol), size
 
 
 def _inputs(program: Program, sizes: Mapping[str, int], model: Any) -> list[Tensor]:
@@ -129,8 +130,8 @@ def _inputs(program: Program, sizes: Mapping[str, int], model: Any) -> list[Tens
     generator = torch.Generator().manual_seed(0)
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None) or 2
     made = []
-    for value in program.inputs:
-        shape = [sizes.get(size, 1) if isinstance(size, str) else size for size in value.shape]
+    for value, node in program.input_nodes():
+        shape = [size_of(size, sizes) for size in node.meta["val"].shape]
         if value.name.startswith(PAST):
             tensor = torch.randn(shape, generator=generator).to(value.dtype)
         elif value.name == "input_ids":

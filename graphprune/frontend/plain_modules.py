@@ -17,6 +17,7 @@ from graphprune.errors import CaptureError, UsageError
 from graphprune.frontend.from_exported import to_program
 from graphprune.frontend.sizes import LENGTHS, ROWS, conditions_of, limited, same, with_fixed
 from graphprune.frontend.torch_export import Exported, Follow, export
+from graphprune.ir.nodes import size_of
 from graphprune.ir.program import Note, Program, Source
 
 
@@ -110,13 +111,8 @@ class Call:
         CaptureError
             With `what` the model does, which would explain it.
         """
-        sizes = {
-            size: given
-            for value, tensor in zip(self.program.inputs, self.example, strict=True)
-            for size, given in zip(value.shape, tensor.shape, strict=True)
-            if isinstance(size, str)
-        }
-        if not same(self.program, self.model, self._inputs, sizes):
+        seen = conditions_of(self.exported, self.program).seen
+        if not same(self.program, self.model, self._inputs, seen):
             raise CaptureError(f"the model {what}: its graph computes something else")
 
     def is_wide(self) -> bool:
@@ -136,10 +132,10 @@ class Call:
 
     def _candidates(self, seen: Mapping[str, int]) -> Iterator[dict[str, int]]:
         """Yield sizes to try: of one length for all inputs, from 0 and from the example's on."""
-        rows = {value.shape[0] for value in self.program.inputs if value.shape} & seen.keys()
+        rows = {str(value.shape[0]) for value in self.program.inputs if value.shape} & seen.keys()
         lengths = [symbol for symbol in seen if symbol not in rows]
         for few, length in itertools.product(ROWS, LENGTHS if lengths else (1,)):
-            batch = {symbol: few for symbol in rows if isinstance(symbol, str)}
+            batch = dict.fromkeys(rows, few)
             starts = [dict.fromkeys(lengths, 0), {symbol: seen[symbol] for symbol in lengths}]
             starts += [{symbol: 2 * at for at, symbol in enumerate(lengths)}] * (len(lengths) > 1)
             for start in starts:
@@ -150,10 +146,10 @@ class Call:
     def _inputs(self, sizes: Mapping[str, int]) -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
         made = []
-        for value, tensor in zip(self.program.inputs, self.example, strict=True):
-            for dim, symbol in enumerate(value.shape):
-                size = sizes.get(symbol, tensor.shape[dim]) if isinstance(symbol, str) else symbol
-                index = torch.arange(size, device=tensor.device) % tensor.shape[dim]
+        for (value, node), tensor in zip(self.program.input_nodes(), self.example, strict=True):
+            for dim, size in enumerate(node.meta["val"].shape):
+                places = torch.arange(size_of(size, sizes), device=tensor.device)
+                index = places % tensor.shape[dim]
                 tensor = tensor.index_select(dim, index)
             if self.vocabulary and value.name.endswith("input_ids"):
                 drawn = torch.randint(0, self.vocabulary, tensor.shape, generator=generator)

@@ -68,7 +68,13 @@ def conditions_of(exported: Exported, program: Program) -> Conditions:
     env = _environment(program)
     if env is None:
         return Conditions((), {})
-    names = {size for value in program.inputs for size in value.shape if isinstance(size, str)}
+    names = {
+        symbol.name
+        for _, node in program.input_nodes()
+        for size in node.meta["val"].shape
+        if isinstance(size, torch.SymInt)
+        for symbol in size.node.expr.free_symbols
+    }
     decided = [guard.expr for guard in env.guards]
     decided += [each.expr for asserts in env.deferred_runtime_asserts.values() for each in asserts]
     found: dict[sympy.Basic, None] = {}
@@ -79,7 +85,7 @@ def conditions_of(exported: Exported, program: Program) -> Conditions:
             found[condition] = None
     for symbol, limits in exported.program.range_constraints.items():
         # Sizes of 0 and 1 are never traced as dynamic ones.
-        if symbol.name in names and limits.lower.is_Integer and limits.lower > 1:
+        if str(symbol) in names and limits.lower.is_Integer and limits.lower > 1:
             found[sympy.Ge(symbol, limits.lower)] = None
     hints = {
         symbol.name: int(hint)
