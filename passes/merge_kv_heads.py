@@ -44,7 +44,8 @@ class MergeKvHeads(Pass):
         What the new heads are. "mean": the mean of a group's heads, as in the paper; "first", the
         first of them, and "random", drawn anew with the spread of the old, are its ablation.
         "aligned": the head that all can share at the least cost on calibration data, with queries
-        and outputs refitted to it.
+        and outputs refitted to it. None: "aligned" where there is calibration data, which loses a
+        fraction of what "mean" does, else "mean"; the report says which.
     order
         Which heads form a group. "contiguous": neighbors; "similarity": those that cost the least
         to share (with "aligned" on the data, else by distance of their weights), whose queries and
@@ -92,7 +93,7 @@ class MergeKvHeads(Pass):
     name: ClassVar[str] = "merge-kv-heads"
 
     groups: int
-    init: Literal["mean", "first", "random", "aligned"] = "mean"
+    init: Literal["mean", "first", "random", "aligned"] | None = None
     order: Literal["contiguous", "similarity"] | None = None
     damp: float = 0.01
     skip: tuple[str, ...] = ()
@@ -119,7 +120,7 @@ class MergeKvHeads(Pass):
         """Return what least squares need, where heads are aligned."""
         from graphprune.calibration.statistics import tokens_for_gram
 
-        return tokens_for_gram(program) if self.init == "aligned" else 0
+        return tokens_for_gram(program) if self.init in (None, "aligned") else 0
 
     def run(self, program: Program, context: Context) -> Outcome:
         """Find the KV heads of every attention, make those of each group equal, and merge them."""
@@ -189,7 +190,8 @@ class MergeKvHeads(Pass):
         from graphprune.transforms.heads.grouping import group_by_weights
         from graphprune.transforms.heads.merge import equal_heads
 
-        aligned = self.init == "aligned"
+        init = self.init or ("mean" if context.calibration is None else "aligned")
+        aligned = init == "aligned"
         similar = aligned if self.order is None else self.order == "similarity"
         if aligned:
             assert context.calibration is not None, "the pass manager has asked for it"
@@ -203,8 +205,9 @@ class MergeKvHeads(Pass):
                 damp=self.damp,
                 track=context.track,
             )
-            return made.program, made.reordering, {"errors": made.errors, "not aligned": made.notes}
-        choose = _choice(self.init, context.seed)
+            told = {"init": init, "errors": made.errors, "not aligned": made.notes}
+            return made.program, made.reordering, told
+        choose = _choice(init, context.seed)
         reordering: dict[str, tuple[Permutation, ...]] = {}
         weights = dict(program.weights)
         stay: dict[str, str] = {}
@@ -216,7 +219,9 @@ class MergeKvHeads(Pass):
                 stay[heads.name] = way.in_order
             if choose is not None:
                 weights |= equal_heads(weights, heads, way.groups, choose)
-        details = {"in order": stay} if stay else {}
+        details: dict[str, Any] = {"init": init}
+        if stay:
+            details["in order"] = stay
         if choose is None:
             return program, reordering, details
         return program.with_weights(weights), reordering, details

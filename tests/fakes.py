@@ -24,6 +24,11 @@ class FakeProgram:
     graph: str = "graph"
     kinds: ClassVar[dict[str, str]] = {}
 
+    @property
+    def graph_module(self) -> object:
+        """Another one each time: every edit changed the graph, and nobody looks at values."""
+        return object()
+
     def parameter_count(self) -> int:
         return sum(math.prod(weight.shape) for weight in self.weights.values())
 
@@ -53,6 +58,7 @@ class FakePlan:
     """As much of a Plan as the pass manager looks at."""
 
     steps: tuple[str, ...] = ()
+    edits: Any = None
 
     def __add__(self, other: FakePlan) -> FakePlan:
         return FakePlan(self.steps + other.steps)

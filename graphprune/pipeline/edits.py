@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from graphprune.plan.edits import Edit, Edits
-from graphprune.plan.plan import Plan
 
 if TYPE_CHECKING:
     from graphprune.ir.program import Program
+    from graphprune.plan.plan import Plan
 
 
 def edit_of(
@@ -56,13 +56,15 @@ def with_edits(original: Program, plan: Plan, program: Program, made: Sequence[E
     made
         What passes did to values on the way.
     """
+    if not made:
+        return plan
+    if any(edit.graph for edit in made):
+        return dataclasses.replace(plan, edits=Edits(tuple(made)))
     import torch
 
     from graphprune.verification.narrow_weights import NarrowWeights
     from graphprune.verification.patterns import broken_patterns
 
-    if not made or any(edit.graph for edit in made):
-        return Plan(plan.steps, Edits(tuple(made))) if made else plan
     names = {name for edit in made for name in edit.weights if name in program.weights}
     left = NarrowWeights(original.weights, plan, names).values
     values = {
@@ -81,4 +83,4 @@ def with_edits(original: Program, plan: Plan, program: Program, made: Sequence[E
         for edit in made
     ]
     told = [edit for edit in told if edit.weights]
-    return Plan(plan.steps, Edits(tuple(told), values=values)) if told else plan
+    return dataclasses.replace(plan, edits=Edits(tuple(told), values=values)) if told else plan

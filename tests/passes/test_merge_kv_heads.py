@@ -108,13 +108,30 @@ def test_aligned_is_verified_against_the_edited_program(name: str) -> None:
     merged, verified = result.report.passes
     assert kv_heads(result.program) == [2] * 4
     assert verified.details["max_relative_error"] <= 1e-5
-    # Other values than those of the original: against that the same plan would not hold.
+    # Other values than those of the original: against that the steps alone do not hold.
     with pytest.raises(VerificationError):
-        gp.verify(program, result.plan, result.program)
-    assert set(merged.details) == {"merged", "errors", "not aligned"}
+        gp.verify(program, result.plan.without_edits(), result.program)
+    assert set(merged.details) == {"merged", "init", "errors", "not aligned"}
     for errors in merged.details["errors"].values():
         assert set(errors) == {"keys", "values", "outputs"}
         assert all(0 <= error < 1 for error in errors.values())
+
+
+def test_heads_are_aligned_where_there_is_data_and_averaged_elsewhere() -> None:
+    program = program_of("llama-mha")
+    given = calibration(program)
+    for data, init in ((None, "mean"), (given, "aligned")):
+        default = Pipeline([MergeKvHeads(groups=2)]).run(program, calibration=data)
+        named = Pipeline([MergeKvHeads(groups=2, init=init)]).run(program, calibration=data)
+        assert default.report.passes[0].details == named.report.passes[0].details
+        assert default.report.passes[0].details["init"] == init
+        for name, weight in default.program.weights.items():
+            assert torch.equal(weight, named.program.weights[name])
+    asked = MergeKvHeads(groups=2)
+    assert not asked.requires_calibration
+    assert asked.calibration_tokens(program) == MergeKvHeads(2, "aligned").calibration_tokens(
+        program
+    )
 
 
 def test_what_stands_before_and_after_the_edit_is_the_base_of_the_outcome() -> None:

@@ -28,7 +28,7 @@ PIPELINES = {
     "first": "merge-kv-heads{groups=2 init=first}",
     "recover": f"{PRUNE},recover{{method=full steps=2 batch=2 warmup=0}}",
 }
-PRUNED = f"{PRUNE},merge-kv-heads{{groups=2}}"
+PRUNED = f"{PRUNE},merge-kv-heads{{groups=2 init=mean}}"
 
 
 def run(text: str) -> tuple[Program, Result]:
