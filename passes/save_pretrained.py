@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from graphprune.errors import UsageError
 from graphprune.pipeline.pass_base import COUPLING, Analysis, Context, Outcome, Pass
@@ -28,6 +28,9 @@ class SavePretrained(Pass):
     -------
     path
         The directory, under the output folder of the run unless it is absolute.
+    dtype
+        Element type to store: "float32", "float16" or "bfloat16"; by default the one that the
+        checkpoint had which the program was loaded from.
 
     Requires
     --------
@@ -57,6 +60,7 @@ class SavePretrained(Pass):
     preserves: ClassVar[frozenset[Analysis[Any]]] = frozenset({COUPLING})
 
     path: str
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,5 +70,5 @@ class SavePretrained(Pass):
     def run(self, program: Program, context: Context) -> Outcome:
         """Write the directory, and return `program` as it is."""
         with context.bar(f"writing {self.path}"):
-            program.save_pretrained(context.path(self.path))
+            program.save_pretrained(context.path(self.path), dtype=self.dtype)
         return Outcome(program, details={"path": self.path})

@@ -22,6 +22,14 @@ class Form(StrEnum):
     any = "any"
 
 
+class DType(StrEnum):
+    """Element types that a checkpoint may be stored in."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
 Checkpoint = Annotated[
     str,
     typer.Argument(
@@ -54,6 +62,14 @@ PlainForm = Annotated[
         "--form",
         help="plain: refuse what plain transformers cannot load; any: a checkpoint with its own "
         "code, or an archive, if need be.",
+        rich_help_panel=RESULT,
+    ),
+]
+StoredType = Annotated[
+    DType | None,
+    typer.Option(
+        "--dtype",
+        help="Element type to store; by default that of the checkpoint that is read.",
         rich_help_panel=RESULT,
     ),
 ]

@@ -28,6 +28,7 @@ from graphprune.cli.options import (
     PlanFile,
     Samples,
     Seed,
+    StoredType,
     TokenizerDirectory,
 )
 from graphprune.cli.session import Session, verb
@@ -70,6 +71,7 @@ def run(
     output: Output = None,
     overwrite: Overwrite = False,
     form: PlainForm = Form.any,
+    dtype: StoredType = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -160,7 +162,7 @@ def run(
         if output is None:
             _show_plan(session, result, found, as_json)
             return
-        summary = _write_result(session, program, result, folder, found, text, fitted)
+        summary = _write_result(session, program, result, folder, found, text, fitted, dtype)
         report = dataclasses.replace(result.report, summary=summary.to_dict())
         written = report.to_json().replace(f"{folder}{os.sep}", "")
         (folder / REPORT).write_text(written, encoding="utf-8")
@@ -185,6 +187,7 @@ def apply(
     output: Output,
     overwrite: Overwrite = False,
     form: PlainForm = Form.any,
+    dtype: StoredType = None,
     as_json: AsJson = False,
 ) -> None:
     """Apply a plan to a fresh copy of the model that it was made for."""
@@ -196,7 +199,7 @@ def apply(
         with session.working("applying the plan"):
             smaller = apply_plan(program, chosen)
         found = form_of(session, smaller, form)
-        files = [*write(session, smaller, chosen, folder, found), *plan_files(folder)]
+        files = [*write(session, smaller, chosen, folder, found, dtype), *plan_files(folder)]
     if session.quiet:
         return
     counts = program.parameter_count(), smaller.parameter_count()
@@ -246,11 +249,12 @@ def _write_result(
     form: CheckpointForm,
     text: Calibration | None,
     fitted: Calibration | None,
+    dtype: str | None,
 ) -> Summary:
     """Write checkpoint and plan, and sum up what the run comes to."""
     from graphprune.evaluation.summary import Footprint, Summary, verified_error
 
-    files = write(session, result.program, result.plan, folder, form)
+    files = write(session, result.program, result.plan, folder, form, dtype)
     predictions, why_not = compared(session, program, result.program, text)
     source = None if program.source is None else program.source.directory
     plan = plan_files(folder)

@@ -70,13 +70,24 @@ def form_of(session: Session, program: Program, wanted: Form) -> CheckpointForm:
 
 
 def write(
-    session: Session, program: Program, plan: Plan, folder: Path, form: CheckpointForm
+    session: Session,
+    program: Program,
+    plan: Plan,
+    folder: Path,
+    form: CheckpointForm,
+    dtype: str | None = None,
 ) -> list[str]:
-    """Write checkpoint and plan into `folder`; return the names of the checkpoint's files."""
+    """Write checkpoint and plan into `folder`; return the names of the checkpoint's files.
+
+    `dtype` is the element type to store, where it is not that of the checkpoint that was read.
+    """
     # In a directory of its own first, since passes may have written into `folder` already.
     inner = folder / ".checkpoint"
     with session.working("writing the checkpoint"):
-        program.save(inner) if form.kind == "none" else program.save_pretrained(inner)
+        if form.kind == "none":
+            program.save(inner)
+        else:
+            program.save_pretrained(inner, dtype=dtype)
     names = sorted(path.name for path in inner.iterdir())
     for name in names:
         (inner / name).rename(folder / name)

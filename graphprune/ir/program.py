@@ -65,6 +65,8 @@ class Source:
         The model's generation config, if it has one.
     stored_dtype
         Element type of the checkpoint on disk, which may be narrower than the program's.
+    stored_apart
+        Weights that the checkpoint stores in another floating type, by name.
     """
 
     config: Any
@@ -72,6 +74,11 @@ class Source:
     directory: Path | None = None
     generation_config: Any = None
     stored_dtype: torch.dtype | None = None
+    stored_apart: Mapping[str, torch.dtype] = field(default_factory=dict)
+
+    def stored_type(self, name: str) -> torch.dtype | None:
+        """Return the element type that the weight `name` has on disk, as far as is known."""
+        return self.stored_apart.get(name, self.stored_dtype)
 
 
 NoteKind = Literal[

@@ -223,6 +223,7 @@ def _describe_source(source: Source | None) -> dict[str, Any] | None:
         "generation_config_class": _class_name(type(generation)) if generation else None,
         "generation_config": generation.to_dict() if generation else None,
         "stored_dtype": str(source.stored_dtype) if source.stored_dtype else None,
+        "stored_apart": {name: str(dtype) for name, dtype in source.stored_apart.items()},
         "tokenizer": source.directory is not None,
     }
 
@@ -239,19 +240,24 @@ def _rebuild_source(described: Any, folder: Path) -> tuple[Source | None, tuple[
     name = described["model_class"]
     try:
         generation = described["generation_config_class"]
-        dtype = getattr(torch, (described["stored_dtype"] or "").removeprefix("torch."), None)
+        apart = described.get("stored_apart", {})  # not in archives of before
         source = Source(
             config=_class(described["config_class"]).from_dict(described["config"]),
             model_class=_class(name),
             directory=folder if described["tokenizer"] else None,
             generation_config=generation
             and _class(generation).from_dict(described["generation_config"]),
-            stored_dtype=dtype,
+            stored_dtype=_dtype(described["stored_dtype"]),
+            stored_apart={name: found for name in apart if (found := _dtype(apart[name]))},
         )
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         text = f"without its config, since {name} is not to be had: {first_line(error, typed=True)}"
         return None, (Note("no-source", text),)
     return source, ()
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    return getattr(torch, (name or "").removeprefix("torch."), None)
 
 
 def _class_name(kind: type) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,12 @@ def write(program: Program, model: Any, directory: Path, cast: torch.dtype | Non
     # Weights that its code would compute, such as positions, may have been cut or trained.
     model._keys_to_ignore_on_save = set()
     with quiet():
-        weights = _stored(program, model, source.stored_dtype, cast)
+        weights = _stored(program, source, model, cast)
+        main = cast or _main_type(weights)
         model.save_pretrained(directory, state_dict=weights, max_shard_size="5GB")
     share_mode(directory.glob("*.safetensors"), like=directory / "config.json")
-    if cast is not None:
-        _name_dtype(directory / "config.json", cast)
+    if main is not None and main is not model.dtype:
+        _name_dtype(directory / "config.json", main)
     copy_companions(source.directory, directory)
     write_generation_config(source, directory / "generation_config.json")
 
@@ -54,35 +57,47 @@ def _place_modeling_file(model: Any, directory: Path) -> None:
 
 
 def _stored(
-    program: Program, model: Any, narrow: torch.dtype | None, cast: torch.dtype | None
+    program: Program, source: Source, model: Any, cast: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """Every entry of the model's state, tied ones sharing memory, in the type to store it in."""
+    """Return every entry of the model's state, tied ones sharing memory, in its type on disk."""
     converted: dict[str, Tensor] = {}
     state = {}
     for name in model.state_dict():
         held = program.aliases.get(name, name)
         if held not in converted:
             weight = program.weight(held).detach().cpu()
-            converted[held] = _converted(held, weight, narrow, cast)
+            if weight.is_floating_point():
+                wanted = cast or _narrower(weight.dtype, source.stored_type(held))
+                weight = _converted(held, weight, wanted)
+            converted[held] = weight
         state[name] = converted[held]
     return state
 
 
-def _converted(
-    name: str, weight: Tensor, narrow: torch.dtype | None, cast: torch.dtype | None
-) -> Tensor:
-    if not weight.is_floating_point():
-        return weight
-    if cast is not None:
-        result = weight.to(cast)
-        if not torch.isfinite(result).all() and torch.isfinite(weight).all():
-            raise BackendError(f"{name} holds values that are too large for {_short(cast)}")
-        return result
-    if narrow is not None and narrow.itemsize < weight.dtype.itemsize:
-        result = weight.to(narrow)
-        if torch.equal(result.to(weight.dtype), weight):
-            return result
-    return weight
+def _narrower(own: torch.dtype, stored: torch.dtype | None) -> torch.dtype:
+    """Return the type that a checkpoint stores, where it is narrower than a weight's own."""
+    return stored if stored is not None and stored.itemsize < own.itemsize else own
+
+
+def _converted(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    result = weight.to(dtype)
+    if dtype.itemsize == 1 and not torch.equal(result.to(weight.dtype), weight):
+        return weight  # such types go with scales, which what was edited has none of
+    if not torch.isfinite(result).all() and torch.isfinite(weight).all():
+        raise BackendError(
+            f"{name} holds values that are too large for {_short(dtype)}: write another dtype, "
+            f"such as {_short(weight.dtype)}"
+        )
+    return result
+
+
+def _main_type(weights: Mapping[str, Tensor]) -> torch.dtype | None:
+    """Return the floating type of most of the numbers."""
+    count = Counter[torch.dtype]()
+    for weight in weights.values():
+        if weight.is_floating_point():
+            count[weight.dtype] += weight.numel()
+    return max(count, key=count.__getitem__, default=None)
 
 
 def _name_dtype(path: Path, dtype: torch.dtype) -> None:

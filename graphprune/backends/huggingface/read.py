@@ -51,7 +51,7 @@ def read(path: Path, *, dtype: str | torch.dtype = "float32", cache: bool | None
     """
     wanted = _dtype(dtype)
     fields = _read_json(path / "config.json")
-    stored = _check_files(path)
+    stored, apart = _check_files(path)
     with quiet():
         config = _config(path, fields)
         model_class = _model_class(path, config)
@@ -59,7 +59,9 @@ def read(path: Path, *, dtype: str | torch.dtype = "float32", cache: bool | None
         _check_finite(path, model)
         program = capture(model, cache=cache)
     assert program.source is not None
-    source = dataclasses.replace(program.source, directory=path, stored_dtype=stored)
+    source = dataclasses.replace(
+        program.source, directory=path, stored_dtype=stored, stored_apart=apart
+    )
     return dataclasses.replace(program, source=source)
 
 
@@ -88,8 +90,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return fields
 
 
-def _check_files(path: Path) -> torch.dtype | None:
-    """Refuse weight files that are cut short; return the floating type that most tensors have."""
+def _check_files(path: Path) -> tuple[torch.dtype | None, dict[str, torch.dtype]]:
+    """Refuse weight files that are cut short.
+
+    Returns the floating type that most tensors have, and those of the others by name.
+    """
     index = path / "model.safetensors.index.json"
     if index.is_file():
         placed = _read_json(index).get("weight_map")
@@ -101,10 +106,17 @@ def _check_files(path: Path) -> torch.dtype | None:
     else:
         if not any(path.glob("pytorch_model*.bin")):
             raise CheckpointError(f"{path} holds no model.safetensors")
-        return None
-    types = Counter(kind for file in files for kind, _ in _tensors(file).values())
-    floating = [kind for kind, _ in types.most_common() if kind in _DTYPES]
-    return _DTYPES[floating[0]] if floating else None
+        return None, {}
+    types = {
+        name: _DTYPES[kind]
+        for file in files
+        for name, (kind, _) in _tensors(file).items()
+        if kind in _DTYPES
+    }
+    if not types:
+        return None, {}
+    ((most, _),) = Counter(types.values()).most_common(1)
+    return most, {name: kind for name, kind in types.items() if kind is not most}
 
 
 def shapes_of(directory: str | PathLike[str]) -> dict[str, tuple[int, ...]]:

@@ -43,9 +43,9 @@ def save_pretrained(
     directory
         The directory to make; it may exist if it is empty.
     dtype
-        Element type to store, such as ``float16``. By default every tensor is stored in the type of
-        the checkpoint it came from wherever that loses nothing, and in its own type otherwise;
-        either way the config names the type that the program computes in.
+        Element type to store, such as ``float16``. By default every tensor has the type that it had
+        in the checkpoint it came from, or its own where that is narrower; the config names the type
+        of most of them.
 
     Raises
     ------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import io
 import logging
@@ -15,7 +16,7 @@ import torch
 from torch import fx
 from torch._subclasses import FakeTensor
 
-from graphprune.backends.onnx.dimension_names import output_names
+from graphprune.backends.onnx.dimension_names import check_dimensions, output_names
 from graphprune.errors import BackendError, first_line
 from graphprune.ir.exported import to_exported_program
 from graphprune.ir.nodes import arguments_of, made_from, valued
@@ -30,14 +31,15 @@ _LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
 
 
 def convert(program: Program, opset: int) -> onnx_ir.Model:
-    """`program` in ONNX's operators, as the exporter leaves it."""
-    for value in (node.meta.get("val") for node in program.graph.nodes):
-        if isinstance(value, FakeTensor) and value.fake_mode.shape_env is not None:
-            # An earlier export leaves behind sizes that depend on data, and a later one trips.
-            value.fake_mode.shape_env.pending_fresh_unbacked_symbols.clear()
-            break
+    """Return `program` in ONNX's operators, as the exporter leaves it.
+
+    Raises
+    ------
+    BackendError
+        When an operator has no counterpart, or the exporter fixes a size that is dynamic.
+    """
     try:
-        with _silence():
+        with _silence(), _sizes_kept(program):
             converted = torch.onnx.export(
                 _reshaping(program),
                 (),
@@ -53,7 +55,38 @@ def convert(program: Program, opset: int) -> onnx_ir.Model:
     except Exception as error:  # any operator's translation may fail in any way
         raise BackendError(f"no ONNX export: {_why(program, error)}") from error
     assert converted is not None
+    check_dimensions(converted.model, program)
     return converted.model
+
+
+@contextlib.contextmanager
+def _sizes_kept(program: Program) -> Iterator[None]:
+    """Give the sizes of `program` back what they are, whatever an export makes of them.
+
+    The exporter runs the graph anew. An operator that it takes apart may ask whether a dynamic size
+    is the example's, and the answer is kept as a fact in what all graphs of the program share.
+    """
+    values = (node.meta.get("val") for node in program.graph.nodes)
+    modes = (value.fake_mode for value in values if isinstance(value, FakeTensor))
+    env: Any = next((mode.shape_env for mode in modes if mode.shape_env is not None), None)
+    if env is None:
+        yield
+        return
+    # An earlier export leaves behind sizes that depend on data, and a later one trips.
+    env.pending_fresh_unbacked_symbols.clear()
+    held = {
+        name: copy.copy(value)
+        for name, value in vars(env).items()
+        if isinstance(value, dict | list | set)
+    }
+    try:
+        yield
+    finally:
+        for name, value in held.items():
+            setattr(env, name, value)
+        # What is cached by these is looked up anew.
+        env._version_counter += 1
+        env._replacements_version_counter += 1
 
 
 def _reshaping(program: Program) -> ExportedProgram:

@@ -6,6 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from graphprune.errors import BackendError
 from graphprune.ir.program import PAST, Program, Value
 
 if TYPE_CHECKING:
@@ -31,7 +34,43 @@ def dimension_names(program: Program) -> dict[str, str]:
                 if name in names.values() and not shared:
                     name = f"{_word(value.name)}_{name if dim == 0 else f'dim_{dim}'}"
                 names[size] = name
+    for value, node in program.input_nodes():
+        for dim, size in enumerate(node.meta["val"].shape):
+            expression = size.node.expr if isinstance(size, torch.SymInt) else None
+            for symbol in expression.free_symbols if expression is not None else ():
+                # No input is of this size: it stands for what one is a multiple of, say.
+                names.setdefault(str(symbol), f"{_dimension(program, value, dim)}_unit")
     return names
+
+
+def check_dimensions(model: onnx_ir.Model, program: Program) -> None:
+    """Refuse a `model`, as it was exported, that takes fewer sizes than its `program`.
+
+    Raises
+    ------
+    BackendError
+        Naming the first input and dimension that are dynamic in the program and a number in the
+        model, or that the model wants equal to another.
+    """
+    shapes = {value.name: value.shape for value in model.graph.inputs}
+    names = dimension_names(program)
+    for value in program.inputs:
+        for dim, (size, given) in enumerate(
+            zip(value.shape, shapes[value.name] or (), strict=False)
+        ):
+            written = str(given if isinstance(given, int) else given.value)
+            if isinstance(size, int) or written == size:
+                continue
+            if written.isdigit():
+                what = f"is fixed at {written}"
+            elif size.isidentifier() and written.isidentifier():
+                what = f"has to be {names.get(written, written)}"
+            else:
+                continue  # the same size in other words
+            raise BackendError(
+                f"no ONNX export: dimension {dim} of {value.name} ({names.get(size, size)}) {what} "
+                "in what torch's exporter makes of the program, which takes other sizes too"
+            )
 
 
 def output_names(program: Program) -> list[str]:
@@ -77,6 +116,8 @@ def apply_names(model: onnx_ir.Model, names: Mapping[str, str]) -> None:
             lambda match: known.setdefault(match[0], f"data_dependent_{len(known) - len(names)}"),
             str(size.value),
         )
+        if text.isdigit():
+            return int(text)
         return onnx_ir.SymbolicDim("total_sequence" if text in _TOTAL else text)
 
     values = [*model.graph.inputs, *model.graph.initializers.values()]

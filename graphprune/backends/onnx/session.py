@@ -13,7 +13,7 @@ from graphprune.backends.onnx.dimension_names import output_names
 from graphprune.errors import BackendError, ParityError, first_line
 from graphprune.ir.compare import relative_error, tolerance_of
 from graphprune.ir.program import PAST, PRESENT, Program
-from graphprune.ir.sample_inputs import table_rows
+from graphprune.ir.sample_inputs import sample_sizes, table_rows
 
 _LENGTHS = (7, 11, 13, 17, 19)
 _SPARE = 4
@@ -235,11 +235,19 @@ def positions(program: Program, names: Mapping[str, str], wanted: int) -> int:
 
 
 def sizes_for(program: Program, names: Mapping[str, str], batch: int) -> dict[str, int]:
-    """Return a size for every symbol: `batch`, and lengths of which no two are equal."""
+    """Return a size for every symbol: `batch`, and lengths of which no two are equal.
+
+    Sizes of images and the like are near the example's, as strides allow.
+    """
     lengths = iter(_LENGTHS * len(names))
     chosen: dict[str, int] = {}
+    short, long = (sample_sizes(program, batch=batch, length=n) for n in _LENGTHS[:2])
+    near = {names[symbol]: size for symbol, size in short.items() if long[symbol] == size}
     for name in dict.fromkeys(names.values()):
-        chosen[name] = batch if name == "batch" or name.endswith("_batch") else next(lengths)
+        if name == "batch" or name.endswith("_batch"):
+            chosen[name] = batch
+        else:
+            chosen[name] = near[name] if name in near else next(lengths)
     for symbol, name in names.items():
         chosen[name] = program.within(symbol, chosen[name])
     return {symbol: chosen[name] for symbol, name in names.items()}

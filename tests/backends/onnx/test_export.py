@@ -12,6 +12,7 @@ import pytest
 import torch
 from byte_llama import byte_llama
 from torch import Tensor, library, nn
+from torch.export import Dim
 
 from graphprune.backends.onnx import export as backend
 from graphprune.errors import BackendError, OutputError, UsageError
@@ -377,3 +378,70 @@ def test_few_positions_mean_fewer_decoded_tokens(tmp_path: Path) -> None:
     report = backend.export(capture(GPT2LMHeadModel(config)), tmp_path / "model.onnx")
     assert report.notes == ("3 decode steps: the model has 10 positions to try",)
     assert report.max_relative_error is not None
+
+
+# -- dynamic sizes --------------------------------------------------------------------------------
+
+
+class _Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) / x.shape[1]
+
+
+def test_a_size_that_the_exporter_fixes_is_refused_and_stays_dynamic_in_the_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = ({0: Dim.AUTO, 1: Dim.AUTO},)
+    program = capture(_Scaled(), (torch.randn(2, 12, 8),), dynamic_shapes=shapes)
+    ((_, node),) = program.input_nodes()
+    sizes = str(node.meta["val"].shape)
+    original = torch.onnx.export
+
+    def fixing(exported: Any, *args: Any, **options: Any) -> Any:
+        # As a decomposition does that treats a size of its own kind.
+        assert node.meta["val"].shape[1] == 12
+        return original(exported, *args, **options)
+
+    monkeypatch.setattr(torch.onnx, "export", fixing)
+    with pytest.raises(BackendError, match=r"dimension 1 of x \(x_dim_1\) is fixed at 12"):
+        backend.export(program, tmp_path / "model.onnx")
+    assert str(node.meta["val"].shape) == sizes
+    monkeypatch.undo()
+    report = backend.export(program, tmp_path / "model.onnx")
+    assert report.max_relative_error is not None
+
+
+def test_sizes_that_are_multiples_of_a_dynamic_one_are_exported(tmp_path: Path) -> None:
+    unit = Dim("unit", min=2, max=8)
+    model = nn.Sequential(nn.Conv2d(3, 4, 8, stride=8), nn.Conv2d(4, 4, 1))
+    shapes = ({0: Dim.AUTO, 2: 8 * unit, 3: 8 * unit},)
+    program = capture(model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=shapes)
+    backend.export(program, tmp_path / "model.onnx")
+    dims = onnx.load(tmp_path / "model.onnx").graph.input[0].type.tensor_type.shape.dim
+    assert [dim.dim_param for dim in dims][2:] == ["8*input_dim_2_unit"] * 2
+
+
+class _UNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.deep = nn.Conv2d(8, 8, 3, stride=2, padding=1)
+        self.up = nn.ConvTranspose2d(8, 8, 2, stride=2)
+        self.out = nn.ConvTranspose2d(16, 3, 2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        down = self.down(x).relu()
+        up = self.up(self.deep(down).relu())
+        return self.out(torch.cat([down, up], 1))
+
+
+def test_images_are_checked_at_sizes_that_strides_divide(tmp_path: Path) -> None:
+    shapes = ({0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO},)
+    program = capture(_UNet().eval(), (torch.randn(2, 3, 32, 32),), dynamic_shapes=shapes)
+    report = backend.export(program, tmp_path / "model.onnx")
+    assert report.max_relative_error is not None
+    assert all(isinstance(program.inputs[0].shape[dim], str) for dim in (0, 2, 3))
