@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy.special import stdtr
+from scipy.special import stdtr, stdtrit
 from torch import Tensor
 
 from graphprune.analysis.coupling import Coupling
@@ -23,7 +23,13 @@ from graphprune.calibration.data import LABELS
 from graphprune.calibration.losses import task_loss
 from graphprune.criteria import ScoringContext
 from graphprune.errors import EvaluationError, SelectionError
-from graphprune.evaluation.ablation_result import Effect, GroupEffects, Sensitivity, Span
+from graphprune.evaluation.ablation_result import (
+    SIGNIFICANT,
+    Effect,
+    GroupEffects,
+    Sensitivity,
+    Span,
+)
 from graphprune.evaluation.perplexity import why_not_causal
 from graphprune.io.progress import DisplayFactory, progress_bar
 from graphprune.ir.program import PAST, PRESENT, Program
@@ -289,8 +295,9 @@ def _effect(run: Span, differences: Tensor) -> Effect:
     if not math.isfinite(error):
         return Effect(run, mean, None, None)
     if error == 0:
-        return Effect(run, mean, error, float(mean == 0))
-    return Effect(run, mean, error, float(2 * stdtr(count - 1, -abs(mean / error))))
+        return Effect(run, mean, error, float(mean == 0), mean)
+    p = float(2 * stdtr(count - 1, -abs(mean / error)))
+    return Effect(run, mean, error, p, mean + error * float(stdtrit(count - 1, 1 - SIGNIFICANT)))
 
 
 def _best(kept: Sequence[tuple[Span, Tensor]]) -> Effect | None:

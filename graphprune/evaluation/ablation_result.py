@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from os.path import commonprefix
 from pathlib import Path
@@ -13,7 +14,8 @@ from graphprune.io.atomic import as_json
 from graphprune.report import plots
 
 if TYPE_CHECKING:
-    from rich.console import Group as Shown
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.table import Table
 
 Span = tuple[int, int]
 """The first of some units and the one after the last, counted over all parents."""
@@ -21,8 +23,8 @@ Span = tuple[int, int]
 SIGNIFICANT = 0.01
 """The p below which an effect counts, as in the paper."""
 
-_COLUMNS = 10
-"""A table shows every effect where no group has more than this."""
+FREE = 0.01
+"""A unit is free if it is certain, at that p, that the loss grows by less than this part of it."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,16 @@ class Effect:
     p
         How probable so large a difference would be, either way, if there were none (Student's t of
         the paired differences; nothing is corrected for the number of units).
+    most
+        The largest difference that is not improbable (at p < `SIGNIFICANT`, one-sided); None where
+        nothing can be said, as for one sample.
     """
 
     units: Span
     difference: float
     error: float | None
     p: float | None
+    most: float | None = None
 
     @property
     def significant(self) -> bool:
@@ -117,7 +123,7 @@ class Sensitivity:
         OutputError
             When the name of the file says no format.
         """
-        _, names = self._names()
+        names = [row.group for row in self.rows]
         values = ([effect.difference for effect in row.removed] for row in self.rows)
         alone = [row.kept.difference if row.kept else None for row in self.rows]
         single = all(math.prod(row.shape) == len(row.removed) for row in self.rows)
@@ -140,38 +146,62 @@ class Sensitivity:
         end = end[min(marks) :] if marks else ""
         return f"{start}*{end}", [name.removeprefix(start).removesuffix(end) for name in names]
 
-    def __rich__(self) -> Shown:
-        """Lay out the table for a terminal."""
-        from rich.box import SIMPLE_HEAD
-        from rich.console import Group as Shown
-        from rich.table import Table
+    @property
+    def margin(self) -> float:
+        """How much the loss may grow without a unit that is free."""
+        return FREE * self.loss if self.loss > 0 else FREE
+
+    def verdicts(self, row: GroupEffects) -> tuple[int, int]:
+        """Count the units of a row that are free, and those of which that cannot be told.
+
+        A unit is free where a growth of the loss by `margin` would be improbable, whatever was
+        measured; it is not where that much is certain. Few samples leave the most unclear.
+        """
+        free = sum(effect.most is not None and effect.most < self.margin for effect in row.removed)
+        worse = sum(
+            effect.significant and effect.difference > 0 and not (effect.most or 0) < self.margin
+            for effect in row.removed
+        )
+        return free, len(row.removed) - free - worse
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Lay out the table for a terminal: every effect where they fit, else a summary."""
         from rich.text import Text
 
         title, names = self._names()
+        table = self._table(names, every=True)
+        if table.__rich_measure__(console, options.update(width=1000)).maximum > options.max_width:
+            table = self._table(names, every=False)
+        yield Text(
+            f"{self.measure} {self.loss:.4f} over {self.samples} samples; how much it grows "
+            f"without each unit of {title}:"
+        )
+        yield table
+        yield Text(
+            f"* differs from no change at p < {SIGNIFICANT:g} (paired over samples)\n"
+            f"free: at that p it grows by less than {self.margin:.3g}, each unit by itself; "
+            "?: units of which the samples do not tell"
+        )
+
+    def _table(self, names: Sequence[str], *, every: bool) -> Table:
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+        from rich.text import Text
+
         wide = max(len(row.removed) for row in self.rows)
-        every = wide <= _COLUMNS
         table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-        table.add_column("", overflow="fold")
+        table.add_column("", overflow="fold", min_width=min(12, max(map(len, names))))
         titles = map(str, range(wide)) if every else ("runs", "least", "median", "most")
-        for each in (*titles, "free", *(["best alone"] if any(r.kept for r in self.rows) else [])):
+        alone = ["best alone"] if any(row.kept for row in self.rows) else []
+        for each in (*titles, "free", "?", *alone):
             table.add_column(each, justify="right", no_wrap=True)
         for name, row in zip(names, self.rows, strict=True):
-            free = sum(not e.significant or e.difference <= 0 for e in row.removed)
             cells = [*map(_cell, row.removed)] if every else _summary(row)
             cells += [""] * (wide - len(cells)) if every else []
-            alone = [f"{row.kept.text}: {_cell(row.kept)}"] if row.kept else []
-            table.add_row(*map(Text, (name, *cells, f"{free} of {len(row.removed)}", *alone)))
-        return Shown(
-            Text(
-                f"{self.measure} {self.loss:.4f} over {self.samples} samples; how much it grows "
-                f"without each unit of {title}:"
-            ),
-            table,
-            Text(
-                f"* differs from no change at p < {SIGNIFICANT:g} (paired over samples)\n"
-                "free: units whose removal makes it no worse at that p, each by itself"
-            ),
-        )
+            free, unclear = map(str, self.verdicts(row))
+            kept = [f"{row.kept.text}: {_cell(row.kept)}"] if row.kept else []
+            table.add_row(*map(Text, (name, *cells, free, unclear, *kept)))
+        return table
 
 
 def _cell(effect: Effect) -> str:

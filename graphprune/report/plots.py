@@ -13,6 +13,7 @@ from graphprune.errors import OutputError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg", ".pdf")
 """Suffixes of the files that can be written."""
@@ -50,7 +51,7 @@ def heat_map(
     titles: tuple[str, str] = ("", ""),
     columns: str = "",
 ) -> None:
-    """Draw values in colour, blue below zero and red above.
+    """Draw values in color, blue below zero and red above.
 
     Parameters
     ----------
@@ -75,7 +76,7 @@ def heat_map(
     check_format(path)
     width = max(map(len, rows.values()))
     figure = Figure(
-        figsize=(4 + min(0.5 * width, 16) + bool(beside), 1.6 + 0.36 * len(rows)),
+        figsize=(6 + min(0.5 * width, 16) + bool(beside), 1.6 + 0.36 * len(rows)),
         layout="constrained",
     )
     if beside:
@@ -85,7 +86,7 @@ def heat_map(
     else:
         main = figure.subplots()
     _cells(main, list(rows.values()), titles[0])
-    main.set_yticks(range(len(rows)), list(rows))
+    main.set_yticks(range(len(rows)), [_plain(name, 48) for name in rows])
     main.set_xlabel(columns)
     main.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path, dpi=150)
@@ -202,29 +203,43 @@ def histograms(path: Path, values: Mapping[str, Sequence[float]], *, label: str)
     OutputError
         When the name says no format.
     """
-    from matplotlib.figure import Figure
-
     check_format(path)
+    draw_histograms(values, label=label).savefig(path, dpi=150)
+
+
+def draw_histograms(values: Mapping[str, Sequence[float]], *, label: str) -> Figure:
+    """Return the figure that `histograms` writes."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     columns = min(4, len(values))
     rows = -(-len(values) // columns)
     figure = Figure(figsize=(3.2 * columns, 0.6 + 1.9 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
     low = min(min(each) for each in values.values())
     high = max(max(each) for each in values.values())
-    log = 0 < low < high
+    log = 0 < 10 * low < high
     edges = [low + (high - low) * at / 40 for at in range(41)]
     if log:
         edges = [low * (high / low) ** (at / 40) for at in range(41)]
-    for axes, (name, each) in zip(grid.flat, values.items(), strict=False):
+    for at, (axes, (name, each)) in enumerate(zip(grid.flat, values.items(), strict=False)):
         axes.hist(each, bins=edges if high > low else 1, color="0.4")
-        axes.set_title(_plain(name), fontsize="x-small")
+        axes.set_title(_plain(name, 44), fontsize="x-small")
+        axes.tick_params(labelbottom=at + columns >= len(values), labelsize="small")
         axes.set_ylabel("units", fontsize="small")
         if log:
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(
+                LogLocator(subs=(1, 3) if high < 300 * low else (1,), numticks=5)
+            )
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.locator_params(axis="x", nbins=4)
     for axes in list(grid.flat)[len(values) :]:
         axes.set_axis_off()
     figure.supxlabel(label, fontsize="medium")
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def _cells(axes: Axes, rows: Sequence[Sequence[float]], title: str) -> None:
@@ -239,10 +254,10 @@ def _cells(axes: Axes, rows: Sequence[Sequence[float]], title: str) -> None:
     for y, row in enumerate(values):
         for x, value in enumerate(row):
             if math.isfinite(value):
-                colour = "white" if abs(value) > 0.6 * top else "black"
-                axes.text(x, y, f"{value:.3f}", ha="center", va="center", c=colour, size=8)
+                color = "white" if abs(value) > 0.6 * top else "black"
+                axes.text(x, y, f"{value:.3f}", ha="center", va="center", c=color, size=8)
 
 
-def _plain(name: str) -> str:
-    """`name` in short lines, with nothing in it that matplotlib takes for mathematics."""
-    return "\n".join(wrap(name, 90)).replace("$", r"\$")
+def _plain(name: str, width: int = 90) -> str:
+    """Return `name` in short lines, with nothing in it that matplotlib takes for mathematics."""
+    return "\n".join(wrap(name, width)).replace("$", r"\$")

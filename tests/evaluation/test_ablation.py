@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from graphprune.errors import EvaluationError, OutputError, SelectionError
-from graphprune.evaluation.ablation import sensitivity, text_batches
+from graphprune.evaluation.ablation import _effect, sensitivity, text_batches
 from graphprune.evaluation.ablation_result import Effect, GroupEffects, Sensitivity
 from graphprune.evaluation.perplexity import text_windows
 
@@ -255,7 +255,8 @@ def test_one_sample_has_no_spread() -> None:
 
 def small(columns: int = 2) -> Sensitivity:
     removed = tuple(
-        Effect((at, at + 1), 0.5 - at, 0.1, 0.001 if at == 0 else 0.5) for at in range(columns)
+        Effect((at, at + 1), 0.5 - at, 0.1, 0.001 if at == 0 else 0.5, 0.7 - at)
+        for at in range(columns)
     )
     kept = Effect((1, 2), math.inf, None, None)
     rows = tuple(
@@ -265,8 +266,8 @@ def small(columns: int = 2) -> Sensitivity:
     return Sensitivity("next-token loss", 2.5, 3, rows)
 
 
-def printed(found: Sensitivity) -> str:
-    console = Console(width=100, record=True, file=io.StringIO())
+def printed(found: Sensitivity, width: int = 100) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(found)
     return console.export_text()
 
@@ -276,8 +277,43 @@ def test_the_table_says_what_is_significant_and_what_is_free() -> None:
     assert "layers.*.attn:head" in text
     assert "+0.500*" in text
     assert "-0.500*" not in text
-    assert "1 of 2" in text
     assert "1: +inf" in text
+    line = next(line for line in text.splitlines() if line.strip().startswith("1 "))
+    assert line.split()[1:5] == ["+0.500*", "-0.500", "1", "0"]  # one is free, none unclear
+
+
+def test_what_the_samples_do_not_tell_is_not_called_free() -> None:
+    effects = {
+        "free": Effect((0, 1), 0.001, 0.002, 0.6, 0.008),
+        "free, though it is significant": Effect((0, 1), 0.005, 0.001, 0.001, 0.008),
+        "better": Effect((0, 1), -0.5, 0.01, 0.001, -0.4),
+        "worse": Effect((0, 1), 0.5, 0.01, 0.001, 0.6),
+        "unclear": Effect((0, 1), 0.001, 0.2, 0.9, 0.5),
+        "unclear, though it got better": Effect((0, 1), -0.1, 0.2, 0.6, 0.4),
+        "one sample": Effect((0, 1), -0.1, None, None),
+    }
+    row = GroupEffects("group", "ffn", (7,), tuple(effects.values()), None)
+    assert Sensitivity("loss", 2.0, 3, (row,)).verdicts(row) == (3, 3)
+
+
+def test_two_samples_leave_most_unclear_and_many_do_not() -> None:
+    noise = torch.tensor([0.01, -0.01], dtype=torch.float64).repeat(200)
+    for count, verdicts in ((2, (0, 1)), (400, (1, 0))):
+        row = GroupEffects("group", "ffn", (1,), (_effect((0, 1), noise[:count]),), None)
+        assert Sensitivity("loss", 1.0, count, (row,)).verdicts(row) == verdicts
+
+
+@pytest.mark.parametrize("columns", [2, 8, 12])
+def test_every_row_keeps_its_label_at_80_columns(columns: int) -> None:
+    found = small(columns)
+    rows = [
+        replace(row, group=f"{part}.attn.proj:head")
+        for row, part in zip(found.rows, ("encoder.layers.10", "decoder.layers.11"), strict=True)
+    ]
+    lines = printed(replace(found, rows=tuple(rows)), 80).splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    for at in (10, 11):
+        assert any(f"layers.{at}" in line and "+0.500*" in line for line in lines)
 
 
 def test_a_wide_table_shows_least_median_and_most() -> None:
@@ -294,6 +330,7 @@ def test_json_holds_every_effect_and_null_for_what_is_not_finite() -> None:
         "difference": None,
         "error": None,
         "p": None,
+        "most": None,
     }
 
 
@@ -310,6 +347,8 @@ def test_rows_of_a_picture_may_differ_in_length(tmp_path: Path) -> None:
     shorter = replace(found.rows[0], removed=found.rows[0].removed[:1], kept=None)
     replace(found, rows=(shorter, found.rows[1])).picture(tmp_path / "heads.svg")
     text = (tmp_path / "heads.svg").read_text()
+    assert "<!-- layers.0.attn:head -->" in text
+    assert "<!-- layers.1.attn:head -->" in text
     assert text.count("<!-- 0.500 -->") == 2
     assert text.count("<!-- −1.500 -->") + text.count("<!-- -1.500 -->") == 1
 
