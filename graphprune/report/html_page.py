@@ -19,6 +19,7 @@ from graphprune.analysis.axes import Atom, Axis, Product, Sum
 from graphprune.analysis.coupling import Coupling
 from graphprune.analysis.groups import Group
 from graphprune.analysis.roles import LABELS
+from graphprune.ir.aten import printed_name
 from graphprune.ir.provenance import module_path, source_line, whereabouts
 from graphprune.plan.plan import Plan
 from graphprune.report.coupling_paths import CouplingPaths
@@ -307,4 +308,4 @@ def _runs(indices: list[int]) -> list[int]:
 
 
 def _operator(node: fx.Node) -> list[str]:
-    return [str(node.target), module_path(node), source_line(node)]
+    return [printed_name(node.target), module_path(node), source_line(node)]

@@ -170,7 +170,7 @@ def test_the_graph_has_the_weights_and_groups_of_a_block(opened: Any) -> None:
     browser = opened(page(coupling, "tiny"))
     block = [name for name in coupling.program.weights if name.startswith("model.layers.0.")]
     nodes = all_of(browser, ".graph .of-weight")
-    assert [f"model.layers.0.{each.text.splitlines()[0]}" for each in nodes] == block
+    assert [f"model.layers.0.{each.text.splitlines()[0]}.weight" for each in nodes] == block
     held = {g.role for g in coupling.groups if not set(g.weights()).isdisjoint(block)}
     groups = all_of(browser, ".graph .of-group")
     assert {each.text.splitlines()[0] for each in groups} == held

@@ -44,7 +44,8 @@ function spread(side, wanted, rows) {
 }
 
 function drawGraph(box, module) {
-  const indices = weightsOf(module).filter(index => weights[index].s.length), edges = edgesOf(indices);
+  const isIn = index => weights[index].k === "parameter" || groups.some((_, group) => reach[group].has(index));
+  const indices = weightsOf(module).filter(isIn), edges = edgesOf(indices);
   const inside = new Set(indices), used = [...new Set(edges.map(edge => edge[0]))];
   const wanted = new Map(used.map(group => {
     const rows = edges.filter(edge => edge[0] === group).map(edge => edge[1]);
@@ -87,7 +88,7 @@ function drawGraph(box, module) {
     ...indices.map((index, row) => {
       const own = edges.filter(edge => edge[1] === row).map(edge => edge[0]), after = plan?.shapes[index];
       return node(1, row, { class: own.length ? "of-weight" : "of-weight bare", "data-w": index, "data-gs": own.join(" "), title: `${weights[index].n} ${weights[index].x}` },
-        make("b", {}, weights[index].n.slice(prefix.length)),
+        make("b", {}, weights[index].n.slice(prefix.length).replace(/\.weight$/, "")),
         make("small", {}, narrow && after ? "" : weights[index].s.join(" × "), after ? make("span", { class: "to" }, ` → ${after.join(" × ")}`) : null));
     }),
     ...used.map(group => node(sides[0].includes(group) ? 0 : 2, tops.get(group), { class: `of-group ${groups[group].x}`, "data-g": group, "data-gs": group,
@@ -98,10 +99,10 @@ function drawGraph(box, module) {
 function graphOf(root) {
   const all = views(root);
   if (!groups.length || !all.length) return null;
-  const repeated = all.find(view => view.label.endsWith("more like it)"));
+  const first = all.find(view => view.label.endsWith("more like it)")) ?? all.find(({ module: { count } }) => count > 3 && count <= 16) ?? all[0];
   const box = make("div", { class: "graph" });
   const chosen = make("select", { "aria-label": "block" }, ...all.map((view, at) =>
-    make("option", { value: at, selected: view === (repeated ?? all[0]) }, view.label)));
+    make("option", { value: at, selected: view === first }, view.label)));
   const draw = () => drawGraph(box, all[+chosen.value].module);
   chosen.addEventListener("change", draw);
   const details = make("details", { class: "drawn", open: true, on: { toggle: () => { if (details.open) draw(); } } },
