@@ -5,10 +5,11 @@
     python tools/coverage.py --shard 1/4            # a quarter of the types
     python tools/coverage.py --report               # make the table from what was measured
 
-A type is built, run in eager mode, captured, analysed, cut by a quarter in every group at once and
-verified, its KV heads merged, a uniform cut written and loaded by plain transformers, and exported
-to ONNX and compared in ONNX Runtime. Each type runs in a process of its own, under a time limit;
-what it could not do stands in its row with the reason.
+A type is built, run in eager mode, captured, compared with eager mode at sizes that were not
+traced, analysed, cut by a quarter in every group at once and verified, its KV heads merged, a
+uniform cut written and loaded by plain transformers, and exported to ONNX and compared in ONNX
+Runtime. Each type runs in a process of its own, under a time limit; what it could not do stands in
+its row with the reason.
 """
 
 from __future__ import annotations
@@ -44,11 +45,12 @@ import graphprune as gp
 from graphprune.analysis.coupling import Coupling
 from graphprune.analysis.groups import Group
 from graphprune.backends.huggingface.save import checkpoint_form
+from graphprune.errors import UsageError, first_line
 from graphprune.frontend.capture import capture
 from graphprune.frontend.example_inputs import example_of
 from graphprune.ir.program import PRESENT, Program
 from graphprune.ir.provenance import module_path, source_line
-from graphprune.ir.sample_inputs import random_inputs
+from graphprune.ir.sample_inputs import random_inputs, sample_sizes
 from graphprune.plan.plan import Plan
 from graphprune.plan.steps import Cut, Step
 from graphprune.transforms.heads.kv_heads import find_heads
@@ -56,7 +58,7 @@ from graphprune.transforms.heads.merge import merge_of
 from graphprune.verification.masked_reference import masked
 from graphprune.verification.verify import verify
 
-for _name in ("loading", "rewrite", "verify", "backends.archive", "backends.onnx"):
+for _name in ("frontend.transformers_models", "backends.archive.archive", "backends.onnx.export"):
     import_module(f"graphprune.{_name}")  # before any process is forked: all measure one state
 
 WIDTHS = (("ffn", "expert-unit"), ("kv-head",), ("expert",), ("channel",))
@@ -64,6 +66,9 @@ WIDTHS = (("ffn", "expert-unit"), ("kv-head",), ("expert",), ("channel",))
 
 FORGIVEN = 1e-4
 """The relative error that `verify` allows in float32."""
+
+SIZES = (*((2, length) for length in (1, 3, 17, 65, 130)), (1, 9), (3, 9))
+"""Rows and lengths at which no model is captured."""
 
 RESULTS = Path("out/coverage")
 TABLE = Path(__file__).with_name("COVERAGE.md")
@@ -87,6 +92,7 @@ def measure(task: str, model_type: str) -> Row:
     row["notes"] = [note.text for note in program.notes]
     row["paths"] = [note.text for note in program.notes if note.kind == "example-path"]
     _stage(row, "equal", lambda: _compare_with_eager(program, model))
+    _stage(row, "sizes", lambda: _at_other_sizes(program, model))
     coupling = _stage(row, "analysed", lambda: _analysed(program, row))
     if coupling is None:
         return row
@@ -128,6 +134,43 @@ def _compare_with_eager(program: Program, model: Any) -> float:
     if why := difference(program, model):
         raise ValueError(why)
     return 0.0
+
+
+def _at_other_sizes(program: Program, model: Any) -> str:
+    """Compare with eager mode at `SIZES`, as far as the model itself takes them."""
+    found = {size: _at_size(program, model, *size) for size in SIZES}
+    wrong = [f"{rows} x {n}: {why}" for (rows, n), why in found.items() if why not in _RIGHT]
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    refused = [f"{rows} x {n}" for (rows, n), why in found.items() if why == "refused"]
+    return f"not {', '.join(refused)}" if refused else "all"
+
+
+_RIGHT = ("equal", "refused", "not a size of the model")
+
+
+def _at_size(program: Program, model: Any, rows: int, length: int) -> str:
+    from graphprune.backends.huggingface.model import mismatch
+
+    sizes = sample_sizes(program, batch=rows, length=length)
+    for value in program.inputs:
+        if value.dtype.is_floating_point:
+            continue  # images and sounds: of a size that their strides divide
+        for dim, symbol in enumerate(value.shape):
+            if isinstance(symbol, str) and symbol in sizes:
+                sizes[symbol] = length if dim else rows
+    inputs = random_inputs(program, sizes)
+    try:
+        with torch.no_grad():
+            expected = model(**inputs, return_dict=True)
+    except Exception:  # noqa: BLE001 - whatever it is, eager mode cannot do it either
+        return "not a size of the model"
+    try:
+        return mismatch(program(**inputs), expected, FORGIVEN) or "equal"
+    except UsageError:
+        return "refused"
+    except Exception as error:  # noqa: BLE001 - what a user would see
+        return first_line(error)
 
 
 def _analysed(program: Program, row: Row) -> Coupling:
