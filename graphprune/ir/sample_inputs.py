@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.utils._sympy.functions import CleanDiv, FloorDiv, Mod, PythonMod
 
 from graphprune.ir.aten import LOOKUPS, MOVES, name_of, plain_name
 from graphprune.ir.nodes import arguments_of, size_of
-from graphprune.ir.program import PAST, Program
+from graphprune.ir.program import PAST, Program, Value
 
 # -- sizes ----------------------------------------------------------------------------------------
 
@@ -31,21 +31,36 @@ def sample_sizes(program: Program, *, batch: int = 2, length: int = 7) -> dict[s
     batch, length
         As above.
     """
+    near = sizes_near_example(program)
     found: dict[str, int] = {}
+    for _, dim, _, symbol in _symbols(program):
+        wanted = batch if dim == 0 else near.get(str(symbol), length)
+        found.setdefault(str(symbol), program.within(str(symbol), wanted))
+    return found
+
+
+def sizes_near_example(program: Program) -> dict[str, int]:
+    """Return sizes for the symbols of images and the like, each next to the example's.
+
+    They are symbols of numbers behind the first dimension, where the example's size is known.
+    """
+    found: dict[str, int] = {}
+    batches = {symbol for _, dim, _, symbol in _symbols(program) if dim == 0}
+    for value, _, size, symbol in _symbols(program):
+        numbers = value.dtype.is_floating_point and not value.name.startswith(PAST)
+        if numbers and symbol not in batches and str(symbol) not in found:
+            near = _next_size(program, size, symbol)
+            found |= {} if near is None else {str(symbol): near}
+    return found
+
+
+def _symbols(program: Program) -> Iterator[tuple[Value, int, torch.SymInt, Any]]:
+    """Yield every input, dimension, its size, and a symbol that stands in it."""
     for value, node in program.input_nodes():
         for dim, size in enumerate(node.meta["val"].shape):
-            expression = size.node.expr if isinstance(size, torch.SymInt) else None
-            for symbol in expression.free_symbols if expression is not None else ():
-                if str(symbol) in found:
-                    continue
-                if dim == 0:
-                    wanted = batch
-                elif value.dtype.is_floating_point and not value.name.startswith(PAST):
-                    wanted = _next_size(program, size, symbol) or length
-                else:
-                    wanted = length
-                found[str(symbol)] = program.within(str(symbol), wanted)
-    return found
+            if isinstance(size, torch.SymInt):
+                for symbol in sorted(size.node.expr.free_symbols, key=str):
+                    yield value, dim, size, symbol
 
 
 def _next_size(program: Program, size: Any, symbol: Any) -> int | None:
@@ -100,7 +115,7 @@ def random_inputs(
     program
         The program.
     sizes
-        The size of every symbol; by default `sample_sizes` of `batch` and `length`.
+        Sizes of symbols; all others are `sample_sizes` of `batch` and `length`.
     seed
         Same seed, same inputs.
     batch, length
@@ -108,7 +123,7 @@ def random_inputs(
     complete
         Whether to make caches and attention masks too, which otherwise fill themselves in.
     """
-    sizes = sample_sizes(program, batch=batch, length=length) if sizes is None else sizes
+    sizes = {**sample_sizes(program, batch=batch, length=length), **(sizes or {})}
     generator = torch.Generator().manual_seed(seed)
     inputs = {}
     for value, node in program.input_nodes():

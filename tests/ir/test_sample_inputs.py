@@ -10,7 +10,7 @@ from torch.export import Dim
 from torch.nn import functional
 
 import graphprune as gp
-from graphprune.ir.sample_inputs import random_inputs, sample_sizes
+from graphprune.ir.sample_inputs import random_inputs, sample_sizes, sizes_near_example
 
 
 def test_random_inputs_stay_within_the_vocabulary() -> None:
@@ -153,3 +153,9 @@ def test_lengths_are_what_is_asked_for() -> None:
     rows, columns = (str(size) for size in program.inputs[0].shape)
     sizes = sample_sizes(program, batch=3, length=11)
     assert (sizes[rows], sizes[columns]) == (3, 11)
+
+
+def test_only_sizes_of_numbers_are_near_the_example() -> None:
+    assert sizes_near_example(program_of("llama-gqa")) == {}
+    program = levels(Dim.AUTO, Dim.AUTO)
+    assert sorted(sizes_near_example(program).values()) == [28, 36]

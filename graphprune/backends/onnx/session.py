@@ -13,7 +13,7 @@ from graphprune.backends.onnx.dimension_names import output_names
 from graphprune.errors import BackendError, ParityError, first_line
 from graphprune.ir.compare import relative_error, tolerance_of
 from graphprune.ir.program import PAST, PRESENT, Program
-from graphprune.ir.sample_inputs import sample_sizes, table_rows
+from graphprune.ir.sample_inputs import sizes_near_example, table_rows
 
 _LENGTHS = (7, 11, 13, 17, 19)
 _SPARE = 4
@@ -240,9 +240,8 @@ def sizes_for(program: Program, names: Mapping[str, str], batch: int) -> dict[st
     Sizes of images and the like are near the example's, as strides allow.
     """
     lengths = iter(_LENGTHS * len(names))
+    near = {names[s]: size for s, size in sizes_near_example(program).items() if s in names}
     chosen: dict[str, int] = {}
-    short, long = (sample_sizes(program, batch=batch, length=n) for n in _LENGTHS[:2])
-    near = {names[symbol]: size for symbol, size in short.items() if long[symbol] == size}
     for name in dict.fromkeys(names.values()):
         if name == "batch" or name.endswith("_batch"):
             chosen[name] = batch
