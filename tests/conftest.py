@@ -18,6 +18,7 @@ from graphprune.pipeline.instruments import VerifyEach
 from graphprune.pipeline.pass_base import Context
 from graphprune.pipeline.pass_manager import PassManager, Result
 
+os.environ["GRAPHPRUNE_CACHE"] = ""  # graphs that an earlier run kept are not looked at
 # The models are tiny: more threads cost more than they give.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from graphprune.backends.archive import archive
+from graphprune.backends.capture_cache import cache_file, read_capture, write_capture
 from graphprune.backends.huggingface.model import quiet
-from graphprune.backends.huggingface.read import read
+from graphprune.backends.huggingface.read import read, read_structure, shapes_of
 from graphprune.backends.onnx.weights import weights_beside
-from graphprune.errors import CheckpointError, first_line
+from graphprune.errors import CaptureError, CheckpointError, first_line
 from graphprune.ir.program import Program
 
 
@@ -55,6 +56,42 @@ def load(
             return archive.load(path, weights_beside(path))
         return read(path, dtype=dtype, cache=cache)
     return read(_download(str(directory_or_name)), dtype=dtype, cache=cache)
+
+
+def look(directory_or_name: str | PathLike[str], *, cache: bool = True) -> Program:
+    """Load a program to look into: without its weights where that is possible.
+
+    What a checkpoint's graph follows from is its config, so that weights are not read, and the
+    graph is kept for the next look (`graphprune.backends.capture_cache`).
+
+    Parameters
+    ----------
+    directory_or_name
+        As `load` takes it.
+    cache
+        Whether to use graphs that were kept, and to keep this one.
+
+    Raises
+    ------
+    CheckpointError, CaptureError
+        As `load` does.
+    """
+    path = Path(directory_or_name)
+    if not path.is_dir() or archive.is_archive(path) or not (path / "config.json").is_file():
+        return load(directory_or_name)
+    file = cache_file(path) if cache else None
+    if file is not None and file.is_file():
+        shapes_of(path)  # refuses files that are cut short
+        if (kept := read_capture(file, path)) is not None:
+            return kept
+    try:
+        program = read_structure(path)
+    except CaptureError:
+        # What a model does may depend on its weights, and on what is run.
+        return load(path)
+    if file is not None:
+        write_capture(file, program)
+    return program
 
 
 def _download(name: str) -> Path:

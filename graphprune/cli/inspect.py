@@ -10,7 +10,7 @@ import typer
 
 from graphprune.cli.console import note, show
 from graphprune.cli.inputs import read_plan, resolve
-from graphprune.cli.options import Checkpoint
+from graphprune.cli.options import Checkpoint, NoCache
 from graphprune.cli.session import Session, verb
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def inspect(
     weight: Annotated[str | None, typer.Option(help="Print the dimensions of one weight.")] = None,
     tree: Annotated[bool, typer.Option("--tree", help="Print the weights by module.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
+    no_cache: NoCache = False,
     html: Annotated[Path | None, typer.Option(hidden=True, help="What 'page' writes.")] = None,
     plan: Annotated[Path | None, typer.Option(hidden=True, help="A plan to show.")] = None,
     scores: Annotated[Path | None, typer.Option(hidden=True, help="Scores to draw.")] = None,
@@ -50,7 +51,7 @@ def inspect(
     if plan is not None or scores is not None:
         raise typer.BadParameter("'page' and 'plot' show a plan, and 'plot' draws scores")
     format = Format.json if as_json else format
-    program = session.load(directory)
+    program = session.look(directory, cache=not no_cache)
     with session.working("analyzing"):
         coupling = analyze(program)
     if group is not None:
@@ -109,12 +110,13 @@ def explain(
     directory: Checkpoint,
     weight: Annotated[str, typer.Argument(metavar="WEIGHT", help="A weight's dotted name.")],
     dim: Annotated[int, typer.Argument(metavar="DIM", help="Its dimension; -1 is the last.")],
+    no_cache: NoCache = False,
 ) -> None:
     """Say what one dimension of a weight is coupled with, or why it cannot be pruned."""
     from graphprune.analysis.coupling import analyze
     from graphprune.report.coupling_paths import path_text
 
-    program = session.load(directory)
+    program = session.look(directory, cache=not no_cache)
     with session.working("analyzing"):
         coupling = analyze(program)
     print(coupling.explain(weight, dim))

@@ -73,6 +73,10 @@ StoredType = Annotated[
         rich_help_panel=RESULT,
     ),
 ]
+NoCache = Annotated[
+    bool,
+    typer.Option("--no-cache", help="Neither use graphs that were kept nor keep this one."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json that 'run' wrote.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of whatever is random.")]

@@ -73,6 +73,13 @@ class Session:
 
         return progress_bar(self.progress, what)
 
+    def look(self, directory: str, *, cache: bool) -> Program:
+        """Load what the command line calls `directory` without its weights, to look into it."""
+        with self.working(f"looking into {directory}"):
+            from graphprune.backends.load import look
+
+            return look(resolve(directory), cache=cache)
+
     def load(self, directory: str) -> Program:
         """Load what the command line calls `directory`."""
         with self.working(f"loading {directory}"):

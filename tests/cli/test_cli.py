@@ -162,6 +162,7 @@ def test_what_cannot_be_captured_has_a_page_of_its_weights_and_the_reason(
         raise CaptureError("model.layers.0: it branches on data (modeling.py:7)")
 
     monkeypatch.setattr(loading, "load", refuse)
+    monkeypatch.setattr(loading, "look", lambda directory, cache: refuse(directory))
     page = tmp_path / "page.html"
     done = graphprune("inspect", checkpoint, "--html", page)
     assert done.status == 0
@@ -326,9 +327,9 @@ def test_operators_lists_rules(graphprune: Run) -> None:
 # -- writing ------------------------------------------------------------------------------------
 
 
-def test_run_writes_checkpoint_onnx_plan_and_report(smaller: Path) -> None:
+def test_run_writes_checkpoint_plan_and_report(smaller: Path) -> None:
     names = {path.name for path in smaller.iterdir()}
-    assert {"config.json", "tokenizer.json", "model.onnx", "plan.json", "report.json"} <= names
+    assert {"config.json", "tokenizer.json", "plan.json", "report.json"} <= names
     assert any(name.endswith(".safetensors") for name in names)
     assert not any(name.startswith(".") for name in names)
     assert json.loads((smaller / "config.json").read_text())["intermediate_size"] == 36
@@ -337,10 +338,16 @@ def test_run_writes_checkpoint_onnx_plan_and_report(smaller: Path) -> None:
     ]
 
 
-def test_the_report_names_no_folder_that_is_gone(smaller: Path) -> None:
-    report = json.loads((smaller / "report.json").read_text())
+def test_what_passes_write_lies_beside_and_the_report_names_no_folder_that_is_gone(
+    graphprune: Run, checkpoint: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    passes = f"{PRUNE},export-onnx{{path=model.onnx}}"
+    assert graphprune("run", checkpoint, "--passes", passes, "-o", out).status == 0
+    assert (out / "model.onnx").is_file()
+    report = json.loads((out / "report.json").read_text())
     assert report["passes"][-1]["details"]["path"] == "model.onnx"
-    assert report["calibration"]["samples"] == 10
+    assert report["summary"]["written"]["by passes"] == ["model.onnx"]
     assert report["seed"] == 0
 
 

@@ -65,6 +65,38 @@ def read(path: Path, *, dtype: str | torch.dtype = "float32", cache: bool | None
     return dataclasses.replace(program, source=source)
 
 
+def read_structure(path: Path) -> Program:
+    """Capture the model in the directory `path` without its weights, to be looked into.
+
+    Parameters
+    ----------
+    path
+        A directory with a config and weights, of which the headers alone are read.
+
+    Raises
+    ------
+    CheckpointError
+        When a file is missing, cut short or malformed, or transformers does not know the kind of
+        model.
+    CaptureError
+        When the model cannot become a graph without its weights.
+    """
+    fields = _read_json(path / "config.json")
+    stored, apart = _check_files(path)
+    with quiet():
+        config = _config(path, fields)
+        model_class = _model_class(path, config)
+        make = getattr(model_class, "from_config", None) or model_class._from_config
+        with torch.device("meta"):
+            model = make(config, dtype=torch.float32)
+        program = capture(model)
+    assert program.source is not None
+    source = dataclasses.replace(
+        program.source, directory=path, stored_dtype=stored, stored_apart=apart
+    )
+    return dataclasses.replace(program, source=source)
+
+
 def _dtype(given: str | torch.dtype) -> torch.dtype | None:
     """Return the type that `given` is or names; None for "auto"."""
     if given == "auto":

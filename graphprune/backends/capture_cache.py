@@ -1,0 +1,180 @@
+"""Graphs of checkpoints that were looked into, kept for the next look.
+
+A graph follows from the checkpoint's config, from the code that captures and from torch and
+transformers, so all of these are in the name that it is kept under; weights are not kept. A file
+that cannot be read is as good as none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graphprune.backends.archive.graph import deserialize_graph, serialize_graph
+from graphprune.errors import GraphPruneError
+from graphprune.io.atomic import staged_file
+from graphprune.ir.program import Note, Program, Source, value_of
+
+FOLDER = "GRAPHPRUNE_CACHE"
+"""The environment variable that names the folder; empty, nothing is kept."""
+
+_FORMAT = 1
+
+
+def cache_folder() -> Path | None:
+    """Return where graphs are kept: as `FOLDER` says, or in the user's cache; None for nowhere."""
+    asked = os.environ.get(FOLDER)
+    if asked is not None:
+        return Path(asked) if asked else None
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "graphprune"
+
+
+def cache_file(directory: Path) -> Path | None:
+    """Return the file that keeps the graph of a Hugging Face directory; None for none.
+
+    Its name is a digest of all that the graph follows from: the config and any code in the
+    directory, the code of graphprune and of the model in transformers, and the versions of torch,
+    transformers and Python.
+    """
+    folder = cache_folder()
+    if folder is None:
+        return None
+    config = directory / "config.json"
+    found = hashlib.sha256(repr((_FORMAT, _environment())).encode())
+    try:
+        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type", "")
+        _add_files(found, [config, *sorted(directory.glob("*.py"))])
+        _add_files(found, _model_code(str(kind)))
+    except (OSError, ValueError, AttributeError):
+        return None
+    return folder / f"{found.hexdigest()}.json"
+
+
+def read_capture(file: Path, directory: Path) -> Program | None:
+    """Return the program that `write_capture` kept in `file`, without weights; None if it cannot.
+
+    `directory` is the checkpoint that it stands for.
+    """
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        return _rebuilt(kept, directory)
+    except Exception:  # noqa: BLE001 - damage shows in any way, and the model is there to look at
+        return None
+
+
+def write_capture(file: Path, program: Program) -> None:
+    """Keep the graph of `program` in `file`; what cannot be kept is not."""
+    source = program.source
+    if source is None:
+        return
+    try:
+        graph = serialize_graph(program).decode()
+        kept = {
+            "graph": graph,
+            "sha256": hashlib.sha256(graph.encode()).hexdigest(),
+            "fingerprint": program.fingerprint(),
+            "weights": [
+                (name, program.kinds[name], list(weight.shape), _short(weight.dtype))
+                for name, weight in program.weights.items()
+            ],
+            "aliases": dict(program.aliases),
+            "inputs": [value.name for value in program.inputs],
+            "outputs": [value.name for value in program.outputs],
+            "notes": [asdict(note) for note in program.notes],
+            "stand_ins": list(program.stand_ins.items()),
+            "class": f"{source.model_class.__module__}:{source.model_class.__qualname__}",
+        }
+        with staged_file(file, overwrite=True) as staged:
+            staged.write_text(json.dumps(kept), encoding="utf-8")
+    except (GraphPruneError, OSError, TypeError, ValueError):
+        return  # a graph that cannot be written down, or a folder that cannot be written to
+
+
+class _NamedClass:
+    """Stands for a transformers class that is not imported: only its name is known."""
+
+    def __init__(self, module: str, name: str) -> None:
+        self.__module__ = module
+        self.__qualname__ = self.__name__ = name
+
+
+class _Fields:
+    """Stands for a config whose class is not imported: fields as ``config.json`` has them."""
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        vars(self).update(fields)
+
+
+def _rebuilt(kept: dict[str, Any], directory: Path) -> Program:
+    graph = kept["graph"].encode()
+    if hashlib.sha256(graph).hexdigest() != kept["sha256"]:
+        raise ValueError("another graph")
+    kinds = {name: kind for name, kind, *_ in kept["weights"]}
+    weights = {
+        name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+        for name, _, shape, dtype in kept["weights"]
+    }
+    exported = deserialize_graph(graph, weights, kinds)
+    (output,) = exported.graph.find_nodes(op="output")
+    inputs = exported.graph.find_nodes(op="placeholder")[len(kinds) :]
+    named_inputs = zip(kept["inputs"], inputs, strict=True)
+    named_outputs = zip(kept["outputs"], output.args[0], strict=True)
+    fields = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    model_class: Any = _NamedClass(*kept["class"].split(":"))
+    program = Program(
+        graph_module=exported.graph_module,
+        weights=weights,
+        kinds=kinds,
+        aliases=kept["aliases"],
+        inputs=tuple(value_of(name, node) for name, node in named_inputs),
+        outputs=tuple(value_of(name, node) for name, node in named_outputs),
+        source=Source(_Fields(fields), model_class, directory),
+        ranges=dict(exported.range_constraints),
+        notes=tuple(Note(**note) for note in kept["notes"]),
+        stand_ins={int(size): what for size, what in kept["stand_ins"]},
+    )
+    if program.fingerprint() != kept["fingerprint"]:
+        raise ValueError("another program")
+    return program
+
+
+@cache
+def _environment() -> tuple[str, ...]:
+    """Return what all graphs follow from."""
+    import sys
+
+    found = hashlib.sha256()
+    _add_files(found, sorted(Path(__file__).resolve().parent.parent.rglob("*.py")))
+    versions = (metadata.version(name) for name in ("torch", "transformers"))
+    return (sys.version, *versions, found.hexdigest())
+
+
+def _model_code(kind: str) -> list[Path]:
+    """Return the files of transformers that make models of a kind; transformers is not imported."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or spec.origin is None:
+        return []
+    root = Path(spec.origin).parent
+    name = kind.replace("-", "_")
+    return [root / "masking_utils.py", *sorted((root / "models" / name).glob("*.py"))]
+
+
+def _add_files(digest: Any, files: Iterable[Path]) -> None:
+    for file in files:
+        digest.update(f"{file.name}\n".encode() + file.read_bytes())
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
