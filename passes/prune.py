@@ -44,8 +44,9 @@ class Prune(Pass):
     -------
     target
         What to prune, one or more of: ffn, experts, kv-heads, query-heads, head-dim, rope-dim,
-        hidden, channels, all (every group whose removal equals zeroing its weight slices, but the
-        residual stream), or globs over group names.
+        hidden, channels (in the singular, too, or by role as `inspect` prints it: kv-head,
+        residual), all (every group whose removal equals zeroing its weight slices, but the residual
+        stream), or globs over group names.
     ratio
         The part of the units that goes, in [0, 1).
     criterion

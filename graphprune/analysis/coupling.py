@@ -286,9 +286,9 @@ class Coupling:
         """Return the bipartite graph as GraphML, with shapes and dimensions as text."""
         return self.render("graphml")
 
-    def to_html(self, title: str = "program", plan: Plan | None = None) -> str:
-        """Return one self-contained page to look into; see `graphprune.report.html_page`."""
-        return self.render("html", title=title, plan=plan)
+    def to_html(self, title: str = "program", plan: Plan | None = None, **options: Any) -> str:
+        """Return one self-contained page to look into; see `graphprune.report.html_page.page`."""
+        return self.render("html", title=title, plan=plan, **options)
 
     def render(self, form: str, **options: Any) -> Any:
         """Return the analysis in a `form` that is installed, such as "html".

@@ -14,7 +14,7 @@ from torch import fx
 
 from graphprune.analysis.axes import Atom, Axes, Axis
 from graphprune.analysis.operators.facts import Facts, Type, ZeroPropagation
-from graphprune.ir.aten import is_view
+from graphprune.ir.aten import MOVES, PRODUCTS, is_view, plain_name
 from graphprune.ir.program import Program
 
 
@@ -137,9 +137,12 @@ class TypedGraph:
                 continue
             inside = self._made_of_weights(weight)
             ends = [n for n in inside if any(user not in self._of_weights for user in n.users)]
-            if ends and (atoms := self._scaled_over(inside)):
-                alone = len(ends) == 1 and self._could_replace(weight, ends[0])
-                inner = frozenset(inside)
+            if len(inside) == 1 or not ends:
+                continue
+            itself, values = self._scaled_over(inside)
+            if itself or values:
+                alone = len(ends) == 1 and self._could_replace(weight, ends[0]) and not values
+                inner, atoms = frozenset(inside), itself | values
                 found.append(NormalizedWeight(name, weight, ends[-1], inner, atoms, alone))
         return tuple(found)
 
@@ -169,8 +172,12 @@ class TypedGraph:
             return [weight]
         return [node for node in self._of_weights if node in inside]
 
-    def _scaled_over(self, inside: Sequence[fx.Node]) -> frozenset[Atom]:
-        """Return the atoms that something of `inside` is reduced over and joined with again."""
+    def _scaled_over(self, inside: Sequence[fx.Node]) -> tuple[frozenset[Atom], frozenset[Atom]]:
+        """Return the atoms that something of `inside` is reduced over, to scale others by it.
+
+        The first are of what is joined again with a weight that has them, the second of norms that
+        values of the program are multiplied with or divided by.
+        """
         nothing: frozenset[Atom] = frozenset()
         reduced: dict[fx.Node, frozenset[Atom]] = {}
         facts = self.facts
@@ -181,15 +188,21 @@ class TypedGraph:
             factors = [n for n in node.all_input_nodes if self._of_weights.get(n)]
             if node in inside and len(factors) == 1:  # a product of two parameters is no norm
                 reduced[node] = reduced.get(node, nothing) | self.atoms_in(axis)
-        found: set[Atom] = set()
+        norms = {node: atoms for node, atoms in reduced.items() if not _is_linear(node)}
+        itself: set[Atom] = set()
+        values: set[Atom] = set()
         for node in inside:
             inputs = node.all_input_nodes
             for other in inputs:
                 over = reduced.get(other, nothing)
                 rest = [self.atoms_of.get(n, nothing) for n in inputs if n is not other]
-                found |= over.intersection(nothing.union(*rest))
+                itself |= over.intersection(nothing.union(*rest))
                 reduced[node] = reduced.get(node, nothing) | over
-        return frozenset(found)
+                norms[node] = norms.get(node, nothing) | norms.get(other, nothing)
+            outside = [user for user in node.users if user not in self._of_weights]
+            if any(plain_name(user) in ("mul", "div") for user in outside):
+                values |= norms.get(node, nothing) - self.atoms_of.get(node, nothing)
+        return frozenset(itself), frozenset(values)
 
     def _could_replace(self, weight: fx.Node, result: fx.Node) -> bool:
         """Return whether `result` has the form of `weight`."""
@@ -197,6 +210,14 @@ class TypedGraph:
         if not isinstance(theirs, tuple) or weight.meta["val"].dtype != result.meta["val"].dtype:
             return False
         return len(ours) == len(theirs) and all(map(self.axes.same, ours, theirs))
+
+
+def _is_linear(node: fx.Node) -> bool:
+    """Return whether a reduction of a weight is a sum or mean of its elements as they are."""
+    source = node.all_input_nodes[0]
+    while plain_name(source) in MOVES:
+        source = source.all_input_nodes[0]
+    return plain_name(node) in {"sum", "mean"} | PRODUCTS and source.op == "placeholder"
 
 
 def _may_share(node: fx.Node) -> bool:

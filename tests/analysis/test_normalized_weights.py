@@ -43,6 +43,11 @@ class Twice(Cosine):
         return super().forward(x) + functional.linear(x, self.weight)
 
 
+class Similarity(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T / (x.norm(dim=1, keepdim=True) * self.weight.norm(dim=1) + 1e-3)
+
+
 KEPT: dict[str, Callable[[], nn.Module]] = {
     "weight_norm": lambda: parametrizations.weight_norm(nn.Linear(HIDDEN, 6)),
     "weight_norm of all": lambda: parametrizations.weight_norm(nn.Linear(HIDDEN, 6), dim=None),
@@ -112,8 +117,9 @@ def test_what_the_norm_does_not_run_over_leaves_it_in_place() -> None:
     verify(program, plan, pruned)
 
 
-def test_a_norm_that_cannot_be_kept_makes_the_group_approximate() -> None:
-    program, group = captured(lambda: Twice(HIDDEN, 6))
+@pytest.mark.parametrize("layer", [Twice, Similarity])
+def test_a_norm_that_cannot_be_kept_makes_the_group_approximate(layer: type[nn.Linear]) -> None:
+    program, group = captured(lambda: layer(HIDDEN, 6))
     assert group.exactness == "approximate"
     assert group.why.startswith("a norm of second.weight runs over it")
     plan = without(program, group, (0, 7))
