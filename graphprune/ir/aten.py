@@ -126,6 +126,11 @@ def is_random(node: fx.Node) -> bool:
     return name_of(node) != "scaled_dot_product_attention" or bool(given.get("dropout_p", 0))
 
 
+def random_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """Return the nodes that draw from a generator, in order."""
+    return [node for node in graph.nodes if is_random(node)]
+
+
 _DROPOUTS = frozenset({"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"})
 
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from graphprune.errors import PlanError, first_line
 from graphprune.io.atomic import staged_file
-from graphprune.ir.tensors import digest, own_storage
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -98,6 +97,8 @@ class Edits:
             raise PlanError(f"{self.values} is missing; it holds {what}")
         from safetensors.torch import load_file
 
+        from graphprune.ir.tensors import digest
+
         try:
             found = load_file(self.values)
         except Exception as error:  # safetensors has an exception of its own beside OSError
@@ -109,6 +110,8 @@ class Edits:
     def write(self, path: Path) -> Edits:
         """Write the values to `path`, and return the edits that know it."""
         from safetensors.torch import save_file
+
+        from graphprune.ir.tensors import digest, own_storage
 
         values = own_storage({name: value.detach().cpu() for name, value in self.read().items()})
         with staged_file(path, overwrite=True) as file:

@@ -58,8 +58,3 @@ class Draws:
                 drawn = call(node, on, kwargs)
         self.made.append(drawn)
         return args[0] * drawn if factor else drawn
-
-
-def random_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """Return the nodes that draw, in order."""
-    return [node for node in graph.nodes if is_random(node)]

@@ -22,12 +22,12 @@ from graphprune.analysis.axes import Axis
 from graphprune.analysis.index_maps import indices_by_unit
 from graphprune.analysis.inference import infer
 from graphprune.analysis.types import Types
-from graphprune.ir.aten import is_random
+from graphprune.ir.aten import is_random, random_nodes
 from graphprune.ir.interpreter import Hooks, call, run_program
 from graphprune.ir.nodes import argument_names
 from graphprune.ir.program import Program
 from graphprune.plan.plan import Plan
-from graphprune.verification.draws import Draws, random_nodes
+from graphprune.verification.draws import Draws
 from graphprune.verification.kept_norms import kept_norms, narrow_weights
 from graphprune.verification.narrow_weights import NarrowWeights
 

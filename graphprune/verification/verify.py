@@ -16,13 +16,14 @@ from torch import Tensor
 from graphprune.analysis.inference import infer
 from graphprune.analysis.types import Types
 from graphprune.errors import VerificationError, first_line
+from graphprune.ir.aten import random_nodes
 from graphprune.ir.compare import relative_error, tolerance_of
 from graphprune.ir.interpreter import Hooks, run_program
 from graphprune.ir.program import PRESENT, Program, caches_of
 from graphprune.ir.provenance import whereabouts
 from graphprune.ir.sample_inputs import continuation, random_inputs
 from graphprune.plan.plan import Plan
-from graphprune.verification.draws import Draws, random_nodes
+from graphprune.verification.draws import Draws
 from graphprune.verification.kept_norms import narrow_weights
 from graphprune.verification.masked_reference import MaskedReference
 from graphprune.verification.narrow_weights import NarrowWeights

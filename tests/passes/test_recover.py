@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import inputs_of, program_of
+from architectures import build, inputs_of, program_of
 from byte_llama import save_checkpoint
 
 import graphprune as gp
@@ -78,6 +78,22 @@ def test_what_was_pruned_is_trained_at_its_sizes(name: str, method: Any) -> None
         ranks = [torch.linalg.matrix_rank(result.program.weights[n] - bare.weights[n], atol=1e-5)
                  for n in changed if bare.weights[n].ndim == 2]  # fmt: skip
         assert max(map(int, ranks)) <= 8
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_neither_the_model_nor_the_program_before_is_trained(method: Any) -> None:
+    """What a pass leaves is shared down to the user's own model, which must not move."""
+    model = build("llama-gqa")
+    program = gp.capture(model)
+    batch = inputs_of(program, batch=4, length=12)
+    before = model(**batch).logits
+    pruned = Pipeline([PRUNE]).run(program).program
+    left = {name: weight.clone() for name, weight in pruned.weights.items()}
+    data = Calibration.from_batches([batch])
+    result = Pipeline([Recover(method, **QUICK)]).run(pruned, calibration=data)
+    assert any(not torch.equal(w, left[n]) for n, w in result.program.weights.items())
+    assert all(torch.equal(w, left[n]) for n, w in pruned.weights.items())
+    assert torch.equal(model(**batch).logits, before)
 
 
 @pytest.mark.parametrize("name", ["llama-mha", "gpt2"])

@@ -362,6 +362,18 @@ def test_without_onnx_runtime_the_report_says_so(
     assert (tmp_path / "block.onnx").is_file()
 
 
+def test_what_draws_at_random_is_written_and_not_compared(tmp_path: Path) -> None:
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.randn_like(x)
+
+    program = capture(Noisy(), (torch.randn(2, 3),))
+    report = backend.export(program, tmp_path / "noisy.onnx")
+    assert report.max_relative_error is None
+    assert any("randn_like" in note and "draws at random" in note for note in report.notes)
+    assert (tmp_path / "noisy.onnx").is_file()
+
+
 def test_few_positions_mean_fewer_decoded_tokens(tmp_path: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
