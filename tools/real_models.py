@@ -37,6 +37,7 @@ from graphprune.calibration.tokens import token_batch
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
+TABLE = Path(__file__).resolve().parent / "REAL_MODELS.md"
 GEMMA, MINILM = "gemma", "minilm"
 CALIBRATE, HELD_OUT = "calibrate.txt", "heldout.txt"
 _HANDBOOK = "usr/share/doc/debian-handbook/html/en-US"
@@ -191,7 +192,7 @@ def write_table(found: dict[str, tuple[float, int]], calibration: str, tokens: i
         if name != "unpruned":
             change = count / size - 1
             lines.append(f"| {name} | {change:+.1%} | {loss:.3f} | {loss - whole:+.3f} |")
-    (Path(__file__).resolve().parent / "REAL_MODELS.md").write_text("\n".join(lines) + "\n")
+    TABLE.write_text("\n".join(lines) + "\n")
 
 
 def config_of(model: Any) -> Any:

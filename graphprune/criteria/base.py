@@ -1,4 +1,4 @@
-"""What a criterion is, and what it may look at."""
+"""The base of all criteria, and the program, groups and data that they score."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Scores = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class ScoringContext:
-    """What a criterion may look at.
+    """A program, its groups to score and the data to score them on.
 
     Parameters
     ----------

@@ -119,7 +119,7 @@ class ScopGamma(Scop):
 
 
 class ScopBeta(Scop):
-    """What a unit's real features have over knockoff ones alone, ``2 beta - 1``: a control."""
+    """The advantage of real features over knockoff ones alone, ``2 beta - 1``: a control."""
 
     name = "scop-beta"
 
@@ -140,7 +140,7 @@ class ScopBeta(Scop):
 
 @dataclass(frozen=True, eq=False)
 class FeatureSite:
-    """Where the features of a group's units are read, and mixed.
+    """A node where the features of a group's units are read, and mixed.
 
     Parameters
     ----------

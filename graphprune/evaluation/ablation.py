@@ -153,7 +153,7 @@ def text_batches(program: Program, windows: Tensor, batch_size: int) -> list[dic
 
 @dataclass(frozen=True)
 class _Part:
-    """What loses units: a group, or what one matrix reads of a group that attentions share."""
+    """A group that loses units, or what one matrix reads of a group that attentions share."""
 
     coupling: Coupling
     group: Group

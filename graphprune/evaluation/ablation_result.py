@@ -29,7 +29,7 @@ FREE = 0.01
 
 @dataclass(frozen=True)
 class Effect:
-    """What happened when units went, or all others did.
+    """The change of the loss when units went, or all others did.
 
     Parameters
     ----------

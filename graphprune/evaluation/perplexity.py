@@ -24,7 +24,7 @@ from graphprune.ir.program import Program
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What `perplexity` measured.
+    """The result of `perplexity`.
 
     Parameters
     ----------

@@ -27,7 +27,7 @@ from graphprune.training.trainable import Trainable
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How to train.
+    """Steps, rates and sizes of a training.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ class TrainingConfig:
 
 @dataclass
 class Trained:
-    """How a training went.
+    """The course of a training.
 
     Parameters
     ----------

@@ -47,7 +47,7 @@ class Objective:
 
     @property
     def name(self) -> str:
-        """What `measure` gives."""
+        """The name of what `measure` gives."""
         if self.distil == 1:
             return "divergence from the unpruned program"
         return "cross entropy of the labels" if self.labeled else "next-token loss"

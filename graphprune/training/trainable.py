@@ -1,4 +1,4 @@
-"""What can be trained: the weights of a program, as they are."""
+"""Parameters that can be trained: the weights of a program, as they are."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Batch = Mapping[str, Tensor]
 
 
 class Trainable(Protocol):
-    """What the loop trains."""
+    """A model to the loop: parameters, outputs on a batch, new weights."""
 
     @property
     def parameters(self) -> Mapping[str, Tensor]:
