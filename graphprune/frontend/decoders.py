@@ -18,7 +18,8 @@ from graphprune.frontend.patches import without_pad_token
 from graphprune.frontend.sizes import LENGTHS, ROWS, conditions_of, limited
 from graphprune.frontend.torch_export import Follow, export, line_and_place
 from graphprune.ir.nodes import size_of
-from graphprune.ir.program import PAST, PRESENT, Note, Program, Source
+from graphprune.ir.program import PAST, PRESENT, Note, Program
+from graphprune.ir.source import Source
 
 _STAND_INS = (101, 103, 107)
 """Batch, new and past length of a decoder captured on the meta device, where dynamic

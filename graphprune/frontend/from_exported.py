@@ -9,8 +9,9 @@ from torch.export.graph_signature import InputKind
 
 from graphprune.frontend.canonicalize import canonicalize
 from graphprune.frontend.torch_export import Exported
-from graphprune.ir.program import Kind, Note, Program, Source, value_of
+from graphprune.ir.program import Kind, Note, Program, value_of
 from graphprune.ir.provenance import module_path
+from graphprune.ir.source import Source
 
 
 def to_program(

@@ -18,7 +18,8 @@ from graphprune.frontend.from_exported import to_program
 from graphprune.frontend.sizes import LENGTHS, ROWS, conditions_of, limited, same, with_fixed
 from graphprune.frontend.torch_export import Exported, Follow, export
 from graphprune.ir.nodes import size_of
-from graphprune.ir.program import Note, Program, Source
+from graphprune.ir.program import Note, Program
+from graphprune.ir.source import Source
 
 
 class _Flat(nn.Module):
