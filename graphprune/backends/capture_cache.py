@@ -24,7 +24,8 @@ import torch
 from graphprune.backends.archive.graph import deserialize_graph, serialize_graph
 from graphprune.errors import GraphPruneError
 from graphprune.io.atomic import staged_file
-from graphprune.ir.program import Note, Program, Source, value_of
+from graphprune.ir.program import Note, Program, value_of
+from graphprune.ir.provenance import Source
 
 FOLDER = "GRAPHPRUNE_CACHE"
 """The environment variable that names the folder; empty, nothing is kept."""

@@ -19,7 +19,7 @@ from graphprune.frontend.sizes import LENGTHS, ROWS, conditions_of, limited
 from graphprune.frontend.torch_export import Follow, export, line_and_place
 from graphprune.ir.nodes import size_of
 from graphprune.ir.program import PAST, PRESENT, Note, Program
-from graphprune.ir.source import Source
+from graphprune.ir.provenance import Source
 
 _STAND_INS = (101, 103, 107)
 """Batch, new and past length of a decoder captured on the meta device, where dynamic

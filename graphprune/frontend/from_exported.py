@@ -10,8 +10,7 @@ from torch.export.graph_signature import InputKind
 from graphprune.frontend.canonicalize import canonicalize
 from graphprune.frontend.torch_export import Exported
 from graphprune.ir.program import Kind, Note, Program, value_of
-from graphprune.ir.provenance import module_path
-from graphprune.ir.source import Source
+from graphprune.ir.provenance import Source, module_path
 
 
 def to_program(

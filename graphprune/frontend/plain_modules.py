@@ -19,7 +19,7 @@ from graphprune.frontend.sizes import LENGTHS, ROWS, conditions_of, limited, sam
 from graphprune.frontend.torch_export import Exported, Follow, export
 from graphprune.ir.nodes import size_of
 from graphprune.ir.program import Note, Program
-from graphprune.ir.source import Source
+from graphprune.ir.provenance import Source
 
 
 class _Flat(nn.Module):

@@ -25,7 +25,7 @@ from graphprune.frontend.torch_export import Follow, line_and_place
 from graphprune.ir.compare import relative_error, tolerance_of
 from graphprune.ir.interpreter import run_program
 from graphprune.ir.program import Note, Program
-from graphprune.ir.source import Source
+from graphprune.ir.provenance import Source
 
 
 def is_transformers_model(model: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from graphprune.errors import UsageError, nearest
 from graphprune.io.extensions import extension
-from graphprune.ir.source import Source
+from graphprune.ir.provenance import Source
 
 if TYPE_CHECKING:
     from os import PathLike

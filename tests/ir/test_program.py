@@ -13,8 +13,7 @@ import graphprune as gp
 from graphprune.errors import UsageError
 from graphprune.frontend.capture import capture
 from graphprune.ir.exported import to_exported_program
-from graphprune.ir.provenance import module_path, source_line
-from graphprune.ir.source import declared_length
+from graphprune.ir.provenance import declared_length, module_path, source_line
 
 
 def test_fingerprints_tell_graphs_and_shapes_but_not_values() -> None:

@@ -31,7 +31,7 @@ from graphprune.errors import BackendError, CheckpointError, first_line
 from graphprune.io.atomic import share_mode, staged_directory
 from graphprune.io.companions import copy_companions
 from graphprune.ir.program import Note, Program, value_of
-from graphprune.ir.source import Source
+from graphprune.ir.provenance import Source
 from graphprune.ir.tensors import own_storage
 
 _FORMAT, _VERSION = "graphprune-archive", 1

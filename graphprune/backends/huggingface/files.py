@@ -18,7 +18,7 @@ from graphprune.errors import BackendError
 from graphprune.io.atomic import share_mode
 from graphprune.io.companions import copy_companions
 from graphprune.ir.program import Program
-from graphprune.ir.source import Source
+from graphprune.ir.provenance import Source
 
 
 def write(program: Program, model: Any, directory: Path, cast: torch.dtype | None) -> None:

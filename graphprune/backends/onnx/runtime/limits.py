@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from graphprune.errors import CheckpointError, first_line
-from graphprune.ir.source import declared_length
+from graphprune.ir.provenance import declared_length
 
 
 def limits_of(directory: Path) -> tuple[int | None, frozenset[int]]:
