@@ -33,6 +33,8 @@ class Verify(Pass):
     Requires
     --------
     The original program, or the last one whose values a pass edited (sparsify), and the plan since.
+    The report says how far outputs move when what went has other values: where they do not, there
+    was nothing to prove (`proves_sizes`).
 
     Preserves
     ---------

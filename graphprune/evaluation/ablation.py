@@ -16,6 +16,7 @@ import torch
 from scipy.special import stdtr, stdtrit
 from torch import Tensor
 
+from graphprune.analysis.attention.sites import sites_of
 from graphprune.analysis.coupling import Coupling
 from graphprune.analysis.groups import Group
 from graphprune.analysis.matrices import Matrix
@@ -36,7 +37,6 @@ from graphprune.ir.program import PAST, PRESENT, Program
 from graphprune.plan.plan import Plan
 from graphprune.plan.steps import Cut, Step
 from graphprune.selection.targets import target_groups
-from graphprune.transforms.heads.layout import sites_of
 from graphprune.verification.masked_reference import masked
 
 ALL_HEADS = "heads"

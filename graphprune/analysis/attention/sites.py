@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from graphprune.analysis.axes import Axis
+from graphprune.analysis.axes import Atom, Axis
 from graphprune.analysis.operators.facts import TypedAttention
 from graphprune.analysis.types import Types
 from graphprune.ir.aten import PRODUCTS, name_of
@@ -20,6 +20,15 @@ ALL_PRODUCTS = PRODUCTS | {"baddbmm", "einsum"}
 def all_sites(types: Types) -> tuple[TypedAttention, ...]:
     """Return every attention of a typed graph: the fused ones, then those spelled out."""
     return (*types.facts.attentions, *_spelled_out(types))
+
+
+def sites_of(types: Types, atom: Atom) -> list[TypedAttention]:
+    """Return the attentions whose heads `atom` counts."""
+    return [
+        site
+        for site in all_sites(types)
+        if any(atom in set(types.axes.atoms(axis)) for axis in site.heads)
+    ]
 
 
 def _spelled_out(types: Types) -> Iterator[TypedAttention]:

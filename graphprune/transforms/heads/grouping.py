@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from graphprune.analysis.attention.sites import sites_of
 from graphprune.analysis.axes import Atom
 from graphprune.analysis.types import Types
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import module_path
 from graphprune.plan.steps import Permutation
 from graphprune.transforms.heads.kv_heads import Heads
-from graphprune.transforms.heads.layout import Unmapped, head_atom, reorder_units, sites_of
+from graphprune.transforms.heads.layout import Unmapped, head_atom, reorder_units
 
 Groups = tuple[tuple[int, ...], ...]
 """Heads by number, those that become one together."""

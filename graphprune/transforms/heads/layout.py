@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphprune.analysis.attention.sites import all_sites
+from graphprune.analysis.attention.sites import sites_of
 from graphprune.analysis.axes import Atom, Axis
 from graphprune.analysis.index_maps import units_along
 from graphprune.analysis.matrices import Contractions, Matrix, bias_of
@@ -126,14 +126,6 @@ def head_atom(types: Types, heads: Heads) -> Atom:
                 if all(bool((units[each] == at).all()) for at, each in enumerate(slices)):
                     return atom
     raise Unmapped("its heads share no axis with their queries")
-
-
-def sites_of(types: Types, atom: Atom) -> list[TypedAttention]:
-    """Return the attentions whose heads `atom` counts."""
-    every = all_sites(types)
-    return [
-        site for site in every if any(atom in set(types.axes.atoms(axis)) for axis in site.heads)
-    ]
 
 
 def reorder_units(types: Types, atom: Atom, order: Sequence[int]) -> tuple[Permutation, ...]:
