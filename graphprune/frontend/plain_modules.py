@@ -208,11 +208,15 @@ def capture_call(
         if not recorded[-1]:
             raise CaptureError(f"{name} returns no tensor in tuples, lists, dicts or dataclasses")
         program = to_program(exported, model, names, recorded[-1], source, notes)
-        return Call(with_fixed(program, dims), exported, wrapper, tensors)
+        program = with_fixed(program, dims, wrapper, tensors)
+        return Call(program, exported, wrapper, tensors)
 
     if dynamic_shapes is not None:
         return captured(flat, pytree.tree_leaves(dynamic_shapes, is_leaf=_is_leaf))
-    return _with_most_dynamic(captured, flat)
+    call = _with_most_dynamic(captured, flat)
+    sides = [dict.fromkeys(range(1, leaf.ndim if leaf.ndim > 3 else 1), Dim.AUTO) for leaf in flat]
+    why = "no others were tried; dynamic_shapes says which to try"
+    return replace(call, program=with_fixed(call.program, sides, call.model, call.example, why))
 
 
 def _by_parameter(
@@ -252,7 +256,7 @@ def _with_most_dynamic(
             return checked
         raise failure
     call = captured(flat, [dict.fromkeys(dims, Dim.STATIC) for dims in rows])
-    return replace(call, program=with_fixed(call.program, rows))
+    return replace(call, program=with_fixed(call.program, rows, call.model, call.example))
 
 
 def _is_leaf(tree: Any) -> bool:

@@ -206,15 +206,56 @@ def _said(least: int, most: int | None) -> str:
     return f"{least} or more" if most is None else f"{least} to {most}"
 
 
-def with_fixed(program: Program, wanted: Sequence[Mapping[int, Any] | None]) -> Program:
-    """Say in the notes which dimensions that were `wanted` dynamic became fixed, input by input."""
-    notes = [
-        Note("fixed-size", f"dimension {dim} of {value.name} is {value.shape[dim]} alone: {_WHY}")
-        for value, dims in zip(program.inputs, wanted, strict=True)
+def with_fixed(
+    program: Program,
+    wanted: Sequence[Mapping[int, Any] | None],
+    model: Callable[..., Any],
+    example: Sequence[Tensor],
+    why: str = "",
+) -> Program:
+    """Say in the notes which dimensions became fixed though the model takes other sizes.
+
+    A first dimension is always said, since it is a batch to whoever calls the program.
+
+    Parameters
+    ----------
+    program
+        What was captured.
+    wanted
+        The dimensions of each input that were to be dynamic.
+    model, example
+        The call and its inputs: it is run with one more along all fixed dimensions of one size.
+    why
+        The reason, and what to do, where it is not that the code takes another path.
+    """
+    fixed = [
+        (place, dim, value.shape[dim])
+        for place, (value, dims) in enumerate(zip(program.inputs, wanted, strict=True))
         for dim, how in (dims or {}).items()
-        if isinstance(value.shape[dim], int) and how not in (None, Dim.STATIC)
+        if isinstance(value.shape[dim], int) and how not in (None, Dim.STATIC) and value.shape[dim]
     ]
+    notes = []
+    for size in dict.fromkeys(size for *_, size in fixed):
+        tensors, dims = list(example), [(place, dim) for place, dim, of in fixed if of == size]
+        for place, dim in dims:
+            tensors[place] = torch.cat([tensors[place], tensors[place].narrow(dim, 0, 1)], dim)
+        known = any(dim == 0 for _, dim in dims) or tensors[0].is_meta
+        if known or _runs(model, tensors):
+            where = " and ".join(
+                f"dimension {dim} of {program.inputs[at].name}" for at, dim in dims
+            )
+            notes.append(Note("fixed-size", f"{where} is {size} alone: {why or _WHY}"))
     return replace(program, notes=(*program.notes, *notes))
+
+
+def _runs(model: Callable[..., Any], inputs: Sequence[Tensor]) -> bool:
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model(*inputs)
+    except Exception:  # noqa: BLE001 - model code refuses sizes in any way
+        return False
+    return True
 
 
 def _values(least: int, most: int | None) -> ValueRanges[Any]:

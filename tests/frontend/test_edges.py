@@ -141,7 +141,16 @@ def test_a_batch_that_the_model_fixes_at_one_is_kept_and_said() -> None:
     assert program(X[:1])["output"].shape == (1, 4)
     (note,) = program.notes
     assert note.kind == "fixed-size"
-    assert "dimension 0 of x is 1" in note.text
+    assert note.text.startswith("dimension 0 of x is 1 alone: ")
+
+
+def test_sides_of_an_image_are_said_to_be_fixed_where_the_model_takes_others() -> None:
+    layers = nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
+    program = gp.capture(nn.Sequential(*layers), (torch.randn(2, 3, 8, 10),))
+    assert [note.text.partition(" alone")[0] for note in program.notes] == [
+        "dimension 2 of input is 8",
+        "dimension 3 of input is 10",
+    ]
 
 
 def test_an_input_without_a_batch_is_taken_as_it_is() -> None:
@@ -162,7 +171,8 @@ def test_a_length_that_the_code_fixes_is_said() -> None:
 
     program = gp.capture(Steps(), (torch.randn(2, 5, 8),))
     assert program.inputs[0].shape[1:] == (5, 8)
-    assert any("dimension 1 of x is 5 alone" in note.text for note in program.notes)
+    (note,) = program.notes  # and none on dimension 2, for which the model takes no other size
+    assert note.text.startswith("dimension 1 of x is 5 alone: ")
 
 
 # -- regions and masks ----------------------------------------------------------------------------
