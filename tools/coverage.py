@@ -160,6 +160,9 @@ def _at_size(program: Program, model: Any, rows: int, length: int) -> str:
             if isinstance(symbol, str) and symbol in sizes:
                 sizes[symbol] = length if dim else rows
     inputs = random_inputs(program, sizes)
+    tokens = [tensor for name, tensor in inputs.items() if name.endswith("input_ids")]
+    if any(tuple(tensor.shape[:2]) != (rows, length) for tensor in tokens):
+        return "refused"  # the program is of one size
     try:
         with torch.no_grad():
             expected = model(**inputs, return_dict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -27,6 +28,15 @@ _KINDS = {
     "derived": InputKind.BUFFER,
     "constant": InputKind.CONSTANT_TENSOR,
 }
+
+
+def own_exported_program(program: Program) -> ExportedProgram:
+    """Return `program` for torch's own tools, with copies of its weights.
+
+    What is trained of it changes no program that shared them.
+    """
+    weights = {name: weight.clone() for name, weight in program.weights.items()}
+    return to_exported_program(dataclasses.replace(program, weights=weights))
 
 
 def to_exported_program(program: Program) -> ExportedProgram:

@@ -374,6 +374,10 @@ class Program:
         """
         return extension("graphprune.backends", "module")(self)
 
+    def exported(self) -> Any:
+        """Make an `ExportedProgram` with weights of its own, for torch's own tools."""
+        return extension("graphprune.backends", "exported")(self)
+
     # -- writing --------------------------------------------------------------------------------
 
     def save_pretrained(self, directory: str | PathLike[str], **options: Any) -> None:

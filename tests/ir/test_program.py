@@ -12,7 +12,7 @@ from torch import nn
 import graphprune as gp
 from graphprune.errors import UsageError
 from graphprune.frontend.capture import capture
-from graphprune.ir.exported import to_exported_program
+from graphprune.ir.exported import own_exported_program, to_exported_program
 from graphprune.ir.provenance import declared_length, module_path, source_line
 
 
@@ -109,6 +109,25 @@ def test_an_exported_program_gives_the_same() -> None:
         *(filled[value.name] for value in program.inputs)
     )
     assert torch.equal(called[0], program(**inputs, **cache_after(first))["logits"])
+
+
+def test_training_what_was_exported_leaves_the_model_and_its_programs_alone() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    program = gp.capture(model, (x,))
+    result = gp.Pipeline.parse("prune{target=ffn ratio=0.5 criterion=l2}").run(program)
+    before, smaller = model(x).detach(), result.program(x)["output"]
+    student = own_exported_program(result.program).module()
+    parameters = [parameter.requires_grad_() for parameter in student.parameters()]
+    loss = sum(output.square().sum() for output in student(x))
+    with torch.no_grad():
+        for parameter, gradient in zip(
+            parameters, torch.autograd.grad(loss, parameters), strict=True
+        ):
+            parameter.sub_(gradient)
+    assert torch.equal(model(x), before)
+    assert torch.equal(result.program(x)["output"], smaller)
+    gp.verify(program, result.plan, result.program)
 
 
 def test_nodes_know_their_module_and_line() -> None:
