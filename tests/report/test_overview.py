@@ -95,7 +95,7 @@ def test_speed_hints_are_data_too_and_a_program_may_have_none() -> None:
         **json.loads(odd.to_json()),
         "speed_hints": [
             {
-                "where": "ffn",
+                "where": "0",
                 "what": "FFN width 24",
                 "reasons": {
                     "is no multiple of 16": ["cpu"],
