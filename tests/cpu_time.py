@@ -11,7 +11,7 @@ from collections.abc import Generator
 
 import pytest
 
-MOST = 30.0
+MOST = 60.0
 """Seconds that a test may take that is not marked `slow`, with its fixtures and children."""
 
 LISTED = 25
