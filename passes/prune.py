@@ -92,6 +92,10 @@ class Prune(Pass):
         hidden sizes and channels in multiples of 64 on cuda and tensorrt and of 16 on cpu; head
         sizes in multiples of 16; 1, 2, 4, 8, 16 or 32 query heads on a KV head on cuda), unless
         `round_to` is given; and the report has what leaves the fast path ("speed hints").
+    form
+        What kind of checkpoint the result shall be: plain keeps numbers of units that the model's
+        own config accepts (heads that divide the hidden size, say), rounded up, and is for a scope
+        that leaves layers alike; any takes no notice.
 
     Requires
     --------
@@ -137,6 +141,7 @@ class Prune(Pass):
     kv_bytes: float | None = None
     scores: str | None = None
     runtime: Runtime | None = None
+    form: Literal["plain", "any"] = "any"
 
     def __post_init__(self) -> None:
         if not isinstance(self.criterion, str):
@@ -268,6 +273,7 @@ class Prune(Pass):
         first: Coupling,
     ) -> list[Cut]:
         """Return what goes so that `part` of the budgets on `first` is met; none where it is."""
+        from graphprune.backends.huggingface.config_rules import accepted_sizes
         from graphprune.criteria import ScoringContext, check_scores
         from graphprune.criteria.score_cache import load_or_score
         from graphprune.selection.allocation import loss_margins
@@ -291,6 +297,10 @@ class Prune(Pass):
         sizes: Mapping[str, Sequence[int]] = {}
         if self.runtime is not None and self.round_to is None:
             sizes = preferred_sizes((first.group(group.name) for group in groups), self.runtime)
+        if self.form == "plain":
+            for name, counts in accepted_sizes(program, groups).items():
+                liked = set(sizes.get(name, counts)) & set(counts)
+                sizes = {**sizes, name: sorted(liked or counts)}
         selector = Selector(
             scope=self.allocation,
             normalize="none" if self.normalize == "loss" else self.normalize,

@@ -20,6 +20,7 @@ from graphprune.analysis.axes import Atom, Axis, Product
 from graphprune.analysis.inference import infer
 from graphprune.analysis.types import Types
 from graphprune.backends.huggingface.attribute_search import AttributeSearch, merged, of_layers
+from graphprune.backends.huggingface.config_rules import broken_rule
 from graphprune.backends.huggingface.config_search import (
     Builder,
     Changes,
@@ -150,7 +151,8 @@ class _FormSearch:
                     CheckpointForm("plain", "", changes, notes=self.notes), self.program, model
                 ), ""
             reason = reason or why
-        return None, reason or search.reason
+        rule = "" if reason else broken_rule(self.builder, self.target)
+        return None, reason or rule or search.reason
 
     def _layered(self, reason: str) -> tuple[ChosenForm | None, str]:
         if not self.base_class.__module__.startswith("transformers."):

@@ -64,6 +64,10 @@ class Builder:
             self._fields.pop(name, None)
         self._known: dict[tuple[tuple[str, Any], ...], Sizes | None] = {}
 
+    def unchecked(self) -> Builder:
+        """Return a builder of the same models whose configs are not validated."""
+        return Builder(self._source, self.model_class, checked=False)
+
     def config(self, changes: Mapping[str, Any]) -> Any:
         """Return a new config with `changes`."""
         if self.checked:
