@@ -254,7 +254,9 @@ COMMANDS: dict[str, Case] = {
         ["no criterion 'tailor'", "did you mean 'taylor'?"],
         run(passes="prune{target=ffn ratio=0.5 criterion=tailor}"),
     ),
-    "a pipeline that breaks off": Case(PipelineError, ["column 7"], run(passes="prune{target=ffn")),
+    "a pipeline that breaks off": Case(
+        PipelineError, ["column 6", "is not closed"], run(passes="prune{target=ffn")
+    ),
     "a ratio of one": Case(
         SelectionError, ["prune: ratio 1 is not in [0, 1)"], run(passes="prune{target=ffn ratio=1}")
     ),

@@ -198,7 +198,7 @@ def capture_call(
     flat, spec = pytree.tree_flatten((args, kwargs))
     if not flat or not all(isinstance(leaf, Tensor) for leaf in flat):
         raise UsageError("example_inputs must hold tensors only (nested in tuples, lists, dicts)")
-    names, _ = _named_leaves(_by_parameter(model, args, kwargs), "input")
+    names = _input_names(model, spec, len(flat))
     recorded: list[list[str]] = []
     wrapper = _Flat(model, spec, keep, recorded.append)
 
@@ -219,14 +219,20 @@ def capture_call(
     return replace(call, program=with_fixed(call.program, sides, call.model, call.example, why))
 
 
-def _by_parameter(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Mapping[str, Any]:
-    """Return the arguments of the model's forward by the names of its parameters."""
+def _input_names(model: nn.Module, spec: pytree.TreeSpec, count: int) -> list[str]:
+    """Return the name of every flat input by the parameter of the model's forward that takes it.
+
+    The inputs are in the order of the example, keywords among them, not of the signature.
+    """
+    marks = [torch.empty(0) for _ in range(count)]
+    args, kwargs = pytree.tree_unflatten(marks, spec)
     try:
-        return inspect.signature(model.forward).bind(*args, **kwargs).arguments
+        bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     except TypeError as error:
         raise UsageError(f"{type(model).__name__} does not take example_inputs: {error}") from error
+    names, leaves = _named_leaves(bound, "input")
+    name_of = {id(leaf): name for name, leaf in zip(names, leaves, strict=True)}
+    return [name_of[id(mark)] for mark in marks]
 
 
 def _with_most_dynamic(

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphprune.ir.nodes import arguments_of
+
 # fmt: off
 CASTS = frozenset({"to", "_to_copy", "type_as"})
 """The same values at the same places, in another type or on another device."""
@@ -117,13 +119,15 @@ def is_view(node: fx.Node) -> bool:
 
 def is_random(node: fx.Node) -> bool:
     """Return whether `node` draws from a generator."""
-    tags = getattr(node.target, "tags", ())
-    if torch.Tag.nondeterministic_seeded not in tags or is_idle_dropout(node):
-        return False
-    # Attention has its dropout as an argument.
-    names = (argument.name for argument in node.target._schema.arguments)  # type: ignore[union-attr]
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    return name_of(node) != "scaled_dot_product_attention" or bool(given.get("dropout_p", 0))
+    is_seeded = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return is_seeded and not _drops_nothing(node)
+
+
+def _drops_nothing(node: fx.Node) -> bool:
+    """Whether what `node` draws is a dropout that is off: dropout itself, attention, an LSTM."""
+    given = arguments_of(node)
+    rates = [given[name] for name in ("p", "dropout", "dropout_p") if name in given]
+    return bool(rates) and (not rates[0] or not given.get("train", True))
 
 
 def random_nodes(graph: fx.Graph) -> list[fx.Node]:
@@ -136,10 +140,7 @@ _DROPOUTS = frozenset({"dropout", "feature_dropout", "alpha_dropout", "feature_a
 
 def is_idle_dropout(node: fx.Node) -> bool:
     """Return whether `node` is a dropout that drops nothing: not training, or of probability 0."""
-    if name_of(node) not in _DROPOUTS:
-        return False
-    given = dict(zip(("input", "p", "train"), node.args, strict=False)) | node.kwargs
-    return not given["p"] or not given["train"]
+    return name_of(node) in _DROPOUTS and _drops_nothing(node)
 
 
 def is_copy(node: fx.Node) -> bool:

@@ -222,13 +222,13 @@ def test_inside_and_around_experts_everything_stays_prunable(combine: Any) -> No
 def test_what_an_expert_owns_is_told_and_kept_as_data() -> None:
     _, coupling = captured(sparse)
     group = expert_group(coupling)
-    assert group.name == "expert"
+    assert group.name == "router:expert"
     lines = str(group).splitlines()
     assert lines[1] == "  router.weight dim 0: 0 + 1*unit"
     assert "  experts.2.up.weight: whole, of unit 2" in lines
     assert len(lines) == 2 + 4 * EXPERTS
     told = coupling.explain("experts.2.down.bias", 0)
-    assert "all of it goes with unit 2 of group expert" in told
+    assert "all of it goes with unit 2 of group router:expert" in told
     plan = plan_of(coupling, group.cut({(): (0, 2)}))
     assert Plan.from_json(plan.to_json()) == plan
     assert plan.removed["experts.2.up.weight"] == {0: list(range(12))}

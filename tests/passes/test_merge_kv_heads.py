@@ -45,15 +45,16 @@ def test_every_attention_is_left_with_so_many_kv_heads(name: str, groups: int) -
 def test_the_report_says_what_was_merged() -> None:
     (record,) = run(program_of("llama-mha"), MergeKvHeads(groups=2)).report.passes
     assert record.details == {
-        "merged": {f"model.layers.{layer}.self_attn:kv-head": "4 into 2" for layer in (0, 1)}
+        "merged": {f"model.layers.{layer}.self_attn:kv-head": "4 into 2" for layer in (0, 1)},
+        "init": "mean",
     }
     assert record.text == "merge-kv-heads{groups=2}"
     assert record.after.kv_bytes_per_token * 2 == record.before.kv_bytes_per_token
 
 
-def test_the_seed_and_the_calibration_do_not_matter() -> None:
+def test_the_seed_and_the_calibration_do_not_matter_to_a_mean() -> None:
     program = program_of("gpt2")
-    pipeline = Pipeline([MergeKvHeads(groups=2)])
+    pipeline = Pipeline([MergeKvHeads(groups=2, init="mean")])
     calibration = gp.Calibration.from_batches([inputs_of(program)])
     first, second = pipeline.run(program), pipeline.run(program, calibration=calibration, seed=3)
     assert first.plan == second.plan

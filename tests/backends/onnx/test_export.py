@@ -286,7 +286,7 @@ def test_an_operator_without_a_counterpart_is_named_with_its_place(tmp_path: Pat
         backend.export(program, tmp_path / "model.onnx")
     message = str(caught.value)
     assert "graphprune_tests.mystery.default has no counterpart" in message
-    assert "at 1, test_onnx.py:" in message
+    assert "at 1, test_export.py:" in message
     assert "\n" not in message
     assert list(tmp_path.iterdir()) == []
 
@@ -358,7 +358,7 @@ def test_without_onnx_runtime_the_report_says_so(
     report = backend.export(block, tmp_path / "block.onnx")
     assert report.max_relative_error is None
     assert report.onnxruntime is None
-    assert report.notes == ("ONNX Runtime is not installed, so the model was checked but not run",)
+    assert report.notes[-1] == "ONNX Runtime is not installed, so the model was checked but not run"
     assert (tmp_path / "block.onnx").is_file()
 
 
