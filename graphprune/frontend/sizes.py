@@ -132,6 +132,8 @@ def limited(
 ) -> Program:
     """Limit `program` to the sizes for which it computes what `model` does.
 
+    Where the model takes few sizes but the example's, so does the program.
+
     Parameters
     ----------
     program
@@ -146,6 +148,7 @@ def limited(
         Sizes to try: those that break a condition are run, the cheapest first.
     """
     harmless: set[sympy.Basic] = set()
+    refused: set[sympy.Basic] = set()
     harmful: list[Broken] = []
     tried: set[Broken] = set()
     trials = [(conditions.broken(sizes), sizes) for sizes in candidates]
@@ -162,22 +165,44 @@ def limited(
             harmless |= broken
         elif equal is False:
             harmful.append(broken)
-    if not harmful:
-        return program
+        else:
+            refused |= broken
     decisive = {each for broken in harmful for each in (broken - harmless or broken)}
     limits = {
         symbol: _range(symbol, decisive, conditions.seen)
         for symbol in sorted({s.name for each in decisive for s in each.free_symbols})
     }
-    return with_limits(program, limits)
+    few = _few(refused - harmless, conditions.seen)
+    return with_limits(program, limits | few, few) if limits or few else program
+
+
+def _few(conditions: Collection[sympy.Basic], seen: Sizes) -> dict[str, tuple[int, int | None]]:
+    """Return ranges of symbols for which `conditions` hold at few sizes, around the one seen.
+
+    Many are those that go on past twice the size that was seen, as multiples of a number do.
+    """
+    found: dict[str, tuple[int, int | None]] = {}
+    for symbol in sorted({s.name for each in conditions for s in each.free_symbols}):
+        own = [each for each in conditions if {s.name for s in each.free_symbols} == {symbol}]
+        further = range(2 * seen[symbol], 2 * seen[symbol] + _EACH)
+        if not any(all(_holds(each, {symbol: size}) for each in own) for size in further):
+            least, most = _range(symbol, own, seen)
+            if most is not None and most < 2 * least:
+                found[symbol] = (least, most)
+    return found
 
 
 def _work(sizes: Sizes) -> int:
     return math.prod(max(size, 1) for size in sizes.values())
 
 
-def with_limits(program: Program, limits: Mapping[str, tuple[int, int | None]]) -> Program:
-    """Limit the dynamic sizes of `program`, and say so in its notes."""
+def with_limits(
+    program: Program, limits: Mapping[str, tuple[int, int | None]], few: Collection[str] = ()
+) -> Program:
+    """Limit the dynamic sizes of `program`, and say so in its notes.
+
+    For the symbols `few` it is the model itself that refuses most other sizes.
+    """
     ranges = {
         symbol: known & _values(*limits[str(symbol)]) if str(symbol) in limits else known
         for symbol, known in program.ranges.items()
@@ -188,7 +213,7 @@ def with_limits(program: Program, limits: Mapping[str, tuple[int, int | None]]) 
             if isinstance(size, str):
                 first.setdefault(size, f"dimension {dim} of {value.name}")
     notes = [
-        Note("limited-size", f"{first[symbol]} is {_said(*of)}: {_WHY}")
+        Note("limited-size", f"{first[symbol]} is {_said(*of)}: {_NO if symbol in few else _WHY}")
         for symbol, of in limits.items()
     ]
     return replace(program, ranges=ranges, limits=limits, notes=(*program.notes, *notes))
@@ -198,6 +223,9 @@ _WHY = (
     "the model's code takes another path for other sizes; example_inputs of another size give "
     "other limits"
 )
+
+
+_NO = "the model refuses most other sizes"
 
 
 def _said(least: int, most: int | None) -> str:

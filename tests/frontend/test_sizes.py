@@ -38,6 +38,21 @@ def once(h: Tensor) -> Tensor:
     return h if h.shape[1] < 50 else -h
 
 
+def in_part(h: Tensor) -> Tensor:
+    """Right where a remainder is two: for a length of four alone."""
+    return nn.functional.linear(h[:, -1 - 5 % (h.shape[1] - 1) : -1].flatten(1), torch.ones(3, 12))
+
+
+def in_a_few(h: Tensor) -> Tensor:
+    """Right for lengths of three, four and seven."""
+    return nn.functional.linear(h[:, 5 % (h.shape[1] - 1) :].flatten(1), torch.ones(3, 12))
+
+
+def in_pairs(h: Tensor) -> Tensor:
+    """Right where a remainder is none: for many lengths."""
+    return h[:, : h.shape[1] % 2 + 3].flatten(1) @ torch.ones(18, 3)
+
+
 def windowed(h: Tensor) -> Tensor:
     """Right at any length; a decision on a size that changes nothing."""
     return h + 0.0 if h.shape[1] > 20 else h
@@ -76,6 +91,31 @@ def test_a_decision_that_changes_nothing_limits_nothing() -> None:
     assert not program.notes
     x = torch.randn(1, 130, 6)
     assert torch.allclose(program(x)["output"], module(x), atol=1e-6)
+
+
+@pytest.mark.parametrize(("function", "limits"), [(in_part, (4, 4)), (in_a_few, (3, 4))])
+def test_a_size_is_limited_where_the_model_takes_few_others(
+    function: Callable[[Tensor], Tensor], limits: tuple[int, int]
+) -> None:
+    program, _ = captured(function, 4)
+    assert list(program.limits.values()) == [limits]
+    assert "the model refuses most other sizes" in str(program.notes[0])
+
+
+def test_a_size_stays_dynamic_where_the_model_takes_some_others() -> None:
+    program, module = captured(in_pairs, 4)
+    assert not program.limits
+    x = torch.randn(3, 8, 6)
+    assert torch.allclose(program(x)["output"], module(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("function", [in_part, in_a_few])
+def test_a_length_of_which_the_model_takes_few_is_not_dynamic(
+    function: Callable[[Tensor], Tensor],
+) -> None:
+    program = gp.capture(Module(function).eval(), (torch.randn(2, 4, 6),))
+    assert program.inputs[0].shape[1] == 4
+    assert isinstance(program.inputs[0].shape[0], str)
 
 
 def test_limits_stay_with_an_archive(tmp_path: object) -> None:
