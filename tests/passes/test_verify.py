@@ -21,7 +21,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         calls.append((*args, tolerance))
         if tolerance is not None and tolerance < 1e-6:
             raise VerificationError("logits differ by 1e-6")
-        return SimpleNamespace(to_dict=lambda: {"max_relative_error": 1e-6})
+        found = {"max_relative_error": 1e-6}
+        return SimpleNamespace(to_dict=lambda: found, **found)
 
     monkeypatch.setitem(
         sys.modules, "graphprune.verification.verify", SimpleNamespace(verify=verify)
