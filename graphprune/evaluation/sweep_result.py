@@ -68,7 +68,7 @@ class SweepPoint:
 
 
 @dataclass(frozen=True)
-class Summary:
+class RecipeSummary:
     """The points of a recipe at a ratio.
 
     Parameters
@@ -117,7 +117,7 @@ class Sweep:
     text_sha256: str
     points: tuple[SweepPoint, ...]
 
-    def summaries(self) -> list[Summary]:
+    def summaries(self) -> list[RecipeSummary]:
         """Summarize the points of each recipe and ratio."""
         together: dict[tuple[str, float], list[SweepPoint]] = {}
         for point in self.points:
@@ -185,7 +185,7 @@ class Sweep:
         return Shown(table, *lines)
 
 
-def _cells(summary: Summary, dense: MeasuredProgram) -> tuple[str, str, str]:
+def _cells(summary: RecipeSummary, dense: MeasuredProgram) -> tuple[str, str, str]:
     if summary.parameters is None or summary.nonzero is None or summary.perplexity is None:
         return "", "", "failed"
     change = summary.parameters / dense.parameters - 1
@@ -197,14 +197,14 @@ def _cells(summary: Summary, dense: MeasuredProgram) -> tuple[str, str, str]:
     )
 
 
-def _summary(recipe: str, ratio: float, points: Sequence[SweepPoint]) -> Summary:
+def _summary(recipe: str, ratio: float, points: Sequence[SweepPoint]) -> RecipeSummary:
     sizes = [point.size for point in points if point.size is not None]
     reasons = tuple(dict.fromkeys(point.reason for point in points if point.reason))
     if not sizes:
-        return Summary(recipe, ratio, None, None, None, None, None, 0, reasons)
+        return RecipeSummary(recipe, ratio, None, None, None, None, None, 0, reasons)
     perplexities = [size.perplexity for size in sizes]
     certain = len(sizes) > 1 and all(map(math.isfinite, perplexities))
-    return Summary(
+    return RecipeSummary(
         recipe,
         ratio,
         statistics.mean(size.parameters for size in sizes),
