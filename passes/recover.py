@@ -339,8 +339,8 @@ class Recover(Pass):
         return found
 
     def _checkpoint(self, program: Program, data: Calibration, context: Context) -> Any:
-        from graphprune.ir.tensors import digest
         from graphprune.training.loop import Checkpoint
+        from graphprune.weights.tensors import digest
 
         if self.checkpoint is None:
             return None

@@ -13,7 +13,7 @@ from graphprune.calibration.data import Calibration
 from graphprune.errors import CalibrationError
 from graphprune.io.atomic import staged_file
 from graphprune.ir.program import Program
-from graphprune.ir.tensors import digest
+from graphprune.weights.tensors import digest
 
 _KEY, _FORMAT = "graphprune", 2
 

@@ -20,7 +20,7 @@ from graphprune.calibration.tokens import (
 )
 from graphprune.errors import CalibrationError
 from graphprune.io.text_sources import read_documents
-from graphprune.ir.tensors import digest
+from graphprune.weights.tensors import digest
 
 if TYPE_CHECKING:
     from graphprune.ir.program import Program, Value

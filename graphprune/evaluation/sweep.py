@@ -19,9 +19,9 @@ from graphprune.io.atomic import staged_file
 from graphprune.io.progress import DisplayFactory, progress_bar
 from graphprune.io.version import __version__
 from graphprune.ir.program import Program
-from graphprune.ir.tensors import digest
 from graphprune.pipeline.pass_manager import uncalibrated
 from graphprune.pipeline.pipeline import Pipeline
+from graphprune.weights.tensors import digest
 
 RESULT, PICTURE = "sweep.json", "sweep.png"
 """The files of a sweep beside its journal: all that was asked for, and the curves."""

@@ -327,7 +327,7 @@ def same(
         except Exception:  # noqa: BLE001 - model code refuses sizes in any way
             return None
         try:
-            found = program.graph_module(*program.weights.values(), *given)
+            found = program.graph_module(*program.operands.values(), *given)
         except Exception:  # noqa: BLE001 - so do operators
             return False
     return all(map(_close, expected, found))

@@ -295,7 +295,8 @@ def _holds_for(
     try:
         with mode, torch.no_grad():
             weights = {
-                name: torch.empty(w.shape, dtype=w.dtype) for name, w in program.weights.items()
+                name: torch.empty(w.shape, dtype=program.compute_types[name])
+                for name, w in program.weights.items()
             }
             inputs = {
                 v.name: torch.empty([sizes.get(s, s) for s in v.shape], dtype=v.dtype)  # type: ignore[arg-type]

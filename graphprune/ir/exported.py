@@ -35,7 +35,7 @@ def own_exported_program(program: Program) -> ExportedProgram:
 
     What is trained of it changes no program that shared them.
     """
-    weights = {name: weight.clone() for name, weight in program.weights.items()}
+    weights = {name: weight.clone() for name, weight in program.operands.items()}
     return to_exported_program(dataclasses.replace(program, weights=weights))
 
 
@@ -47,12 +47,13 @@ def to_exported_program(program: Program) -> ExportedProgram:
     specs: list[InputSpec] = []
     state: dict[str, Tensor | nn.Parameter] = {}
     constants: dict[str, Any] = {}
+    operands = program.take(program.weights)
     for name, node in program.weight_nodes():
         kind = program.kinds[name]
         persistent = kind == "buffer" if kind in ("buffer", "derived") else None
         argument = TensorArgument(name=node.name)
         specs.append(InputSpec(_KINDS[kind], argument, target=name, persistent=persistent))
-        weight = program.weights[name]
+        weight = operands[name]
         if kind == "parameter":
             state[name] = nn.Parameter(weight, requires_grad=False)
         elif kind == "buffer":

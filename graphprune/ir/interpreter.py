@@ -198,7 +198,7 @@ def given_of(
     UsageError
         When an input is missing or unknown.
     """
-    placed = program.placed(program.weights if weights is None else weights, inputs)
+    placed = program.placed(program.operands if weights is None else weights, inputs)
     return dict(zip(program.graph.find_nodes(op="placeholder"), placed, strict=True))
 
 
@@ -221,7 +221,8 @@ def run_part(
 ) -> tuple[Any, ...]:
     """Return the values of the nodes `wanted`, from weights and the `given` values of others."""
     needed = ancestors(wanted, given)
-    weights = {n: program.weights[name] for name, n in program.weight_nodes() if n in needed}
+    nodes = {name: node for name, node in program.weight_nodes() if node in needed}
+    weights = {nodes[name]: weight for name, weight in program.take(nodes).items()}
     values = Values({**weights, **given})
     with torch.no_grad():
         Interpreter(values).run(n for n in program.graph.nodes if n in needed and n not in values)

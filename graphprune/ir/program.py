@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +14,11 @@ from torch import Tensor, fx
 
 from graphprune.errors import UsageError, nearest
 from graphprune.io.extensions import extension
+from graphprune.ir.input_sizes import check_sizes
 from graphprune.ir.provenance import Source
+from graphprune.weights.deferred import converted, made
+from graphprune.weights.overlay import overlaid
+from graphprune.weights.placement import Placement
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -98,7 +103,8 @@ class Program:
         The graph; its output is a flat tuple.
     weights
         Every parameter, buffer and constant by the model's own dotted name, in the order of the
-        placeholders. A tied weight is one entry.
+        placeholders, in the type in which it is stored. A tied weight is one entry. Those that lie
+        in files are read where they are used (`graphprune.weights.deferred`).
     kinds
         The kind of each weight.
     aliases
@@ -130,6 +136,7 @@ class Program:
     notes: tuple[Note, ...] = ()
     stand_ins: Mapping[int, str] = field(default_factory=dict)
     limits: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
+    placement: Placement = Placement()
 
     # -- looking --------------------------------------------------------------------------------
 
@@ -194,6 +201,37 @@ class Program:
             hint = nearest(name, [*self.weights, *self.aliases])
             raise UsageError(f"the program has no weight {name!r}{hint}")
         return self.weights[name]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the program computes: as it was placed, or where its weights lie."""
+        if self.placement.device is not None:
+            return self.placement.device
+        return next((weight.device for weight in self.weights.values()), torch.device("cpu"))
+
+    @functools.cached_property
+    def compute_types(self) -> Mapping[str, torch.dtype]:
+        """The type in which the graph computes with each weight, which may be stored in another."""
+        return {name: node.meta["val"].dtype for name, node in self.weight_nodes()}
+
+    @property
+    def operands(self) -> dict[str, Tensor]:
+        """Every weight as the graph computes with it: in its compute type, on the device.
+
+        Those that have to be read, converted or moved for it are so where they are used, each time.
+        """
+        return {name: self._operand(name) for name in self.weights}
+
+    def take(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read the weights called `names` in the types in which the graph computes, on the device.
+
+        Those that are so already are the program's own tensors, not copies.
+        """
+        return {name: made(self._operand(name)) for name in names}
+
+    def _operand(self, name: str) -> Tensor:
+        weight = self.weights[name]
+        return converted(weight, self.compute_types[name], self.placement.device or weight.device)
 
     def parameter_count(self) -> int:
         """Return the number of parameters; tied ones count once."""
@@ -267,7 +305,7 @@ class Program:
             When an input is missing or unknown.
         """
         named = {value.name: arg for value, arg in zip(self.inputs, args, strict=False)}
-        return self.run(self.weights, {**named, **inputs})
+        return self.run(self.operands, {**named, **inputs})
 
     def run(self, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the graph on other `weights` of the same shapes, in the caller's grad mode."""
@@ -291,7 +329,9 @@ class Program:
         names = [value.name for value in self.inputs]
         if unknown := [name for name in inputs if name not in names]:
             raise UsageError(f"no input {unknown[0]!r}; the program takes {', '.join(names)}")
-        filled = dict(inputs)
+        device = self.placement.device
+        filled = {n: t if device is None else t.to(device) for n, t in inputs.items()}
+        beside = next((tensor.device for tensor in filled.values()), device)
         batch = next((len(tensor) for tensor in inputs.values() if tensor.ndim), 1)
         past = 0
         for value in self.inputs:
@@ -305,7 +345,7 @@ class Program:
                     0 if isinstance(held, str) else held,
                     int(width),
                 )
-                filled[value.name] = torch.zeros(shape, dtype=value.dtype)
+                filled[value.name] = torch.zeros(shape, dtype=value.dtype, device=beside)
             past = filled[value.name].shape[2]
         for name in names:
             if name not in filled and name.endswith("attention_mask"):
@@ -317,55 +357,31 @@ class Program:
             raise UsageError(
                 f"input {missing[0]!r} is missing; the program takes {', '.join(names)}"
             )
-        self._check_sizes(filled)
+        check_sizes({value.name: value.shape for value in self.inputs}, self.limits, filled)
         return filled
-
-    def _check_sizes(self, inputs: Mapping[str, Tensor]) -> None:
-        """Refuse inputs of sizes for which the graph does not hold, naming the first."""
-        first: dict[str, tuple[int, str]] = {}
-        for value in self.inputs:
-            shape = inputs[value.name].shape
-            if len(shape) != len(value.shape):
-                raise UsageError(
-                    f"input {value.name!r} has {len(shape)} dimensions, and the program takes "
-                    f"{len(value.shape)}"
-                )
-            for dim, (given, size) in enumerate(zip(shape, value.shape, strict=True)):
-                where = f"dimension {dim} of input {value.name!r}"
-                if isinstance(size, int):
-                    due, why = size, "the program was captured for"
-                else:
-                    due, other = first.setdefault(size, (given, where))
-                    why = f"{other} is"
-                if given != due:
-                    raise UsageError(f"{where} is {given}, and {why} {due}")
-                if not isinstance(size, int):
-                    self._check_limits(where, given, size)
-
-    def _check_limits(self, where: str, given: int, symbol: str) -> None:
-        least, most = self.limits.get(symbol, (0, None))
-        if given < least or (most is not None and given > most):
-            to = f"from {least}" if most is None else f"{least} to {most}"
-            raise UsageError(f"{where} is {given}, and the program holds for {to}")
 
     # -- deriving -------------------------------------------------------------------------------
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> Program:
         """Return the same graph with some weights replaced by others of the same shape.
 
+        They are held in the type in which the weights are stored, and in a scratch file where all
+        that is held would go past the limit of memory.
+
         Raises
         ------
         UsageError
-            When a name is unknown or a shape differs.
+            When a name is unknown or a shape differs, or a value is too large for the stored type.
+        OutputError
+            When there is no room for a scratch file.
         """
-        merged = dict(self.weights)
+        given = {}
         for name, tensor in weights.items():
-            if self.weight(name).shape != tensor.shape:
-                raise UsageError(
-                    f"{name} is {tuple(self.weight(name).shape)}, not {tuple(tensor.shape)}"
-                )
-            merged[self.aliases.get(name, name)] = tensor
-        return dataclasses.replace(self, weights=merged)
+            old = self.weight(name)
+            if old.shape != tensor.shape:
+                raise UsageError(f"{name} is {tuple(old.shape)}, not {tuple(tensor.shape)}")
+            given[self.aliases.get(name, name)] = tensor
+        return dataclasses.replace(self, weights=overlaid(self.weights, given, self.placement))
 
     def to_module(self) -> Any:
         """Make an `nn.Module` to train, with weights of its own; see `graphprune.backends.module`.

@@ -161,7 +161,7 @@ class _Proof:
         symbols = ShapeEnv(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True)
         with FakeTensorMode(shape_env=symbols, allow_non_fake_inputs=True), torch.no_grad():
             empty = {
-                name: torch.empty(weight.shape, dtype=weight.dtype)
+                name: torch.empty(weight.shape, dtype=self.program.compute_types[name])
                 for name, weight in self.program.weights.items()
             }
             given = {

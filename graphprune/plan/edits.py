@@ -97,7 +97,7 @@ class Edits:
             raise PlanError(f"{self.values} is missing; it holds {what}")
         from safetensors.torch import load_file
 
-        from graphprune.ir.tensors import digest
+        from graphprune.weights.tensors import digest
 
         try:
             found = load_file(self.values)
@@ -111,7 +111,7 @@ class Edits:
         """Write the values to `path`, and return the edits that know it."""
         from safetensors.torch import save_file
 
-        from graphprune.ir.tensors import digest, own_storage
+        from graphprune.weights.tensors import digest, own_storage
 
         values = own_storage({name: value.detach().cpu() for name, value in self.read().items()})
         with staged_file(path, overwrite=True) as file:

@@ -21,6 +21,7 @@ from graphprune.ir.nodes import get_argument, set_argument
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import module_path, operator_of
 from graphprune.ir.shape_propagation import follow_size, rebuild
+from graphprune.weights.deferred import cut
 
 RESCALE = "rescale"
 """Key in a node's meta: (new size, old size) of a mean whose divisor this multiplication keeps."""
@@ -143,8 +144,7 @@ class Resize:
     def _gather(self, weight: Tensor, type_: Type) -> Tensor:
         for dim, axis in enumerate(type_):
             if is_cut(self.axes, axis, self.cuts):
-                kept = torch.tensor(kept_indices(self.axes, axis, self.cuts), device=weight.device)
-                weight = weight.detach().index_select(dim, kept)
+                weight = cut(weight, dim, torch.tensor(kept_indices(self.axes, axis, self.cuts)))
         return weight
 
     def program(self, weights: Mapping[str, Tensor]) -> Program:

@@ -16,7 +16,7 @@ import graphprune.calibration.losses as losses_module
 from graphprune.calibration.data import Calibration, inputs_of
 from graphprune.calibration.losses import next_token_loss, task_loss
 from graphprune.errors import CalibrationError
-from graphprune.ir.tensors import digest
+from graphprune.weights.tensors import digest
 
 WORDS = " ".join(str(number) for number in range(1000, 1400))
 TEXT = "".join(f"line {number} of a text that is long enough\n" for number in range(60))

@@ -32,7 +32,7 @@ from graphprune.io.atomic import share_mode, staged_directory
 from graphprune.io.companions import copy_companions
 from graphprune.ir.program import Note, Program, value_of
 from graphprune.ir.provenance import Source
-from graphprune.ir.tensors import own_storage
+from graphprune.weights.tensors import own_storage
 
 _FORMAT, _VERSION = "graphprune-archive", 1
 _PROGRAM, _GRAPH, _WEIGHTS = "program.json", "graph.json", "weights.safetensors"

@@ -1,0 +1,50 @@
+"""What passes changed, over the weights that lie in files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from graphprune.errors import UsageError
+from graphprune.weights.deferred import Deferred
+from graphprune.weights.files import is_finite
+from graphprune.weights.placement import Placement
+from graphprune.weights.scratch import spill
+
+
+def overlaid(
+    weights: Mapping[str, Tensor], changed: Mapping[str, Tensor], placement: Placement
+) -> dict[str, Tensor]:
+    """Return `weights` with those `changed` in their place, in the types of those they replace.
+
+    They go to a scratch file where all that is held would go past the limit of memory.
+
+    Raises
+    ------
+    UsageError
+        When a value is too large for its type.
+    OutputError
+        When there is no room for a scratch file.
+    """
+    given = {name: _stored(name, new, weights[name].dtype) for name, new in changed.items()}
+    if placement.memory is not None and held_bytes({**weights, **given}) > placement.memory:
+        given = spill(given)
+    return {**weights, **given}
+
+
+def held_bytes(weights: Mapping[str, Tensor]) -> int:
+    """Return the bytes of the weights that are held in memory, not in files."""
+    return sum(w.numel() * w.itemsize for w in weights.values() if not isinstance(w, Deferred))
+
+
+def _stored(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `weight` in the type in which it is stored, where that can hold it."""
+    if weight.dtype is dtype:
+        return weight
+    found = weight.to(dtype)
+    if found.is_floating_point() and not is_finite(found) and is_finite(weight):
+        short = str(dtype).removeprefix("torch.")
+        raise UsageError(f"{name} has values that are too large for {short}, which it is stored in")
+    return found
