@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from graphprune.calibration.data import LABELS
+from graphprune.calibration.logits import Logits, RowLoss, as_logits
 from graphprune.errors import CalibrationError
 
 
-def task_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+def task_loss(logits: Tensor | Logits, batch: Mapping[str, Tensor]) -> Tensor:
     """Mean cross entropy of the labels of a batch, or without labels its `next_token_loss`.
 
     Parameters
@@ -40,24 +40,12 @@ def task_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     >>> round(task_loss(torch.zeros(3, 8), batch).exp().item(), 3)
     8.0
     """
-    labels = batch.get(LABELS)
-    if labels is None:
-        return next_token_loss(logits, batch)
-    if not logits.ndim or logits.shape[:-1] != labels.shape:
-        raise CalibrationError(
-            f"labels {tuple(labels.shape)} do not fit logits {tuple(logits.shape)}: one for each "
-            "place but the classes is needed"
-        )
-    classes = logits.shape[-1]
-    odd = labels[(labels != -100) & ((labels < 0) | (labels >= classes))]
-    if len(odd):
-        raise CalibrationError(
-            f"there is a label {int(odd[0])}; the logits are of {classes} classes"
-        )
-    return _cross_entropy(logits.flatten(0, -2), labels.flatten())
+    logits = as_logits(logits)
+    at, labels = _targets(logits, batch)
+    return logits.summed(at, cross_entropy(labels)) / len(at)
 
 
-def next_token_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+def next_token_loss(logits: Tensor | Logits, batch: Mapping[str, Tensor]) -> Tensor:
     """Mean cross entropy of every next token, in nats; differentiable.
 
     Parameters
@@ -85,17 +73,28 @@ def next_token_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     >>> round(loss.exp().item(), 3)
     8.0
     """
-    ids = batch.get("input_ids")
-    if ids is None or logits.ndim != 3 or logits.shape[:2] != ids.shape:
-        shape = None if ids is None else tuple(ids.shape)
-        raise CalibrationError(
-            "a next-token loss needs logits [batch, length, vocabulary] and input_ids "
-            f"[batch, length], not {tuple(logits.shape)} and {shape}"
-        )
-    counted = predicted(batch)
-    if not counted.any():
-        raise CalibrationError("there is no next token to predict: a window needs two tokens")
-    return _cross_entropy(logits[:, :-1][counted], ids[:, 1:][counted])
+    logits = as_logits(logits)
+    at, labels = _next_tokens(logits, batch)
+    return logits.summed(at, cross_entropy(labels)) / len(at)
+
+
+def sample_losses(logits: Tensor | Logits, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the `task_loss` of every sample of a batch, ``[samples]``, without gradients.
+
+    It is not finite where a sample has nothing to predict.
+
+    Raises
+    ------
+    CalibrationError
+        As `task_loss`.
+    """
+    logits = as_logits(logits)
+    at, labels = _targets(logits, batch)
+    losses = logits.each(at, cross_entropy(labels))
+    of = at // logits.shape[1:-1].numel()
+    totals = losses.new_zeros(2, logits.shape[0])
+    total, count = totals.index_add_(1, of, torch.stack([losses, torch.ones_like(losses)]))
+    return total / count
 
 
 def predicted(batch: Mapping[str, Tensor]) -> Tensor:
@@ -107,25 +106,50 @@ def predicted(batch: Mapping[str, Tensor]) -> Tensor:
     return mask[:, 1:].bool() & mask[:, :-1].bool()
 
 
-_AT_ONCE = 2**24
-"""Logits that are in memory in float32 at once."""
+def cross_entropy(labels: Tensor) -> RowLoss:
+    """Return the cross entropy of rows whose labels are `labels`, in nats and float32."""
+
+    def loss(logits: Tensor, at: Tensor) -> Tensor:
+        return functional.cross_entropy(logits.float(), labels[at], reduction="none")
+
+    return loss
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross entropy of ``[n, classes]``, in float32, in pieces of tokens.
-
-    A vocabulary of 256,000 makes logits larger than everything else of a small model. They are in
-    float32, and differentiated, a piece at a time.
-    """
-    rows = max(_AT_ONCE // logits.shape[-1], 1)
-    if len(labels) <= rows:
-        return functional.cross_entropy(logits.float(), labels)
-    sums = [
-        checkpoint(_summed, piece, of, use_reentrant=False)
-        for piece, of in zip(logits.split(rows), labels.split(rows), strict=True)
-    ]
-    return torch.stack(sums).sum() / (labels != -100).sum()
+def divergence(before: Tensor, after: Tensor) -> Tensor:
+    """Return KL(before || after) of the classes of every row, in nats and float32."""
+    wanted, found = before.float().log_softmax(-1), after.float().log_softmax(-1)
+    return (wanted.exp() * (wanted - found)).sum(-1)
 
 
-def _summed(logits: Tensor, labels: Tensor) -> Tensor:
-    return functional.cross_entropy(logits.float(), labels, reduction="sum")
+def _targets(logits: Logits, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return which rows of logits predict something, and what, ``[n]`` both."""
+    labels = batch.get(LABELS)
+    if labels is None:
+        return _next_tokens(logits, batch)
+    if not logits.shape or logits.shape[:-1] != labels.shape:
+        raise CalibrationError(
+            f"labels {tuple(labels.shape)} do not fit logits {tuple(logits.shape)}: one for each "
+            "place but the classes is needed"
+        )
+    flat, classes = labels.flatten().to(logits.device), logits.shape[-1]
+    at = (flat != -100).nonzero().flatten()
+    odd = flat[at][(flat[at] < 0) | (flat[at] >= classes)]
+    if len(odd):
+        raise CalibrationError(
+            f"there is a label {int(odd[0])}; the logits are of {classes} classes"
+        )
+    return at, flat[at]
+
+
+def _next_tokens(logits: Logits, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    ids = batch.get("input_ids")
+    if ids is None or len(logits.shape) != 3 or logits.shape[:2] != ids.shape:
+        shape = None if ids is None else tuple(ids.shape)
+        raise CalibrationError(
+            "a next-token loss needs logits [batch, length, vocabulary] and input_ids "
+            f"[batch, length], not {tuple(logits.shape)} and {shape}"
+        )
+    at = functional.pad(predicted(batch), (0, 1)).flatten().nonzero().flatten().to(logits.device)
+    if not len(at):
+        raise CalibrationError("there is no next token to predict: a window needs two tokens")
+    return at, ids.flatten().to(logits.device)[at + 1]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from graphprune.calibration.data import inputs_of
+from graphprune.calibration.logits import Logits, run_to_logits
 from graphprune.calibration.losses import task_loss
 from graphprune.criteria.base import ScoringContext
 from graphprune.errors import CalibrationError, SelectionError
@@ -61,9 +62,9 @@ def _gradients(
     leaves = {name: weights[name].requires_grad_() for name in names}
     for batch in batches:
         with torch.enable_grad():
-            outputs = program.run(weights, inputs_of(batch))
+            logits = run_to_logits(program, inputs_of(batch), weights=weights)
             rows = len(next(iter(batch.values())))
-            loss = finite_loss(outputs[program.outputs[0].name], batch) * (rows / samples)
+            loss = finite_loss(logits, batch) * (rows / samples)
         loss.backward()
     for name, leaf in leaves.items():
         gradient = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
@@ -71,7 +72,7 @@ def _gradients(
         yield name, gradient.detach()
 
 
-def finite_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+def finite_loss(logits: Tensor | Logits, batch: Mapping[str, Tensor]) -> Tensor:
     """Return the `task_loss` of a batch; refuse (`CalibrationError`) one that is not finite."""
     loss = task_loss(logits, batch)
     if not bool(torch.isfinite(loss)):

@@ -20,8 +20,9 @@ from graphprune.analysis.attention.sites import sites_of
 from graphprune.analysis.coupling import Coupling
 from graphprune.analysis.groups import Group
 from graphprune.analysis.matrices import Matrix
-from graphprune.calibration.data import LABELS
-from graphprune.calibration.losses import task_loss
+from graphprune.calibration.data import LABELS, inputs_of
+from graphprune.calibration.logits import Logits, run_to_logits
+from graphprune.calibration.losses import divergence, sample_losses
 from graphprune.criteria import ScoringContext
 from graphprune.errors import EvaluationError, SelectionError
 from graphprune.evaluation.ablation_result import (
@@ -37,7 +38,7 @@ from graphprune.ir.program import PAST, PRESENT, Program
 from graphprune.plan.plan import Plan
 from graphprune.plan.steps import Cut, Step
 from graphprune.selection.targets import target_groups
-from graphprune.verification.masked_reference import masked
+from graphprune.verification.masked_reference import MaskedReference
 
 ALL_HEADS = "heads"
 """The target that means the query heads of every attention."""
@@ -45,8 +46,13 @@ ALL_HEADS = "heads"
 SINGLES = 64
 """Units of a group that are removed one by one; those of a larger group go in so many runs."""
 
-Run = Callable[..., Mapping[str, Tensor]]
 Batch = Mapping[str, Tensor]
+
+Run = Callable[[str, Batch], Logits]
+"""Given the name of an output and a batch without labels: that output."""
+
+Loss = Callable[[Run, Batch], Tensor]
+"""The loss of every sample of a batch, ``[samples]``."""
 
 
 def sensitivity(
@@ -104,7 +110,7 @@ def sensitivity(
         raise EvaluationError("there are no batches to measure the loss on")
     parts = [(part, part.runs(blocks)) for part in _parts(coupling, target)]
     measure, loss = _loss(program, batches)
-    whole = _losses(program, batches, loss)
+    whole = _losses(_runner(program), batches, loss)
     if not bool(torch.isfinite(whole).all()):
         raise EvaluationError("the loss of the whole program is not finite")
 
@@ -192,7 +198,7 @@ class _Part:
             gone = torch.tensor([*lost, False])[units]  # -1 is a column of no unit
             weight = program.weights[matrix.weight]
             clear = matrix.read(weight).masked_fill(gone[:, None], 0)
-            return program.with_weights({matrix.weight: matrix.write(weight, clear)})
+            return _runner(program.with_weights({matrix.weight: matrix.write(weight, clear)}))
         units_of: dict[tuple[int, ...], list[int]] = {}
         for (*parents, unit), goes in zip(
             itertools.product(*map(range, self.shape)), lost, strict=True
@@ -202,7 +208,8 @@ class _Part:
         group, cut_units = self.group, {at: tuple(units) for at, units in units_of.items()}
         cut = Cut(group.name, group.size, group.role, cut_units, group.parents, group.members)
         plan = Plan((Step(program.fingerprint(), (cut,)),))
-        return masked(program, plan, self.coupling.types)
+        reference = MaskedReference(program, plan, self.coupling.types)
+        return lambda output, batch: reference.logits(output, batch)
 
 
 def _parts(coupling: Coupling, target: str) -> list[_Part]:
@@ -232,52 +239,45 @@ def _by_attention(coupling: Coupling, group: Group) -> list[_Part]:
 # -- losses ---------------------------------------------------------------------------------------
 
 
-def _loss(
-    program: Program, batches: Sequence[Batch]
-) -> tuple[str, Callable[[Mapping[str, Tensor], Batch], Tensor]]:
+def _loss(program: Program, batches: Sequence[Batch]) -> tuple[str, Loss]:
     """Return what the loss is called, and its values for the samples of a batch, ``[samples]``."""
     if all(LABELS in batch for batch in batches):
         return "cross entropy", _cross_entropy
     if "decoder_input_ids" not in batches[0] and not why_not_causal(program):
         return "next-token loss", _cross_entropy
+    whole = _runner(program)
     if any(value.name == "logits" for value in program.outputs):
-        return "divergence", lambda outputs, batch: _divergence(
-            outputs["logits"], _run(program, batch)["logits"]
+        return "divergence", lambda run, batch: _divergence(
+            run("logits", inputs_of(batch)), whole("logits", inputs_of(batch))
         )
     name = next(
         value.name
         for value in program.outputs
         if value.dtype.is_floating_point and not value.name.startswith(PRESENT)
     )
-    return f"relative squared change of {name}", lambda outputs, batch: _change(
-        outputs[name], _run(program, batch)[name]
+    return f"relative squared change of {name}", lambda run, batch: _change(
+        run(name, inputs_of(batch)).all(), whole(name, inputs_of(batch)).all()
     )
+
+
+def _runner(program: Program) -> Run:
+    return lambda output, batch: run_to_logits(program, batch, output)
 
 
 @torch.no_grad()
-def _losses(
-    run: Run, batches: Sequence[Batch], loss: Callable[[Mapping[str, Tensor], Batch], Tensor]
-) -> Tensor:
+def _losses(run: Run, batches: Sequence[Batch], loss: Loss) -> Tensor:
     """Return the loss of every sample, ``[samples]``, float64."""
-    return torch.cat([loss(_run(run, batch), batch) for batch in batches]).double()
+    return torch.cat([loss(run, batch) for batch in batches]).double().cpu()
 
 
-def _run(run: Run, batch: Batch) -> Mapping[str, Tensor]:
-    return run(**{name: tensor for name, tensor in batch.items() if name != LABELS})
+def _cross_entropy(run: Run, batch: Batch) -> Tensor:
+    return sample_losses(run("logits", inputs_of(batch)), batch)
 
 
-def _cross_entropy(outputs: Mapping[str, Tensor], batch: Batch) -> Tensor:
-    logits = outputs["logits"]
-    rows = [slice(row, row + 1) for row in range(len(logits))]
-    return torch.stack(
-        [task_loss(logits[at], {name: held[at] for name, held in batch.items()}) for at in rows]
-    )
-
-
-def _divergence(found: Tensor, whole: Tensor) -> Tensor:
-    before, after = whole.float().log_softmax(-1), found.float().log_softmax(-1)
-    each = (before.exp() * (before - after)).sum(-1)
-    return each.reshape(len(each), -1).mean(1)
+def _divergence(found: Logits, whole: Logits) -> Tensor:
+    at = torch.arange(found.shape[:-1].numel(), device=found.device)
+    each = found.each(at, lambda logits, piece: divergence(whole.rows(piece), logits))
+    return each.reshape(found.shape[0], -1).mean(1)
 
 
 def _change(found: Tensor, whole: Tensor) -> Tensor:

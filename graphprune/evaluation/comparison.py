@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from graphprune.calibration.losses import next_token_loss, predicted
+from graphprune.calibration.logits import Logits, RowLoss, run_to_logits
+from graphprune.calibration.losses import divergence, next_token_loss, predicted
 from graphprune.errors import EvaluationError
 from graphprune.evaluation.perplexity import why_not_causal
 from graphprune.io.progress import DisplayFactory, progress_bar
 from graphprune.ir.program import Program
-
-_MOST_LOGITS = 2**26
-"""Logits of one program that are in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -74,18 +72,17 @@ def compare(
     totals = torch.zeros(4, dtype=torch.float64)
     count = predicted_count = 0
     with progress_bar(progress, "comparing with the original") as advance, torch.no_grad():
-        for batch in _small(batches, _classes(original, smaller)):
-            old, new = (program(**batch)["logits"].float() for program in (original, smaller))
+        _check_classes(original, smaller)
+        for batch in batches:
+            old, new = (run_to_logits(each, batch, "logits") for each in (original, smaller))
             if causal:
                 tokens = int(predicted(batch).sum())
                 losses = [next_token_loss(logits, batch).item() for logits in (old, new)]
                 totals[:2] += torch.tensor(losses, dtype=torch.float64) * tokens
                 predicted_count += tokens
-            old, new = (_counted(logits, batch) for logits in (old, new))
-            before, after = old.log_softmax(-1), new.log_softmax(-1)
-            totals[2] += (old.argmax(-1) == new.argmax(-1)).sum()
-            totals[3] += (before.exp() * (before - after)).sum()
-            count += len(old)
+            at = _counted(old, batch)
+            totals[2:] += new.each(at, _differences(old, at)).double().sum(0).cpu()
+            count += len(at)
             advance(1)
     if not count:
         raise EvaluationError("there is nothing to compare predictions on")
@@ -96,33 +93,31 @@ def compare(
     return Comparison(count, loss_before, loss_after, agreement, kl)
 
 
-def _classes(*programs: Program) -> int:
-    """Return how many classes both programs have logits of."""
-    sizes = {
-        value.shape[-1]
+def _differences(original: Logits, at: Tensor) -> RowLoss:
+    """Return, for the rows `at`: whether the likeliest class is the same, and the divergence."""
+
+    def of(logits: Tensor, piece: Tensor) -> Tensor:
+        before = original.rows(at[piece])
+        same = (before.argmax(-1) == logits.argmax(-1)).float()
+        return torch.stack([same, divergence(before, logits)], 1)
+
+    return of
+
+
+def _check_classes(*programs: Program) -> None:
+    """Refuse programs without logits over the same classes."""
+    sizes = [
+        {value.shape[-1] for value in program.outputs if value.name == "logits" and value.shape}
         for program in programs
-        for value in program.outputs
-        if value.name == "logits" and value.shape
-    }
-    found = sizes.pop() if len(sizes) == 1 else None
-    if not isinstance(found, int):
+    ]
+    found = set.union(*sizes)
+    if not all(sizes) or len(found) != 1 or not isinstance(found.pop(), int):
         raise EvaluationError("the programs have no logits over the same classes to compare")
-    return found
 
 
-def _small(batches: Iterable[Mapping[str, Tensor]], classes: int) -> Iterator[dict[str, Tensor]]:
-    """Cut batches so that their logits fit into memory."""
-    for batch in batches:
-        rows = len(next(iter(batch.values())))
-        places = max(tensor[0].numel() for tensor in batch.values())
-        at_once = max(_MOST_LOGITS // (places * classes), 1)
-        for start in range(0, rows, at_once):
-            yield {name: tensor[start : start + at_once] for name, tensor in batch.items()}
-
-
-def _counted(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """Return the logits that are not of padding, ``[predictions, classes]``."""
+def _counted(logits: Logits, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the rows of logits that are not of padding, ``[predictions]``."""
     mask = batch.get("attention_mask")
     if mask is not None and logits.shape[:-1] == mask.shape:
-        return logits[mask.bool()]
-    return logits.flatten(0, -2)
+        return mask.flatten().nonzero().flatten().to(logits.device)
+    return torch.arange(logits.shape[:-1].numel(), device=logits.device)

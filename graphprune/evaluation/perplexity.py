@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphprune.calibration.logits import run_to_logits
 from graphprune.calibration.losses import next_token_loss, predicted
 from graphprune.calibration.tokens import TokenizerLike, beyond_vocabulary, token_batch, tokenize
 from graphprune.errors import EvaluationError
@@ -103,11 +104,11 @@ def perplexity(
     windows, first = _windows(program, text, tokenizer, length, max_tokens, first_token)
     show = display_factory() if progress is True else (progress or None)
     total, count = 0.0, 0
-    with progress_bar(show, "measuring perplexity", total=len(windows)) as advance:
+    with progress_bar(show, "measuring perplexity", total=len(windows)) as advance, torch.no_grad():
         for chunk in windows.split(batch_size):
             batch = token_batch(chunk)
             tokens = int(predicted(batch).sum())
-            total += next_token_loss(program(**batch)["logits"], batch).item() * tokens
+            total += next_token_loss(run_to_logits(program, batch, "logits"), batch).item() * tokens
             count += tokens
             advance(len(chunk))
     loss = total / count

@@ -177,13 +177,15 @@ class Interpreter:
         return value if hooks.after is None else hooks.after(node, value, values)
 
 
-def last_uses(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+def last_uses(graph: fx.Graph, among: Collection[fx.Node] | None = None) -> dict[fx.Node, fx.Node]:
     """Return the last node that reads each node; what nothing reads is its own last use.
 
-    What the graph gives is read by its output, which no part before it drops.
+    What the graph gives is read by its output, which no part before it drops. With `among` only
+    those nodes are run, and read others.
     """
-    last = {node: node for node in graph.nodes if node.op != "placeholder"}
-    for node in graph.nodes:
+    nodes = [node for node in graph.nodes if among is None or node in among]
+    last = {node: node for node in nodes if node.op != "placeholder"}
+    for node in nodes:
         last |= dict.fromkeys(node.all_input_nodes, node)
     return last
 

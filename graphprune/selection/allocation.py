@@ -10,6 +10,7 @@ from torch import Tensor
 
 from graphprune.analysis.groups import Group
 from graphprune.calibration.data import Calibration, inputs_of
+from graphprune.calibration.logits import run_to_logits
 from graphprune.calibration.losses import task_loss
 from graphprune.criteria import Scores, ScoringContext
 from graphprune.errors import SelectionError
@@ -83,8 +84,9 @@ def _loss(program: Program, data: Calibration) -> float:
     total = 0.0
     for batch in data.labeled():
         rows = len(next(iter(batch.values())))
-        outputs = program(**inputs_of(batch))
-        total += task_loss(outputs[program.outputs[0].name], batch).item() * rows
+        with torch.no_grad():
+            loss = task_loss(run_to_logits(program, inputs_of(batch)), batch)
+        total += loss.item() * rows
     return total / data.samples
 
 

@@ -12,7 +12,7 @@ make infinite, such as quotients by a constant, keeps its value: nothing reads i
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from graphprune.analysis.axes import Axis
 from graphprune.analysis.index_maps import indices_by_unit
 from graphprune.analysis.inference import infer
 from graphprune.analysis.types import Types
+from graphprune.calibration.logits import Logits, run_to_logits
 from graphprune.ir.aten import is_random, random_nodes
 from graphprune.ir.interpreter import Hooks, call, run_program
 from graphprune.ir.nodes import argument_names
@@ -139,8 +140,13 @@ class MaskedReference:
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Run the reference as a program is run."""
         self.draws = Draws()
+        return run_program(self.original, inputs, Hooks(compute=self._compute), self.weights)
+
+    def logits(self, output: str, inputs: Mapping[str, Tensor]) -> Logits:
+        """Run what one output needs; see `graphprune.calibration.logits.run_to_logits`."""
+        self.draws = Draws()
         hooks = Hooks(compute=self._compute)
-        return run_program(self.original, inputs, hooks, self.weights)
+        return run_to_logits(self.original, inputs, output, weights=self.weights, hooks=hooks)
 
     def _compute(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what a node makes with statistics over what stays, and choices from it."""

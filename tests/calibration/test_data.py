@@ -12,7 +12,7 @@ from byte_llama import byte_llama, byte_tokenizer
 
 import graphprune as gp
 import graphprune.calibration.data as calibration_module
-import graphprune.calibration.losses as losses_module
+import graphprune.calibration.logits as logits_module
 from graphprune.calibration.data import Calibration, inputs_of
 from graphprune.calibration.losses import next_token_loss, task_loss
 from graphprune.errors import CalibrationError
@@ -430,5 +430,5 @@ def test_a_loss_in_pieces_is_the_loss(monkeypatch: pytest.MonkeyPatch, labels: b
         return loss.detach(), logits.grad
 
     whole = loss_and_gradient()
-    monkeypatch.setattr(losses_module, "_AT_ONCE", 50)
+    monkeypatch.setattr(logits_module, "_AT_ONCE", 50)
     torch.testing.assert_close(loss_and_gradient(), whole)

@@ -8,8 +8,8 @@ from architectures import inputs_of, program_of
 from torch.nn import functional
 
 import graphprune as gp
+from graphprune.calibration import logits as logits_module
 from graphprune.errors import EvaluationError
-from graphprune.evaluation import comparison
 from graphprune.evaluation.comparison import compare
 
 
@@ -39,7 +39,7 @@ def test_figures_are_those_of_their_definitions(monkeypatch: pytest.MonkeyPatch)
     assert found.predictions == int(kept.sum()) == 21
     assert found.kl == pytest.approx(float(kl) / 21, rel=1e-4)
     assert found.agreement == float((old.argmax(-1) == new.argmax(-1))[kept].double().mean())
-    monkeypatch.setattr(comparison, "_MOST_LOGITS", 1)  # row by row
+    monkeypatch.setattr(logits_module, "_AT_ONCE", 1)  # row by row
     by_row = compare(program, other, [batch])
     assert by_row.predictions == 21
     assert by_row.kl == pytest.approx(found.kl, rel=1e-4)
