@@ -59,6 +59,10 @@ class MergeKvHeads(Pass):
         What the program is to run on: cpu, cuda, tensorrt, or portable for any of them. The report
         then has attentions of which so many query heads on a KV head leave the fast path ("speed
         hints"); what is merged stays the same.
+    form
+        What kind of checkpoint the result shall be. plain: where the config refuses so many KV
+        heads, or they cannot be merged into so many, the nearest number that will do is taken, as
+        in `prune{form=plain}`. any: takes no notice. None: as `run --form` says, else any.
 
     Requires
     --------
@@ -98,6 +102,7 @@ class MergeKvHeads(Pass):
     damp: float = 0.01
     skip: tuple[str, ...] = ()
     runtime: Runtime | None = None
+    form: Literal["plain", "any"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,15 +135,18 @@ class MergeKvHeads(Pass):
         from graphprune.transforms.heads.merge import merge_of
 
         chosen = self._chosen(program, context)
+        groups, instead = self._plain_groups(program, chosen)
         for heads in chosen:
-            merge_of(heads, self.groups)  # refuses what cannot be merged before any work
-        edited, reordering, details = self._equal(program, context, chosen)
-        merges = tuple(merge_of(heads, self.groups, reordering[heads.name]) for heads in chosen)
+            merge_of(heads, groups)  # refuses what cannot be merged before any work
+        edited, reordering, details = self._equal(program, context, chosen, groups)
+        merges = tuple(merge_of(heads, groups, reordering[heads.name]) for heads in chosen)
         step = Step(edited.fingerprint(), (), merges)
         with context.bar("merging KV heads"):
             merged = apply_step(edited, step)
         details = {"merged": {m.group: f"{m.size} into {m.groups}" for m in merges}} | details
-        if hints := self._hints(program, chosen):
+        if instead:
+            details["left with, for a plain checkpoint"] = instead
+        if hints := self._hints(program, chosen, groups):
             details["speed hints"] = hints
         changed = edited is not program
         baseline = Baseline(edited, len(context.plan_so_far.steps)) if changed else None
@@ -163,7 +171,30 @@ class MergeKvHeads(Pass):
             )
         return chosen
 
-    def _hints(self, program: Program, chosen: list[Heads]) -> list[str]:
+    def _plain_groups(self, program: Program, chosen: list[Heads]) -> tuple[int, str]:
+        """Return the KV heads that are left, and why where these are not as many as asked for."""
+        from graphprune.backends.huggingface.config_rules import size_rules
+        from graphprune.selection.size_rules import nearest_size, sizes_that_do
+
+        if self.form != "plain":
+            return self.groups, ""
+        rules = set(size_rules(program, chosen).values())
+
+        def why_not(count: int) -> str:
+            for size in sorted({heads.size for heads in chosen}):
+                if size % count:
+                    return f"{size} KV heads cannot be merged into {count}"
+            return next(filter(None, (rule(count) for rule in rules)), "")
+
+        why = why_not(self.groups)
+        size = min(heads.size for heads in chosen)
+        groups = nearest_size(size, self.groups, why_not)
+        if groups == size:
+            others = sizes_that_do(size, why_not, near=self.groups)
+            raise MergeError(why + (f"; {others} would do" if others else ""))
+        return groups, f"{groups} KV heads: {why}" if why else ""
+
+    def _hints(self, program: Program, chosen: list[Heads], left: int) -> list[str]:
         """Return which query groups are off the fast path of `runtime` once heads are merged."""
         from graphprune.report.overview import hint_lines
         from graphprune.selection.kernel_sizes import query_group_hints
@@ -171,8 +202,7 @@ class MergeKvHeads(Pass):
         if self.runtime is None:
             return []
         groups = [
-            (heads.name.rpartition(":")[0], heads.queries * heads.size // self.groups)
-            for heads in chosen
+            (heads.name.rpartition(":")[0], heads.queries * heads.size // left) for heads in chosen
         ]
         return hint_lines(query_group_hints(program, groups, self.runtime))
 
@@ -180,7 +210,7 @@ class MergeKvHeads(Pass):
         return any(_matches(heads, pattern) for pattern in self.skip)
 
     def _equal(
-        self, program: Program, context: Context, chosen: list[Heads]
+        self, program: Program, context: Context, chosen: list[Heads], groups: int
     ) -> tuple[Program, Mapping[str, tuple[Permutation, ...]], dict[str, Any]]:
         """Return `program` with the heads of each group equal, their reordering, and details.
 
@@ -199,7 +229,7 @@ class MergeKvHeads(Pass):
                 program,
                 context.coupling(program).types,
                 chosen,
-                self.groups,
+                groups,
                 context.calibration,
                 similar=similar,
                 damp=self.damp,
@@ -213,7 +243,7 @@ class MergeKvHeads(Pass):
         stay: dict[str, str] = {}
         for heads in chosen:
             types = context.coupling(program).types if similar else None
-            way = group_by_weights(program, types, heads, self.groups)
+            way = group_by_weights(program, types, heads, groups)
             reordering[heads.name] = way.reordering
             if way.in_order:
                 stay[heads.name] = way.in_order

@@ -60,8 +60,9 @@ class Prune(Pass):
     scope
         local: every group loses the same part. global: those units of all groups go that are the
         least important for what they save; layers then differ in size. None: local where `ratio`
-        is given, which says what every group loses; global where only budgets of the whole program
-        are, and the criterion's scores say the same of every group (taylor and gate do).
+        is given, which says what every group loses, and in the form plain; global where only
+        budgets of the whole program are, and the criterion's scores say the same of every group
+        (taylor and gate do).
     normalize
         How the scores of different groups are made comparable in scope global: divided by what the
         word says of a group's scores, or in their place the increase of the loss on the calibration
@@ -93,9 +94,10 @@ class Prune(Pass):
         sizes in multiples of 16; 1, 2, 4, 8, 16 or 32 query heads on a KV head on cuda), unless
         `round_to` is given; and the report has what leaves the fast path ("speed hints").
     form
-        What kind of checkpoint the result shall be: plain keeps numbers of units that the model's
-        own config accepts (heads that divide the hidden size, say), rounded up, and is for a scope
-        that leaves layers alike; any takes no notice.
+        What kind of checkpoint the result shall be. plain: layers stay alike, and where the config
+        refuses a number of units (heads have to divide the hidden size, say) groups keep the
+        nearest that it accepts, by which at most twice as many go as were asked for; of two as near
+        the larger. any: takes no notice. None: as `run --form` says, else any.
 
     Requires
     --------
@@ -141,7 +143,7 @@ class Prune(Pass):
     kv_bytes: float | None = None
     scores: str | None = None
     runtime: Runtime | None = None
-    form: Literal["plain", "any"] = "any"
+    form: Literal["plain", "any"] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.criterion, str):
@@ -190,7 +192,8 @@ class Prune(Pass):
         if self.scope is not None:
             return self.scope
         comparable = self.normalize != "none" or self.scorer.comparable
-        return "global" if self.ratio is None and comparable else "local"
+        alike = self.ratio is not None or self.form == "plain"
+        return "global" if comparable and not alike else "local"
 
     @property
     def requires_calibration(self) -> bool:
@@ -231,10 +234,11 @@ class Prune(Pass):
         if not any(self.budgets.values()):
             return Outcome(program, details={"note": "a budget of 0: nothing goes"})
         steps: list[Step] = []
+        instead: dict[str, str] = {}
         for number in range(1, self.steps + 1):
             groups = [group for group in coupling.groups if group.name in names]
             part = number / self.steps
-            cuts = self._cuts(program, coupling, groups, context, part, first)
+            cuts = self._cuts(program, coupling, groups, context, part, first, instead)
             if not cuts:  # what this part of the budget asks for is less than one unit more
                 continue
             steps.append(Step(program.fingerprint(), tuple(cuts)))
@@ -248,6 +252,8 @@ class Prune(Pass):
             "removed": {name: f"{n} of {first.group(name).size}" for name, n in removed.items()},
             "unchanged": [g.name for g in first.groups if g.name in names - removed.keys()],
         }
+        if instead:
+            details["left with, for a plain checkpoint"] = instead
         if hints := self._hints(first, removed):
             details["speed hints"] = hints
         return Outcome(program, Plan(tuple(steps)), details=details)
@@ -271,9 +277,13 @@ class Prune(Pass):
         context: Context,
         part: float,
         first: Coupling,
+        instead: dict[str, str],
     ) -> list[Cut]:
-        """Return what goes so that `part` of the budgets on `first` is met; none where it is."""
-        from graphprune.backends.huggingface.config_rules import accepted_sizes
+        """Return what goes so that `part` of the budgets on `first` is met; none where it is.
+
+        `instead` takes what groups are left with where a config refuses what was asked for.
+        """
+        from graphprune.backends.huggingface.config_rules import size_rules
         from graphprune.criteria import ScoringContext, check_scores
         from graphprune.criteria.score_cache import load_or_score
         from graphprune.selection.allocation import loss_margins
@@ -297,25 +307,24 @@ class Prune(Pass):
         sizes: Mapping[str, Sequence[int]] = {}
         if self.runtime is not None and self.round_to is None:
             sizes = preferred_sizes((first.group(group.name) for group in groups), self.runtime)
-        if self.form == "plain":
-            for name, counts in accepted_sizes(program, groups).items():
-                liked = set(sizes.get(name, counts)) & set(counts)
-                sizes = {**sizes, name: sorted(liked or counts)}
         selector = Selector(
             scope=self.allocation,
             normalize="none" if self.normalize == "loss" else self.normalize,
             round_to=self.round_to or 1,
             first=first,
             sizes=sizes,
+            rules=size_rules(program, groups) if self.form == "plain" else {},
             **{name: share * part for name, share in self.budgets.items()},
         )
         margins = loss_margins(scoring, scores) if self.normalize == "loss" else None
         try:
-            return selector.select(coupling, groups, scores, margins)
+            cuts = selector.select(coupling, groups, scores, margins)
         except NothingToPrune:
             if part == 1 and coupling is first:
                 raise
             return []
+        instead.update(selector.instead(groups))
+        return cuts
 
 
 def _checked(given: object) -> Criterion:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from graphprune.cli.console import note
+from graphprune.cli.options import Form
 from graphprune.errors import GraphPruneError, PlanError
 from graphprune.io import reference
 
@@ -29,6 +31,22 @@ def read_pipeline(passes: str) -> Pipeline:
     if passes.endswith((".yaml", ".yml")):
         return Pipeline.from_yaml(Path(passes))
     return Pipeline.parse(passes)
+
+
+def in_form(pipeline: Pipeline, form: Form) -> Pipeline:
+    """Let every pass that can choose sizes for a plain checkpoint do so, if one is asked for."""
+    if form is Form.any:
+        return pipeline
+    asked = {"form": form.value}
+    return dataclasses.replace(
+        pipeline,
+        passes=[
+            dataclasses.replace(each, **asked)
+            if asked.keys() <= each.options().keys() and vars(each)["form"] is None
+            else each
+            for each in pipeline.passes
+        ],
+    )
 
 
 def require_text(path: Path | None, error: type[GraphPruneError]) -> None:

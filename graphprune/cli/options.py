@@ -60,8 +60,9 @@ PlainForm = Annotated[
     Form,
     typer.Option(
         "--form",
-        help="plain: refuse what plain transformers cannot load; any: a checkpoint with its own "
-        "code, or an archive, if need be.",
+        help="plain: what plain transformers loads; sizes that its config refuses give way to the "
+        "nearest that it accepts, and what it cannot load is refused. any: a checkpoint with its "
+        "own code, or an archive, if need be.",
         rich_help_panel=RESULT,
     ),
 ]

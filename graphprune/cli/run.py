@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graphprune.cli.console import note, show
-from graphprune.cli.inputs import read_calibration, read_pipeline, read_plan, require_text
+from graphprune.cli.inputs import in_form, read_calibration, read_pipeline, read_plan, require_text
 from graphprune.cli.options import (
     CALIBRATION,
     RESULT,
@@ -129,7 +129,7 @@ def run(
         calibration_length = length
     if output is None and not dry_run:
         raise typer.BadParameter("give --output, or --dry-run to write nothing")
-    pipeline = read_pipeline(passes)
+    pipeline = in_form(read_pipeline(passes), form)
     require_text(calibration, CalibrationError)
     whole = pipeline  # what is looked at before sizes are decided is as much as in a real run
     if dry_run:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,6 +18,7 @@ from graphprune.criteria import Scores
 from graphprune.errors import NothingToPrune, SelectionError
 from graphprune.plan.steps import Cut
 from graphprune.selection.cost import Cost, Costs
+from graphprune.selection.size_rules import SizeRule, nearest_size, sizes_that_do
 
 Scope = Literal["local", "global"]
 Normalize = Literal["none", "mean", "max", "sum", "l2"]
@@ -55,6 +56,9 @@ class Selector:
     sizes
         Group name -> the numbers of units that it may keep beside all of them, ascending, in place
         of the multiples of `round_to` (see `graphprune.selection.kernel_sizes.preferred_sizes`).
+    rules
+        Group name -> what it may keep by rules of a config. Such a group keeps the nearest number
+        that is accepted (`graphprune.selection.size_rules.nearest_size`), one of `sizes` if it can.
     params, macs, kv_bytes
         The part of the program's parameters, multiply-accumulates (of a prompt of
         `graphprune.selection.cost.TOKENS` tokens) and KV cache.
@@ -72,6 +76,7 @@ class Selector:
     kv_bytes: float | None = None
     first: Coupling | None = None
     sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    rules: Mapping[str, SizeRule] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.budgets:
@@ -83,9 +88,14 @@ class Selector:
             raise SelectionError(f"round_to {self.round_to} is not positive")
 
     def kept(self, group: Group, wanted: int) -> int:
-        """Return how many units a group keeps where it should keep at least `wanted`."""
+        """Return how many units a group keeps where it should keep at least `wanted`.
+
+        By a rule of a config it may be fewer.
+        """
         step = min(self.round_to, group.size)
         sizes = self.sizes.get(group.name, range(step, group.size + 1, step))
+        if (rule := self.rules.get(group.name)) is not None:
+            return nearest_size(group.size, wanted, rule, least=group.min_units, liked=sizes)
         at = bisect_left(sizes, max(wanted, group.min_units))
         return min(sizes[at], group.size) if at < len(sizes) else group.size
 
@@ -136,14 +146,35 @@ class Selector:
             if count
         ]
         if not cuts:
-            sizes = ", ".join(sorted({str(group.size) for group in groups}))
-            asked = " and ".join(f"{part:g} of the {_NOUNS[b]}" for b, part in self.budgets.items())
-            kept = sorted({self._kept_in(group) for group in groups})
-            raise NothingToPrune(
-                f"nothing to prune: {asked}, in groups of {sizes} units, kept in "
-                f"{' and '.join(kept)}, is less than one unit"
-            )
+            raise NothingToPrune(f"nothing to prune: {self._why_nothing(groups)}")
         return cuts
+
+    def instead(self, groups: Iterable[Group]) -> dict[str, str]:
+        """Say what each group is left with where a rule refuses what `ratio` asks for."""
+        found = {}
+        for group in groups:
+            rule, wanted = self.rules.get(group.name), self._left_by_ratio(group)
+            if rule is not None and wanted < group.size and (why := rule(wanted)):
+                found[group.name] = f"{self.kept(group, wanted)} of {group.size}: {why}"
+        return found
+
+    def _left_by_ratio(self, group: Group) -> int:
+        return group.size - math.floor(group.size * (self.ratio or 0) + 1e-9)
+
+    def _why_nothing(self, groups: Sequence[Group]) -> str:
+        """Say what was asked for, and the rule that is against it or that it is too little."""
+        asked = " and ".join(f"{part:g} of the {_NOUNS[b]}" for b, part in self.budgets.items())
+        for group in groups:
+            rule, wanted = self.rules.get(group.name), self._left_by_ratio(group)
+            if rule is not None and (why := rule(wanted)):
+                others = sizes_that_do(group.size, rule, least=group.min_units, near=wanted)
+                return (
+                    f"{asked} leaves {wanted} of the {group.size} units of {group.name}, and {why}"
+                    + (f"; {others} would do" if others else "")
+                )
+        sizes = ", ".join(sorted({str(group.size) for group in groups}))
+        kept = " and ".join(sorted({self._kept_in(group) for group in groups}))
+        return f"{asked}, in groups of {sizes} units, kept in {kept}, is less than one unit"
 
     def _kept_in(self, group: Group) -> str:
         """Return what the units of a group are kept in."""

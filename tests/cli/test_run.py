@@ -121,6 +121,21 @@ def test_a_form_that_is_not_plain_is_said_before_the_long_work(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("form", "gone"), [("plain", 2), ("any", 1)])
+def test_the_form_that_is_asked_for_decides_sizes(
+    graphprune: Run, checkpoint: Path, form: str, gone: int
+) -> None:
+    passes = "prune{target=kv-heads ratio=0.25 criterion=l2}"  # of 4 heads, and 3 are refused
+    options = ["--passes", passes, "--form", form, "--dry-run", "--json"]
+    done = graphprune("run", checkpoint, *options)
+    data = json.loads(done.out)
+    assert data["form"] == ("plain" if form == "plain" else "remote-code")
+    removed = data["passes"][0]["details"]["removed"]
+    assert set(removed.values()) == {f"{gone} of 4"}
+    if form == "any":
+        assert "num_attention_heads of 1, 2, 4 would do" in done.err
+
+
 def test_a_missing_text_is_found_before_the_model_is_loaded(
     graphprune: Run, tmp_path: Path
 ) -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from functools import cache
+from typing import Any, Protocol
 
-from graphprune.analysis.groups import Group
 from graphprune.backends.huggingface.config_search import (
     Builder,
     Changes,
@@ -21,12 +21,11 @@ from graphprune.backends.huggingface.config_search import (
 )
 from graphprune.errors import last_line
 from graphprune.ir.program import Program
+from graphprune.plan.index_map import IndexMap
+from graphprune.selection.size_rules import SizeRule
 
 _WAYS = 3
 """Ways to give a model its sizes that are looked at."""
-
-_MOST = 1024
-"""Units of a group whose sizes are asked for one by one."""
 
 
 def broken_rule(builder: Builder, target: Sizes) -> str:
@@ -34,7 +33,7 @@ def broken_rule(builder: Builder, target: Sizes) -> str:
 
     The fields and what would do in their place are named.
     """
-    changes = next(iter(_solutions(builder, target)), None)
+    changes = next(iter(_solutions(builder, target, {})), None)
     why = _refusal(builder, changes) if changes else ""
     if not changes or not why:
         return ""
@@ -42,7 +41,6 @@ def broken_rule(builder: Builder, target: Sizes) -> str:
     scaled = {path: value for path, value in changes.items() if before.get(path, value) != value}
     if not scaled:
         return why
-    names = " and ".join(f"{path} {value}" for path, value in scaled.items())
     first = next(iter(scaled))
     others = [
         each[first]
@@ -50,63 +48,101 @@ def broken_rule(builder: Builder, target: Sizes) -> str:
         if not _refusal(builder, each)
     ]
     would_do = f"; {first} of {', '.join(map(str, others))} would do" if others else ""
-    return f"the config refuses {names}: {why}{would_do}"
+    return _told(scaled, why) + would_do
 
 
-def accepted_sizes(program: Program, groups: Iterable[Group]) -> dict[str, Sequence[int]]:
-    """Return the numbers of units that groups may be left with by the rules of their config.
+class Resizable(Protocol):
+    """Units that weights hold: a coupled group, or the KV heads of an attention."""
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+
+    @property
+    def size(self) -> int:
+        """Number of units."""
+
+    @property
+    def members(self) -> Sequence[IndexMap]:
+        """Where the units are."""
+
+
+def size_rules(program: Program, groups: Iterable[Resizable]) -> dict[str, SizeRule]:
+    """Return what the config of `program` says of the numbers of units that groups may keep.
 
     Groups that are alike in all layers are taken to keep the same number of units, as a plain
-    checkpoint has it.
+    checkpoint has it, and other groups to keep all of theirs.
 
     Returns
     -------
     dict
-        Group name -> numbers of units, ascending; groups that no rule is known for are not in it.
+        Group name -> rule; groups whose sizes no field of the config sets are not in it.
     """
     source = program.source
     if source is None:
         return {}
     base = getattr(source.model_class, "graphprune_base", source.model_class)
     builder = Builder(source.config, base)
-    alike: dict[Any, list[Group]] = {}
+    alike: dict[Any, list[Resizable]] = {}
     for group in groups:
         places = {(re.sub(r"\d+", "*", m.weight), m.dim, m.width) for m in group.members}
         owned = any(member.owner is not None for member in group.members)
-        if not owned and 1 < group.size <= _MOST:
-            alike.setdefault((group.role, group.size, frozenset(places)), []).append(group)
-    found: dict[str, Sequence[int]] = {}
-    for (_, size, _), same in alike.items():
-        counts = _accepted(builder, program, same, size)
-        if counts is not None:
-            found.update({group.name: counts for group in same})
+        if not owned and group.size > 1:
+            alike.setdefault((group.size, frozenset(places)), []).append(group)
+    now = _solutions(builder, needed_sizes(program, derived=True), {})
+    if not now:
+        return {}
+    found: dict[str, SizeRule] = {}
+    for same in alike.values():
+        rule = _rule(builder, program, same, now[0])
+        if rule is not None:
+            found.update({group.name: rule for group in same})
     return found
 
 
-def _accepted(
-    builder: Builder, program: Program, groups: Sequence[Group], size: int
-) -> list[int] | None:
-    """Return what groups of `size` units may be left with; None for anything, or nobody knows."""
-    before = builder.integers()
-    # Sizes alone do not tell half the heads from heads of half the size: what counts must suit all.
-    ways = [
-        changes
-        for changes in _solutions(builder, _left_with(program, groups, size // 2))
-        if changes and all(path in before for path in changes)
-    ]
+def _rule(
+    builder: Builder, program: Program, groups: Sequence[Resizable], now: Changes
+) -> SizeRule | None:
+    """Return the rule for groups of one size; `now` gives the model the sizes that it has.
 
-    def suits(count: int) -> bool:
-        scaled = (_scaled(before, changes, size // 2, size, count) for changes in ways)
-        return all(each is not None and not _refusal(builder, each) for each in scaled)
+    It is read off models with fewer units: the fields that these need go with the number of units.
+    """
+    size = groups[0].size
+    before = {**builder.integers(), **now}
+    at, other = size // 2, max(1, size // 4)
+    target = _left_with(program, groups, other)
+    # Sizes may not tell half the heads from heads of half the size: what counts must suit both.
+    ways = []
+    for changes in _solutions(builder, _left_with(program, groups, at), now):
+        scaled = _scaled(before, changes, at, size, other)
+        if scaled is not None and builder.unchecked().gives(scaled, target):
+            ways.append(changes)
+    if not ways:
+        return None
 
-    least = max(group.min_units for group in groups)
-    counts = [count for count in range(least, size + 1) if suits(count)] if ways else []
-    return counts if 0 < len(counts) <= size - least else None
+    @cache
+    def rule(count: int) -> str:
+        for changes in ways:
+            scaled = _scaled(before, changes, at, size, count)
+            if scaled is None:
+                return "its config has no whole number for it"
+            if why := _refusal(builder, scaled):
+                new = {p: v for p, v in scaled.items() if before.get(p) != v}
+                return _told(new, why)
+        return ""
+
+    return rule
 
 
-def _left_with(program: Program, groups: Sequence[Group], count: int) -> Sizes:
+def _told(changes: Mapping[str, Any], why: str) -> str:
+    """Say which fields the config refuses."""
+    names = " and ".join(f"{path} {value}" for path, value in changes.items())
+    return f"the config refuses {names}: {why}"
+
+
+def _left_with(program: Program, groups: Sequence[Resizable], count: int) -> Sizes:
     """Return the sizes of all weights where `count` units of each of `groups` are left."""
-    sizes = {name: list(shape) for name, shape in needed_sizes(program, derived=False).items()}
+    sizes = {name: list(shape) for name, shape in needed_sizes(program, derived=True).items()}
     for group in groups:
         for member in group.members:
             if member.weight in sizes:
@@ -115,10 +151,10 @@ def _left_with(program: Program, groups: Sequence[Group], count: int) -> Sizes:
     return {name: tuple(shape) for name, shape in sizes.items()}
 
 
-def _solutions(builder: Builder, target: Sizes) -> list[Changes]:
+def _solutions(builder: Builder, target: Sizes, base: Changes) -> list[Changes]:
     """Return changes that give a model the sizes `target`, whatever its config says to them."""
-    search = Search(builder.unchecked(), target, {}, lambda place: ())
-    return list(itertools.islice(search.solutions(), _WAYS))
+    search = Search(builder.unchecked(), target, base, lambda place: ())
+    return list(itertools.islice(search.solutions(unset_as_well=False), _WAYS))
 
 
 def _multiples(
@@ -137,10 +173,13 @@ def _scaled(
     """Return `changes`, which were found `at` some units of `size`, for `count` of them."""
     found = {}
     for path, value in changes.items():
-        step, odd = divmod(before[path] - value, size - at)
+        if before.get(path) == value or path not in before:
+            found[path] = value
+            continue
+        step, odd = divmod((before[path] - value) * (size - count), size - at)
         if odd:
             return None
-        found[path] = before[path] - step * (size - count)
+        found[path] = before[path] - step
     return found
 
 

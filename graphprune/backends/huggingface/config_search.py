@@ -12,8 +12,10 @@ from __future__ import annotations
 import copy
 import heapq
 import itertools
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -62,7 +64,8 @@ class Builder:
         self._fields: dict[str, Any] = config.to_dict()
         for name in OURS:
             self._fields.pop(name, None)
-        self._known: dict[tuple[tuple[str, Any], ...], Sizes | None] = {}
+        fields = json.dumps(self._fields, sort_keys=True, default=repr)
+        self._known = _known_sizes(type(config), model_class, fields, checked)
 
     def unchecked(self) -> Builder:
         """Return a builder of the same models whose configs are not validated."""
@@ -82,20 +85,30 @@ class Builder:
 
     def model(self, changes: Mapping[str, Any]) -> nn.Module:
         """Return the model of the config with `changes`, on the meta device."""
-        with torch.device("meta"):
+        from transformers.initialization import no_init_weights
+
+        with torch.device("meta"), no_init_weights():
             model: nn.Module = self.model_class(self.config(changes))
         return model
 
     def sizes(self, changes: Mapping[str, Any]) -> Sizes | None:
         """Return the shapes of that model's weights and buffers; None where it cannot be built."""
-        key = tuple(sorted(changes.items()))
+        key = _frozen(changes)
         if key not in self._known:
             try:
                 self._known[key] = sizes_of(self.model(changes))
             except Exception as error:  # noqa: BLE001 - model code may refuse sizes in any way
-                self.failure = last_line(error)
-                self._known[key] = None
-        return self._known[key]
+                self._known[key] = last_line(error)
+        found = self._known[key]
+        if isinstance(found, str):
+            self.failure = found
+            return None
+        return found
+
+    def gives(self, changes: Mapping[str, Any], target: Sizes) -> bool:
+        """Return whether the model of the config with `changes` has the sizes `target`."""
+        sizes = self.sizes(changes)
+        return sizes is not None and all(sizes.get(n) == shape for n, shape in target.items())
 
     def integers(self) -> dict[str, int]:
         """Every positive integer field, those of inner configs and of lists among them."""
@@ -128,6 +141,17 @@ class Builder:
                     yield f"{prefix}{name}.{index}", item
             elif not isinstance(value, dict | list | tuple):
                 yield f"{prefix}{name}", value
+
+
+@lru_cache(maxsize=8)
+def _known_sizes(
+    config_class: type, model_class: type, fields: str, checked: bool
+) -> dict[tuple[tuple[str, Any], ...], Sizes | str]:
+    """Return what builders of the same models share: changes -> sizes, or why there are none.
+
+    A pipeline asks for the form of its result more than once, and building is the slow part.
+    """
+    return {}
 
 
 def put(target: Any, path: str, value: Any) -> None:
@@ -200,8 +224,11 @@ class Search:
         self.reason = ""
         self._left = _BUDGET
 
-    def solutions(self) -> Iterator[Changes]:
-        """Every config found, the likeliest first; `reason` says why there is no (other) one."""
+    def solutions(self, *, unset_as_well: bool = True) -> Iterator[Changes]:
+        """Every config found, the likeliest first; `reason` says why there is no (other) one.
+
+        `unset_as_well` says whether fields that are not set are tried even where others will do.
+        """
         missing = self.missing(self.base)
         if missing is None:
             return
@@ -213,6 +240,8 @@ class Search:
         implicit: Changes = {}
         for attempt in ("fields", "implicit"):
             if attempt == "implicit":
+                if seen and not unset_as_well:
+                    return
                 implicit = self._implicit(missing, integers)
                 if not implicit:
                     return
