@@ -59,9 +59,10 @@ class FakePlan:
 
     steps: tuple[str, ...] = ()
     edits: Any = None
+    calibration: Any = None
 
     def __add__(self, other: FakePlan) -> FakePlan:
-        return FakePlan(self.steps + other.steps)
+        return FakePlan(self.steps + other.steps, calibration=self.calibration)
 
 
 @dataclass(frozen=True)

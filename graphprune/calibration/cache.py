@@ -13,6 +13,7 @@ from graphprune.calibration.data import Calibration
 from graphprune.errors import CalibrationError
 from graphprune.io.atomic import staged_file
 from graphprune.ir.program import Program
+from graphprune.plan.drawn import drawn_text
 from graphprune.weights.tensors import digest
 
 _KEY, _FORMAT = "graphprune", 2
@@ -108,19 +109,9 @@ def _check(
     if calibration is not None and about["data"] not in (None, calibration.sha256):
         raise CalibrationError(
             f"{path} holds the {what} on other calibration data: "
-            f"{_drawn(about.get('calibration') or {'sha256': about['data']})}; "
-            f"this is {_drawn(calibration.describe())}"
+            f"{drawn_text(about.get('calibration') or {'sha256': about['data']})}; "
+            f"this is {drawn_text(calibration.describe())}"
         )
     for name, value in options.items():
         if (kept := about["options"].get(name)) != value:
             raise CalibrationError(f"{path} holds the {what} for {name} {kept}, not {value}")
-
-
-def _drawn(told: Mapping[str, Any]) -> str:
-    """Say in a few words what `Calibration.describe` told; older files hold the digest alone."""
-    words = [f"digest {told['sha256'][:12]}"]
-    if told.get("length") is not None:
-        words.insert(0, f"{told['samples']} windows of {told['length']} tokens")
-    if told.get("first tokens"):
-        words.append(f"beginning with {', '.join(map(str, told['first tokens']))}")
-    return ", ".join(words)

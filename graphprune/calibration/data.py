@@ -66,6 +66,8 @@ class Calibration:
         was fitted to. Empty where the text is too short, and for batches that were given.
     first
         The tokens that every window begins with, because the tokenizer puts them there by itself.
+    tokenizer
+        A digest of the tokenizer's vocabulary, or "".
     wanted
         The tokens that passes asked for; 0 where none did. Fewer than that is a text too short.
     text
@@ -81,6 +83,7 @@ class Calibration:
     labels: tuple[Tensor, ...] | None = None
     held_out: tuple[Mapping[str, Tensor], ...] = ()
     first: tuple[int, ...] = ()
+    tokenizer: str = ""
     wanted: int = 0
     text: _Text | None = field(default=None, repr=False)
 
@@ -256,7 +259,7 @@ class Calibration:
         -------
         dict
             ``kind``, ``sha256``, ``samples``, ``length``, ``tokens``, ``wanted`` (0: nobody asked
-            for a number), ``first tokens`` and ``seed``.
+            for a number), ``first tokens``, ``tokenizer`` and ``seed``.
         """
         return {
             "kind": self.kind,
@@ -266,6 +269,7 @@ class Calibration:
             "tokens": self.tokens,
             "wanted": self.wanted,
             "first tokens": list(self.first),
+            "tokenizer": self.tokenizer,
             "seed": self.seed,
         }
 
@@ -306,6 +310,7 @@ class _Text:
             self.seed,
             held_out=held_out,
             first=self.stream.first,
+            tokenizer=self.stream.tokenizer,
             text=self,
         )
 

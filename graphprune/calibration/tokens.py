@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -41,10 +43,13 @@ class TokenStream:
         What every window begins with: what the tokenizer puts before a text by itself, such as
         its ``bos``, since a model that was trained with that predicts badly without. Empty where
         it puts nothing there, or none was wanted.
+    tokenizer
+        A digest of the tokenizer's vocabulary; "" where it has none to look at.
     """
 
     ids: Tensor
     first: tuple[int, ...] = ()
+    tokenizer: str = ""
 
     def windows(self, length: int) -> Tensor:
         """Return all windows of `length` tokens, ``[windows, length]``, which do not overlap.
@@ -100,7 +105,15 @@ def tokenize(
         else:
             found = _chat(document, tokenizer, error)
             ids += found[len(first) :] if tuple(found[: len(first)]) == first else found
-    return TokenStream(torch.tensor(ids, dtype=torch.int64), first if first_token else ())
+    start = first if first_token else ()
+    return TokenStream(torch.tensor(ids, dtype=torch.int64), start, vocabulary_digest(tokenizer))
+
+
+def vocabulary_digest(tokenizer: object) -> str:
+    """Return a digest of the tokens that `tokenizer` knows; "" where it does not tell."""
+    known = getattr(tokenizer, "get_vocab", dict)()
+    listed = json.dumps(sorted(known.items())).encode()
+    return hashlib.sha256(listed).hexdigest()[:12] if known else ""
 
 
 def first_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:

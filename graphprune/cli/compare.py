@@ -71,7 +71,8 @@ def diff(
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Compare two plans: how many units of each group go, and how many of them in both."""
+    """Compare two plans: what goes of each weight, merged heads, and values that passes edited."""
+    from graphprune.plan.drawn import drawn_text
     from graphprune.report.plan_diff import difference, difference_json
 
     plans = read_plan(first), read_plan(second)
@@ -79,6 +80,9 @@ def diff(
         print(json.dumps(difference_json(*plans), indent=1))
     else:
         print(f"A: {first}\nB: {second}")
+        for name, plan in zip("AB", plans, strict=True):
+            if plan.calibration:
+                print(f"{name} is calibrated with {drawn_text(plan.calibration)}")
         show(difference(*plans, "A", "B"))
 
 

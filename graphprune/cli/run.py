@@ -191,6 +191,7 @@ def apply(
     as_json: AsJson = False,
 ) -> None:
     """Apply a plan to a fresh copy of the model that it was made for."""
+    from graphprune.plan.drawn import drawn_text
     from graphprune.transforms.apply import apply_plan
 
     chosen = read_plan(plan)
@@ -205,8 +206,11 @@ def apply(
     counts = program.parameter_count(), smaller.parameter_count()
     if as_json:
         parameters = dict(zip(("before", "after"), counts, strict=True))
-        print(json.dumps({"parameters": parameters, "form": found.kind, "written": files}))
+        data = {"parameters": parameters, "form": found.kind, "written": files}
+        print(json.dumps({**data, "calibration": chosen.calibration}))
         return
+    if chosen.calibration:
+        print(f"planned on {drawn_text(chosen.calibration)}")
     print(f"parameters {counts[0]:,} -> {counts[1]:,}")
     print(f"{output}: {KINDS[found.kind]}: {', '.join(files)}")
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from graphprune.errors import CalibrationError, GraphPruneError, PipelineError, add_context
 from graphprune.pipeline.edits import edit_of
@@ -113,6 +114,7 @@ class PassManager:
         try:
             for instrument in self.instruments:
                 instrument.before_pass(position, program, context)
+            used = _data_used(pass_, program, context)
             began = time.perf_counter()
             outcome = pass_.run(program, context)
             seconds = time.perf_counter() - began
@@ -132,7 +134,9 @@ class PassManager:
             plan = context.plan_so_far
             if outcome.plan is not None:
                 plan += outcome.plan
-                context = dataclasses.replace(context, plan_so_far=plan)
+            if used is not None and outcome.program is not program:
+                plan = dataclasses.replace(plan, calibration=used)
+            context = dataclasses.replace(context, plan_so_far=plan)
             if outcome.edited:
                 baseline = outcome.baseline or Baseline(outcome.program, len(plan.steps))
                 context = dataclasses.replace(context, baseline=baseline)
@@ -156,6 +160,14 @@ class PassManager:
             verified=outcome.verified,
         )
         return outcome.program, context, record
+
+
+def _data_used(pass_: Pass, program: Program, context: Context) -> Mapping[str, Any] | None:
+    """Return how the calibration data was drawn that a pass is about to look at, if any."""
+    if context.calibration is None:
+        return None
+    looks = pass_.requires_calibration or pass_.calibration_tokens(program)
+    return context.calibration.describe() if looks else None
 
 
 def check_claims(pass_: Pass, before: Program, outcome: Outcome) -> None:

@@ -7,7 +7,7 @@ The names in the file are those of the first release; "places" are the sources o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from graphprune.errors import PlanError
@@ -51,9 +51,23 @@ _MERGE = {
 _STEPS = [{"fingerprint": str, "cuts": [_CUT], "merges": [_MERGE]}]
 _EDITS = [{"pass": str, "weights": [str], "patterns": [[str]], "graph": bool}]
 
+_UNTOLD = {"samples": None, "length": None, "first tokens": [], "tokenizer": "", "sha256": ""}
+_CALIBRATION = {
+    "samples": int | None,
+    "length": int | None,
+    "first tokens": [int],
+    "tokenizer": str,
+    "sha256": str,
+}
+"""What is read of how calibration data was drawn; there may be more."""
 
-def to_data(steps: Iterable[Step], edits: Edits | None = None) -> dict[str, Any]:
-    """Return `steps` and `edits`, but for the values of weights, as JSON data."""
+
+def to_data(
+    steps: Iterable[Step],
+    edits: Edits | None = None,
+    calibration: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return what a plan holds, but for the values of weights, as JSON data."""
     data: dict[str, Any] = {
         "format": _FORMAT if edits is None else _WITH_EDITS,
         "steps": [
@@ -68,11 +82,13 @@ def to_data(steps: Iterable[Step], edits: Edits | None = None) -> dict[str, Any]
     if edits is not None:
         data["edits"] = [_edit_to_data(edit) for edit in edits.made]
         data["values"] = edits.digest
+    if calibration is not None:
+        data["calibration"] = dict(calibration)
     return data
 
 
-def from_data(data: Any) -> tuple[tuple[Step, ...], Edits | None]:
-    """Return the steps and edits that `to_data` made `data` of.
+def from_data(data: Any) -> tuple[tuple[Step, ...], Edits | None, dict[str, Any] | None]:
+    """Return the steps, edits and calibration that `to_data` made `data` of.
 
     Raises
     ------
@@ -85,13 +101,16 @@ def from_data(data: Any) -> tuple[tuple[Step, ...], Edits | None]:
         _conform(data["steps"], _STEPS, "steps")
         steps = tuple(map(_step_from_data, data["steps"]))
         edits = _edits_from_data(data) if data["format"] == _WITH_EDITS else None
+        calibration = data.get("calibration")
+        if calibration is not None:
+            _conform({**_UNTOLD, **calibration}, _CALIBRATION, "calibration")
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise PlanError(f"not a plan: {type(error).__name__}: {error}") from error
     for step in steps:
         changes: tuple[Cut | Merge, ...] = (*step.cuts, *step.merges)
         for change in changes:
             check_change(change)
-    return steps, edits
+    return steps, edits, calibration
 
 
 def _conform(data: Any, form: Any, where: str) -> None:

@@ -11,9 +11,9 @@ import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch import Tensor
 from graphprune.errors import PlanError
 from graphprune.io.atomic import staged_file
 from graphprune.plan.checks import check_step
+from graphprune.plan.drawn import drawn_text
 from graphprune.plan.edits import Edits, edits_beside
 from graphprune.plan.json_form import from_data, to_data
 from graphprune.plan.steps import Step, WeightDim
@@ -48,22 +49,27 @@ class Plan:
         What goes and merges.
     edits
         The weights that have other values than those steps leave, or None.
+    calibration
+        How the data was drawn that scores or values came from, as `Calibration.describe` tells it;
+        None where there was none, and in plans of earlier releases.
     """
 
     steps: tuple[Step, ...] = ()
     edits: Edits | None = None
+    calibration: Mapping[str, Any] | None = field(default=None, compare=False)
 
     def __add__(self, other: Plan) -> Plan:
         if self.edits is not None and other:
             raise PlanError("edits are of weights after the last step: no step can follow them")
-        return Plan((*self.steps, *other.steps), self.edits or other.edits)
+        steps, edits = (*self.steps, *other.steps), self.edits or other.edits
+        return Plan(steps, edits, self.calibration or other.calibration)
 
     def __bool__(self) -> bool:
         return bool(self.steps) or self.edits is not None
 
     def without_edits(self) -> Plan:
         """Return the steps alone: what says which sizes come out, not which values."""
-        return Plan(self.steps)
+        return dataclasses.replace(self, edits=None)
 
     # -- in the coordinates of the first program --------------------------------------------------
 
@@ -127,7 +133,7 @@ class Plan:
 
     def to_json(self, indent: int | None = 1) -> str:
         """Return the plan as JSON text, without the values of weights that were edited."""
-        return json.dumps(to_data(self.steps, self.edits), indent=indent)
+        return json.dumps(to_data(self.steps, self.edits, self.calibration), indent=indent)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -158,7 +164,7 @@ class Plan:
         """
         plan = self
         if self.edits is not None and not self.edits.changed_graph:
-            plan = Plan(self.steps, self.edits.write(edits_beside(path)))
+            plan = dataclasses.replace(self, edits=self.edits.write(edits_beside(path)))
         with staged_file(path, overwrite=True) as file:
             file.write_text(plan.to_json() + "\n", encoding="utf-8")
 
@@ -181,7 +187,8 @@ class Plan:
             raise PlanError(f"{path}: {error}") from error
         if plan.edits is None:
             return plan
-        return cls(plan.steps, dataclasses.replace(plan.edits, values=edits_beside(path)))
+        edits = dataclasses.replace(plan.edits, values=edits_beside(path))
+        return dataclasses.replace(plan, edits=edits)
 
     def __repr__(self) -> str:
         lines = str(self).splitlines()
@@ -204,6 +211,8 @@ class Plan:
                 lines.append(f"  merge {share} KV heads of {merge.group}{moved}")
         for edit in self.edits.made if self.edits else ():
             lines.append(f"other values in {len(edit.weights)} weights, by {edit.by}")
+        if self.calibration:
+            lines.append(f"calibrated with {drawn_text(self.calibration)}")
         return "\n".join(lines)
 
 

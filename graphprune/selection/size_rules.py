@@ -50,7 +50,7 @@ def nearest_size(
 
 def sizes_that_do(size: int, rule: SizeRule, *, least: int = 1, near: int | None = None) -> str:
     """Name accepted numbers of units below `size`, or a few of them around `near`; "" for none."""
-    found = []
+    found: list[int] = []
     for count in _outwards(size // 2 if near is None else near, least, size - 1):
         if len(found) == _TOLD:
             break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ def test_a_plan_gives_the_same_checkpoint_and_verify_says_what_was_edited(
     run(graphprune, checkpoint, text, passes, tmp_path / "out")
     done = graphprune("apply", checkpoint, tmp_path / "out/plan.json", "-o", tmp_path / "again")
     assert done.status == 0, done
+    assert "planned on 8 windows of 64 tokens, tokenizer " in done.out
     out, again = weights(tmp_path / "out"), weights(tmp_path / "again")
     assert out.keys() == again.keys()
     assert all(torch.equal(again[name], value) for name, value in out.items())
@@ -68,3 +70,25 @@ def test_what_is_stored_in_half_precision_is_proven_too(
     run(graphprune, broken, text, RECIPES["reconstruct"][0], tmp_path / "out")
     done = graphprune("verify", broken, tmp_path / "out")
     assert done.status == 0, done
+
+
+def test_diff_says_which_values_were_edited_and_how_data_was_drawn(
+    graphprune: Run, checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    refitted, sparse = (RECIPES[name][0] for name in ("reconstruct", "sparsify"))
+    for out, passes in {"one": refitted, "other": refitted, "sparse": sparse}.items():
+        run(graphprune, checkpoint, text, passes, tmp_path / out)
+    one, other, third = (tmp_path / name for name in ("one", "other", "sparse"))
+    done = graphprune("diff", one, other)
+    assert "B is calibrated with 8 windows of 64 tokens" in done.out
+    assert "the same values" in done.out
+    data = json.loads(graphprune("diff", one, third, "--json").out)
+    assert data["calibration"][0]["samples"] == 8
+    (down,) = [row for row in data["edited"] if row["weight"].endswith("0.mlp.down_proj.weight")]
+    assert (down["first"], down["second"], down["same"]) == ("reconstruct", "sparsify", False)
+    (query,) = [
+        row for row in data["edited"] if row["weight"].endswith("0.self_attn.q_proj.weight")
+    ]
+    assert (query["first"], query["second"], query["same"]) == ("", "sparsify", None)
+    (one / "plan.edits").unlink()
+    assert "the same values" not in graphprune("diff", one, other).out

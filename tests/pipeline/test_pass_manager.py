@@ -154,6 +154,16 @@ def test_calibration_is_described_in_the_report(program: Any) -> None:
     assert report.calibration == {"samples": 2}
 
 
+def test_the_plan_says_what_data_its_passes_looked_at(program: Any) -> None:
+    looks = doing(
+        lambda program, context: Outcome(program.resized(up=(12, 8)), FakePlan(("up 4",))),
+        requires_calibration=True,
+    )
+    plan = run(program, looks, Shrink(), calibration=FAKE_CALIBRATION).plan
+    assert plan.calibration == {"samples": 2}
+    assert run(program, Shrink(), calibration=FAKE_CALIBRATION).plan.calibration is None
+
+
 def test_calibration_is_not_asked_for_when_the_options_do_not_need_it(program: Any) -> None:
     assert run(program, Needy(needs=False)).report.calibration is None
 

@@ -540,3 +540,40 @@ def test_a_step_made_by_hand_is_refused_in_a_line_too() -> None:
     with pytest.raises(GraphPruneError) as caught:
         gp.apply(program, Plan((step,)))
     assert "\n" not in str(caught.value)
+
+
+DRAWN = {
+    "kind": "text",
+    "sha256": "0f" * 32,
+    "samples": 10,
+    "length": 64,
+    "tokens": 640,
+    "first tokens": [1],
+    "tokenizer": "abc",
+    "seed": 0,
+}
+
+
+def test_a_plan_says_how_its_calibration_was_drawn(tmp_path: Path) -> None:
+    plan = dataclasses.replace(random_plan(coupling_of("llama-gqa")), calibration=DRAWN)
+    plan.save(tmp_path / "plan.json")
+    again = Plan.load(tmp_path / "plan.json")
+    assert again.calibration == DRAWN
+    told = "calibrated with 10 windows of 64 tokens, beginning with 1, tokenizer abc"
+    assert told in str(again)
+    assert (again + Plan()).calibration == DRAWN == again.without_edits().calibration
+
+
+def test_a_plan_without_calibration_is_written_as_before() -> None:
+    plan = random_plan(coupling_of("llama-gqa"))
+    assert "calibration" not in plan.to_json()
+    assert Plan.from_json(plan.to_json()).calibration is None
+
+
+@pytest.mark.parametrize(
+    "damage", [7, [], {"samples": "ten"}, {"first tokens": "1"}, {"sha256": None}], ids=repr
+)
+def test_a_malformed_calibration_is_no_plan(damage: Any) -> None:
+    data = json.loads(random_plan(coupling_of("llama-gqa")).to_json())
+    with pytest.raises(PlanError, match="not a plan"):
+        Plan.from_json(json.dumps(data | {"calibration": damage}))

@@ -13,7 +13,7 @@ import copy
 import heapq
 import itertools
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
@@ -65,7 +65,8 @@ class Builder:
         for name in OURS:
             self._fields.pop(name, None)
         fields = json.dumps(self._fields, sort_keys=True, default=repr)
-        self._known = _known_sizes(type(config), model_class, fields, checked)
+        kind: Hashable = type(config)
+        self._known = _known_sizes(kind, model_class, fields, checked)
 
     def unchecked(self) -> Builder:
         """Return a builder of the same models whose configs are not validated."""
@@ -145,7 +146,7 @@ class Builder:
 
 @lru_cache(maxsize=8)
 def _known_sizes(
-    config_class: type, model_class: type, fields: str, checked: bool
+    config_class: Hashable, model_class: Hashable, fields: str, checked: bool
 ) -> dict[tuple[tuple[str, Any], ...], Sizes | str]:
     """Return what builders of the same models share: changes -> sizes, or why there are none.
 
