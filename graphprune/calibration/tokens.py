@@ -111,7 +111,7 @@ def tokenize(
 
 def vocabulary_digest(tokenizer: object) -> str:
     """Return a digest of the tokens that `tokenizer` knows; "" where it does not tell."""
-    known = getattr(tokenizer, "get_vocab", dict)()
+    known: dict[str, int] = getattr(tokenizer, "get_vocab", dict)()
     listed = json.dumps(sorted(known.items())).encode()
     return hashlib.sha256(listed).hexdigest()[:12] if known else ""
 

@@ -51,7 +51,13 @@ _MERGE = {
 _STEPS = [{"fingerprint": str, "cuts": [_CUT], "merges": [_MERGE]}]
 _EDITS = [{"pass": str, "weights": [str], "patterns": [[str]], "graph": bool}]
 
-_UNTOLD = {"samples": None, "length": None, "first tokens": [], "tokenizer": "", "sha256": ""}
+_UNTOLD: dict[str, Any] = {
+    "samples": None,
+    "length": None,
+    "first tokens": [],
+    "tokenizer": "",
+    "sha256": "",
+}
 _CALIBRATION = {
     "samples": int | None,
     "length": int | None,

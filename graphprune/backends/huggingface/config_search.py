@@ -65,8 +65,8 @@ class Builder:
         for name in OURS:
             self._fields.pop(name, None)
         fields = json.dumps(self._fields, sort_keys=True, default=repr)
-        kind: Hashable = type(config)
-        self._known = _known_sizes(kind, model_class, fields, checked)
+        classes: tuple[Any, Any] = (type(config), model_class)
+        self._known = _known_sizes(*classes, fields, checked)
 
     def unchecked(self) -> Builder:
         """Return a builder of the same models whose configs are not validated."""
