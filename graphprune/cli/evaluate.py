@@ -10,22 +10,9 @@ import typer
 
 from graphprune.cli.console import show
 from graphprune.cli.inputs import read_calibration, require_text, resolve
-from graphprune.cli.options import (
-    AsJson,
-    BatchSize,
-    CalibrationLength,
-    CalibrationText,
-    Checkpoint,
-    FirstToken,
-    HeldOutText,
-    Length,
-    MaxTokens,
-    Samples,
-    TokenizerDirectory,
-)
+from graphprune.cli.options import AsJson, CalibrationOptions, Checkpoint, HeldOutOptions
 from graphprune.cli.session import Session, verb
 from graphprune.errors import CalibrationError, EvaluationError
-from graphprune.io import reference
 from graphprune.io.atomic import as_json as to_json
 
 
@@ -33,35 +20,29 @@ from graphprune.io.atomic import as_json as to_json
 def evaluate(
     session: Session,
     directory: Checkpoint,
-    text: HeldOutText = None,
-    tokenizer: TokenizerDirectory = None,
-    length: Length = 256,
-    max_tokens: MaxTokens = None,
-    batch_size: BatchSize = 4,
+    heldout: HeldOutOptions,
     as_json: AsJson = False,
-    first_token: FirstToken = True,
 ) -> None:
     """Measure the perplexity of a causal language model on a text."""
     from graphprune.evaluation.perplexity import perplexity
 
-    require_text(text, EvaluationError)
-    path = text or reference.heldout_text()
+    require_text(heldout.text, EvaluationError)
     found = perplexity(
         session.load(directory),
-        path,
-        resolve(tokenizer or directory),
-        length=length,
-        max_tokens=max_tokens,
-        batch_size=batch_size,
-        first_token=first_token,
+        heldout.path,
+        resolve(heldout.tokenizer or directory),
+        length=heldout.length,
+        max_tokens=heldout.max_tokens,
+        batch_size=heldout.batch_size,
+        first_token=heldout.first_token,
         progress=session.progress or False,
     )
     if as_json:
-        print(to_json({"text": str(path), **found.to_dict()}))
+        print(to_json({"text": str(heldout.path), **found.to_dict()}))
         return
     print(f"perplexity {found.perplexity:.4f}")
     print(f"loss       {found.loss:.4f} nats per token")
-    print(f"tokens     {found.tokens} of {path.name}, in windows of {found.length}")
+    print(f"tokens     {found.tokens} of {heldout.path.name}, in windows of {found.length}")
     if found.first:
         print(f"windows    begin with the tokenizer's own {', '.join(map(str, found.first))}")
 
@@ -70,6 +51,7 @@ def evaluate(
 def sensitivity(
     session: Session,
     directory: Checkpoint,
+    *,
     group: Annotated[
         str,
         typer.Option(
@@ -97,12 +79,7 @@ def sensitivity(
         Path | None,
         typer.Option(metavar="FILE", help="Draw them as a heat map: .png, .svg or .pdf."),
     ] = None,
-    text: HeldOutText = None,
-    tokenizer: TokenizerDirectory = None,
-    length: Length = 256,
-    max_tokens: MaxTokens = None,
-    batch_size: BatchSize = 4,
-    first_token: FirstToken = True,
+    heldout: HeldOutOptions,
 ) -> None:
     """Measure what the model loses by each unit, such as each head, one at a time."""
     from graphprune.analysis.coupling import analyze
@@ -111,7 +88,7 @@ def sensitivity(
     from graphprune.io.atomic import staged_file
     from graphprune.report.plots import check_format
 
-    require_text(text, EvaluationError)
+    require_text(heldout.text, EvaluationError)
     if picture is not None:
         check_format(picture)
     printed = json is not None and str(json) == "-"
@@ -121,13 +98,13 @@ def sensitivity(
         program = session.load(directory)
         windows = text_windows(
             program,
-            text or reference.heldout_text(),
-            resolve(tokenizer or directory),
-            length=length,
-            max_tokens=max_tokens,
-            first_token=first_token,
+            heldout.path,
+            resolve(heldout.tokenizer or directory),
+            length=heldout.length,
+            max_tokens=heldout.max_tokens,
+            first_token=heldout.first_token,
         )
-        batches = text_batches(program, windows, batch_size)
+        batches = text_batches(program, windows, heldout.batch_size)
         with session.working("analyzing"):
             coupling = analyze(program)
         found = sensitivity(
@@ -160,62 +137,40 @@ def sweep(
             "--output", "-o", metavar="OUT", help="A directory to make, or a sweep to go on with."
         ),
     ],
+    *,
     ratios: Annotated[
         str, typer.Option(help="Numbers and ranges a..b or a..b..step, with commas between.")
     ] = "0.1..0.6",
     steps: Annotated[int, typer.Option(help="Ratios of a range a..b.", min=2)] = 6,
     seeds: Annotated[int, typer.Option(help="Draws of calibration text, and seeds.", min=1)] = 1,
-    calibration: CalibrationText = None,
-    samples: Samples = None,
-    calibration_length: CalibrationLength = None,
-    text: HeldOutText = None,
-    tokenizer: TokenizerDirectory = None,
-    length: Length = 256,
-    max_tokens: MaxTokens = None,
-    batch_size: BatchSize = 4,
+    calibration: CalibrationOptions,
+    heldout: HeldOutOptions,
     as_json: AsJson = False,
-    first_token: FirstToken = True,
 ) -> None:
     """Measure perplexity against size for several recipes: a table, JSON and a picture."""
     from graphprune.evaluation.sweep import HeldOut, sweep
     from graphprune.evaluation.template import PipelineTemplate, read_ratios
 
-    require_text(text, EvaluationError)
-    require_text(calibration, CalibrationError)
+    require_text(heldout.text, EvaluationError)
+    require_text(calibration.calibration, CalibrationError)
     chosen = read_ratios(ratios, steps)
     recipes = [PipelineTemplate.read(text) for text in dict.fromkeys(passes)]
     pipelines = [recipe.at(ratio) for recipe in recipes for ratio in chosen]
     program = session.load(directory)
     draws = [
-        read_calibration(
-            pipelines,
-            directory,
-            calibration,
-            tokenizer,
-            samples,
-            calibration_length,
-            seed,
-            first_token,
-            program,
-        )[1]
+        read_calibration(calibration, pipelines, program, directory, seed)[1]
         for seed in range(seeds)
     ]
-    heldout = HeldOut(
-        text or reference.heldout_text(),
-        resolve(tokenizer or directory),
-        length,
-        batch_size,
-        max_tokens,
-        first_token,
+    measured_on = HeldOut(
+        heldout.path,
+        resolve(heldout.tokenizer or directory),
+        heldout.length,
+        heldout.batch_size,
+        heldout.max_tokens,
+        heldout.first_token,
     )
     found = sweep(
-        program,
-        recipes,
-        chosen,
-        heldout,
-        output,
-        draws=draws,
-        progress=session.progress,
+        program, recipes, chosen, measured_on, output, draws=draws, progress=session.progress
     )
     if as_json:
         print((output / "sweep.json").read_text(encoding="utf-8").rstrip())

@@ -14,6 +14,7 @@ from graphprune.io import reference
 
 if TYPE_CHECKING:
     from graphprune.calibration.data import Calibration
+    from graphprune.cli.options import CalibrationOptions
     from graphprune.ir.program import Program
     from graphprune.pipeline.pipeline import Pipeline
     from graphprune.plan.plan import Plan
@@ -79,17 +80,13 @@ def read_plan(path: Path) -> Plan:
 
 
 def read_calibration(
+    options: CalibrationOptions,
     pipelines: Iterable[Pipeline],
-    directory: str,
-    path: Path | None,
-    tokenizer: str | None,
-    samples: int | None,
-    length: int | None,
-    seed: int,
-    first_token: bool,
     program: Program,
+    directory: str,
+    seed: int,
 ) -> tuple[Calibration | None, Calibration | None]:
-    """Read calibration text: that at `path`, or the packaged one for the packaged model.
+    """Read calibration text: the one that is named, or the packaged one for the packaged model.
 
     Where nobody asks for a number of windows, there are as many as the pipelines need.
 
@@ -102,17 +99,23 @@ def read_calibration(
     """
     from graphprune.calibration.data import Calibration
 
-    needed = any(each.requires_calibration for p in pipelines for each in p.passes)
-    given = path is not None
+    is_fitted_to = options.calibration is not None or any(
+        each.requires_calibration for pipeline in pipelines for each in pipeline.passes
+    )
+    path = options.calibration
     if path is None and directory == reference.NAME:
         path = reference.calibration_text()
     if path is None:
         return None, None
-    where = resolve(tokenizer or directory)
     text = Calibration.from_text(
-        path, where, samples=samples, length=length, seed=seed, first_token=first_token
+        path,
+        resolve(options.tokenizer or directory),
+        samples=options.samples,
+        length=options.calibration_length,
+        seed=seed,
+        first_token=options.first_token,
     )
-    if given or needed:
+    if is_fitted_to:
         for pipeline in pipelines:
             text = pipeline.enough(text, program)
         if text.tokens < text.wanted:
@@ -120,4 +123,4 @@ def read_calibration(
                 f"{text.tokens:,} tokens of calibration text, where the passes do well by "
                 f"{text.wanted:,}: give more"
             )
-    return text, text if given or needed else None
+    return text, text if is_fitted_to else None

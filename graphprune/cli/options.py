@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -142,3 +143,31 @@ BatchSize = Annotated[
     int,
     typer.Option("--batch-size", help="Windows at once.", min=1, rich_help_panel=HELDOUT),
 ]
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """The options for calibration text; a verb that takes them has a parameter of this class."""
+
+    calibration: CalibrationText = None
+    samples: Samples = None
+    calibration_length: CalibrationLength = None
+    tokenizer: TokenizerDirectory = None
+    first_token: FirstToken = True
+
+
+@dataclass(frozen=True)
+class HeldOutOptions:
+    """The options for the text that is measured on."""
+
+    text: HeldOutText = None
+    tokenizer: TokenizerDirectory = None
+    length: Length = 256
+    max_tokens: MaxTokens = None
+    batch_size: BatchSize = 4
+    first_token: FirstToken = True
+
+    @property
+    def path(self) -> Path:
+        """The text itself: the packaged one where none is named."""
+        return self.text or reference.heldout_text()

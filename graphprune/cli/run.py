@@ -17,19 +17,15 @@ from graphprune.cli.options import (
     CALIBRATION,
     RESULT,
     AsJson,
-    CalibrationLength,
-    CalibrationText,
+    CalibrationOptions,
     Checkpoint,
-    FirstToken,
     Form,
     Output,
     Overwrite,
     PlainForm,
     PlanFile,
-    Samples,
     Seed,
     StoredType,
-    TokenizerDirectory,
 )
 from graphprune.cli.session import Session, verb
 from graphprune.cli.writing import (
@@ -68,6 +64,7 @@ def run(
             help="A pipeline such as 'prune{target=ffn ratio=0.25},verify', or a .yaml file."
         ),
     ],
+    *,
     output: Output = None,
     overwrite: Overwrite = False,
     form: PlainForm = Form.any,
@@ -82,10 +79,7 @@ def run(
         ),
     ] = False,
     as_json: AsJson = False,
-    calibration: CalibrationText = None,
-    samples: Samples = None,
-    calibration_length: CalibrationLength = None,
-    first_token: FirstToken = True,
+    calibration: CalibrationOptions,
     length: Annotated[
         int | None,
         typer.Option(
@@ -95,7 +89,6 @@ def run(
             rich_help_panel=CALIBRATION,
         ),
     ] = None,
-    tokenizer: TokenizerDirectory = None,
     seed: Seed = 0,
     verify_each: Annotated[
         bool,
@@ -126,27 +119,17 @@ def run(
     """Run a pipeline: write a smaller checkpoint, its plan and a report."""
     if length is not None:
         note("--length of calibration text is called --calibration-length")
-        calibration_length = length
+        calibration = dataclasses.replace(calibration, calibration_length=length)
     if output is None and not dry_run:
         raise typer.BadParameter("give --output, or --dry-run to write nothing")
     pipeline = in_form(read_pipeline(passes), form)
-    require_text(calibration, CalibrationError)
+    require_text(calibration.calibration, CalibrationError)
     whole = pipeline  # what is looked at before sizes are decided is as much as in a real run
     if dry_run:
         output, pipeline = None, pipeline.resizing()
     with destination(output, directory, overwrite=overwrite) as folder, ExitStack() as stack:
         program = session.load(directory)
-        text, fitted = read_calibration(
-            [whole],
-            directory,
-            calibration,
-            tokenizer,
-            samples,
-            calibration_length,
-            seed,
-            first_token,
-            program,
-        )
+        text, fitted = read_calibration(calibration, [whole], program, directory, seed)
         result = pipeline.run(
             program,
             calibration=fitted,

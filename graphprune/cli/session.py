@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from graphprune.io.progress import DisplayFactory
     from graphprune.ir.program import Program
 
+_NAMED = inspect.Parameter.KEYWORD_ONLY
 _PANEL = "Shared by all verbs"
 
 _Quiet = Annotated[
@@ -89,25 +90,38 @@ class Session:
 
 
 def verb(example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a verb of a function; `example` is a command line that its help shows."""
-    return lambda function: _with_shared_flags(function, example)
+    """Make a verb of a function; `example` is a command line that its help shows.
 
-
-def _with_shared_flags(function: Callable[..., None], example: str) -> Callable[..., None]:
-    """Give a verb the flags that all share, and hand it a `Session` in their place.
-
-    The signature that typer reads is that of `function` with ``session``, its first parameter,
-    replaced by the flags.
+    The function takes a `Session`, then its arguments and options. A parameter whose class is a
+    dataclass, such as `CalibrationOptions`, stands for the options that its fields are; two such
+    classes may have options in common.
     """
-    own = [*inspect.signature(function, eval_str=True).parameters.values()][1:]
+    return lambda function: _command(function, example)
+
+
+def _command(function: Callable[..., None], example: str) -> Callable[..., None]:
+    """Return what typer reads: a function of single options, with the flags that verbs share."""
+    _, *taken = _parameters(function).values()
+    records: dict[str, type] = {
+        each.name: each.annotation
+        for each in taken
+        if isinstance(each.annotation, type) and is_dataclass(each.annotation)
+    }
+    fields = {name: _parameters(record) for name, record in records.items()}
+    options: dict[str, inspect.Parameter] = {}
+    for each in taken:
+        options |= fields.get(each.name, {each.name: each})
     flags = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=option)
+        inspect.Parameter(name, _NAMED, default=default, annotation=option)
         for name, default, option in (
             ("plugin", None, _Plugin),
             ("quiet", False, _Quiet),
             ("traceback", False, _Traceback),
         )
     ]
+
+    parameters = [*(each.replace(kind=_NAMED) for each in options.values()), *flags]
+    single = {each.name for each in taken} - set(records)
 
     @wraps(function)
     def command(*, quiet: bool, traceback: bool, plugin: list[Path] | None, **values: Any) -> None:
@@ -116,9 +130,16 @@ def _with_shared_flags(function: Callable[..., None], example: str) -> Callable[
 
             for file in plugin:
                 load_plugin(file)
-        function(Session.start(quiet), **values)
+        given = {name: value for name, value in values.items() if name in single}
+        for name, record in records.items():
+            given[name] = record(**{field: values[field] for field in fields[name]})
+        function(Session.start(quiet), **given)
 
-    command.__dict__["__signature__"] = inspect.Signature([*own, *flags])
+    command.__dict__["__signature__"] = inspect.Signature(parameters)
     command.__dict__["example"] = example
-    command.__annotations__ = {each.name: each.annotation for each in (*own, *flags)}
+    command.__annotations__ = {each.name: each.annotation for each in parameters}
     return command
+
+
+def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(function, eval_str=True).parameters)
