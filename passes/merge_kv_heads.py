@@ -49,7 +49,7 @@ class MergeKvHeads(Pass):
     order
         Which heads form a group. "contiguous": neighbors; "similarity": those that cost the least
         to share (with "aligned" on the data, else by distance of their weights), whose queries and
-        outputs change places with them. None: "similarity" with "aligned", else "contiguous".
+        outputs are reordered with them. None: "similarity" with "aligned", else "contiguous".
     damp
         Of the refit of output projections in "aligned": what is added to the diagonal of its second
         moments, as a part of their mean.

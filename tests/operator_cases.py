@@ -470,7 +470,7 @@ INDEXING: dict[str, Case] = {
     "one_hot.default (chosen)": keeps(lambda h: A.one_hot.default(h.argmax(-1), 8).float() * h, 8),
     "tril.default": frozen(lambda h: A.tril.default(h), "compared with those of another"),
     "triu.default": frozen(lambda h: A.triu.default(h), "compared with those of another"),
-    "randperm.default": frozen(lambda h: h + 0 * A.randperm.default(8), "count its places"),
+    "randperm.default": frozen(lambda h: h + 0 * A.randperm.default(8), "count its positions"),
     "scalar_tensor.default": keeps(lambda h: h * A.scalar_tensor.default(2.0), 8),
 }
 
@@ -880,7 +880,7 @@ POOLING: dict[str, Case] = {
     "avg_pool2d.default": keeps(lambda h: _rows(A.avg_pool2d.default(_image(h), [2, 1])), 8),
     "avg_pool2d.default (over rows)": keeps(lambda h: A.avg_pool2d.default(h, [2, 1]), 8),
     "avg_pool2d.default (over it)": frozen(
-        lambda h: A.avg_pool2d.default(h, [2, 1], [1, 2]), "places of an image"
+        lambda h: A.avg_pool2d.default(h, [2, 1], [1, 2]), "positions of an image"
     ),
     "adaptive_avg_pool2d.default": keeps(
         lambda h: _rows(A.adaptive_avg_pool2d.default(_image(h), [1, 1])), 8

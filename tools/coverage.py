@@ -204,9 +204,9 @@ def _analysed(program: Program, row: Row) -> Coupling:
 
 
 def _attentions(coupling: Coupling) -> list[Any]:
-    from graphprune.analysis.attention.sites import all_sites
+    from graphprune.analysis.attention.attentions import attentions
 
-    return list(all_sites(coupling.types))
+    return list(attentions(coupling.types))
 
 
 def _layers(coupling: Coupling) -> Iterator[str]:
@@ -227,7 +227,7 @@ def _joins_residuals(coupling: Coupling, weight: Node) -> bool:
     types = coupling.types
     atoms = [atom for axis in types.axes_of[weight] for atom in types.axes.atoms(axis)]
     frozen = {atom: types.frozen[atom].why for atom in atoms if atom in types.frozen}
-    groups = [coupling.group_of(a) for a in atoms if frozen.get(a) != "places of a kernel"]
+    groups = [coupling.group_of(a) for a in atoms if frozen.get(a) != "positions of a kernel"]
     return all(group is not None and group.role == "residual" for group in groups)
 
 

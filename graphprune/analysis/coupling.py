@@ -227,7 +227,7 @@ class Coupling:
         for group, owner in self._owners.get(self.program.aliases.get(weight, weight), ()):
             lines.append(f"  all of it goes with unit {owner} of group {group.name}")
         if len(lines) == 1:
-            lines.append("  fixed: a dimension of single places")
+            lines.append("  fixed: a dimension of single positions")
         return "\n".join(lines)
 
     def frozen(self) -> Iterator[tuple[str, int, Frozen]]:

@@ -10,12 +10,12 @@ import sympy
 import torch
 from torch import fx
 
+from graphprune.analysis.attention.attentions import Attention
 from graphprune.analysis.axes import UNIT, Axes, Axis
 from graphprune.analysis.operators import RULES
 from graphprune.analysis.operators.facts import (
     Facts,
     Frozen,
-    TypedAttention,
     UnitNumbers,
     ZeroPropagation,
     ZeroRule,
@@ -28,7 +28,7 @@ from graphprune.ir.program import PAST, PRESENT, Program
 _FIRST_PRIME = 1_000_003
 
 
-def infer(program: Program, untied: Iterable[TypedAttention] = ()) -> Types:
+def infer(program: Program, untied: Iterable[Attention] = ()) -> Types:
     """Infer the axis types of every node of `program`; linear in the number of nodes.
 
     Parameters
@@ -39,15 +39,15 @@ def infer(program: Program, untied: Iterable[TypedAttention] = ()) -> Types:
         Attentions that shall not make the heads of queries one with those of keys and values (but
         those of keys with those of values).
     """
-    inference = _Inference(program, frozenset(node for site in untied for node in site.products))
+    inference = _Inference(program, frozenset(node for each in untied for node in each.products))
     types = inference.run()
-    for site in untied:
-        _, key, value = (types.axes_of[node] for node in site.operands)
+    for attention in untied:
+        key, value = (types.axes_of[node] for node in attention.operands[1:])
         sides = [key[:-2], value[:-2]]
         if len(key) != len(value):  # one of them has its batch axes flattened into one
             sides = [(types.axes.product(*side),) for side in sides]
         for left, right in zip(*sides, strict=True):
-            inference.unify(left, right, site.node)
+            inference.unify(left, right, attention.node)
     _keep_norms(types)
     return types
 
@@ -172,7 +172,7 @@ class _Inference:
         """Places of an axis are numbers to whatever does not pick by them."""
         for other in operands:
             if (other, 0) in self.unit_numbers:
-                why = "its places are used as numbers"
+                why = "its positions are used as numbers"
                 self._context(node, ZeroRule.NEVER).freeze(self.unit_numbers[other, 0], why)
 
     def _unruled(self, node: fx.Node, shape: Any) -> Any:

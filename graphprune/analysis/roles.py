@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import fx
 
-from graphprune.analysis.attention.sites import ALL_PRODUCTS, all_sites
+from graphprune.analysis.attention.attentions import ALL_PRODUCTS, attentions
 from graphprune.analysis.axes import Atom
 from graphprune.analysis.operators.facts import ZeroRule
 from graphprune.analysis.types import Types
@@ -125,19 +125,19 @@ def _attention_axes(types: Types) -> tuple[set[Atom], set[Atom], set[Atom]]:
     heads: set[Atom] = set()
     keys: set[Atom] = set()
     values: set[Atom] = set()
-    for site in all_sites(types):
-        for axis in site.heads:
+    for each in attentions(types):
+        for axis in each.head_axes(types):
             heads |= set(types.axes.atoms(axis))
-        keys |= set(types.axes.atoms(site.key))
-        values |= set(types.axes.atoms(site.value))
+        keys |= set(types.axes.atoms(each.key_axis(types)))
+        values |= set(types.axes.atoms(each.value_axis(types)))
     return heads, keys, values
 
 
 def _attended(types: Types) -> set[Atom]:
     """Atoms in keys or values: heads that are not among them share theirs with other heads."""
     found: set[Atom] = set()
-    for site in all_sites(types):
-        for operand in site.operands[1:]:
+    for each in attentions(types):
+        for operand in each.operands[1:]:
             found |= types.atoms_of[operand]
     return found
 

@@ -40,7 +40,7 @@ class Types(TypedGraph):
         for stack in self.facts.unit_stacks:
             for atom in self.axes.atoms(stack.axis):
                 if atom not in self.chosen:
-                    found.setdefault(atom, Frozen(stack.axis, "places of a stack", stack.node))
+                    found.setdefault(atom, Frozen(stack.axis, "positions of a stack", stack.node))
         for weight, reader in self._unread():
             for atom in self.atoms_of[weight] - self._read:
                 found.setdefault(atom, Frozen(atom, "nothing of it is read", reader))
@@ -127,7 +127,7 @@ class Types(TypedGraph):
 
     def _nonzero_selects(self) -> dict[Atom, Frozen]:
         """Atoms of which a unit is read that is not zero where it is never chosen."""
-        why = "a place of it is read that is not zero when it is never chosen"
+        why = "a position of it is read that is not zero when it is never chosen"
         return {
             atom: Frozen(select.axis, why, select.node)
             for select in self.facts.unit_selects

@@ -121,8 +121,8 @@ def segments(program: Program, matrices: Sequence[Matrix] = ()) -> list[Segment]
     where = {node: at for at, part in enumerate(nodes) for node in part}
     reach = list(range(len(nodes)))
     for weight in {matrix.weight for matrix in matrices}:
-        places = [where[u.node] for m in matrices if m.weight == weight for u in m.uses]
-        reach[min(places)] = max(reach[min(places)], *places)
+        positions = [where[u.node] for m in matrices if m.weight == weight for u in m.uses]
+        reach[min(positions)] = max(reach[min(positions)], *positions)
     merged: list[list[fx.Node]] = []
     end = -1
     for at, part in enumerate(nodes):

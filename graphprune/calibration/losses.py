@@ -19,7 +19,7 @@ def task_loss(logits: Tensor | Logits, batch: Mapping[str, Tensor]) -> Tensor:
     Parameters
     ----------
     logits
-        ``[batch, classes]``, or ``[batch, ..., classes]`` with a label for each place.
+        ``[batch, classes]``, or ``[batch, ..., classes]`` with a label for each position.
     batch
         What the program was run on, with ``labels`` ``[batch]`` or ``[batch, ...]``; a label of
         -100 does not count.
@@ -129,7 +129,7 @@ def _targets(logits: Logits, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tenso
     if not logits.shape or logits.shape[:-1] != labels.shape:
         raise CalibrationError(
             f"labels {tuple(labels.shape)} do not fit logits {tuple(logits.shape)}: one for each "
-            "place but the classes is needed"
+            "position but the classes is needed"
         )
     flat, classes = labels.flatten().to(logits.device), logits.shape[-1]
     at = (flat != -100).nonzero().flatten()

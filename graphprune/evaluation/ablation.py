@@ -16,7 +16,7 @@ import torch
 from scipy.special import stdtr, stdtrit
 from torch import Tensor
 
-from graphprune.analysis.attention.sites import sites_of
+from graphprune.analysis.attention.attentions import attentions_of
 from graphprune.analysis.coupling import Coupling
 from graphprune.analysis.groups import Group
 from graphprune.analysis.matrices import Matrix
@@ -230,7 +230,7 @@ def _parts(coupling: Coupling, target: str) -> list[_Part]:
 
 def _by_attention(coupling: Coupling, group: Group) -> list[_Part]:
     """Return a part for each attention of those that must lose the same heads."""
-    if len(sites_of(coupling.types, coupling.atom(group.name))) < 2:
+    if len(attentions_of(coupling.types, coupling.atom(group.name))) < 2:
         return [_Part(coupling, group)]
     readers = ScoringContext(coupling.program, coupling, [group]).consumers(ALL_HEADS)[group.name]
     return [_Part(coupling, group, reader) for reader in readers]

@@ -1,8 +1,8 @@
 """Complex arithmetic in a graph, written in real numbers.
 
 Rotary embeddings are often computed by complex products. Neither ONNX nor most kernels know them,
-and the real and imaginary parts of one number are two places of an axis that must not be parted. So
-every complex value becomes a pair of real ones, and the numbers are the same to the last bit but
+and the real and imaginary parts of one number are two indices of an axis that must not be parted.
+So every complex value becomes a pair of real ones, and the numbers are the same to the last bit but
 for the order of a sum.
 """
 

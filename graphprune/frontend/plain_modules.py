@@ -149,8 +149,8 @@ class Call:
         made = []
         for (value, node), tensor in zip(self.program.input_nodes(), self.example, strict=True):
             for dim, size in enumerate(node.meta["val"].shape):
-                places = torch.arange(size_of(size, sizes), device=tensor.device)
-                index = places % tensor.shape[dim]
+                positions = torch.arange(size_of(size, sizes), device=tensor.device)
+                index = positions % tensor.shape[dim]
                 tensor = tensor.index_select(dim, index)
             if self.vocabulary and value.name.endswith("input_ids"):
                 drawn = torch.randint(0, self.vocabulary, tensor.shape, generator=generator)

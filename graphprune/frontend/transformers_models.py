@@ -66,7 +66,7 @@ def capture_transformers(
         what = (
             "branches on data in more ways than one"
             if branched
-            else "makes a mask that is no function of each place alone"
+            else "makes a mask that is no function of each position alone"
         )
         _check_outputs(program, model, example(), what)
     return program
@@ -96,7 +96,7 @@ def capture_transformers_call(
             follow=[export_with_all_found, *follow],
         )
     if broadcast or _rests_on_assumptions(call.program):
-        call.check("branches on data, or makes a mask that is no function of each place alone")
+        call.check("branches on data, or makes a mask that is no function of each position alone")
     return call.limited()
 
 
@@ -236,7 +236,7 @@ def _mask_dims(program: Program) -> dict[str, Any]:
     dims: dict[str, Any] = {}
     for name, shape in shapes.items():
         tokens = name.replace("attention_mask", "input_ids")
-        sizes = shapes.get(tokens, ())[: len(shape)]  # there may be several tokens at one place
+        sizes = shapes.get(tokens, ())[: len(shape)]  # there may be several tokens at one position
         if tokens == name or sizes == shape or len(sizes) < len(shape):
             continue
         shared = {

@@ -15,13 +15,13 @@ from graphprune.ir.nodes import arguments_of
 
 # fmt: off
 CASTS = frozenset({"to", "_to_copy", "type_as"})
-"""The same values at the same places, in another type or on another device."""
+"""The same values in the same order, in another type or on another device."""
 
 COPIES = CASTS | {
     "clone", "contiguous", "alias", "detach", "lift_fresh", "lift_fresh_copy", "resolve_conj",
     "resolve_neg", "pin_memory",
 }
-"""The same values at the same places."""
+"""The same values in the same order."""
 
 RESHAPES = frozenset({
     "view", "reshape", "_unsafe_view", "view_as", "reshape_as", "flatten", "ravel", "unflatten",
@@ -144,7 +144,7 @@ def is_idle_dropout(node: fx.Node) -> bool:
 
 
 def is_copy(node: fx.Node) -> bool:
-    """Return whether `node` has the values of its first input at the same places.
+    """Return whether `node` has the values of its first input in the same order.
 
     A dropout that is at work changes values, and is none.
     """

@@ -14,9 +14,9 @@ from torch.utils import _pytree as pytree
 
 
 class _Argument(NamedTuple):
-    """How an operator takes an argument; `place` is where among positional ones."""
+    """How an operator takes an argument; `position` is where among positional ones."""
 
-    place: int
+    position: int
     default: Any
     is_required: bool
 
@@ -27,11 +27,11 @@ def _signature(target: Any) -> dict[str, _Argument]:
         return {}
     return {
         argument.name: _Argument(
-            sys.maxsize if argument.kwarg_only else place,
+            sys.maxsize if argument.kwarg_only else position,
             argument.default_value if argument.has_default_value() else None,
             not argument.has_default_value(),
         )
-        for place, argument in enumerate(target._schema.arguments)
+        for position, argument in enumerate(target._schema.arguments)
     }
 
 
@@ -43,7 +43,7 @@ def arguments_of(node: fx.Node) -> dict[str, Any]:
     return {
         name: get_argument(node, name)
         for name, argument in _signature(node.target).items()
-        if not argument.is_required or argument.place < len(node.args) or name in node.kwargs
+        if not argument.is_required or argument.position < len(node.args) or name in node.kwargs
     }
 
 
@@ -60,8 +60,8 @@ def get_argument(node: fx.Node, name: str, index: int | None = None) -> Any:
     argument = _signature(node.target).get(name)
     if argument is None:
         return None
-    if argument.place < len(node.args):
-        value = node.args[argument.place]
+    if argument.position < len(node.args):
+        value = node.args[argument.position]
     else:
         value = node.kwargs.get(name, argument.default)
     return value if index is None else value[index]  # type: ignore[index]
@@ -73,8 +73,8 @@ def set_argument(node: fx.Node, name: str, index: int | None, value: Any) -> Non
         entries = list(get_argument(node, name))
         entries[index] = value
         value = entries
-    if (place := _signature(node.target)[name].place) < len(node.args):
-        node.update_arg(place, value)
+    if (position := _signature(node.target)[name].position) < len(node.args):
+        node.update_arg(position, value)
     else:
         node.update_kwarg(name, value)
 

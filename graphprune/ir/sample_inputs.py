@@ -149,9 +149,9 @@ def _random(
 
 
 def _mixed(shape: list[int], generator: torch.Generator) -> Tensor:
-    """Return a mask that keeps half of the last dimension: its first place, and others in each row.
+    """Return a mask that keeps half of the last dimension: the first position, and others by row.
 
-    Every row keeps as many. The first place is kept by all, so that masks that meet, such as a
+    Every row keeps as many. The first position is kept by all, so that masks that meet, such as a
     causal one and one of padding, leave something.
     """
     if not shape or not math.prod(shape):

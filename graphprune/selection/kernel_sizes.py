@@ -22,14 +22,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from graphprune.analysis.attention.sites import all_sites
+from graphprune.analysis.attention.attentions import Attention, attentions
 from graphprune.analysis.axes import Atom, Axis, Product, Sum
 from graphprune.analysis.coupling import Coupling
 from graphprune.analysis.groups import Group
-from graphprune.analysis.operators.facts import TypedAttention
 from graphprune.analysis.roles import Role
 from graphprune.ir.program import Program
-from graphprune.ir.provenance import module_path
 from graphprune.ir.runtimes import RUNTIMES, Runtime
 
 
@@ -176,11 +174,10 @@ def speed_hints(
         One hint for every group and every attention with such a size, in the order of the program.
     """
     sizes, runtimes = _Sizes(coupling, removed or {}), _meant(runtime)
-    placed = [(module_path(site.node), site) for site in sizes.attentions]
-    groups = [(where, sizes.query_group(site)) for where, site in placed]
+    groups = [(each.module, sizes.query_group(each)) for each in sizes.attentions]
     return [
         *_width_hints(sizes, runtimes),
-        *(hint for where, site in placed for hint in _head_hints(sizes, site, where, runtimes)),
+        *(hint for each in sizes.attentions for hint in _head_hints(sizes, each, runtimes)),
         *query_group_hints(coupling.program, groups, runtime),
     ]
 
@@ -235,11 +232,15 @@ class _Sizes:
         return group.size - self.removed.get(group.name, 0)
 
     @cached_property
-    def attentions(self) -> list[TypedAttention]:
+    def attentions(self) -> list[Attention]:
         """Those whose head sizes are fixed."""
         types = self.coupling.types
-        sites = all_sites(types)
-        return [s for s in sites if not (types.is_dynamic(s.key) or types.is_dynamic(s.value))]
+        return [
+            each
+            for each in attentions(types)
+            if not types.is_dynamic(each.key_axis(types))
+            and not types.is_dynamic(each.value_axis(types))
+        ]
 
     @cached_property
     def _rotary(self) -> set[Atom]:
@@ -253,10 +254,10 @@ class _Sizes:
             return sum(map(self.rotated, axis.terms))
         return self(axis) if self._rotary.intersection(self.axes.atoms(axis)) else 0
 
-    def query_group(self, site: TypedAttention) -> int:
+    def query_group(self, attention: Attention) -> int:
         """Return how many query heads share a KV head; 1 where neither can lose any."""
         heads = kv_heads = 1
-        for axis in site.heads:
+        for axis in attention.head_axes(self.coupling.types):
             groups = [self.coupling.group_of(atom) for atom in self.axes.atoms(axis)]
             known = [group for group in groups if group is not None]
             heads *= self(axis) if known else 1
@@ -281,15 +282,15 @@ def _width_hints(sizes: _Sizes, runtimes: Sequence[Runtime]) -> Iterator[Hint]:
             yield Hint(where, f"{_NOUNS[group.role]} {{}}", str(size), _collected(reasons))
 
 
-def _head_hints(
-    sizes: _Sizes, site: TypedAttention, where: str, runtimes: Sequence[Runtime]
-) -> Iterator[Hint]:
-    key, value, rotated = sizes(site.key), sizes(site.value), sizes.rotated(site.key)
+def _head_hints(sizes: _Sizes, attention: Attention, runtimes: Sequence[Runtime]) -> Iterator[Hint]:
+    types = sizes.coupling.types
+    axis = attention.key_axis(types)
+    key, value, rotated = sizes(axis), sizes(attention.value_axis(types)), sizes.rotated(axis)
     decodes = sizes.coupling.program.kv_bytes_per_token() > 0
     reasons = {each: _head_reason(each, key, value, rotated, decodes) for each in runtimes}
     if found := _collected({each: reason for each, reason in reasons.items() if reason}):
         size = str(key) if key == value else f"{key} of keys and {value} of values"
-        yield Hint(where, "head size {}", size, found)
+        yield Hint(attention.module, "head size {}", size, found)
 
 
 def _head_reason(runtime: Runtime, key: int, value: int, rotated: int, decodes: bool) -> str:

@@ -98,9 +98,9 @@ class MaskedReference:
             if kept.keys().isdisjoint(types.axes.atoms(axis)):  # it may be of any dynamic size
                 return None
             found = torch.ones(axis.size).bool()
-            for place in types.axes.occurrences(axis):
-                if place.atom in kept:
-                    found[indices_by_unit(place)[~kept[place.atom]].flatten()] = False
+            for occurrence in types.axes.occurrences(axis):
+                if occurrence.atom in kept:
+                    found[indices_by_unit(occurrence)[~kept[occurrence.atom]].flatten()] = False
             return None if bool(found.all()) else found
 
         for entry in types.facts.statistics:
@@ -132,9 +132,11 @@ class MaskedReference:
         """Return every atom that lost units -> a boolean mask of those that are left."""
         kept: dict[Axis, Tensor] = {}
         for (name, dim), origin in self.narrow.origin.items():
-            for place in types.axes.occurrences(types.weight(name)[dim]):
-                stays = (origin[indices_by_unit(place)] >= 0).any(1)
-                kept[place.atom] = kept.get(place.atom, torch.zeros(place.atom.size).bool()) | stays
+            for occurrence in types.axes.occurrences(types.weight(name)[dim]):
+                stays = (origin[indices_by_unit(occurrence)] >= 0).any(1)
+                kept[occurrence.atom] = (
+                    kept.get(occurrence.atom, torch.zeros(occurrence.atom.size).bool()) | stays
+                )
         return kept
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:

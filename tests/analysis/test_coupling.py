@@ -432,7 +432,7 @@ def test_interfaces_are_frozen_as_such() -> None:
 
 def test_single_places_are_fixed() -> None:
     coupling = gp.analyze(gp.capture(nn.Linear(3, 1), example_inputs=(torch.zeros(2, 3),)))
-    assert "fixed: a dimension of single places" in coupling.explain("weight", 0)
+    assert "fixed: a dimension of single positions" in coupling.explain("weight", 0)
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "mixtral", "resnet"])

@@ -313,7 +313,7 @@ def raised(model: Mixture, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor
         (multiplied, "its unit 0 does not go by never being chosen, at aten.add.Tensor"),
         (fed, "does not go by never being chosen, at aten.linear.default in experts.0.up"),
         (doubled, "its unit 0 does not go by never being chosen, at aten.add.Tensor"),
-        (counted, "its places are used as numbers, at aten.sum"),
+        (counted, "its positions are used as numbers, at aten.sum"),
         (paired, "units do not go by never being chosen, at aten.linear.default in shared.up"),
         (raised, "that is not zero when it is never chosen, at aten.select.int"),
     ],
@@ -358,7 +358,7 @@ def test_places_of_a_stack_that_nothing_chooses_from_are_frozen() -> None:
             return (torch.stack([e(x) for e in self.experts], 1) * self.mix).sum(1)
 
     coupling = gp.analyze(gp.capture(Stacked(), (torch.randn(5, 6),)))
-    assert "places of a stack" in coupling.explain("mix", 0)
+    assert "positions of a stack" in coupling.explain("mix", 0)
 
 
 def test_tokens_that_chose_one_go_to_the_others() -> None:

@@ -355,7 +355,7 @@ def test_a_mask_that_is_made_by_vmap_is_captured_for_every_length() -> None:
 
 
 def test_a_mask_that_looks_at_all_places_at_once_is_refused() -> None:
-    with pytest.raises(CaptureError, match="a mask that is no function of each place alone"):
+    with pytest.raises(CaptureError, match="a mask that is no function of each position alone"):
         _masked(lambda batch, head, q, kv: q - kv < (q + kv).amax() - 4)
 
 

@@ -278,8 +278,8 @@ def test_heads_that_are_spread_over_the_wrong_queries_are_refused(
 
     def tile(resize: Any, heads: Any, width: int) -> None:
         """0 1 0 1 where it should be 0 0 1 1."""
-        for site in heads.sites:
-            products = zip(site.operands[1:], site.products, strict=True)
+        for attention in heads.attentions:
+            products = zip(attention.operands[1:], attention.products, strict=True)
             for operand, product in products:
                 node, user = resize.new[operand], resize.new[product]
                 with resize.graph.inserting_before(user):

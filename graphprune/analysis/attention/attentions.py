@@ -1,59 +1,106 @@
-"""The attentions of a typed graph: fused ones, and those that are spelled out."""
+"""Every attention of a graph, as the nodes that it is made of.
+
+`recognize` says of each what it computes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from graphprune.analysis.axes import Atom, Axis
-from graphprune.analysis.operators.facts import TypedAttention
 from graphprune.analysis.types import Types
 from graphprune.ir.aten import PRODUCTS, name_of
+from graphprune.ir.nodes import arguments_of
+from graphprune.ir.provenance import module_path
 
-_PARTING = ("slice", "narrow", "split_with_sizes", "split")
+FUSED = torch.ops.aten.scaled_dot_product_attention.default
+
+_PARTING = frozenset({"slice", "narrow", "split_with_sizes", "split"})
 _JOINTS = ("cat", "constant_pad_nd", "pad")
 ALL_PRODUCTS = PRODUCTS | {"baddbmm", "einsum"}
 """Operators that multiply matrices which may both be computed."""
 
 
-def all_sites(types: Types) -> tuple[TypedAttention, ...]:
-    """Return every attention of a typed graph: the fused ones, then those spelled out."""
-    return (*types.facts.attentions, *_spelled_out(types))
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """One softmax attention of a graph, fused or spelled out: which nodes it is made of.
+
+    Parameters
+    ----------
+    softmax
+        The node that makes probabilities of scores.
+    products
+        The nodes that multiply queries with keys, and probabilities with values. One fused node is
+        all three.
+    operands
+        Queries, keys and values, as the products take them.
+    """
+
+    softmax: fx.Node
+    products: tuple[fx.Node, fx.Node]
+    operands: tuple[fx.Node, fx.Node, fx.Node]
+
+    @property
+    def node(self) -> fx.Node:
+        """The node that returns the attended values."""
+        return self.products[1]
+
+    @property
+    def module(self) -> str:
+        """The dotted path of the module that attends."""
+        return module_path(self.node)
+
+    def head_axes(self, types: Types) -> tuple[Axis, ...]:
+        """Return the batch axes of the products: those of heads are among them."""
+        return types.axes_of[self.softmax][:-2]
+
+    def key_axis(self, types: Types) -> Axis:
+        """Return the axis that is summed over in the product of queries and keys."""
+        return types.axes_of[self.operands[0]][-1]
+
+    def value_axis(self, types: Types) -> Axis:
+        """Return the last axis of the attended values."""
+        return types.axes_of[self.node][-1]
 
 
-def sites_of(types: Types, atom: Atom) -> list[TypedAttention]:
+def attentions(types: Types) -> tuple[Attention, ...]:
+    """Return every attention of a typed graph, in the order of its softmaxes."""
+    chosen = {use.node for use in types.facts.uses if use.kind == "softmax"}
+    found: list[Attention] = []
+    for node in types.program.graph.nodes:
+        if node.target is FUSED:
+            given = arguments_of(node)
+            operands = (given["query"], given["key"], given["value"])
+            found.append(Attention(node, (node, node), operands))
+        elif node in chosen:
+            found += _spelled_out(types, node)
+    return tuple(found)
+
+
+def attentions_of(types: Types, atom: Atom) -> list[Attention]:
     """Return the attentions whose heads `atom` counts."""
     return [
-        site
-        for site in all_sites(types)
-        if any(atom in set(types.axes.atoms(axis)) for axis in site.heads)
+        each
+        for each in attentions(types)
+        if any(atom in set(types.axes.atoms(axis)) for axis in each.head_axes(types))
     ]
 
 
-def _spelled_out(types: Types) -> Iterator[TypedAttention]:
+def _spelled_out(types: Types, softmax: fx.Node) -> Iterator[Attention]:
     """Attention spelled out: a product, a softmax over its last axis, and a product again.
 
     Where one softmax runs over the scores of several products that are joined, and its parts weigh
     several values, there is one for each.
     """
-    for node in (mark.node for mark in types.facts.uses if mark.kind == "softmax"):
-        several, contexts = _back_to_products(types, node), _on_to_products(node)
-        probabilities: tuple[Axis, ...] = types.axes_of[node]
-        for at in range(max(len(several), len(contexts)) if several and contexts else 0):
-            scores, context = (
-                several[min(at, len(several) - 1)],
-                contexts[min(at, len(contexts) - 1)],
-            )
-            query, key = (*scores.all_input_nodes, *scores.all_input_nodes)[-2:]
-            operands = (query, key, context.all_input_nodes[-1])
-            yield TypedAttention(
-                (scores, context),
-                probabilities[:-2],
-                types.axes_of[query][-1],
-                types.axes_of[context][-1],
-                operands,
-            )
+    before, after = _back_to_products(types, softmax), _on_to_products(softmax)
+    for at in range(max(len(before), len(after)) if before and after else 0):
+        scores, context = before[min(at, len(before) - 1)], after[min(at, len(after) - 1)]
+        query, key = (*scores.all_input_nodes, *scores.all_input_nodes)[-2:]
+        yield Attention(softmax, (scores, context), (query, key, context.all_input_nodes[-1]))
 
 
 def _back_to_products(types: Types, node: fx.Node) -> list[fx.Node]:
@@ -89,7 +136,7 @@ def _on_to_products(node: fx.Node, steps: int = 12) -> list[fx.Node]:
     """Return the products in which probabilities, or parts of them, weigh values."""
     users = list(node.users)
     if len(users) > 1:
-        users = [user for user in users if name_of(user) in _PARTING]
+        users = [user for user in users if name_of(user) in _PARTING | ALL_PRODUCTS]
     found: list[fx.Node] = []
     for user in users:
         if name_of(user) in ALL_PRODUCTS:

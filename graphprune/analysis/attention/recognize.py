@@ -1,4 +1,4 @@
-"""Attention in a program's graph, read as one thing with its meaning.
+"""What each attention of a graph computes.
 
 Fused and spelled-out attention are read alike: queries, keys and values before KV heads are
 repeated, the cache that is joined with them, scale, soft cap, and the mask.
@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from graphprune.analysis.attention.attentions import Attention, attentions
 from graphprune.analysis.attention.masks import Mask, meaning_of
 from graphprune.analysis.attention.probes import SAMPLE, Prober
+from graphprune.analysis.inference import infer
 from graphprune.ir.aten import (
     MOVES,
     PERMUTES,
@@ -28,7 +30,6 @@ from graphprune.ir.aten import (
 from graphprune.ir.interpreter import run_part
 from graphprune.ir.nodes import arguments_of
 from graphprune.ir.program import PAST, PRESENT, Program
-from graphprune.ir.provenance import module_path
 
 _ATEN = torch.ops.aten
 
@@ -53,14 +54,12 @@ class Cached:
     name: str
 
 
-@dataclass(frozen=True, eq=False)
-class AttentionSite:
-    """One attention: ``softmax(cap(scale * q k^T) + mask) v``.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RecognizedAttention(Attention):
+    """An attention that computes ``softmax(cap(scale * q k^T) + mask) v``.
 
     Parameters
     ----------
-    node
-        The node that returns the attended values, ``[batch, heads, queries, value size]``.
     query
         Queries, ``[batch, heads, queries, head size]``.
     key, value
@@ -79,7 +78,6 @@ class AttentionSite:
         nothing.
     """
 
-    node: fx.Node
     query: fx.Node
     key: fx.Node
     value: fx.Node
@@ -104,46 +102,34 @@ class AttentionSite:
         """Head sizes of queries and keys, and of values."""
         return int(self.query.meta["val"].shape[-1]), int(self.value.meta["val"].shape[-1])
 
-    @property
-    def module(self) -> str:
-        """The dotted path of the module that attends."""
-        return module_path(self.node)
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class UnrecognizedAttention(Attention):
+    """An attention of which something is not understood, and why."""
 
-@dataclass(frozen=True, eq=False)
-class Unread:
-    """A softmax that could not be read as attention, and why."""
-
-    node: fx.Node
     why: str
 
-    @property
-    def module(self) -> str:
-        """The dotted path of the module that attends."""
-        return module_path(self.node)
+
+Recognition = RecognizedAttention | UnrecognizedAttention
 
 
-def read_attention(program: Program) -> tuple[AttentionSite | Unread, ...]:
-    """Every attention of `program`, in the order of the graph; weights must be there.
-
-    A softmax that is no attention, such as that of a router, is not among them where no product
-    of it follows.
-    """
-    reader = _Reader(program)
-    found = (reader.read(node) for node in program.graph.nodes if node.op == "call_function")
-    return tuple(site for site in found if site is not None)
+def recognize_attentions(program: Program) -> tuple[Recognition, ...]:
+    """Say of every attention of `program` what it computes; weights must be there."""
+    recognizer = _Recognizer(program)
+    of_softmax: dict[fx.Node, list[Attention]] = {}
+    for each in attentions(infer(program)):
+        of_softmax.setdefault(each.softmax, []).append(each)
+    return tuple(recognizer.recognize(*several) for several in of_softmax.values())
 
 
 class _Refused(Exception):
-    """The reason why a softmax is not read as attention."""
+    """The reason why it is not said what an attention computes."""
 
 
 @dataclass(frozen=True)
-class _Parts:
-    """Attention as it is written: heads are repeated, and the mask is a tensor."""
+class _Scores:
+    """How scores are made of queries and keys, as it is written: the mask is a tensor."""
 
-    node: fx.Node
-    operands: tuple[fx.Node, fx.Node, fx.Node]
     mask: fx.Node | None
     scale: float
     softcap: float | None = None
@@ -152,7 +138,7 @@ class _Parts:
     sink: fx.Node | None = None
 
 
-class _Reader:
+class _Recognizer:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.masks: dict[fx.Node, Mask] = {}
@@ -169,44 +155,45 @@ class _Reader:
             if value.name.startswith(PRESENT)
         }
 
-    def read(self, node: fx.Node) -> AttentionSite | Unread | None:
-        """Return what is attention at `node`, a fused one or a softmax; None for anything else."""
+    def recognize(self, attention: Attention, *others: Attention) -> Recognition:
+        """Say what `attention` computes, whose softmax `others` share, or why that is not known."""
         try:
-            if node.target is _ATEN.scaled_dot_product_attention.default:
-                return self._site(_fused(node))
-            if node.target in (_ATEN.softmax.int, _ATEN._softmax.default):
-                parts = _spelled_out(node)
-                return None if parts is None else self._site(parts)
+            if others:
+                raise _Refused("its softmax runs over the scores of several products")
+            return self._recognized(attention)
         except _Refused as refusal:
-            return Unread(node, str(refusal))
-        return None
+            return UnrecognizedAttention(**vars(attention), why=str(refusal))
 
-    def _site(self, parts: _Parts) -> AttentionSite:
-        query, key, value = parts.operands
-        if any(operand.meta["val"].dim() != 4 for operand in parts.operands):
+    def _recognized(self, attention: Attention) -> RecognizedAttention:
+        is_fused = attention.node is attention.softmax
+        scores = _fused(attention.node) if is_fused else _spelled_out(attention)
+        query, key, value = attention.operands
+        if not is_fused:
+            key = _turned(attention)
+        operands = (query, key, value)
+        if any(operand.meta["val"].dim() != 4 for operand in operands):
             raise _Refused("its queries, keys or values have other than four dimensions")
         heads = query.meta["val"].shape[1]
-        if not all(type(operand.meta["val"].shape[1]) is int for operand in parts.operands):
+        if not all(type(operand.meta["val"].shape[1]) is int for operand in operands):
             raise _Refused("its number of heads is dynamic")
         key, value = (
-            plain(operand) if parts.grouped else self._before_repeat(operand, heads)
+            plain(operand) if scores.grouped else self._before_repeat(operand, heads)
             for operand in (key, value)
         )
         kv_heads = key.meta["val"].shape[1]
         if kv_heads != value.meta["val"].shape[1] or heads % kv_heads:
             raise _Refused("keys and values have different numbers of heads")
         caches = self._cached(key, "key"), self._cached(value, "value")
-        both = (caches[0], caches[1]) if caches[0] and caches[1] else None
-        return AttentionSite(
-            parts.node,
-            query,
-            key,
-            value,
-            parts.scale,
-            self._mask(parts),
-            parts.softcap,
-            both,
-            None if parts.sink is None else self._sink(parts.sink, heads),
+        return RecognizedAttention(
+            **vars(attention),
+            query=query,
+            key=key,
+            value=value,
+            scale=scores.scale,
+            mask=self._mask(scores, query, key),
+            softcap=scores.softcap,
+            caches=(caches[0], caches[1]) if caches[0] and caches[1] else None,
+            sink=None if scores.sink is None else self._sink(scores.sink, heads),
         )
 
     def _sink(self, scores: fx.Node, heads: int) -> fx.Node:
@@ -261,37 +248,33 @@ class _Reader:
             return None
         return Cached(node, parts[0], parts[1], PRESENT + name)
 
-    def _mask(self, parts: _Parts) -> Mask:
-        if parts.mask is None:
-            if not parts.causal:
+    def _mask(self, scores: _Scores, query: fx.Node, key: fx.Node) -> Mask:
+        if scores.mask is None:
+            if not scores.causal:
                 return Mask(None, "none")
-            query, key = (node.meta["val"].shape[2] for node in parts.operands[:2])
-            if str(query) != str(key):
+            if str(query.meta["val"].shape[2]) != str(key.meta["val"].shape[2]):
                 raise _Refused("its causal mask counts from the first key, not from the last")
             return Mask(None, "causal")
-        if parts.mask not in self.masks:
-            self.masks[parts.mask] = meaning_of(self.prober, parts.mask)
-        return self.masks[parts.mask]
+        if scores.mask not in self.masks:
+            self.masks[scores.mask] = meaning_of(self.prober, scores.mask)
+        return self.masks[scores.mask]
 
 
-def _fused(node: fx.Node) -> _Parts:
+def _fused(node: fx.Node) -> _Scores:
     given = arguments_of(node)
     if given["dropout_p"]:
         raise _Refused("it drops probabilities")
     if given["is_causal"] and given["attn_mask"] is not None:
         raise _Refused("it is causal and masked at once")
-    operands = (given["query"], given["key"], given["value"])
     scale = given["scale"]
     if scale is None:
-        width = operands[0].meta["val"].shape[-1]
+        width = given["query"].meta["val"].shape[-1]
         if type(width) is not int:
             raise _Refused("its head size is dynamic")
         scale = width**-0.5
     if not isinstance(scale, int | float):
         raise _Refused("its scale is computed")
-    return _Parts(
-        node,
-        operands,
+    return _Scores(
         given["attn_mask"],
         float(scale),
         causal=bool(given["is_causal"]),
@@ -299,20 +282,18 @@ def _fused(node: fx.Node) -> _Parts:
     )
 
 
-def _spelled_out(softmax: fx.Node) -> _Parts | None:
-    """Attention around a softmax: a product before it and one after it; None where none follows.
+def _spelled_out(attention: Attention) -> _Scores:
+    """Read what lies between the first product and the softmax, and between that and the second.
 
-    Between the first product and the softmax scores are scaled, capped and masked, in this order.
+    Scores are scaled, capped and masked, in this order.
     """
-    rank = softmax.meta["val"].dim()
-    context, parted = _product_after(softmax)
-    if context is None:
-        return None
-    if softmax.args[1] not in (-1, rank - 1):
+    softmax, (product, context) = attention.softmax, attention.products
+    has_sink = _drops_last(context, softmax)
+    if softmax.args[1] not in (-1, softmax.meta["val"].dim() - 1):
         raise _Refused("its softmax does not run over the keys")
     mask, softcap, scale, sink = None, None, 1.0, None
     node = uncopied(softmax.all_input_nodes[0])
-    if parted:
+    if has_sink:
         node, sink = _joined_scores(node)
     if name_of(node) == "add":
         mask, node = _added(node)
@@ -321,48 +302,45 @@ def _spelled_out(softmax: fx.Node) -> _Parts | None:
     while (scaled := _scaled(node)) is not None:
         factor, node = scaled
         scale *= factor
-    if name_of(node) not in PRODUCTS:
+    if node is not product or name_of(node) not in PRODUCTS:
         raise _Refused(f"{node.target} lies between its product and its softmax")
-    query, turned = (operand for operand in node.args[:2] if isinstance(operand, fx.Node))
-    turned = plain(turned)
-    dims = turned.args[1:3] if turned.target is _ATEN.transpose.int else ()
+    return _Scores(mask, scale, softcap, sink=sink)
+
+
+def _turned(attention: Attention) -> fx.Node:
+    """Return the keys of which the first product takes the transpose."""
+    taken = plain(attention.operands[1])
+    rank = taken.meta["val"].dim()
+    dims = taken.args[1:3] if taken.target is _ATEN.transpose.int else ()
     if {int(dim) % rank for dim in dims if isinstance(dim, int)} != {rank - 2, rank - 1}:
         raise _Refused("its keys are not a transpose of keys")
-    key = turned.all_input_nodes[0]
-    value = context.args[1]
-    assert isinstance(value, fx.Node)
-    return _Parts(context, (query, key, value), mask, scale, softcap, sink=sink)
+    return taken.all_input_nodes[0]
 
 
-def _product_after(node: fx.Node) -> tuple[fx.Node | None, bool]:
-    """Return the product that probabilities go into, and whether the last one goes nowhere.
+def _drops_last(context: fx.Node, softmax: fx.Node) -> bool:
+    """Return whether the last probability, that of a sink, weighs nothing in `context`.
 
-    None where they go into no product, or are no probabilities of keys.
+    All others must be the left side of that product, and be read by nothing else.
     """
-    parted = False
+    node, dropped = context.args[0], False
+    if node is context.args[1] or not isinstance(node, fx.Node):
+        raise _Refused("its probabilities are not the left side of a product")
     while True:
-        users = list(node.users)
-        into = [user for user in users if name_of(user) in PRODUCTS]
-        if len(users) != 1:
-            if into:
-                raise _Refused("its probabilities are read elsewhere too")
-            return None, parted
-        if into:
-            if into[0].args[0] is not node or into[0].args[1] is node:
-                raise _Refused("its probabilities are not the left side of a product")
-            return into[0], parted
-        (user,) = users
-        if user.target is _ATEN.slice.Tensor and not parted:
-            given = arguments_of(user)
-            last = given["dim"] in (-1, user.meta["val"].dim() - 1)
-            if not last or given["start"] not in (None, 0) or given["end"] != -1:
-                return None, parted
-            parted = True
-        elif name_of(user) in RESHAPES and any(name_of(u) in PRODUCTS for u in user.users):
+        if len(node.users) > 1:
+            raise _Refused("its probabilities are read elsewhere too")
+        if node is softmax:
+            return dropped
+        if name_of(node) in RESHAPES:
             raise _Refused("its products have batch and heads in one dimension")
-        elif uncopied(user) is not uncopied(node):
-            return None, parted
-        node = user
+        if node.target is _ATEN.slice.Tensor and not dropped:
+            given = arguments_of(node)
+            last = given["dim"] in (-1, node.meta["val"].dim() - 1)
+            if not last or given["start"] not in (None, 0) or given["end"] != -1:
+                raise _Refused("its softmax runs over more than keys")
+            dropped = True
+        elif not is_copy(node):
+            raise _Refused(f"{node.target} lies between its softmax and its product")
+        node = node.all_input_nodes[0]
 
 
 def _joined_scores(node: fx.Node) -> tuple[fx.Node, fx.Node]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from graphprune.analysis.axes import UNIT, Axis
-from graphprune.analysis.operators.facts import Type, TypedAttention, ZeroRule
+from graphprune.analysis.operators.facts import Type, ZeroRule
 from graphprune.analysis.operators.rule import RuleContext, rule
 
 
@@ -134,8 +134,6 @@ def attention(ctx: RuleContext) -> Type:
     if ctx.arg("attn_mask") is not None:
         scores = (*heads, q[-2], k[-2])
         ctx.broadcast(scores, ctx.type("attn_mask"), shape=[axis.size for axis in scores])
-    products = (ctx.node, ctx.node)
-    ctx.facts.attentions.append(TypedAttention(products, heads, q[-1], v[-1], (query, key, value)))
     # The weights of a head sum to one, so the result is zero where its values are.
     ctx.zero_where((value,))
     return (*heads, q[-2], v[-1])
@@ -153,9 +151,9 @@ def convolution(ctx: RuleContext) -> Type:
         return _all_frozen(ctx, "it is convolved in a dynamic number of groups")
     kernel = weight[2:]
     for axis in kernel:
-        ctx.freeze(axis, "places of a kernel")
+        ctx.freeze(axis, "positions of a kernel")
     for axis in type_[at + 1 :]:
-        ctx.freeze(axis, "places of an image")
+        ctx.freeze(axis, "positions of an image")
     out = weight[0]
     if groups == 1:
         ctx.unify(type_[at], weight[1])
@@ -172,8 +170,8 @@ def convolution(ctx: RuleContext) -> Type:
     if ctx.arg("bias") is not None:
         ctx.unify(out, ctx.type("bias")[0])
     ctx.zero_where((ctx.arg("input"), ctx.arg("weight")), (ctx.arg("bias"),))
-    places = [ctx.fixed(size, "places of an image") for size in shape[at + 1 :]]
-    return (*type_[:at], out, *places)
+    positions = [ctx.fixed(size, "positions of an image") for size in shape[at + 1 :]]
+    return (*type_[:at], out, *positions)
 
 
 @rule("conv_transpose1d.default", "conv_transpose2d.input", zero=ZeroRule.ANY_OPERAND)
@@ -186,7 +184,7 @@ def transposed_convolution(ctx: RuleContext) -> Type:
     if isinstance(groups, fx.Node):
         return _all_frozen(ctx, "it is convolved in a dynamic number of groups")
     for axis in (*weight[2:], *type_[at + 1 :]):
-        ctx.freeze(axis, "places of a kernel or an image")
+        ctx.freeze(axis, "positions of a kernel or an image")
     ctx.unify(type_[at], weight[0])
     if groups == 1:
         out = weight[1]
@@ -199,8 +197,8 @@ def transposed_convolution(ctx: RuleContext) -> Type:
     if ctx.arg("bias") is not None:
         ctx.unify(out, ctx.type("bias")[0])
     ctx.zero_where((ctx.arg("input"), ctx.arg("weight")), (ctx.arg("bias"),))
-    places = [ctx.fixed(size, "places of an image") for size in shape[at + 1 :]]
-    return (*type_[:at], out, *places)
+    positions = [ctx.fixed(size, "positions of an image") for size in shape[at + 1 :]]
+    return (*type_[:at], out, *positions)
 
 
 @rule("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input", zero=ZeroRule.NEVER)

@@ -169,35 +169,6 @@ class AxisUse:
     node: fx.Node
 
 
-@dataclass(frozen=True)
-class TypedAttention:
-    """A softmax attention.
-
-    Parameters
-    ----------
-    products
-        The nodes that multiply queries with keys, and probabilities with values (one fused node
-        may be both).
-    heads
-        Batch axes of the products.
-    key, value
-        The axis that queries and keys share, and that of the values.
-    operands
-        Queries, keys and values.
-    """
-
-    products: tuple[fx.Node, fx.Node]
-    heads: tuple[Axis, ...]
-    key: Axis
-    value: Axis
-    operands: tuple[fx.Node, fx.Node, fx.Node]
-
-    @property
-    def node(self) -> fx.Node:
-        """The node that returns the attended values."""
-        return self.products[1]
-
-
 @dataclass
 class Facts:
     """All that the rules said about one graph, in the order of its nodes."""
@@ -212,7 +183,6 @@ class Facts:
     unit_stacks: list[UnitStack] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
     uses: list[AxisUse] = field(default_factory=list)
-    attentions: list[TypedAttention] = field(default_factory=list)
     unruled: list[fx.Node] = field(default_factory=list)
 
 

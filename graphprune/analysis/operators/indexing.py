@@ -27,7 +27,7 @@ def index(ctx: RuleContext) -> Type:
     kept, lead, gone = _indexed(ctx)
     for dim, node in gone:
         if _is_mask(node):
-            ctx.freeze(type_[dim], "its places are picked by a mask")
+            ctx.freeze(type_[dim], "its positions are picked by a mask")
         else:
             ctx.pick(type_[dim], node)
     count = len(shape) - len(kept)
@@ -45,14 +45,14 @@ def index_put(ctx: RuleContext) -> Type:
     type_, values = ctx.type("self"), ctx.type("values")
     kept, lead, gone = _indexed(ctx)
     for dim, node in gone:
-        ctx.freeze(type_[dim], "places of it are written by index")
+        ctx.freeze(type_[dim], "positions of it are written by index")
         for axis in ctx.types[node]:
-            ctx.freeze(axis, "it writes places by index")
+            ctx.freeze(axis, "it writes positions by index")
     count = max(1 if _is_mask(node) else len(ctx.types[node]) for _, node in gone)
     whole = (*kept[:lead], *[None] * count, *kept[lead:])
     for axis, other in zip(reversed(values), reversed(whole), strict=False):
         if other is None:
-            ctx.freeze(axis, "it writes places by index")
+            ctx.freeze(axis, "it writes positions by index")
         elif axis.size == other.size:
             ctx.unify(axis, other)
     ctx.zero_where((ctx.arg("self"),), (ctx.arg("values"),))
@@ -75,19 +75,19 @@ def _indexed(ctx: RuleContext) -> tuple[list[Axis], int, list[tuple[int, fx.Node
 
 
 @rule("where.default", "nonzero_numpy.default", zero=ZeroRule.NEVER)
-def places_of_mask(ctx: RuleContext) -> list[Type | None]:
+def positions_of_mask(ctx: RuleContext) -> list[Type | None]:
     """The indices where a mask holds, along each of its axes, which are frozen."""
     for axis in ctx.types[ctx.operands()[0]]:
-        ctx.freeze(axis, "places of it are found by a mask")
-    return [(ctx.fixed(shape[0], "places that a mask finds"),) for shape in ctx.shapes(ctx.node)]
+        ctx.freeze(axis, "positions of it are found by a mask")
+    return [(ctx.fixed(shape[0], "positions that a mask finds"),) for shape in ctx.shapes(ctx.node)]
 
 
 @rule("nonzero.default", zero=ZeroRule.NEVER)
 def coordinates_of_mask(ctx: RuleContext) -> Type:
     """The indices where a mask holds, a row for each; its axes are frozen."""
     for axis in ctx.type("self"):
-        ctx.freeze(axis, "places of it are found by a mask")
-    return tuple(ctx.fixed(size, "places that a mask finds") for size in ctx.shape())
+        ctx.freeze(axis, "positions of it are found by a mask")
+    return tuple(ctx.fixed(size, "positions that a mask finds") for size in ctx.shape())
 
 
 def _is_mask(node: fx.Node) -> bool:
@@ -134,7 +134,7 @@ def scatter(ctx: RuleContext) -> Type:
     type_, picked = ctx.type("self"), ctx.type("index")
     dim = ctx.dim("dim", len(type_))
     ctx.pick(type_[dim], ctx.arg("index"))
-    ctx.freeze(picked[dim], "it writes places by index")
+    ctx.freeze(picked[dim], "it writes positions by index")
     _same_but(ctx, type_, picked, dim)
     if isinstance(ctx.arg("src"), fx.Node):
         _same_but(ctx, picked, ctx.type("src"), -1)
@@ -149,9 +149,9 @@ def index_add(ctx: RuleContext) -> Type:
     """Slices are added at indices of one axis, which is frozen."""
     type_, source = ctx.type("self"), ctx.type("source")
     dim = ctx.dim("dim", len(type_))
-    ctx.freeze(type_[dim], "places of it are written by index")
+    ctx.freeze(type_[dim], "positions of it are written by index")
     for axis in (source[dim], *ctx.type("index")):
-        ctx.freeze(axis, "it writes places by index")
+        ctx.freeze(axis, "it writes positions by index")
     _same_but(ctx, type_, source, dim)
     ctx.zero_where((ctx.arg("self"),), (ctx.arg("source"),))
     return type_
@@ -172,7 +172,7 @@ def triangle(ctx: RuleContext) -> Type:
     """Places of the last two axes are compared: both are frozen."""
     type_ = ctx.type("self")
     for axis in type_[-2:]:
-        ctx.freeze(axis, "its places are compared with those of another axis")
+        ctx.freeze(axis, "its positions are compared with those of another axis")
     return type_
 
 
@@ -183,7 +183,7 @@ def triangle(ctx: RuleContext) -> Type:
 @rule("tril_indices.default", "triu_indices.default", zero=ZeroRule.NEVER)
 def counting(ctx: RuleContext) -> Type:
     """Values that tell their index: the axes are frozen."""
-    return tuple(ctx.fixed(size, "its values count its places") for size in ctx.shape())
+    return tuple(ctx.fixed(size, "its values count its positions") for size in ctx.shape())
 
 
 def _sized(ctx: RuleContext) -> Type:

@@ -191,8 +191,8 @@ def mix(ctx: RuleContext) -> Type:
     """Elements are moved or mixed along some axes, which are frozen; the others stay."""
     type_, shape = list(ctx.type("self")), ctx.shape()
     for dim in ctx.dims("dims" if ctx.arg("dims") is not None else "dim", len(type_)):
-        ctx.freeze(type_[dim], "its elements change places or are mixed")
-        type_[dim] = ctx.fixed(shape[dim], "elements that changed places or were mixed")
+        ctx.freeze(type_[dim], "its elements are reordered or mixed")
+        type_[dim] = ctx.fixed(shape[dim], "elements that are reordered or mixed")
     return tuple(type_)
 
 
@@ -203,7 +203,7 @@ def unfold(ctx: RuleContext) -> Type:
     dim = ctx.dim("dimension", len(type_))
     ctx.freeze(type_[dim], "windows are cut out of it")
     type_[dim] = ctx.fixed(shape[dim], "windows of an axis")
-    return (*type_, ctx.fixed(shape[-1], "places of a window"))
+    return (*type_, ctx.fixed(shape[-1], "positions of a window"))
 
 
 @rule("im2col.default", zero=ZeroRule.AS_FIRST)
@@ -211,20 +211,24 @@ def image_to_columns(ctx: RuleContext) -> Type:
     """Windows of an image: (channel tap), and a column for each window."""
     type_ = ctx.type("self")
     for axis in type_[-2:]:
-        ctx.freeze(axis, "places of an image")
-    places = ctx.fixed(math.prod(ctx.arg("kernel_size")), "places of a window")
+        ctx.freeze(axis, "positions of an image")
+    positions = ctx.fixed(math.prod(ctx.arg("kernel_size")), "positions of a window")
     columns = ctx.fixed(ctx.shape()[-1], "windows of an image")
-    return (*type_[:-3], ctx.axes.product(type_[-3], places), columns)
+    return (*type_[:-3], ctx.axes.product(type_[-3], positions), columns)
 
 
 @rule("col2im.default", zero=ZeroRule.AS_FIRST)
 def columns_to_image(ctx: RuleContext) -> Type:
     """Windows (channel tap) are added up to an image."""
     type_, shape = ctx.type("self"), ctx.shape()
-    channel, places = ctx.factor(type_[-2], (shape[-3], math.prod(ctx.arg("kernel_size"))))
-    ctx.freeze(places, "places of a window")
+    channel, positions = ctx.factor(type_[-2], (shape[-3], math.prod(ctx.arg("kernel_size"))))
+    ctx.freeze(positions, "positions of a window")
     ctx.freeze(type_[-1], "windows of an image")
-    return (*type_[:-2], channel, *(ctx.fixed(size, "places of an image") for size in shape[-2:]))
+    return (
+        *type_[:-2],
+        channel,
+        *(ctx.fixed(size, "positions of an image") for size in shape[-2:]),
+    )
 
 
 @rule("channel_shuffle.default", zero=ZeroRule.AS_FIRST)

@@ -115,7 +115,7 @@ def extreme_with_index(ctx: RuleContext) -> list[Type | None]:
 
 
 @rule("argmax.default", zero=ZeroRule.NEVER)
-def place_of_largest(ctx: RuleContext) -> Type:
+def index_of_largest(ctx: RuleContext) -> Type:
     """The index of the largest of an axis, which is chosen from."""
     type_ = ctx.type("self")
     if ctx.arg("dim") is None:
@@ -235,7 +235,7 @@ def group_norm(ctx: RuleContext) -> Type:
     groups = ctx.arg("num_groups")
     _affine(ctx, type_[1:2])
     for axis in type_[2:]:
-        ctx.freeze(axis, "places of an image")
+        ctx.freeze(axis, "positions of an image")
     group, channel = ctx.factor(type_[1], (groups, type_[1].size // groups))
     ctx.size_literal("num_groups", None, group)
     ctx.statistic(channel, 1, clears=True)
@@ -303,8 +303,8 @@ def _pooled(ctx: RuleContext, type_: Type, shape: tuple[int, ...]) -> Type:
     result = list(type_)
     for back in range(1, int(found[1]) + 1):
         if not _is_whole(ctx, back, int(found[1])):
-            ctx.freeze(type_[-back], "places of an image")
-            result[-back] = ctx.fixed(shape[-back], "places of an image")
+            ctx.freeze(type_[-back], "positions of an image")
+            result[-back] = ctx.fixed(shape[-back], "positions of an image")
     return tuple(result)
 
 
@@ -328,8 +328,8 @@ def unpool(ctx: RuleContext) -> Type:
     for axis, other in zip(type_, ctx.type("indices"), strict=True):
         ctx.unify(axis, other)
     for axis in type_[-spatial:]:
-        ctx.freeze(axis, "places of an image")
-    fixed = [ctx.fixed(size, "places of an image") for size in shape[-spatial:]]
+        ctx.freeze(axis, "positions of an image")
+    fixed = [ctx.fixed(size, "positions of an image") for size in shape[-spatial:]]
     return (*type_[:-spatial], *fixed)
 
 
@@ -338,6 +338,6 @@ def sample(ctx: RuleContext) -> Type:
     """Places of an image are picked and combined by a grid, each channel alone."""
     type_, grid, shape = ctx.type("input"), ctx.type("grid"), ctx.shape()
     for axis in (*type_[2:], *grid[1:]):
-        ctx.freeze(axis, "places of an image")
+        ctx.freeze(axis, "positions of an image")
     ctx.unify(type_[0], grid[0])
-    return (*type_[:2], *(ctx.fixed(size, "places of an image") for size in shape[2:]))
+    return (*type_[:2], *(ctx.fixed(size, "positions of an image") for size in shape[2:]))

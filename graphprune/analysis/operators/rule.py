@@ -216,7 +216,7 @@ class RuleContext:
         """Say that the values of a result are indices of `axis`."""
         self.unit_numbers[self.node, result] = axis
 
-    def pick(self, axis: Axis, index: fx.Node, what: str = "places") -> None:
+    def pick(self, axis: Axis, index: fx.Node, what: str = "positions") -> None:
         """Say that `axis` is indexed by the values of `index`.
 
         Where those are indices of another axis, the two are one; otherwise `axis` is frozen.

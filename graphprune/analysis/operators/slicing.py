@@ -80,7 +80,7 @@ def unbind(ctx: RuleContext) -> list[Type | None]:
     type_ = ctx.type("self")
     dim = ctx.dim("dim", len(type_))
     pieces = _cut(ctx, type_[dim], [1] * type_[dim].size)
-    ctx.freeze(type_[dim], "it is taken apart into single places")
+    ctx.freeze(type_[dim], "it is taken apart into single positions")
     return [(*type_[:dim], *type_[dim + 1 :]) for _ in pieces]
 
 
@@ -100,7 +100,7 @@ def select(ctx: RuleContext) -> Type:
     rest = (*type_[:dim], *type_[dim + 1 :])
     size = type_[dim].size
     if isinstance(index, fx.Node) or _is_dynamic(ctx, "self", dim):
-        ctx.freeze(type_[dim], "one place is selected by a dynamic index")
+        ctx.freeze(type_[dim], "one position is selected by a dynamic index")
         return rest
     index = index + size if index < 0 else index
     if ctx.is_chosen_from(type_[dim]):
@@ -161,7 +161,7 @@ def _strided(ctx: RuleContext, axis: Axis, start: int, end: int, step: int) -> A
         ctx.freeze(axis, f"it is sliced in steps of {step}")
         return ctx.fixed(len(range(start, end, step)), f"a slice in steps of {step}")
     outer, inner = ctx.factor(axis, (axis.size // step, step))
-    ctx.freeze(inner, f"places of a slice in steps of {step}")
+    ctx.freeze(inner, f"positions of a slice in steps of {step}")
     if ctx.arg("end") is not None and ctx.arg("end") < axis.size:
         ctx.freeze(outer, "it is sliced in steps up to a bound")
     return outer

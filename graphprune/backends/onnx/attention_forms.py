@@ -17,7 +17,11 @@ from typing import Literal
 import torch
 from torch import fx
 
-from graphprune.analysis.attention.recognize import AttentionSite, Unread
+from graphprune.analysis.attention.recognize import (
+    Recognition,
+    RecognizedAttention,
+    UnrecognizedAttention,
+)
 from graphprune.analysis.attention.rotary import Rotary, RotaryReader
 from graphprune.errors import BackendError, UsageError
 from graphprune.ir.program import Program
@@ -42,7 +46,7 @@ STANDARD_OPSET = 23
 """The first opset that has Attention."""
 
 
-Rotations = dict[AttentionSite | Unread, tuple[Rotary, Rotary]]
+Rotations = dict[Recognition, tuple[Rotary, Rotary]]
 """Attention -> how its queries and its new keys are rotated."""
 
 
@@ -108,20 +112,18 @@ def check_target(program: Program, target: Target | None, opset: int) -> None:
         raise BackendError(f"target cpu has no kernels for {said}: load the model in float32")
 
 
-def form_of(
-    site: AttentionSite | Unread, target: Target, opset: int, shared: set[fx.Node]
-) -> AttentionForm:
+def form_of(site: Recognition, target: Target, opset: int, shared: set[fx.Node]) -> AttentionForm:
     """Return the best form for `site` that `target` has at `opset`.
 
     `shared` are joined keys and values that something else reads too: no operator may hold those.
     """
-    if isinstance(site, Unread):
+    if isinstance(site, UnrecognizedAttention):
         return AttentionForm(site.module, "decomposed", site.why)
     return AttentionForm(site.module, *_best(site, target, opset, shared))
 
 
 def _best(
-    site: AttentionSite, target: Target, opset: int, shared: set[fx.Node]
+    site: RecognizedAttention, target: Target, opset: int, shared: set[fx.Node]
 ) -> tuple[Form, str]:
     against: dict[Form, Callable[[], str]] = {
         "gqa": lambda: _not_gqa(site, target, shared),
@@ -137,14 +139,14 @@ def _best(
     return "decomposed", "; ".join(reasons)
 
 
-def _said(site: AttentionSite) -> str:
+def _said(site: RecognizedAttention) -> str:
     heads = f"{site.heads} query heads on {site.kv_heads} KV heads of {site.sizes[0]}"
     cap = f", soft cap {site.softcap:g}" if site.softcap else ""
     sink = ", sink" if site.sink is not None else ""
     return f"{heads}, {site.mask}{cap}{sink}"
 
 
-def _not_gqa(site: AttentionSite, target: Target, shared: set[fx.Node]) -> str:
+def _not_gqa(site: RecognizedAttention, target: Target, shared: set[fx.Node]) -> str:
     """Why GroupQueryAttention does not compute what `site` does; "" where it does."""
     key, value = site.sizes
     dtype = site.query.meta["val"].dtype
@@ -165,14 +167,14 @@ def _not_gqa(site: AttentionSite, target: Target, shared: set[fx.Node]) -> str:
     return ""
 
 
-def _not_mha(site: AttentionSite) -> str:
+def _not_mha(site: RecognizedAttention) -> str:
     """Why MultiHeadAttention does not compute what `site` does; "" where it does."""
     if site.heads != site.kv_heads:
         return f"{site.kv_heads} KV heads would have to be repeated"
     return _more_than_masked(site, "its scores are capped")
 
 
-def _not_standard(site: AttentionSite, opset: int) -> str:
+def _not_standard(site: RecognizedAttention, opset: int) -> str:
     """Why ONNX's own Attention does not compute what `site` does; "" where it does."""
     if opset < STANDARD_OPSET:
         return f"opset {opset} has no Attention, {STANDARD_OPSET} has"
@@ -181,7 +183,7 @@ def _not_standard(site: AttentionSite, opset: int) -> str:
     )
 
 
-def _more_than_masked(site: AttentionSite, capped: str) -> str:
+def _more_than_masked(site: RecognizedAttention, capped: str) -> str:
     """Say what there is beside scores and a mask, `capped` for a soft cap; "" for nothing."""
     if site.sink is not None:
         return "it has a sink"
@@ -192,7 +194,7 @@ def _more_than_masked(site: AttentionSite, capped: str) -> str:
     return ""
 
 
-def rotations_of(program: Program, sites: Sequence[AttentionSite]) -> Rotations:
+def rotations_of(program: Program, sites: Sequence[RecognizedAttention]) -> Rotations:
     """Return the rotary embeddings of queries and new keys that GroupQueryAttention has too."""
     positions = program.context_length
     if not sites or positions is None:
@@ -210,8 +212,8 @@ def rotations_of(program: Program, sites: Sequence[AttentionSite]) -> Rotations:
     return found
 
 
-def read_by_several(sites: Sequence[AttentionSite | Unread]) -> set[fx.Node]:
+def read_by_several(sites: Sequence[Recognition]) -> set[fx.Node]:
     """Return joined keys and values that several attentions read."""
-    read = (site for site in sites if isinstance(site, AttentionSite))
+    read = (site for site in sites if isinstance(site, RecognizedAttention))
     joined = [cached.joined for site in read for cached in site.caches or ()]
     return {node for node in joined if joined.count(node) > 1}

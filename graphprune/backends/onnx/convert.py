@@ -155,7 +155,7 @@ def _keep_padding(node: fx.Node) -> None:
 
 
 def _write_out_pieces(node: fx.Node) -> None:
-    """Equal pieces of a dynamic size, as places of a dimension: a sequence cannot be simplified."""
+    """Write equal pieces of a dynamic size as indices: sequences cannot be simplified."""
     whole, dim = node.args[0], node.args[2] if len(node.args) > 2 else 0
     sizes = [piece.shape[dim] for piece in node.meta["val"]]
     if any(size is not sizes[0] and str(size) != str(sizes[0]) for size in sizes):

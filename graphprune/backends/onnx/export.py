@@ -22,7 +22,7 @@ from graphprune.backends.onnx.dimension_names import apply_names, dimension_name
 from graphprune.backends.onnx.fuse_norms import as_checked, fuse_norms
 from graphprune.backends.onnx.last_logits import last_only
 from graphprune.backends.onnx.lower_attention import lower_attention
-from graphprune.backends.onnx.parity import QUICK, Comparison, Protocol, compare
+from graphprune.backends.onnx.parity import QUICK, Parity, Protocol, compare
 from graphprune.backends.onnx.session import check_opset
 from graphprune.errors import BackendError, UsageError, first_line
 from graphprune.io.atomic import staged_file
@@ -190,7 +190,7 @@ def export(
                 _save(model, staged, external_data)
                 _check(staged)
                 advance(1)
-                ran = Comparison(None, None)
+                ran = Parity(None, None)
                 if check:
                     counts = any(choice.form == "gqa" for choice in choices)
                     protocol = QUICK if check is True else check

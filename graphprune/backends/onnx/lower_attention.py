@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphprune.analysis.attention.recognize import AttentionSite, Cached, plain, read_attention
+from graphprune.analysis.attention.recognize import (
+    Cached,
+    RecognizedAttention,
+    plain,
+    recognize_attentions,
+)
 from graphprune.analysis.attention.rotary import Rotary
 from graphprune.backends.onnx.attention_forms import (
     STANDARD_OPSET,
@@ -48,7 +53,7 @@ def lower_attention(
     tuple
         The program, and the form of each attention in the order of the graph.
     """
-    sites = read_attention(program)
+    sites = recognize_attentions(program)
     shared = read_by_several(sites)
     read: Rotations | None = None if rotary else {}
     while True:
@@ -57,7 +62,7 @@ def lower_attention(
         fused = [
             (site, choice.form)
             for site, choice in zip(sites, choices, strict=True)
-            if isinstance(site, AttentionSite) and choice.form != "decomposed"
+            if isinstance(site, RecognizedAttention) and choice.form != "decomposed"
         ]
         if not fused:
             return program, tuple(choices)
@@ -135,10 +140,10 @@ class _Lowering:
             for name, table in (("cos", cos), ("sin", sin))
         }
 
-    def replace(self, site: AttentionSite, form: Form) -> None:
+    def replace(self, site: RecognizedAttention, form: Form) -> None:
         """Put an operator in the place of `site`."""
         self.at = self.copies[site.node]
-        write: dict[Form, Callable[[AttentionSite], fx.Node]] = {
+        write: dict[Form, Callable[[RecognizedAttention], fx.Node]] = {
             "gqa": self._gqa,
             "mha": self._mha,
             "standard": self._standard,
@@ -147,7 +152,7 @@ class _Lowering:
             attended = write[form](site)
         self.at.replace_all_uses_with(attended)
 
-    def _gqa(self, site: AttentionSite) -> fx.Node:
+    def _gqa(self, site: RecognizedAttention) -> fx.Node:
         assert site.caches is not None
         keys, values = site.caches
         query, key = (self._rows(node) for node in (site.query, keys.new))
@@ -183,7 +188,7 @@ class _Lowering:
             self._replace_cache(cached, made)
         return self._heads_first(out, site)
 
-    def _further(self, site: AttentionSite) -> list[fx.Node | None]:
+    def _further(self, site: RecognizedAttention) -> list[fx.Node | None]:
         """Angles, positions, a bias and a sink, as far as there are any."""
         further: list[fx.Node | None] = [None] * 5
         if site in self.rotations:
@@ -245,7 +250,7 @@ class _Lowering:
                         size = self._sum(size, self._size(self.copies[cached.new], dim))
                 user.replace_all_uses_with(size)
 
-    def _mha(self, site: AttentionSite) -> fx.Node:
+    def _mha(self, site: RecognizedAttention) -> fx.Node:
         query = self._rows(site.query)
         batch, new = (self._size(query, dim) for dim in (0, 1))
         (out,) = self._operator(
@@ -256,7 +261,7 @@ class _Lowering:
         )
         return self._heads_first(out, site)
 
-    def _standard(self, site: AttentionSite) -> fx.Node:
+    def _standard(self, site: RecognizedAttention) -> fx.Node:
         query, key, value = (self.copies[node] for node in (site.query, site.key, site.value))
         mask = site.mask.node
         (out,) = self._operator(
@@ -288,7 +293,7 @@ class _Lowering:
         """Keys or values for MultiHeadAttention: cached ones have their heads first."""
         return self.copies[node] if node.target is _ATEN.cat.default else self._rows(node)
 
-    def _heads_first(self, rows: fx.Node, site: AttentionSite) -> fx.Node:
+    def _heads_first(self, rows: fx.Node, site: RecognizedAttention) -> fx.Node:
         """``[batch, length, heads * size]`` as ``[batch, heads, length, size]``.
 
         Where the graph goes back at once, it goes on from the rows.
@@ -304,7 +309,7 @@ class _Lowering:
                     pending.append(user)
         return self._call(_ATEN.transpose.int, apart, 1, 2)
 
-    def _bias(self, site: AttentionSite) -> fx.Node | None:
+    def _bias(self, site: RecognizedAttention) -> fx.Node | None:
         """Return what is added to scores, of as many rows as there are queries."""
         if site.mask.node is None:
             return None
@@ -321,8 +326,10 @@ class _Lowering:
         sizes = [-1, -1, self._size(query, 2), self._size(self.copies[site.key], 2)]
         return self._call(_ATEN.expand.default, mask, sizes)
 
-    def _lengths(self, site: AttentionSite, batch: Any, total: Any) -> tuple[fx.Node, fx.Node]:
-        """How many keys of each row count, less one; and how many places the mask has."""
+    def _lengths(
+        self, site: RecognizedAttention, batch: Any, total: Any
+    ) -> tuple[fx.Node, fx.Node]:
+        """Return how many keys of each row count, less one, and how many keys there are."""
         padding = self.copies[site.mask.padding] if site.mask.padding is not None else None
         key = padding if padding is not None else site.caches
         if key not in self.lengths:

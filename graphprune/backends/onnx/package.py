@@ -39,7 +39,7 @@ from graphprune.backends.onnx.attention_forms import Target
 from graphprune.backends.onnx.dimension_names import dimension_names
 from graphprune.backends.onnx.export import OnnxReport, export
 from graphprune.backends.onnx.last_logits import last_only
-from graphprune.backends.onnx.parity import FULL, SHARED, Comparison, compare
+from graphprune.backends.onnx.parity import FULL, SHARED, Parity, compare
 from graphprune.backends.onnx.runtime.genai_config import genai_config
 from graphprune.backends.onnx.session import CPU, provider_name
 from graphprune.backends.onnx.weights import MODEL, held_weights, weights_beside
@@ -209,7 +209,7 @@ def write_package(
     return dataclasses.replace(report, path=path, bytes=size, notes=tuple(notes))
 
 
-def verify_package(directory: str | PathLike[str], *, provider: str | None = None) -> Comparison:
+def verify_package(directory: str | PathLike[str], *, provider: str | None = None) -> Parity:
     """Prove that the model of a package gives what its program gives, by the whole protocol.
 
     Parameters
@@ -222,7 +222,7 @@ def verify_package(directory: str | PathLike[str], *, provider: str | None = Non
 
     Returns
     -------
-    Comparison
+    Parity
         The largest error of each check.
 
     Raises

@@ -69,7 +69,7 @@ FULL = Protocol(
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Parity:
     """What running a model beside its program showed.
 
     Parameters
@@ -106,7 +106,7 @@ def compare(
     counts: bool = False,
     protocol: Protocol = QUICK,
     provider: str = CPU,
-) -> Comparison:
+) -> Parity:
     """Run the ONNX model at `path` and `program` on the same random inputs.
 
     Parameters
@@ -137,27 +137,27 @@ def compare(
         import onnxruntime
     except ImportError:
         note = "ONNX Runtime is not installed, so the model was checked but not run"
-        return Comparison(None, None, (note,))
+        return Parity(None, None, (note,))
     version = str(onnxruntime.__version__)
     values = (*program.inputs, *program.outputs)
     if provider == CPU and any(value.dtype == torch.bfloat16 for value in values):
-        return Comparison(None, version, ("not run: bfloat16 has no kernels on the CPU",))
+        return Parity(None, version, ("not run: bfloat16 has no kernels on the CPU",))
     if drawing := random_nodes(program.graph):
         note = f"not compared: {whereabouts(drawing[0])} draws at random"
-        return Comparison(None, version, (note,))
+        return Parity(None, version, (note,))
     pair = Pair(program, open_session(path, provider))
     notes: tuple[str, ...] = ()
     if program.is_decoder and {"sequence", "past_sequence"} <= set(names.values()):
-        notes = _Decoder(pair, names, protocol, counts).compare()
+        notes = _DecoderParity(pair, names, protocol, counts).compare()
     else:
         for batch in (3, 1):
             pair.check = f"batch of {batch}"
             pair.run(random_inputs(program, sizes_for(program, names, batch), complete=True))
     worst = max(pair.errors.values(), default=0.0)
-    return Comparison(worst, version, notes, pair.errors, provider)
+    return Parity(worst, version, notes, pair.errors, provider)
 
 
-class _Decoder:
+class _DecoderParity:
     """Runs a decoder and its model through a protocol."""
 
     def __init__(

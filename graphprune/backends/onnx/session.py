@@ -163,7 +163,7 @@ class Pair:
     def in_place(
         self, inputs: Mapping[str, Tensor], caches: Mapping[str, Tensor], room: int
     ) -> dict[str, Tensor]:
-        """Return ONNX Runtime's outputs with each past and present in one buffer of `room` places.
+        """Return ONNX Runtime's outputs with each past and present in one buffer for `room` tokens.
 
         `inputs` are all but the caches, which `caches` hold by the names of the outputs.
         """

@@ -34,7 +34,7 @@ _SIZES = (2, 3, 5, 7, 11, 13)
 
 
 @dataclass(frozen=True)
-class _Part:
+class _Rows:
     """What a node takes out of a projection.
 
     Parameters
@@ -74,7 +74,7 @@ def deinterleave(
         A weight of which no part is taken, or of which something else is read, stays as it is.
     """
     names = {node: name for name, node in program.weight_nodes()}
-    found: dict[fx.Node, list[_Part]] = {}
+    found: dict[fx.Node, list[_Rows]] = {}
     permutations: dict[str, tuple[Permutation, ...]] = {}
     for node, name in names.items():
         if name in weights:
@@ -110,9 +110,9 @@ def permute_weights(
 # -- finding ------------------------------------------------------------------------------------
 
 
-def _parts_of(weight: fx.Node, names: Mapping[fx.Node, str]) -> dict[fx.Node, list[_Part]]:
+def _parts_of(weight: fx.Node, names: Mapping[fx.Node, str]) -> dict[fx.Node, list[_Rows]]:
     """Return every projection with `weight` -> its parts; nothing where they differ."""
-    found: dict[fx.Node, list[_Part]] = {}
+    found: dict[fx.Node, list[_Rows]] = {}
     for user in weight.users:
         if user.target is not _ATEN.linear.default or user.args[1] is not weight:
             return {}
@@ -138,12 +138,12 @@ def _is_alone(projection: fx.Node, names: Mapping[fx.Node, str]) -> bool:
     )
 
 
-def _runs(parts: list[_Part]) -> Iterator[tuple[int, ...]]:
+def _runs(parts: list[_Rows]) -> Iterator[tuple[int, ...]]:
     """Return the rows of every part, each once."""
     return iter(dict.fromkeys(part.rows for part in parts))
 
 
-def _parts(projection: fx.Node) -> list[_Part]:
+def _parts(projection: fx.Node) -> list[_Rows]:
     """Return what is taken out of the result of `projection`; nothing if more is done with it."""
     symbols: dict[Any, int] = {}
     shape = [_number(size, symbols) for size in projection.meta["val"].shape]
@@ -151,7 +151,7 @@ def _parts(projection: fx.Node) -> list[_Part]:
         return []
     whole = torch.arange(torch.Size(shape).numel()).view(shape)  # type: ignore[arg-type]
     pending: list[tuple[fx.Node, Any]] = [(projection, whole)]
-    parts: list[_Part] = []
+    parts: list[_Rows] = []
     while pending:
         node, numbers = pending.pop()
         for user in node.users:
@@ -168,7 +168,7 @@ def _parts(projection: fx.Node) -> list[_Part]:
     return sorted(parts, key=lambda part: part.rows)
 
 
-def _onward(part: _Part, numbers: Tensor, whole: Tensor, symbols: dict[Any, int]) -> _Part:
+def _onward(part: _Rows, numbers: Tensor, whole: Tensor, symbols: dict[Any, int]) -> _Rows:
     """Return `part` after all that moves the whole of it: heads cut in two are one axis again."""
     node = part.node
     while len(node.users) == 1:
@@ -216,7 +216,7 @@ def _moved(node: fx.Node, source: fx.Node, numbers: Any, symbols: dict[Any, int]
         return None
 
 
-def _as_part(node: fx.Node, numbers: Tensor, whole: Tensor) -> _Part | None:
+def _as_part(node: fx.Node, numbers: Tensor, whole: Tensor) -> _Rows | None:
     """Return the part that `numbers` are: all batch axes, and the same rows everywhere."""
     width, lead = whole.shape[-1], whole.ndim - 1
     first = numbers.flatten()[0]
@@ -239,14 +239,17 @@ def _as_part(node: fx.Node, numbers: Tensor, whole: Tensor) -> _Part | None:
         return None
     position = {dim: at for at, dim in enumerate([*(batch[at] for at in range(lead)), *inside])}
     order = tuple(position[dim] for dim in range(numbers.ndim))
-    return _Part(node, tuple(taken.tolist()), shape, order)
+    return _Rows(node, tuple(taken.tolist()), shape, order)
 
 
 # -- writing ------------------------------------------------------------------------------------
 
 
 def _cut_off(
-    graph: fx.Graph, new: Mapping[fx.Node, fx.Node], projection: fx.Node, parts: list[_Part]
+    graph: fx.Graph,
+    new: Mapping[fx.Node, fx.Node],
+    projection: fx.Node,
+    parts: list[_Rows],
 ) -> None:
     """Let every part be read from one piece of the result."""
     runs = list(_runs(parts))

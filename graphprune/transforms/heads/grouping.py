@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graphprune.analysis.attention.sites import sites_of
+from graphprune.analysis.attention.attentions import attentions_of
 from graphprune.analysis.axes import Atom
 from graphprune.analysis.types import Types
 from graphprune.ir.program import Program
@@ -54,7 +54,7 @@ class Grouping:
 def group_by_weights(program: Program, types: Types | None, heads: Heads, groups: int) -> Grouping:
     """Group `heads` without data: neighbors, or, given `types`, those of the most similar weights.
 
-    Heads that may not change places stay in their order.
+    Heads that may not be reordered stay in their order.
     """
     atom, why = reorderable(types, heads) if types and groups > 1 else (None, "")
     if types is None or atom is None:
@@ -74,7 +74,7 @@ def reorderable(types: Types, heads: Heads) -> tuple[Atom | None, str]:
         atom = head_atom(types, heads)
     except Unmapped as why:
         return None, str(why)
-    if len(sites_of(types, atom)) > len(heads.sites):
+    if len(attentions_of(types, atom)) > len(heads.attentions):
         return None, "another attention has its heads in the same order"
     if atom not in types.frozen:
         return atom, ""

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from graphprune.analysis.attention.sites import all_sites
+from graphprune.analysis.attention.attentions import Attention, attentions
 from graphprune.analysis.axes import Atom, Product
 from graphprune.analysis.groups import common_path
 from graphprune.analysis.index_maps import index_map, weight_occurrences
 from graphprune.analysis.inference import infer
-from graphprune.analysis.operators.facts import TypedAttention
 from graphprune.analysis.types import Types
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import module_path
@@ -54,7 +53,7 @@ class Heads:
     members: tuple[IndexMap, ...]
     refusal: str
     atom: Atom
-    sites: tuple[TypedAttention, ...]
+    attentions: tuple[Attention, ...]
     deinterleaving: tuple[Permutation, ...] = ()
 
     def slices(self) -> Iterator[tuple[str, int, list[list[int]]]]:
@@ -82,75 +81,74 @@ class HeadAnalysis:
         self._deinterleaving: dict[str, tuple[Permutation, ...]] = {}
         self._analyze(program)
         if fused is None:
-            shared = [h for h in self.heads if h.refusal and self._is_shared(h.atom, h.sites)]
+            shared = [h for h in self.heads if h.refusal and self._is_shared(h.atom, h.attentions)]
             fused = {member.weight for heads in shared for member in heads.members}
         program, self._deinterleaving = deinterleave(program, fused)
         if self._deinterleaving:
             self._analyze(program)
 
     def _analyze(self, program: Program) -> None:
-        sites = _sites(program)
-        sums = [product for site in sites for product in site.products]
+        found = attentions(infer(program))
+        sums = [product for each in found for product in each.products]
         spelled = with_matrix_products(program, dict.fromkeys(sums))
         if spelled is not program:
-            program, sites = spelled, _sites(spelled)
-        self.types = infer(program, untied=sites)
-        self.sites = sites
+            program, found = spelled, attentions(infer(spelled))
+        self.types = infer(program, untied=found)
         self._weights = {node for _, node in program.weight_nodes()}
-        by_atom: dict[Atom, list[TypedAttention]] = {}
-        for site in sites:
-            for atom in self._head_atoms(site):
-                by_atom.setdefault(atom, []).append(site)
-        self.heads = tuple(self._heads(atom, found) for atom, found in by_atom.items())
+        by_atom: dict[Atom, list[Attention]] = {}
+        for each in found:
+            for atom in self._head_atoms(each):
+                by_atom.setdefault(atom, []).append(each)
+        self.heads = tuple(self._heads(atom, several) for atom, several in by_atom.items())
 
-    def _head_atoms(self, site: TypedAttention) -> Iterable[Atom]:
-        """Return the head atoms of the values of `site` that parameters hold: the KV heads."""
+    def _head_atoms(self, attention: Attention) -> Iterable[Atom]:
+        """Return the head atoms of the attended values that parameters hold: the KV heads."""
         kinds = self.types.program.kinds
         parameters = (
             n for name, n in self.types.program.weight_nodes() if kinds[name] == "parameter"
         )
         held = set[Atom]().union(*(self.types.atoms_of[node] for node in parameters))
-        _, _, value = site.operands
+        _, _, value = attention.operands
         batch = self.types.axes_of[value][:-2]
         found = dict.fromkeys(a for axis in batch for a in self.types.axes.atoms(axis))
         return [atom for atom in found if atom in held]
 
-    def _heads(self, atom: Atom, sites: list[TypedAttention]) -> Heads:
+    def _heads(self, atom: Atom, several: list[Attention]) -> Heads:
         members = tuple(
             index_map(*found, {})
             for found in weight_occurrences(self.types)
             if found[-1].atom is atom
         )
         name = f"{common_path(member.weight for member in members)}:kv-head"
-        query = self.types.axes_of[sites[0].operands[0]]
+        query = self.types.axes_of[several[0].operands[0]]
         queries = 1
         for axis in query[:-2]:
             if axis.size % atom.size == 0 and not self.types.is_dynamic(axis):
                 queries = max(queries, axis.size // atom.size)
         weights = dict.fromkeys(member.weight for member in members)
         permuted = dict.fromkeys(p for name in weights for p in self._deinterleaving.get(name, ()))
-        why = self._refusal(atom, sites)
-        return Heads(name, atom.size, queries, members, why, atom, tuple(sites), tuple(permuted))
+        why = self._refusal(atom, several)
+        return Heads(name, atom.size, queries, members, why, atom, tuple(several), tuple(permuted))
 
-    def _refusal(self, atom: Atom, sites: list[TypedAttention]) -> str:
+    def _refusal(self, atom: Atom, several: list[Attention]) -> str:
         if atom in self.types.frozen:
             reason = self.types.frozen[atom]
             return f"{reason.why} at {reason.node.target} in {module_path(reason.node)}"
-        if self._is_shared(atom, sites):
-            return self._tie(atom, sites)
+        if self._is_shared(atom, several):
+            return self._tie(atom, several)
         means = {literal.node for literal in self.types.facts.means}
         for entry in self.types.facts.contractions:
             if entry.node not in means and atom in set(self.types.axes.atoms(entry.axis)):
                 return f"{entry.node.target} in {module_path(entry.node)} sums over the heads"
         return ""
 
-    def _is_shared(self, atom: Atom, sites: Iterable[TypedAttention]) -> bool:
-        return any(atom in self.types.atoms_of[site.operands[0]] for site in sites)
+    def _is_shared(self, atom: Atom, several: Iterable[Attention]) -> bool:
+        return any(atom in self.types.atoms_of[each.operands[0]] for each in several)
 
-    def _tie(self, atom: Atom, sites: list[TypedAttention]) -> str:
+    def _tie(self, atom: Atom, several: list[Attention]) -> str:
         """Say what makes the heads of queries and keys one axis, though attention does not."""
-        ours = self._behind(atom, (site.operands[0] for site in sites))
-        theirs = self._behind(atom, (node for site in sites for node in site.operands[1:]))
+        ours = self._behind(atom, (each.operands[0] for each in several))
+        theirs = self._behind(atom, (node for each in several for node in each.operands[1:]))
         common = [
             node
             for node in self.types.program.graph.nodes
@@ -158,15 +156,15 @@ class HeadAnalysis:
         ]
         if common and "linear" in str(common[-1].target):
             return "query and key heads share one axis of a weight"
-        found = common[-1] if common else self._joint(atom, sites, ours, theirs)
+        found = common[-1] if common else self._joint(atom, several, ours, theirs)
         where = f" at {found.target} in {module_path(found)}" if found else ""
         return f"query and key heads are one axis outside of attention too{where}"
 
     def _joint(
-        self, atom: Atom, sites: list[TypedAttention], ours: set[fx.Node], theirs: set[fx.Node]
+        self, atom: Atom, several: list[Attention], ours: set[fx.Node], theirs: set[fx.Node]
     ) -> fx.Node | None:
-        """Return the first node beside `sites` that joins keys with queries or their results."""
-        products = {product for site in sites for product in site.products}
+        """Return the first node beside `several` that joins keys with queries or their results."""
+        products = {product for each in several for product in each.products}
         queries, keys = set(ours), set(theirs)
         for node in self.types.program.graph.nodes:
             if atom not in self.types.atoms_of.get(node, ()):
@@ -194,11 +192,6 @@ class HeadAnalysis:
         return found
 
 
-def _sites(program: Program) -> tuple[TypedAttention, ...]:
-    types = infer(program)
-    return all_sites(types)
-
-
 def find_heads(program: Program) -> tuple[Heads, ...]:
     """Return the KV heads of every attention of `program` that has more than one."""
     return HeadAnalysis(program).heads
@@ -214,8 +207,8 @@ def spread_atoms(types: Types, heads: Heads) -> list[Atom]:
         if not types.is_dynamic(atom)
     }
     found: dict[Atom, None] = {}
-    for site in heads.sites:
-        for operand in site.operands[1:]:
+    for attention in heads.attentions:
+        for operand in attention.operands[1:]:
             for axis in types.axes_of[operand][:-2]:
                 axis = types.axes.head(axis)
                 inside = list(types.axes.atoms(axis)) if isinstance(axis, Product) else []

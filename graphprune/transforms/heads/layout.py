@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphprune.analysis.attention.sites import sites_of
+from graphprune.analysis.attention.attentions import Attention, attentions_of
 from graphprune.analysis.axes import Atom, Axis
 from graphprune.analysis.index_maps import units_along
 from graphprune.analysis.matrices import Contractions, Matrix, bias_of
-from graphprune.analysis.operators.facts import TypedAttention
 from graphprune.analysis.types import Types
 from graphprune.ir.provenance import module_path
 from graphprune.plan.steps import Permutation, WeightDim
@@ -162,15 +161,16 @@ class _Mapping:
     def __init__(self, types: Types, held: Contractions, heads: Heads) -> None:
         self.types, self.held, self.heads = types, held, heads
         self.atom = head_atom(types, heads)
-        self.site = self._site()
+        self.attention = self._attention()
         self.slots = self._slots()
         self.own: dict[WeightDim, set[int]] = defaultdict(set)
         for weight, dim, slices in heads.slices():
             self.own[weight, dim].update(at for each in slices for at in each)
 
-    def _site(self) -> TypedAttention:
-        names = {site.node.name for site in self.heads.sites}
-        found = [site for site in sites_of(self.types, self.atom) if site.node.name in names]
+    def _attention(self) -> Attention:
+        names = {each.node.name for each in self.heads.attentions}
+        among = attentions_of(self.types, self.atom)
+        found = [each for each in among if each.node.name in names]
         if len(found) != 1 or len(names) != 1:
             raise Unmapped(f"{len(names)} attentions read them, of which {len(found)} are plain")
         return found[0]
@@ -178,15 +178,15 @@ class _Mapping:
     def _slots(self) -> list[Atom]:
         found = dict.fromkeys(
             atom
-            for axis in self.site.heads
+            for axis in self.attention.head_axes(self.types)
             for atom in self.types.axes.atoms(axis)
             if atom is not self.atom and not self.types.is_dynamic(atom)
         )
         return list(found)
 
     def map(self) -> HeadMap:
-        queries, keys, values = self.site.operands
-        key, value = self.site.key, self.site.value
+        queries, keys, values = self.attention.operands
+        key, value = self.attention.key_axis(self.types), self.attention.value_axis(self.types)
         inner, outer = self._labels(key), self._labels(value)
         if {atom for atom, *_ in inner} & {atom for atom, *_ in outer}:
             raise Unmapped("keys and values have their coordinates in common")
@@ -200,7 +200,7 @@ class _Mapping:
             self._operand(queries, inner, key),
             self._operand(keys, inner, key),
             self._operand(values, outer, value),
-            self._operand(self.site.node, outer, value),
+            self._operand(self.attention.node, outer, value),
         )
         return HeadMap(self.heads, projections, operands, *self._planes(inner))
 

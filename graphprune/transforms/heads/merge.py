@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
+from graphprune.analysis.attention.attentions import Attention
 from graphprune.analysis.axes import Axis, Product
 from graphprune.analysis.axis_cuts import AxisCut, Growth
-from graphprune.analysis.operators.facts import TypedAttention
 from graphprune.analysis.types import Types
 from graphprune.errors import MergeError, PlanError
+from graphprune.ir.nodes import arguments_of
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import module_path
 from graphprune.plan.index_map import IndexMap
@@ -144,11 +145,11 @@ def equal_heads(
 def _insert_broadcasts(resize: Resize, heads: Heads, width: int) -> None:
     """Repeat every merged key and value head for the queries of its run, where they meet."""
     aten = torch.ops.aten
-    for site in heads.sites:
-        if site.node.kwargs.get("enable_gqa"):
+    for each in heads.attentions:
+        if arguments_of(each.node).get("enable_gqa"):
             continue
-        scores, context = site.products
-        for operand, product in ((site.operands[1], scores), (site.operands[2], context)):
+        scores, context = each.products
+        for operand, product in ((each.operands[1], scores), (each.operands[2], context)):
             dim = _head_dim(resize.types, operand, heads)
             rank = len(resize.types.axes_of[operand])
             sizes = [-1] * (rank + 1)
@@ -161,14 +162,14 @@ def _insert_broadcasts(resize: Resize, heads: Heads, width: int) -> None:
                 wide = resize.graph.call_function(aten.flatten.using_ints, (wide, dim, dim + 1))
             for made in (wide, wide.args[0], wide.args[0].args[0]):  # type: ignore[union-attr]
                 made.meta = {k: v for k, v in node.meta.items() if k != "val"}  # type: ignore[union-attr]
-            _replace_operand(user, site, operand, node, wide)
+            _replace_operand(user, each, operand, node, wide)
 
 
 def _replace_operand(
-    user: fx.Node, site: TypedAttention, operand: fx.Node, old: fx.Node, new: fx.Node
+    user: fx.Node, attention: Attention, operand: fx.Node, old: fx.Node, new: fx.Node
 ) -> None:
     """Let `user` read `new` for `old`, but not where `old` is also its query."""
-    if site.operands[0] is operand:
+    if attention.operands[0] is operand:
         raise MergeError(f"{user.target} in {module_path(user)} attends over its own queries")
     user.replace_input_with(old, new)
 

@@ -14,15 +14,22 @@ from byte_llama import byte_llama
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphprune.analysis.attention.recognize import AttentionSite, Unread, read_attention
+from graphprune.analysis.attention.attentions import attentions
+from graphprune.analysis.attention.recognize import (
+    Recognition,
+    RecognizedAttention,
+    UnrecognizedAttention,
+    recognize_attentions,
+)
+from graphprune.analysis.inference import infer
 from graphprune.frontend.capture import capture
 from graphprune.ir.program import Program
 
 
-def sites_of(program: Program) -> list[AttentionSite]:
+def sites_of(program: Program) -> list[RecognizedAttention]:
     found = []
-    for site in read_attention(program):
-        assert isinstance(site, AttentionSite), site.why
+    for site in recognize_attentions(program):
+        assert isinstance(site, RecognizedAttention), site.why
         found.append(site)
     return found
 
@@ -130,9 +137,11 @@ class Heads(nn.Module):
         return F.scaled_dot_product_attention(query, key, value, mask)
 
 
-def read_one(module: nn.Module) -> AttentionSite | Unread:
+def read_one(module: nn.Module) -> Recognition:
     shapes = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
-    (found,) = read_attention(capture(module, (torch.randn(2, 6, 32),), dynamic_shapes=shapes))
+    (found,) = recognize_attentions(
+        capture(module, (torch.randn(2, 6, 32),), dynamic_shapes=shapes)
+    )
     return found
 
 
@@ -155,7 +164,7 @@ def test_only_what_holds_on_every_trial_is_called_by_a_name(
     allowed: Callable[[Tensor, Tensor], Tensor], kind: str
 ) -> None:
     site = read_one(Heads(allowed))
-    assert isinstance(site, AttentionSite)
+    assert isinstance(site, RecognizedAttention)
     assert str(site.mask) == kind
 
 
@@ -187,20 +196,20 @@ class Causal(Heads):
 
 def test_a_mask_that_depends_on_what_is_read_is_not_taken_for_a_kind() -> None:
     site = read_one(ByContent())
-    assert isinstance(site, AttentionSite)
+    assert isinstance(site, RecognizedAttention)
     assert site.mask.kind == "bias"
 
 
 def test_heads_repeated_in_turn_are_not_taken_for_groups() -> None:
     grouped, in_turn = read_one(Repeated(False)), read_one(Repeated(True))
-    assert isinstance(grouped, AttentionSite)
-    assert isinstance(in_turn, AttentionSite)
+    assert isinstance(grouped, RecognizedAttention)
+    assert isinstance(in_turn, RecognizedAttention)
     assert (grouped.kv_heads, in_turn.kv_heads) == (2, 4)
 
 
 def test_causal_attention_without_a_mask_is_causal() -> None:
     site = read_one(Causal())
-    assert isinstance(site, AttentionSite)
+    assert isinstance(site, RecognizedAttention)
     assert (str(site.mask), site.mask.node) == ("causal", None)
 
 
@@ -225,7 +234,7 @@ class Spelled(Heads):
 )
 def test_what_is_not_attention_is_left_with_a_reason(between: Any, why: str) -> None:
     found = read_one(Spelled(between))
-    assert isinstance(found, Unread)
+    assert isinstance(found, UnrecognizedAttention)
     assert why in found.why
 
 
@@ -234,4 +243,17 @@ def test_a_softmax_that_weighs_no_values_is_none_of_its_business() -> None:
         def forward(self, hidden: Tensor) -> Tensor:
             return hidden.softmax(-1) * 2
 
-    assert read_attention(capture(Router(), (torch.randn(2, 6),))) == ()
+    assert recognize_attentions(capture(Router(), (torch.randn(2, 6),))) == ()
+
+
+def test_probabilities_that_are_also_returned_are_of_an_attention() -> None:
+    class Told(Heads):
+        def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            query, key, value = self.heads(hidden)
+            probabilities = (query @ key.transpose(-1, -2)).softmax(-1)
+            return (probabilities @ value).transpose(1, 2).flatten(2), probabilities
+
+    found = read_one(Told())
+    assert isinstance(found, UnrecognizedAttention)
+    assert "probabilities are read elsewhere too" in found.why
+    assert len(attentions(infer(capture(Told(), (torch.randn(2, 6, 32),))))) == 1

@@ -10,7 +10,7 @@ import transformers as tf
 from tiny_models import perturb
 from torch import Tensor, nn
 
-from graphprune.analysis.attention.recognize import AttentionSite, read_attention
+from graphprune.analysis.attention.recognize import RecognizedAttention, recognize_attentions
 from graphprune.analysis.attention.rotary import Rotary, RotaryReader
 from graphprune.frontend.capture import capture
 from graphprune.ir.program import Program
@@ -86,8 +86,8 @@ def captured(model: Any) -> Program:
 def rotations(program: Program, positions: int) -> tuple[list[Rotary | None], RotaryReader]:
     reader = RotaryReader(program, positions)
     found = []
-    for site in read_attention(program):
-        assert isinstance(site, AttentionSite)
+    for site in recognize_attentions(program):
+        assert isinstance(site, RecognizedAttention)
         assert site.caches is not None
         found += [reader.read(site.query), reader.read(site.caches[0].new)]
     return found, reader

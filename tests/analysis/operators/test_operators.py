@@ -114,9 +114,9 @@ UNREACHABLE = {
         "capture computes it, unless its size is dynamic",
     ),
     "lift_fresh.default": "capture makes a copy of it",
-    "unbind.int": "capture takes single places one by one",
-    "squeeze.dim": "capture writes down which dimensions are of one place",
-    "squeeze.default": "capture writes down which dimensions are of one place",
+    "unbind.int": "capture takes single positions one by one",
+    "squeeze.dim": "capture writes down which dimensions are of size one",
+    "squeeze.default": "capture writes down which dimensions are of size one",
 }
 """Rules of operators that graphs of this module do not end up with."""
 

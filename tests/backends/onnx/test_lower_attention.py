@@ -20,7 +20,7 @@ from byte_llama import byte_llama
 from tiny_models import perturb
 from torch import Tensor
 
-from graphprune.analysis.attention.recognize import read_attention
+from graphprune.analysis.attention.recognize import recognize_attentions
 from graphprune.backends.onnx import attention_forms, parity
 from graphprune.backends.onnx import export as backend
 from graphprune.backends.onnx.dimension_names import dimension_names
@@ -185,13 +185,13 @@ def test_each_target_gets_the_best_form_that_it_has(
 
 def with_site(program: Program, **changes: Any) -> str:
     """Why GroupQueryAttention does not serve the first attention with `changes`."""
-    site = dataclasses.replace(read_attention(program)[0], **changes)  # type: ignore[type-var]
+    site = dataclasses.replace(recognize_attentions(program)[0], **changes)  # type: ignore[type-var]
     return attention_forms._not_gqa(site, "cpu", set())  # type: ignore[arg-type]
 
 
 def test_a_form_that_would_compute_something_else_is_refused() -> None:
     program = program_of("llama-gqa")
-    site: Any = read_attention(program)[0]
+    site: Any = recognize_attentions(program)[0]
     assert with_site(program) == ""
     assert with_site(program, caches=None) == "it has no cache"
     bias = dataclasses.replace(site.mask, kind="bias")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 
 import pytest
@@ -18,7 +19,7 @@ from graphprune.plan.plan import Plan
 from graphprune.plan.steps import Step
 from graphprune.transforms.heads.align import Aligned, align
 from graphprune.transforms.heads.grouping import group_by_weights
-from graphprune.transforms.heads.kv_heads import Heads, find_heads
+from graphprune.transforms.heads.kv_heads import find_heads
 from graphprune.transforms.heads.layout import HeadMap, Unmapped, map_heads
 from graphprune.transforms.heads.merge import merge_of
 
@@ -217,8 +218,8 @@ def test_rotary_halves_are_a_plane() -> None:
 def test_heads_of_which_no_attention_is_plain_are_not_mapped() -> None:
     program = program_of("llama-mha")
     heads = find_heads(program)[0]
-    several = Heads(*[*vars(heads).values()][:6], heads.sites * 2, heads.deinterleaving)
-    other = Heads(*[*vars(heads).values()][:6], find_heads(program)[1].sites, heads.deinterleaving)
+    several = dataclasses.replace(heads, attentions=heads.attentions * 2)
+    other = dataclasses.replace(heads, attentions=find_heads(program)[1].attentions)
     with pytest.raises(Unmapped, match="of which 0 are plain"):
         map_heads(types_of("llama-mha"), contractions(program), other)
     assert map_heads(types_of("llama-mha"), contractions(program), several).heads is several

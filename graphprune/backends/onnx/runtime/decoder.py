@@ -208,13 +208,13 @@ class Batch:
         shape = (self.rows, length, self.layout.vocabulary)
         return _buffer(shape, self.layout.element, self.device)
 
-    def _read(self, logits: Any, places: np.ndarray) -> Tensor:
-        """Return what `logits` hold of each row at its place, on the host and in float32."""
+    def _read(self, logits: Any, positions: np.ndarray) -> Tensor:
+        """Return what `logits` hold of each row at its position, on the host and in float32."""
         if self.device != "cpu" and not torch.cuda.is_available():
             whole = _buffer(logits.shape(), self.layout.element, "cpu")
             whole.update_inplace(logits)
             logits = whole
-        found = from_dlpack(logits)[torch.arange(self.rows), torch.from_numpy(places)]
+        found = from_dlpack(logits)[torch.arange(self.rows), torch.from_numpy(positions)]
         found = found.float().cpu()
         if found.isnan().any():
             raise BackendError("the model's logits are not numbers")

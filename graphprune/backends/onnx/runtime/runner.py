@@ -291,7 +291,7 @@ class OnnxRunner:
         if self.context is not None and longest + most > self.context:
             raise UsageError(
                 f"a prompt of {longest} tokens and {most} new ones are more than the "
-                f"{self.context} that the model has places for"
+                f"{self.context} that the model has positions for"
             )
         return rows, self.ends | {each for each in chosen if not isinstance(each, str)}
 
