@@ -5,14 +5,19 @@ slicing is shared. Removing zeroes; where units are chosen at run time, as exper
 went are never chosen, since their logits are minus infinity. Merging replaces every head of a run
 by the run's mean. Where a normalization's statistics run over an axis that lost units (LayerNorm
 over the residual stream), they are taken over what stays; a plain mean (RMSNorm) keeps its old
-divisor, which zeroing does by itself. Norms of weights are those of all units. What zeros would
-make infinite, such as quotients by a constant, keeps its value: nothing reads it but what is zero.
+divisor, which zeroing does by itself. Norms of weights are those of all units.
+
+All weights are zeroed, buffers and constants among them: the analysis takes each of them to be zero
+at a unit that went, and sums over units are exact only where that makes a factor zero. Any other
+value there is multiplied by such a zero before it reaches a unit that stays, so it may be anything
+that is finite. What zeros make infinite (a quotient, a power, a logarithm) is made finite at the
+units that went: by the values that weights had where these alone did it, else by one.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +28,7 @@ from graphprune.analysis.index_maps import indices_by_unit
 from graphprune.analysis.inference import infer
 from graphprune.analysis.types import Types
 from graphprune.calibration.logits import Logits, run_to_logits
-from graphprune.ir.aten import is_random, random_nodes
+from graphprune.ir.aten import is_mutating, is_random, random_nodes
 from graphprune.ir.interpreter import Hooks, call, run_program
 from graphprune.ir.nodes import argument_names
 from graphprune.ir.program import Program
@@ -86,37 +91,43 @@ class MaskedReference:
         self.choices: dict[fx.Node, list[tuple[int, Tensor]]] = {}
         self.draws = Draws()
         self._unmasked = _Unmasked(original)
+        self._types = types
+        self._kept = self._kept_units()
         self._kept_of_draws: list[dict[int, Tensor]] = []
-        if self.narrow.origin:
-            self._find_what_stays(types)
+        if self._kept:
+            self._find_what_stays()
 
-    def _find_what_stays(self, types: Types) -> None:
+    def _find_what_stays(self) -> None:
         """Find normalizations over, choices from, and draws along axes that lost units."""
-        kept = self._kept(types)
-
-        def stays(axis: Axis) -> Tensor | None:
-            if kept.keys().isdisjoint(types.axes.atoms(axis)):  # it may be of any dynamic size
-                return None
-            found = torch.ones(axis.size).bool()
-            for occurrence in types.axes.occurrences(axis):
-                if occurrence.atom in kept:
-                    found[indices_by_unit(occurrence)[~kept[occurrence.atom]].flatten()] = False
-            return None if bool(found.all()) else found
-
+        types = self._types
         for entry in types.facts.statistics:
-            left = stays(types.axes_of[entry.node.all_input_nodes[0]][entry.dim])
+            left = self._stays(types.axes_of[entry.node.all_input_nodes[0]][entry.dim])
             if left is not None:
                 found = self.statistics.setdefault(entry.node, [])
                 found.append((entry.dim, left.nonzero().flatten(), entry.clears))
         for choice in types.facts.routings:
-            if (left := stays(choice.axis)) is not None:
+            if (left := self._stays(choice.axis)) is not None:
                 self.choices.setdefault(choice.node, []).append((choice.dim, left))
         for node in random_nodes(self.original.graph):
-            axes = types.axes_of[node] if isinstance(node.meta.get("val"), Tensor) else ()
-            along = {
-                dim: left for dim, axis in enumerate(axes) if (left := stays(axis)) is not None
-            }
+            along = self._stays_along(node)
             self._kept_of_draws.append({dim: m.nonzero().flatten() for dim, m in along.items()})
+
+    def _stays(self, axis: Axis) -> Tensor | None:
+        """Return a boolean mask of the indices along `axis` that stay; None where all do."""
+        axes = self._types.axes
+        if self._kept.keys().isdisjoint(axes.atoms(axis)):  # it may be of any dynamic size
+            return None
+        found = torch.ones(axis.size).bool()
+        for occurrence in axes.occurrences(axis):
+            if (kept := self._kept.get(occurrence.atom)) is not None:
+                found[indices_by_unit(occurrence)[~kept].flatten()] = False
+        return None if bool(found.all()) else found
+
+    def _stays_along(self, node: fx.Node) -> dict[int, Tensor]:
+        """Return each dimension of a tensor that lost indices -> a boolean mask of those left."""
+        axes = self._types.axes_of[node] if isinstance(node.meta.get("val"), Tensor) else ()
+        found = {dim: self._stays(axis) for dim, axis in enumerate(axes)}
+        return {dim: left for dim, left in found.items() if left is not None}
 
     def narrow_draws(self) -> list[Tensor | None]:
         """Return what was drawn in the last run, of the units that stay."""
@@ -128,15 +139,13 @@ class MaskedReference:
             found.append(narrow)
         return found
 
-    def _kept(self, types: Types) -> dict[Axis, Tensor]:
+    def _kept_units(self) -> dict[Axis, Tensor]:
         """Return every atom that lost units -> a boolean mask of those that are left."""
-        kept: dict[Axis, Tensor] = {}
+        types, kept = self._types, dict[Axis, Tensor]()
         for (name, dim), origin in self.narrow.origin.items():
             for occurrence in types.axes.occurrences(types.weight(name)[dim]):
                 stays = (origin[indices_by_unit(occurrence)] >= 0).any(1)
-                kept[occurrence.atom] = (
-                    kept.get(occurrence.atom, torch.zeros(occurrence.atom.size).bool()) | stays
-                )
+                kept[occurrence.atom] = kept.get(occurrence.atom, torch.zeros_like(stays)) | stays
         return kept
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
@@ -161,21 +170,30 @@ class MaskedReference:
         if node in self.statistics:
             return _over_what_stays(node, self.statistics[node], *args, **kwargs)
         result = self.draws.compute(node, args, kwargs)
-        if not isinstance(result, Tensor) or bool(result.isfinite().all()):
+        if not isinstance(result, Tensor) or is_mutating(node) or bool(result.isfinite().all()):
             return result
-        return self._finite(node, args, result)
+        return self._finite(node, args, kwargs, result)
 
-    def _finite(self, node: fx.Node, args: tuple[Any, ...], result: Tensor) -> Tensor:
-        """Return `result` with the values of the original where zeros alone made it infinite."""
-        if node.target is torch.ops.aten.div.Tensor:
-            above, below = args[0], torch.as_tensor(args[1])
-            if isinstance(divisor := node.args[1], fx.Node) and divisor in self._unmasked:
-                below = torch.where(below == 0, self._unmasked[divisor], below)
-                result = call(node, (above, below), {})
+    def _finite(
+        self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor
+    ) -> Tensor:
+        """Return `result` with something finite where zeros made it infinite."""
+
+        def own(other: Any, value: Any) -> Any:
+            is_weight = isinstance(other, fx.Node) and other in self._unmasked
+            return self._unmasked[other] if is_weight else value
+
+        if not self._unmasked.isdisjoint(node.all_input_nodes):
+            again = [own(*pair) for pair in zip(node.args, args, strict=True)]
+            named = {name: own(node.kwargs[name], value) for name, value in kwargs.items()}
+            result = torch.where(result.isfinite(), result, call(node, tuple(again), named))
+        for dim, stays in self._stays_along(node).items():
+            shape = [1] * result.ndim
+            shape[dim] = -1
+            spoiled = ~result.isfinite() & ~stays.view(shape)
             # Zero by zero is zero: what goes may be divided by what goes along with it.
-            return result.masked_fill((above == 0) & (below == 0), 0)
-        if node in self._unmasked:
-            return torch.where(result.isfinite(), result, self._unmasked[node])
+            is_quotient = node.target is torch.ops.aten.div.Tensor
+            result = torch.where(spoiled, (args[0] != 0) if is_quotient else 1, result)
         return result
 
 
@@ -198,6 +216,10 @@ class _Unmasked:
 
     def __contains__(self, node: object) -> bool:
         return node in self._nodes
+
+    def isdisjoint(self, nodes: Iterable[fx.Node]) -> bool:
+        """Return whether none of `nodes` is among them."""
+        return self._nodes.isdisjoint(nodes)
 
     def __getitem__(self, node: fx.Node) -> Any:
         if node not in self._values:

@@ -460,6 +460,38 @@ def test_constants_that_are_divided_by_make_nothing_infinite(kind: str) -> None:
     assert gp.verify(program, result.plan, result.program).max_relative_error <= 1e-5
 
 
+class Steep(nn.Module):
+    """What is infinite where a unit's weights are zero, and is then weighed by zero."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.inner, self.outer = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.decay = nn.Parameter(torch.linspace(0.5, 0.9, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.inner(x)
+        match self.kind:
+            case "power":  # as the decay of a retention, at distances of either sign
+                return self.outer(hidden + self.decay ** x[:, :1])
+            case "logarithm":
+                return self.outer(hidden.square().log())
+            case "quotient":
+                return self.outer(x[:, :1] / hidden)
+        return self.outer((self.decay * x[:, :1]).reciprocal())
+
+
+@pytest.mark.parametrize("kind", ["power", "logarithm", "quotient", "reciprocal"])
+def test_what_zeros_make_infinite_is_weighed_by_zero(kind: str) -> None:
+    program = gp.capture(Steep(kind).eval(), (torch.randn(4, 8),))
+    result = gp.Pipeline.parse("prune{target=* ratio=0.5 criterion=random}").run(program)
+    assert result.plan
+    assert gp.verify(program, result.plan, result.program).max_relative_error <= 1e-5
+    wrong = {"outer.bias": result.program.weights["outer.bias"] + torch.inf}
+    with pytest.raises(VerificationError, match="finite"):
+        gp.verify(program, result.plan, result.program.with_weights(wrong))
+
+
 class Noisy(nn.Module):
     """Draws of `kind` along the axis that is pruned, and along others."""
 

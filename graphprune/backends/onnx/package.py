@@ -45,7 +45,6 @@ from graphprune.backends.onnx.session import CPU, provider_name
 from graphprune.backends.onnx.weights import MODEL, held_weights, weights_beside
 from graphprune.errors import BackendError, CheckpointError, ParityError, first_line
 from graphprune.io.atomic import as_json, staged_directory
-from graphprune.io.progress import DisplayFactory
 from graphprune.ir.compare import tolerance_of
 from graphprune.ir.program import Program
 from graphprune.plan.plan import Plan
@@ -134,10 +133,9 @@ def write_package(
     *,
     plan: Plan | None = None,
     target: Target | None = None,
-    opset: int | None = None,
     logits: Literal["all", "last"] = "all",
     check: bool = True,
-    progress: bool | DisplayFactory = False,
+    **options: Any,
 ) -> OnnxReport:
     """Write `program` as a package.
 
@@ -149,11 +147,10 @@ def write_package(
         The directory to make; it may exist if it is empty.
     plan
         What was removed and merged to come to `program`.
-    target, opset, logits, check, progress
-        As for `export`; the program that the package holds has the same
-        logits as its model. With `check`, the whole protocol of
-        `graphprune.backends.onnx.parity` is run in ONNX Runtime on the CPU, whatever the target,
-        and what changes outputs there is not fused.
+    target, logits, check, options
+        As for `export`; the program that the package holds has the same logits as its model. With
+        `check`, the whole protocol of `graphprune.backends.onnx.parity` is run in ONNX Runtime on
+        the CPU, whatever the target, and what changes outputs there is not fused.
 
     Raises
     ------
@@ -171,9 +168,8 @@ def write_package(
             program,
             staged / MODEL,
             target=target,
-            opset=opset,
             check=FULL if check else False,
-            progress=progress,
+            **options,
         )
         describe(staged, _not_in_model(program, staged / MODEL))
         notes = [*report.notes, *_write_config(program, staged)]
