@@ -43,7 +43,7 @@ class PlanError(GraphPruneError):
 
 
 class RewriteError(GraphPruneError):
-    """A plan that the rewriter cannot carry out on this graph."""
+    """A plan that cannot be applied to this graph."""
 
 
 class MergeError(GraphPruneError):

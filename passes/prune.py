@@ -214,7 +214,7 @@ class Prune(Pass):
         return self.scorer.tokens_needed(program)
 
     def run(self, program: Program, context: Context) -> Outcome:
-        """Score the target's groups, select units, and rewrite; once for each step."""
+        """Score the groups of the target, select units and remove them; once for each step."""
         from graphprune.plan.plan import Plan
         from graphprune.plan.steps import Step
         from graphprune.selection.targets import outer_layers, target_groups

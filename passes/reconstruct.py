@@ -96,7 +96,7 @@ class Reconstruct(Pass):
             return Outcome(program, details={"note": "nothing was pruned before: nothing to refit"})
         assert context.calibration is not None, "the pass manager has asked for it"
         coupling = COUPLING.compute(before)
-        fitted, names, walked = refit(
+        fitted, names, layerwise = refit(
             before,
             coupling,
             plan,
@@ -107,8 +107,8 @@ class Reconstruct(Pass):
         )
         details = {
             "refitted": names,
-            "calibration bytes": walked.peak_bytes,
-            "statistics bytes": walked.statistics_bytes,
+            "calibration bytes": layerwise.peak_bytes,
+            "statistics bytes": layerwise.statistics_bytes,
         }
         steps = context.baseline.steps if context.baseline else 0
         smaller, baseline = apply_plan(fitted, plan), Baseline(fitted, steps)

@@ -210,12 +210,12 @@ class Sparsify(Pass):
         if self.scope == "global":
             seen = observe(program, matrices, data, work.kind, track, bound)
             return dict(work((), matrices, seen)), needed
-        walked = run_layerwise(
+        layerwise = run_layerwise(
             program, matrices, data, work.kind, work, track, replay=self.sequential, memory=bound
         )
-        return dict(walked.weights), {
-            "calibration bytes": walked.peak_bytes,
-            "statistics bytes": walked.statistics_bytes,
+        return dict(layerwise.weights), {
+            "calibration bytes": layerwise.peak_bytes,
+            "statistics bytes": layerwise.statistics_bytes,
         }
 
     def _together(self, matrices: Sequence[Matrix]) -> list[list[Matrix]]:

@@ -89,7 +89,7 @@ def copy_of(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
 def made_from(origin: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """Return a call at the graph's insertion point that stands for (a part of) `origin`.
 
-    It has the provenance of `origin` and no value: `rebuild` derives one, as does `valued`.
+    It has the provenance of `origin` and no value: `with_graph` derives one, as does `valued`.
     """
     made = origin.graph.call_function(target, args, kwargs)
     made.meta = {key: value for key, value in origin.meta.items() if key != "val"}

@@ -27,7 +27,7 @@ def follow_size(node: fx.Node, name: str, index: int | None, ratio: Fraction) ->
     """Multiply a size argument by `ratio`.
 
     A dynamic size (a product of a batch size and a head count, say) may follow by itself, where it
-    is read off a tensor that changes; `rebuild` finds out and leaves it then.
+    is read off a tensor that changes; `with_graph` finds out and leaves it then.
     """
     old = get_argument(node, name, index)
     if not isinstance(old, fx.Node):
@@ -49,7 +49,7 @@ def _scaled(size: int, numerator: int, denominator: int) -> int:
 Shape = tuple[Any, ...]
 
 
-def rebuild(
+def with_graph(
     program: Program,
     graph: fx.Graph,
     weights: Mapping[str, Tensor],

@@ -16,7 +16,7 @@ from graphprune.ir.provenance import whereabouts
 
 @dataclass(frozen=True)
 class PathStep:
-    """One step of a walk: `operator` joins the value before with `value`."""
+    """One step of a path: `operator` joins the value before with `value`."""
 
     operator: fx.Node
     value: fx.Node
@@ -27,7 +27,7 @@ class CouplingPaths:
     """Walks along the axis of a group, from weight to weight.
 
     An operator joins all its operands and results that hold the axis: those of `mul` are one after
-    broadcasting, a matrix product sums one operand's axis over the other's. A walk from weight to
+    broadcasting, a matrix product sums one operand's axis over the other's. A path from weight to
     weight over such operators is why the two are coupled; the shortest one is given.
 
     Parameters

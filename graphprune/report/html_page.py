@@ -220,7 +220,7 @@ class _Document:
         return [self.costs.unit(cost, group.name) for cost in get_args(Cost)]
 
     def _tree(self, group: Group) -> list[list[int]]:
-        """Return the walks from the first member: (value, operator, value before), by numbers.
+        """Return the paths from the first member: (value, operator, value before), by numbers.
 
         Values are numbered in this list; the first are the weights of the group in order.
         """

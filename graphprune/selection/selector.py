@@ -95,7 +95,7 @@ class Selector:
         step = min(self.round_to, group.size)
         sizes = self.sizes.get(group.name, range(step, group.size + 1, step))
         if (rule := self.rules.get(group.name)) is not None:
-            return nearest_size(group.size, wanted, rule, least=group.min_units, liked=sizes)
+            return nearest_size(group.size, wanted, rule, least=group.min_units, preferred=sizes)
         at = bisect_left(sizes, max(wanted, group.min_units))
         return min(sizes[at], group.size) if at < len(sizes) else group.size
 

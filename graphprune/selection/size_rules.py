@@ -12,7 +12,12 @@ _TOLD = 8
 
 
 def nearest_size(
-    size: int, wanted: int, rule: SizeRule, *, least: int = 1, liked: Container[int] | None = None
+    size: int,
+    wanted: int,
+    rule: SizeRule,
+    *,
+    least: int = 1,
+    preferred: Container[int] | None = None,
 ) -> int:
     """Return the accepted number of units that is nearest to `wanted`.
 
@@ -29,7 +34,7 @@ def nearest_size(
         What is accepted. All units always are.
     least
         How many have to stay.
-    liked
+    preferred
         Numbers that are taken only, where any of them is accepted and in reach.
 
     Examples
@@ -41,9 +46,9 @@ def nearest_size(
     if wanted >= size:
         return size
     near = _outwards(wanted, max(least, size - 2 * (size - wanted)), size - 1)
-    if liked is not None:
+    if preferred is not None:
         for count in near:
-            if count in liked and not rule(count):
+            if count in preferred and not rule(count):
                 return count
     return next((count for count in near if not rule(count)), size)
 

@@ -116,13 +116,13 @@ def refit(
         done.update(new)
         return new
 
-    walked = run_layerwise(program, matrices, calibration, "gram", edit, track, memory=memory)
+    layerwise = run_layerwise(program, matrices, calibration, "gram", edit, track, memory=memory)
     rest = {
         name: program.weights[name].masked_fill(mask, 0)
         for name, mask in gone.items()
-        if name not in walked.weights
+        if name not in layerwise.weights
     }
-    return program.with_weights({**rest, **walked.weights}), refitted, walked
+    return program.with_weights({**rest, **layerwise.weights}), refitted, layerwise
 
 
 def _check(coupling: Coupling, plan: Plan) -> None:

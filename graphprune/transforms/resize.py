@@ -20,7 +20,7 @@ from graphprune.ir.interpreter import run_part
 from graphprune.ir.nodes import get_argument, set_argument
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import module_path, operator_of
-from graphprune.ir.shape_propagation import follow_size, rebuild
+from graphprune.ir.shape_propagation import follow_size, with_graph
 from graphprune.weights.deferred import cut
 
 RESCALE = "rescale"
@@ -161,7 +161,7 @@ class Resize:
             for node, type_ in self.types.axes_of.items()
             if type_ is not None and node in self.new and self._any_touched(type_)
         }
-        return rebuild(self.types.program, self.graph, weights, shapes)
+        return with_graph(self.types.program, self.graph, weights, shapes)
 
     def _any_touched(self, type_: Type | list[Type | None]) -> bool:
         if isinstance(type_, list):

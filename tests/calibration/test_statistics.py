@@ -140,16 +140,16 @@ def test_an_edit_is_seen_by_the_layers_after_it_and_not_by_its_own() -> None:
         names = [m.weight for m in held if "down_proj" in m.weight]
         return {name: torch.zeros_like(program.weights[name]) for name in names}
 
-    walked = run_layerwise(program, matrices, calibration, edit=edit)
-    changed = program.with_weights(walked.weights)
+    found = run_layerwise(program, matrices, calibration, edit=edit)
+    changed = program.with_weights(found.weights)
     after = observe(changed, matrices, calibration)
-    assert set(walked.weights) == {f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)}
+    assert set(found.weights) == {f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)}
     for name, each in met.items():
         source = dense if ".layers.0." in name else after
         assert torch.allclose(each.squares, source[name].squares, rtol=1e-6), name
     name = "model.layers.1.self_attn.q_proj.weight"
     assert not torch.allclose(after[name].squares, dense[name].squares, rtol=1e-2)
-    assert walked.peak_bytes > 0
+    assert found.peak_bytes > 0
 
 
 @pytest.mark.parametrize("name", ["t5", "resnet", "vit", "mixtral", "opt"])

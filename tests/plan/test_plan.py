@@ -435,7 +435,7 @@ SILLY: dict[str, tuple[Callable[[Any], object], str]] = {
     "negative unit": (put("units", [[[], [-1]]], *FFN), "-1"),
     "unit that is a fraction": (put("units", [[[], [1.5]]], *FFN), "1.5"),
     "unit that is a text": (put("units", [[[], ["3"]]], *FFN), "'3'"),
-    "unit that is a truth value": (put("units", [[[], [True]]], *FFN), "True"),
+    "unit that is a boolean": (put("units", [[[], [True]]], *FFN), "True"),
     "unit twice": (put("units", [[[], [3, 3]]], *FFN), "each once"),
     "units out of order": (put("units", [[[], [5, 3]]], *FFN), "in order"),
     "units that are a text": (put("units", [[[], "35"]], *FFN), "no list"),

@@ -45,7 +45,7 @@ def lines(runtime: Runtime | None = None, name: str = "", **removed: int) -> lis
     return hint_lines(speed_hints(found, runtime, lost))
 
 
-def liked(role: Any, size: int, runtime: Runtime) -> list[int] | None:
+def preferred(role: Any, size: int, runtime: Runtime) -> list[int] | None:
     group = Group("it", size, role, "exact", "", ())
     found = preferred_sizes([group], runtime).get("it")
     return None if found is None else list(found)
@@ -79,30 +79,30 @@ def test_runtimes_are_the_targets_of_the_back_end_and_of_the_passes() -> None:
 def test_widths_are_multiples_of_what_a_group_is_large_enough_for(
     role: str, runtime: Runtime, size: int, expected: list[int] | None
 ) -> None:
-    assert liked(role, size, runtime) == expected
+    assert preferred(role, size, runtime) == expected
 
 
 @pytest.mark.parametrize("runtime", [*RUNTIMES, "portable"])
 def test_head_sizes_are_multiples_of_sixteen_and_of_eight_where_heads_are_small(
     runtime: Runtime,
 ) -> None:
-    assert liked("head-dim", 64, runtime) == [16, 32, 48, 64]
-    assert liked("rope-pair", 32, runtime) == [8, 16, 24, 32]  # pairs: head sizes 16 to 64
-    assert liked("head-dim", 32, runtime) == [8, 16, 24, 32]
-    assert liked("rope-pair", 8, runtime) == [4, 8]
+    assert preferred("head-dim", 64, runtime) == [16, 32, 48, 64]
+    assert preferred("rope-pair", 32, runtime) == [8, 16, 24, 32]  # pairs: head sizes 16 to 64
+    assert preferred("head-dim", 32, runtime) == [8, 16, 24, 32]
+    assert preferred("rope-pair", 8, runtime) == [4, 8]
 
 
 def test_query_groups_stay_on_the_fastest_kernel_where_the_runtime_has_one() -> None:
     for runtime in ("cuda", "portable"):
-        assert liked("query-slot", 8, runtime) == [1, 2, 4, 8]  # type: ignore[arg-type]
-        assert liked("query-slot", 7, runtime) == [1, 2, 4]  # type: ignore[arg-type]
-        assert liked("query-slot", 71, runtime) == [1, 2, 4, 8, 16, 32]  # type: ignore[arg-type]
-    assert liked("query-slot", 8, "cpu") is None
+        assert preferred("query-slot", 8, runtime) == [1, 2, 4, 8]  # type: ignore[arg-type]
+        assert preferred("query-slot", 7, runtime) == [1, 2, 4]  # type: ignore[arg-type]
+        assert preferred("query-slot", 71, runtime) == [1, 2, 4, 8, 16, 32]  # type: ignore[arg-type]
+    assert preferred("query-slot", 8, "cpu") is None
 
 
 @pytest.mark.parametrize("role", ["kv-head", "expert", "other"])
 def test_numbers_of_heads_and_experts_are_free(role: str) -> None:
-    assert liked(role, 256, "portable") is None
+    assert preferred(role, 256, "portable") is None
 
 
 # -- what is off the fast path --------------------------------------------------------------------

@@ -12,7 +12,7 @@ from graphprune.errors import BackendError, RewriteError
 from graphprune.ir.aten import PRODUCTS, name_of
 from graphprune.ir.nodes import copy_of, made_from
 from graphprune.ir.program import Program
-from graphprune.ir.shape_propagation import rebuild
+from graphprune.ir.shape_propagation import with_graph
 
 _ATEN = torch.ops.aten
 _PRODUCTS = PRODUCTS | {"linear"}
@@ -45,7 +45,7 @@ def last_only(program: Program) -> Program:
     for node in head:
         del node.meta["val"]  # of another length now
     try:
-        return rebuild(program, graph, program.weights, {})
+        return with_graph(program, graph, program.weights, {})
     except RewriteError as error:
         raise BackendError(f"no logits of the last token alone: {error}") from error
 

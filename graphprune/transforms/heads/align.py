@@ -95,13 +95,18 @@ def align(
     """
     calibration.check(program)
     held = contractions(program)
-    notes: dict[str, str] = {}
     maps: list[HeadMap] = []
+    changed: dict[str, Tensor] = {}
+    reordering: dict[str, tuple[Permutation, ...]] = {}
+    notes: dict[str, str] = {}
     for heads in chosen:
         try:
             maps.append(map_heads(types, held, heads))
         except Unmapped as why:
             notes[heads.name] = f"keys and values: {why}"
+            way = group_by_weights(program, types if similar else None, heads, groups)
+            reordering[heads.name] = way.reordering
+            changed |= equal_heads({**program.weights, **changed}, heads, way.groups)
     fits = [AttentionFit(program, types, found, groups, similar, damp) for found in maps]
     parted = [
         replace(projection.matrix, weight=found.heads.name)
@@ -109,13 +114,6 @@ def align(
         for projection in found.projections
     ]
     executions = BatchExecution.of_all(program, unpadded(calibration))
-    changed: dict[str, Tensor] = {}
-    reordering: dict[str, tuple[Permutation, ...]] = {}
-    for heads in chosen:
-        if heads.name in notes:
-            way = group_by_weights(program, types if similar else None, heads, groups)
-            reordering[heads.name] = way.reordering
-            changed |= equal_heads({**program.weights, **changed}, heads, way.groups)
 
     def edit(change: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> None:
         changed.update(change({**program.weights, **changed}))

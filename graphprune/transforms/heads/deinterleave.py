@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from graphprune.ir.aten import CASTS, MOVES, REPEATS, SPLITS, name_of
 from graphprune.ir.nodes import copy_of, made_from
 from graphprune.ir.program import Program
-from graphprune.ir.shape_propagation import rebuild
+from graphprune.ir.shape_propagation import with_graph
 from graphprune.plan.steps import Permutation
 
 _ATEN = torch.ops.aten
@@ -91,7 +91,7 @@ def deinterleave(
     for projection, taken in found.items():
         _cut_off(graph, new, projection, taken)
     every = [each for several in permutations.values() for each in several]
-    return rebuild(program, graph, permute_weights(program.weights, every), {}), permutations
+    return with_graph(program, graph, permute_weights(program.weights, every), {}), permutations
 
 
 def permute_weights(

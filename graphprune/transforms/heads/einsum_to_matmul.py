@@ -13,7 +13,7 @@ from torch import fx
 from graphprune.analysis.operators.contraction import letters_of
 from graphprune.ir.nodes import copy_of, made_from
 from graphprune.ir.program import Program
-from graphprune.ir.shape_propagation import rebuild
+from graphprune.ir.shape_propagation import with_graph
 
 _ATEN = torch.ops.aten
 
@@ -31,7 +31,7 @@ def with_matrix_products(program: Program, sums: Collection[fx.Node]) -> Program
     """
     graph, new = copy_of(program.graph)
     changed = [node for node in sums if _spell(graph, new[node])]
-    return rebuild(program, graph, program.weights, {}) if changed else program
+    return with_graph(program, graph, program.weights, {}) if changed else program
 
 
 def _spell(graph: fx.Graph, node: fx.Node) -> bool:

@@ -19,6 +19,7 @@ from graphprune.analysis.groups import common_path
 from graphprune.analysis.index_maps import index_map, weight_occurrences
 from graphprune.analysis.inference import infer
 from graphprune.analysis.types import Types
+from graphprune.ir.aten import name_of
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import module_path
 from graphprune.plan.index_map import IndexMap
@@ -154,7 +155,7 @@ class HeadAnalysis:
             for node in self.types.program.graph.nodes
             if node in ours & theirs and not self._weights.isdisjoint(node.all_input_nodes)
         ]
-        if common and "linear" in str(common[-1].target):
+        if common and name_of(common[-1]) == "linear":
             return "query and key heads share one axis of a weight"
         found = common[-1] if common else self._joint(atom, several, ours, theirs)
         where = f" at {found.target} in {module_path(found)}" if found else ""
