@@ -113,7 +113,7 @@ class MergeKvHeads(Pass):
 
     @property
     def requires_calibration(self) -> bool:
-        """Whether heads are aligned."""
+        """Return whether heads are aligned."""
         return self.init == "aligned"
 
     @property

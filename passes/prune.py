@@ -197,7 +197,7 @@ class Prune(Pass):
 
     @property
     def requires_calibration(self) -> bool:
-        """Whether the criterion looks at data, or the loss is measured on it."""
+        """Return whether the criterion looks at data, or the loss is measured on it."""
         from pathlib import Path
 
         kept = self.scores is not None and Path(self.scores).exists()

@@ -179,7 +179,7 @@ class Recover(Pass):
 
     @property
     def requires_calibration(self) -> bool:
-        """Whether there is no text to train on; a text that is missing is refused before all work.
+        """Return whether there is no text to train on; a missing text is refused before all work.
 
         Raises
         ------

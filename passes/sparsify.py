@@ -135,7 +135,7 @@ class Sparsify(Pass):
 
     @property
     def requires_calibration(self) -> bool:
-        """Whether the criterion looks at data that no file of statistics stands for."""
+        """Return whether the criterion looks at data that no file of statistics stands for."""
         return self._looks and not (self.statistics and Path(self.statistics).exists())
 
     @property

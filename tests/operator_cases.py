@@ -414,7 +414,7 @@ INDEXING: dict[str, Case] = {
         lambda h, table: h + A.embedding.default(table, torch.arange(4) % 2), 8, weights=((2, 8),)
     ),
     "index.Tensor": keeps(lambda h: A.index.Tensor(h, [None, torch.tensor([1, 0, 2])]), 8),
-    "index.Tensor (neighbours)": keeps(
+    "index.Tensor (neighbors)": keeps(
         lambda h: A.index.Tensor(h, [None, None, torch.tensor([-5, -4, -3])]), 3, 3, 2
     ),
     "index.Tensor (over it)": frozen(
@@ -499,20 +499,20 @@ def _spread(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda h: h * function(h)
 
 
-def _centred(h: Tensor) -> Tensor:
-    """Its square sum does not see what was removed, though what is centred does not vanish."""
+def _centered(h: Tensor) -> Tensor:
+    """Its square sum does not see what was removed, though what is centered does not vanish."""
     h = h.cos()
     return h * (h - h.mean(-1, keepdim=True)).square().sum(-1, keepdim=True)
 
 
-def _normalised(h: Tensor) -> Tensor:
+def _normalized(h: Tensor) -> Tensor:
     """LayerNorm as it is written out."""
     mean = h.double().mean(-1, keepdim=True)
     variance = (h.double() - mean).pow(2).mean(-1, keepdim=True)
     return ((h.double() - mean) * torch.rsqrt(variance + 1e-5)).to(h.dtype)
 
 
-def _centred_by_pair(h: Tensor) -> Tensor:
+def _centered_by_pair(h: Tensor) -> Tensor:
     variance, mean = A.var_mean.correction(h, [-1], correction=0, keepdim=True)
     return (h - mean) / (variance + 1e-5).sqrt()
 
@@ -561,12 +561,12 @@ REDUCTIONS: dict[str, Case] = {
     "var.dim (beside what is summed over)": keeps(
         lambda h: h * A.var.dim(h, [1], True, True).sum(-1, keepdim=True), 8
     ),
-    "sub.Tensor (centred)": keeps(_centred, 8),
-    "sub.Tensor (centred and scaled)": keeps(_normalised, 8),
-    "sub.Tensor (centred and scaled by heads)": keeps(
-        lambda h: _normalised(h.unflatten(2, (2, 4))).flatten(2), 2, 4
+    "sub.Tensor (centered)": keeps(_centered, 8),
+    "sub.Tensor (centered and scaled)": keeps(_normalized, 8),
+    "sub.Tensor (centered and scaled by heads)": keeps(
+        lambda h: _normalized(h.unflatten(2, (2, 4))).flatten(2), 2, 4
     ),
-    "sub.Tensor (centred by a pair)": keeps(_centred_by_pair, 8),
+    "sub.Tensor (centered by a pair)": keeps(_centered_by_pair, 8),
     "amax.default": frozen(_spread(lambda h: A.amax.default(h, [-1], True)), "amax" + _OVER),
     "amin.default": frozen(_spread(lambda h: A.amin.default(h, [-1], True)), "amin" + _OVER),
     "amax.default (other)": keeps(lambda h: A.amax.default(h, [1]), 8),

@@ -561,7 +561,7 @@ def test_shuffled_channels_keep_their_groups() -> None:
     ]
 
 
-def test_whole_normalised_groups_go_exactly_and_channels_of_each_approximately() -> None:
+def test_whole_normalized_groups_go_exactly_and_channels_of_each_approximately() -> None:
     found = groups_at("norms", "norms.1.weight")
     assert [(group.size, group.exactness) for group in found] == [(4, "exact"), (3, "approximate")]
     assert "mean and variance over it at aten.group_norm.default" in found[1].why

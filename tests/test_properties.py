@@ -403,7 +403,7 @@ class Between(nn.Module):
         return self.b(self.function(self.a(x)).flatten(1))
 
 
-def centred(h: Tensor) -> Tensor:
+def centered(h: Tensor) -> Tensor:
     return h - h.mean(1, keepdim=True)
 
 
@@ -457,9 +457,9 @@ def test_networks_that_once_failed(moves: list[Move]) -> None:
 @pytest.mark.parametrize(
     "function",
     [
-        pytest.param(lambda h: centred(h[:, [0, 3, 0]]), id="a mean of picks"),
+        pytest.param(lambda h: centered(h[:, [0, 3, 0]]), id="a mean of picks"),
         pytest.param(
-            lambda h: centred(h.index_select(1, torch.tensor([0, 3, 0]))),
+            lambda h: centered(h.index_select(1, torch.tensor([0, 3, 0]))),
             id="a mean of a selection",
         ),
         pytest.param(

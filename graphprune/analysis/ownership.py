@@ -32,7 +32,7 @@ _FINDING = {_ATEN.where.default, _ATEN.nonzero.default, _ATEN.nonzero_numpy.defa
 
 @dataclass(frozen=True, eq=False)
 class UnitEntries:
-    """Where units of an axis come into a graph.
+    """The nodes by which units of an axis come into a graph.
 
     Parameters
     ----------

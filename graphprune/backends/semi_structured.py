@@ -1,6 +1,6 @@
 """2:4 weights as torch's semi-structured tensors, which sparse tensor cores multiply.
 
-Of every four neighbours along the inputs two at most are not zero. Two values and two indices of
+Of every four neighbors along the inputs two at most are not zero. Two values and two indices of
 two bits are held in place of four values, and the matrix product skips the zeros (NVIDIA Ampere and
 later: twice the dense rate in theory; Mishra et al. 2104.08378, sections 3 and 4).
 """
@@ -25,7 +25,7 @@ _CAPABILITY = (8, 0)
 
 @dataclass(frozen=True)
 class SemiStructured:
-    """Which weights can be semi-structured.
+    """The weights that can be semi-structured, and why others cannot.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ class SemiStructured:
 
 
 def why_not(weight: Tensor) -> str:
-    """Why `weight` cannot be semi-structured, or "".
+    """Say why `weight` cannot be semi-structured; "" where it can.
 
     Parameters
     ----------
@@ -83,7 +83,7 @@ def why_not(weight: Tensor) -> str:
 
 
 def is_two_of_four(weight: Tensor) -> bool:
-    """Whether two at most of every four neighbours along the last axis are not zero."""
+    """Return whether two at most of every four neighbors along the last axis are not zero."""
     if weight.shape[-1] % 4:
         return False
     return bool(((weight.reshape(-1, 4) != 0).sum(1) <= 2).all())

@@ -339,7 +339,7 @@ def _check_batch(index: int, batch: Mapping[str, Any]) -> None:
 
 
 def _fits(tensor: Tensor, value: Value) -> bool:
-    """Whether dtype, rank and every fixed size are those of `value`."""
+    """Return whether dtype, rank and every fixed size are those of `value`."""
     return (
         tensor.dtype is value.dtype
         and tensor.ndim == len(value.shape)

@@ -139,14 +139,14 @@ class Readout:
 
     @property
     def hidden(self) -> fx.Node:
-        """What the linear map reads, ``[..., in]``."""
+        """The input of the linear map, ``[..., in]``."""
         node = arguments_of(self.linear)["input"]
         assert isinstance(node, fx.Node)
         return node
 
     @property
     def inputs(self) -> tuple[fx.Node, ...]:
-        """What it reads: the hidden values, the weight, a bias, and what the tail combines."""
+        """The nodes that it reads: hidden values, the weight, a bias, and those of the tail."""
         inside = {self.linear, *self.tail}
         read = (other for node in (self.linear, *self.tail) for other in node.all_input_nodes)
         return tuple(dict.fromkeys(other for other in read if other not in inside))

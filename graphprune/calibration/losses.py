@@ -98,7 +98,7 @@ def sample_losses(logits: Tensor | Logits, batch: Mapping[str, Tensor]) -> Tenso
 
 
 def predicted(batch: Mapping[str, Tensor]) -> Tensor:
-    """Which tokens after the first are predicted, ``[batch, length - 1]``, as a boolean mask."""
+    """Return a mask of the tokens that are predicted, ``[batch, length - 1]``: not of the first."""
     ids = batch["input_ids"]
     mask = batch.get("attention_mask")
     if mask is None:

@@ -36,7 +36,7 @@ _WHAT, _AND = "statistics", "\n"
 
 @dataclass(frozen=True, eq=False)
 class InputStatistics:
-    """What is known of the inputs of a matrix, from `count` rows (tokens, or windows of an image).
+    """Sums over the inputs of a matrix, from `count` rows (tokens, or windows of an image).
 
     Parameters
     ----------
@@ -107,7 +107,7 @@ matrices of a weight come in one call; those of a segment may come in several.""
 
 @dataclass(frozen=True)
 class LayerwiseResult:
-    """What `run_layerwise` left.
+    """The weights that `run_layerwise` changed, and the memory that it took.
 
     Parameters
     ----------

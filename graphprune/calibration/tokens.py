@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Tokenizer(Protocol):
-    """What is needed of a transformers tokenizer."""
+    """The part of a transformers tokenizer that is needed."""
 
     def __call__(self, text: str, **options: Any) -> Mapping[str, Any]:
         """Return the token ids of `text` under ``input_ids``."""

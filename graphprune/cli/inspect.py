@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Format(StrEnum):
-    """How `inspect` prints."""
+    """The forms in which `inspect` prints."""
 
     text = "text"
     json = "json"

@@ -17,7 +17,7 @@ RESULT = "Result"
 
 
 class Form(StrEnum):
-    """Which kinds of checkpoint may be written."""
+    """The kinds of checkpoint that may be written."""
 
     plain = "plain"
     any = "any"

@@ -140,7 +140,7 @@ class Criterion(ABC):
 
     @property
     def settings(self) -> dict[str, str]:
-        """What the scores depend on beside the name: the attributes of the object."""
+        """The attributes of the object: scores depend on them beside the name."""
         return {key: repr(value) for key, value in vars(self).items()}
 
     def tokens_needed(self, program: Program) -> int:

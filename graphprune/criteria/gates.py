@@ -64,14 +64,14 @@ class Gate(Criterion):
 
 
 class GateToken(Gate):
-    """As `gate`, with the absolute value of every token (both codes of the paper's authors)."""
+    """The scores of `gate` by the absolute value of every token (as the paper's authors' code)."""
 
     name = "gate-token"
     absolute = "token"
 
 
 class GateBatch(Gate):
-    """As `gate`, with the absolute value of every batch (transformers' example ``bertology``)."""
+    """The scores of `gate` with the absolute value of every batch (transformers' ``bertology``)."""
 
     name = "gate-batch"
     absolute = "batch"

@@ -13,7 +13,7 @@ from graphprune.ir.program import Program
 
 
 class Obs(Criterion):
-    """What the consumers of a group lose when the unit leaves and the rest is refitted.
+    """The loss of the consumers of a group when the unit leaves and the rest is refitted.
 
     Optimal brain surgeon on each consumer's output (Hassibi and Stork 1993, equation 5), greedily:
     units leave in small batches, the cheapest first, and the score of a unit is the squared error

@@ -2,7 +2,7 @@
 
 The study of Michel et al., Are Sixteen Heads Really Better than One? (1905.10650, tables 1 to 3),
 for the units of any group. A unit is removed by the masked reference (`verification`), which
-equals its removal, so that the graph is captured and analysed once.
+equals its removal, so that the graph is captured and analyzed once.
 """
 
 from __future__ import annotations

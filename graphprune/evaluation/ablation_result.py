@@ -55,12 +55,12 @@ class Effect:
 
     @property
     def significant(self) -> bool:
-        """Whether the difference is more than chance."""
+        """Return whether the difference is more than chance."""
         return self.p is not None and self.p < SIGNIFICANT
 
     @property
     def text(self) -> str:
-        """Which units: ``3``, or ``0-6``."""
+        """The units as text: ``3``, or ``0-6``."""
         first, end = self.units
         return str(first) if end - first == 1 else f"{first}-{end - 1}"
 
@@ -148,7 +148,7 @@ class Sensitivity:
 
     @property
     def margin(self) -> float:
-        """How much the loss may grow without a unit that is free."""
+        """The most that the loss may grow without a unit that is free."""
         return FREE * self.loss if self.loss > 0 else FREE
 
     def verdicts(self, row: GroupEffects) -> tuple[int, int]:

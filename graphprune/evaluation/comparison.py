@@ -19,7 +19,7 @@ from graphprune.ir.program import Program
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` measured.
+    """The measures that `compare` took.
 
     Parameters
     ----------

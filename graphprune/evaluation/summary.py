@@ -19,7 +19,7 @@ _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a program takes.
+    """The room that a program takes.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run comes to.
+    """The outcome of a run in figures.
 
     Parameters
     ----------

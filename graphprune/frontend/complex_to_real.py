@@ -61,7 +61,7 @@ def _is_known(node: fx.Node) -> bool:
 
 
 def _is_each(node: fx.Node) -> bool:
-    """Whether each part of the result is computed of that part of the operands, both alike."""
+    """Return whether each part of the result is computed of that part of the operands."""
     moves = name_of(node) in (MOVES - CASTS) | {"index", "index_select"}
     return node.target in _LINEAR or (moves and not is_mutating(node))
 

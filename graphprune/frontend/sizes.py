@@ -45,7 +45,7 @@ Broken = frozenset[sympy.Basic]
 
 @dataclass(frozen=True)
 class Conditions:
-    """What capture assumed of the dynamic sizes, and the sizes that it saw.
+    """The assumptions of capture about dynamic sizes, and the sizes that it saw.
 
     Parameters
     ----------

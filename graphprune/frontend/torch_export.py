@@ -26,7 +26,7 @@ from graphprune.ir.program import Note
 
 @dataclass(frozen=True)
 class Exported:
-    """What `torch.export` made, and which path through branches on data it holds."""
+    """The result of `torch.export`, and which path through branches on data it holds."""
 
     program: ExportedProgram
     path: Note | None = None

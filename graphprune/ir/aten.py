@@ -124,7 +124,7 @@ def is_random(node: fx.Node) -> bool:
 
 
 def _drops_nothing(node: fx.Node) -> bool:
-    """Whether what `node` draws is a dropout that is off: dropout itself, attention, an LSTM."""
+    """Return whether `node` only draws a dropout that is off: its own, or of attention, an LSTM."""
     given = arguments_of(node)
     rates = [given[name] for name in ("p", "dropout", "dropout_p") if name in given]
     return bool(rates) and (not rates[0] or not given.get("train", True))

@@ -75,7 +75,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 class Values(UserDict[fx.Node, Any]):
-    """What nodes have been computed to be; `memory` knows what that takes."""
+    """The values of nodes that have been computed; `memory` knows what they take."""
 
     def __init__(self, given: Mapping[fx.Node, Any], memory: Memory | None = None) -> None:
         self.memory = memory
@@ -109,7 +109,7 @@ After = Callable[[fx.Node, Any, Mapping[fx.Node, Any]], Any]
 
 @dataclass(frozen=True)
 class Hooks:
-    """What is done around each node; every hook may be left out.
+    """Functions that are called around each node; every one may be left out.
 
     Parameters
     ----------
@@ -248,7 +248,7 @@ def ancestors(nodes: Sequence[fx.Node], stop: Collection[fx.Node] = ()) -> set[f
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """Neighbouring nodes of a graph, and what goes in and out of them.
+    """Neighboring nodes of a graph, and what goes in and out of them.
 
     Parameters
     ----------

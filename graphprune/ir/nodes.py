@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 
 class _Argument(NamedTuple):
-    """How an operator takes an argument; `position` is where among positional ones."""
+    """The way in which an operator takes an argument; `position` is where among positional ones."""
 
     position: int
     default: Any

@@ -69,7 +69,7 @@ NoteKind = Literal[
 
 @dataclass(frozen=True)
 class Note:
-    """What a user has to know of how a program was captured: a kind for code, a text for people.
+    """A remark on how a program was captured: a kind for code, a text for people.
 
     Parameters
     ----------
@@ -152,12 +152,12 @@ class Program:
 
     @property
     def is_decoder(self) -> bool:
-        """Whether a KV cache goes in and out."""
+        """Return whether a KV cache goes in and out."""
         return any(value.name.startswith(PAST) for value in self.inputs)
 
     @property
     def lacks_values(self) -> bool:
-        """Whether weights are on the meta device: there is a graph, and nothing to run it on."""
+        """Return whether weights are on the meta device: there is a graph and nothing to run."""
         return any(weight.is_meta for weight in self.weights.values())
 
     def within(self, symbol: int | str, wanted: int) -> int:
@@ -204,7 +204,7 @@ class Program:
 
     @property
     def device(self) -> torch.device:
-        """Where the program computes: as it was placed, or where its weights lie."""
+        """The device that the program computes on: as it was placed, or where its weights lie."""
         if self.placement.device is not None:
             return self.placement.device
         return next((weight.device for weight in self.weights.values()), torch.device("cpu"))

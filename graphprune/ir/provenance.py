@@ -27,7 +27,7 @@ def declared_length(*configs: Mapping[str, Any]) -> int | None:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a program came from: what a back end needs to speak the model's own format.
+    """The origin of a program: what a back end needs to speak the model's own format.
 
     Parameters
     ----------

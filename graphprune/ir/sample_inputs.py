@@ -163,7 +163,7 @@ def _mixed(shape: list[int], generator: torch.Generator) -> Tensor:
 
 
 def _hides(name: str, node: fx.Node) -> bool:
-    """Whether a mask that is true hides what it stands for, as the graph uses it."""
+    """Return whether a mask that is true hides what it stands for, as the graph uses it."""
     pending, seen = [(node, True)], {node}
     while pending:
         mask, hides = pending.pop()
@@ -183,7 +183,7 @@ def _hides(name: str, node: fx.Node) -> bool:
 
 
 def _is_least(value: Any) -> bool:
-    """Whether `value` is a very low number, or is filled with one."""
+    """Return whether `value` is a very low number, or is filled with one."""
     if isinstance(value, fx.Node):
         given = arguments_of(value)
         value = given.get("fill_value", given.get("s"))
@@ -228,7 +228,7 @@ def table_rows(node: fx.Node, *, shifted: bool = True) -> int | None:
 
 
 def _looks_up(user: fx.Node, index: fx.Node) -> bool:
-    """Whether `user` picks rows of a weight by the values of `index`."""
+    """Return whether `user` picks rows of a weight by the values of `index`."""
     table: Any = user.args[0] if user.args else None
     if not isinstance(table, fx.Node) or table is index or table.op != "placeholder":
         return False

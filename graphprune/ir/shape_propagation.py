@@ -114,7 +114,7 @@ class _Values:
                 self._derive(node)
 
     def _is_stale(self, node: fx.Node) -> bool:
-        """Whether a node is new, or computes with sizes that changed."""
+        """Return whether a node is new, or computes with sizes that changed."""
         value = node.meta.get("val")
         if value is None:
             return True

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PassPosition:
-    """Where in a pipeline a pass stands.
+    """The position of a pass in a pipeline.
 
     Parameters
     ----------

@@ -69,7 +69,7 @@ class Option:
 
     @property
     def required(self) -> bool:
-        """Whether the option must be given."""
+        """Return whether the option must be given."""
         return self.default is REQUIRED
 
     @property

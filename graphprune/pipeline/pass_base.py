@@ -98,7 +98,7 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Context:
-    """What a pass may use beside the program; made by the pass manager for each pass.
+    """The things that a pass may use beside the program; the pass manager makes one for each pass.
 
     Parameters
     ----------
@@ -174,7 +174,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a pass made.
+    """The result of a pass.
 
     Parameters
     ----------
@@ -237,7 +237,7 @@ class Pass(ABC):
 
     @property
     def requires_calibration(self) -> bool:
-        """Whether these options need calibration data; asked before any pass runs."""
+        """Return whether these options need calibration data; asked before any pass runs."""
         return False
 
     @property

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class Result:
-    """What a pipeline made: the last program, the whole plan, and the report."""
+    """The result of a pipeline: the last program, the whole plan, and the report."""
 
     program: Program
     plan: Plan
@@ -239,7 +239,7 @@ def _resized(before: Program, after: Program) -> str:
 
 
 def _differs(before: Program, after: Program) -> bool:
-    """Whether graph or weights differ, for two programs of the same weight names."""
+    """Return whether graph or weights differ, for two programs of the same weight names."""
     if before is after:
         return False
     same = all(after.weights[name] is weight for name, weight in before.weights.items())

@@ -23,7 +23,7 @@ _REGISTERED: dict[str, type[Pass]] = {}
 
 @dataclass(frozen=True)
 class PassInfo:
-    """What a listing says of a pass.
+    """A pass as a listing shows it.
 
     Parameters
     ----------

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Edit:
-    """What one pass did to values.
+    """The changes of one pass to values.
 
     Parameters
     ----------

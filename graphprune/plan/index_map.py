@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class IndexMap:
-    """Where a group lies in a weight: an affine map from units to indices of a dimension.
+    """An affine map from the units of a group to indices of a dimension of a weight.
 
     Unit ``u`` holds ``offset + sum(o_k * stride_k) + u * width + i`` for every coordinate ``o_k``
     of the loops in `outer` and every ``0 <= i < width``. A weight that one unit owns, such as a

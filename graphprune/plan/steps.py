@@ -37,7 +37,7 @@ class Cut:
 
     @property
     def count(self) -> int:
-        """How many units go (under each parent)."""
+        """The number of units that go (under each parent)."""
         return len(next(iter(self.units.values()), ()))
 
     @property
@@ -103,7 +103,7 @@ class Merge:
 
     @property
     def width(self) -> int:
-        """How many heads become one."""
+        """The number of heads that become one."""
         return self.size // self.groups
 
     def runs(self) -> Iterator[tuple[str, int, list[list[int]]]]:
@@ -131,12 +131,12 @@ class Step:
 
     @property
     def permutations(self) -> tuple[Permutation, ...]:
-        """How weights are permuted between cuts and merges, one after the other."""
+        """The permutations of weights between cuts and merges, one after the other."""
         return (*(p for merge in self.merges for p in merge.reordering), *self.deinterleaving)
 
     @property
     def deinterleaving(self) -> tuple[Permutation, ...]:
-        """How interleaved weights are permuted between cuts and merges, each once."""
+        """The permutations of interleaved weights between cuts and merges, each once."""
         return tuple(dict.fromkeys(p for merge in self.merges for p in merge.deinterleaving))
 
     def removed(self) -> dict[WeightDim, set[int]]:

@@ -135,7 +135,7 @@ class Costs:
 
     @cached_property
     def _fixed(self) -> dict[int, int]:
-        """What the stand-ins of a program without weights, and their products, are taken for."""
+        """Return what the stand-ins of a program without weights, and their products, mean."""
         meant = {"batch": 1, "new": self.tokens, "past": 0, "total": self.tokens}
         sizes = {size: meant[name] for size, name in self.coupling.program.stand_ins.items()}
         rows = [size for size, name in self.coupling.program.stand_ins.items() if name == "batch"]
@@ -163,7 +163,7 @@ class Costs:
 
     @cached_property
     def _chosen(self) -> dict[object, tuple[fx.Node, Atom]]:
-        """How many tokens chose a unit (a dynamic size) -> the mask that says so, and its axis.
+        """Return the number of tokens that chose a unit (a dynamic size) -> its mask and axis.
 
         The size arises where the true elements of a mask are listed, the last operand.
         """

@@ -157,7 +157,7 @@ class Hint:
 def speed_hints(
     coupling: Coupling, runtime: Runtime | None = None, removed: Mapping[str, int] | None = None
 ) -> list[Hint]:
-    """Where a program, or what a plan leaves of it, is off the fast path.
+    """Say where a program, or what a plan leaves of it, is off the fast path.
 
     Parameters
     ----------

@@ -157,7 +157,7 @@ class _Stack(nn.Module):
 
 
 class _Side(nn.Module):
-    """What an adapter adds to a product; `zero` ``[out, in]`` says where its matrix stays zero."""
+    """The addend of an adapter; `zero`, ``[out, in]``, says where its matrix stays zero."""
 
     def __init__(self, layer: Any, zero: Tensor | None) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ class _Side(nn.Module):
 
 
 def _is_beside(use: Use) -> bool:
-    """Whether a product is of the last axis of the activations with the whole matrix."""
+    """Return whether a product is of the last axis of the activations with the whole matrix."""
     args = arguments_of(use.node)
     product = name_of(use.node)
     if product == "linear":

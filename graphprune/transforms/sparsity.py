@@ -23,7 +23,7 @@ Scope = Literal["row", "layer", "global"]
 
 @dataclass(frozen=True)
 class Pattern:
-    """How many elements stay.
+    """The number of elements that stay, of all or of each few.
 
     Parameters
     ----------

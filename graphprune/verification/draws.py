@@ -21,7 +21,7 @@ _VALUES = frozenset({
 
 
 class Draws:
-    """What the random operators of a graph draw in one run, in order.
+    """The numbers that the random operators of a graph draw in one run, in order.
 
     Each draws from a seed of its own, by its number, so that two graphs with the same operators
     draw the same where sizes are the same.

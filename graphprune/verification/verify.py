@@ -32,7 +32,7 @@ from graphprune.verification.patterns import broken_patterns
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """How far apart was what was compared, and what that proves.
+    """The differences that a verification found, and what they prove.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ class VerifyReport:
 
     @property
     def proves_sizes(self) -> bool:
-        """Whether the outputs depend on what goes, so that their agreement says something."""
+        """Return whether outputs depend on what goes, so that their agreement says something."""
         return self.moved > self.tolerance
 
     def to_dict(self) -> dict[str, Any]:

@@ -43,7 +43,7 @@ _MOST_HEADER = 100_000_000
 
 @dataclass(frozen=True)
 class Entry:
-    """What the header of a file says of a tensor; `kind` is the format's name of its type."""
+    """A tensor as the header of a file describes it; `kind` is the format's name of its type."""
 
     kind: str
     shape: tuple[int, ...]

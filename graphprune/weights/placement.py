@@ -14,7 +14,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a program computes, and how much memory it may take.
+    """The device that a program computes on, and the memory that it may take.
 
     Parameters
     ----------

@@ -100,7 +100,7 @@ def test_a_buffer_stays_a_buffer() -> None:
     ("places", "sizes"),
     [([1, 2, 3], (1, 3, 4)), ([-3, -2, -1], (5, 3)), ([-2], (6, 1, 1)), ([7], (7, 1))],
 )
-def test_neighbours_picked_by_a_constant_are_a_slice(
+def test_neighbors_picked_by_a_constant_are_a_slice(
     places: list[int], sizes: tuple[int, ...]
 ) -> None:
     program = captured(lambda h: h + h[..., torch.tensor(places)].sum(-1, keepdim=True))

@@ -32,7 +32,7 @@ LEAST = -1e4
 
 @dataclass(frozen=True)
 class Mask:
-    """Which keys a query attends to.
+    """The keys that a query attends to.
 
     Parameters
     ----------
@@ -69,7 +69,7 @@ class _Meaning:
     window: int | None = None
 
     def allowed(self, queries: int, keys: int, padding: Tensor | None) -> Tensor:
-        """Where it lets attend, ``[batch or 1, queries, keys]``; the last query is the last key."""
+        """Return who may attend to what, ``[batch or 1, queries, keys]``; the ends of both meet."""
         at = torch.arange(keys - queries, keys)[:, None]
         key = torch.arange(keys)[None]
         found = torch.ones(queries, keys, dtype=torch.bool)

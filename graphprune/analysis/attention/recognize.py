@@ -128,7 +128,7 @@ class _Refused(Exception):
 
 @dataclass(frozen=True)
 class _Scores:
-    """How scores are made of queries and keys, as it is written: the mask is a tensor."""
+    """The way from queries and keys to scores, as it is written: the mask is a tensor."""
 
     mask: fx.Node | None
     scale: float

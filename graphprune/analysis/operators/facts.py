@@ -15,7 +15,7 @@ Type = tuple[Axis, ...]
 
 
 class ZeroRule(Enum):
-    """Where a result is zero when the weights of a unit are zeroed, told from its operands."""
+    """Rules for where a result is zero when the weights of a unit are zeroed, by its operands."""
 
     AS_FIRST = "where its first operand does (f(0) = 0)"
     ANY_OPERAND = "where any operand does (products, contractions)"

@@ -39,7 +39,7 @@ _PROGRAM, _GRAPH, _WEIGHTS = "program.json", "graph.json", "weights.safetensors"
 
 
 def is_archive(directory: str | PathLike[str]) -> bool:
-    """Whether `directory` looks like one that `save` wrote."""
+    """Return whether `directory` looks like one that `save` wrote."""
     return (Path(directory) / _PROGRAM).is_file()
 
 

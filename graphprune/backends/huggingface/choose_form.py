@@ -46,7 +46,7 @@ _TRIES = 6
 
 @dataclass(frozen=True)
 class CheckpointForm:
-    """How a program can be written as a Hugging Face directory.
+    """The form in which a program can be written as a Hugging Face directory.
 
     Parameters
     ----------

@@ -56,7 +56,7 @@ class Resizable(Protocol):
 
     @property
     def name(self) -> str:
-        """What it is called."""
+        """The name in messages."""
 
     @property
     def size(self) -> int:
@@ -64,7 +64,7 @@ class Resizable(Protocol):
 
     @property
     def members(self) -> Sequence[IndexMap]:
-        """Where the units are."""
+        """The index maps of the units."""
 
 
 def size_rules(program: Program, groups: Iterable[Resizable]) -> dict[str, SizeRule]:

@@ -76,7 +76,7 @@ def fold_rescaled_norms(program: Program) -> Program:
 
 
 def fold(program: Program) -> tuple[Program, tuple[Folded, ...]]:
-    """As `fold_rescaled_norms`, and what became of every epsilon."""
+    """Do as `fold_rescaled_norms` does, and say what became of every epsilon."""
     if not any(RESCALE in node.meta for node in program.graph.nodes):
         return program, ()
     graph, copies = copy_of(program.graph)
@@ -165,7 +165,7 @@ class _Norm:
             node = user
 
     def _own(self, node: fx.Node) -> bool:
-        """Whether `node` is a w + b of a weight w that nothing else uses; notes w and b / a."""
+        """Return whether `node` is a w + b of a weight w of its own; note w and b / a."""
         steps = []
         while node not in self.weights:
             if len(node.users) != 1 or node.op != "call_function":

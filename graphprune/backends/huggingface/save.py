@@ -22,7 +22,7 @@ __all__ = ["CheckpointForm", "checkpoint_form", "save_pretrained"]
 
 
 def checkpoint_form(program: Program) -> CheckpointForm:
-    """How `program` can be written as a Hugging Face directory; nothing is written.
+    """Say how `program` can be written as a Hugging Face directory; nothing is written.
 
     The answer is proven: a model built from the new config and the program's weights (shared, not
     copied) gives the program's outputs on random inputs. Without weights (on the meta device) only

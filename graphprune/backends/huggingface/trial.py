@@ -49,7 +49,7 @@ class Trial:
         return self.compare(model)[0]
 
     def compare(self, model: nn.Module) -> tuple[str, Exception | None]:
-        """As `difference`, with the exception that `model` raised, if it did."""
+        """Compare as `difference` does, and return the exception that `model` raised, if it did."""
         if not self._expected:
             try:
                 self._run_program()
@@ -123,7 +123,7 @@ class Trial:
 
 
 def _is_about_types(error: Exception) -> bool:
-    """Whether a kernel is missing for the type, rather than sizes being wrong."""
+    """Return whether a kernel is missing for the type, rather than sizes being wrong."""
     said = str(error)
     return any(word in said for word in ("not implemented for", "dtype", "scalar type", "Double"))
 

@@ -147,7 +147,7 @@ def _said(site: RecognizedAttention) -> str:
 
 
 def _not_gqa(site: RecognizedAttention, target: Target, shared: set[fx.Node]) -> str:
-    """Why GroupQueryAttention does not compute what `site` does; "" where it does."""
+    """Say why GroupQueryAttention does not compute what `site` does; "" where it does."""
     key, value = site.sizes
     dtype = site.query.meta["val"].dtype
     if site.caches is None:
@@ -168,14 +168,14 @@ def _not_gqa(site: RecognizedAttention, target: Target, shared: set[fx.Node]) ->
 
 
 def _not_mha(site: RecognizedAttention) -> str:
-    """Why MultiHeadAttention does not compute what `site` does; "" where it does."""
+    """Say why MultiHeadAttention does not compute what `site` does; "" where it does."""
     if site.heads != site.kv_heads:
         return f"{site.kv_heads} KV heads would have to be repeated"
     return _more_than_masked(site, "its scores are capped")
 
 
 def _not_standard(site: RecognizedAttention, opset: int) -> str:
-    """Why ONNX's own Attention does not compute what `site` does; "" where it does."""
+    """Say why ONNX's own Attention does not compute what `site` does; "" where it does."""
     if opset < STANDARD_OPSET:
         return f"opset {opset} has no Attention, {STANDARD_OPSET} has"
     return _more_than_masked(

@@ -38,7 +38,7 @@ _LARGEST = 2**31 - 2**27
 
 @dataclass(frozen=True)
 class OnnxReport:
-    """What was written, and how far it was from the program when it was run.
+    """The file that was written, and how far it was from the program when it was run.
 
     Parameters
     ----------
@@ -84,7 +84,7 @@ class OnnxReport:
     parity: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """Return the fields as JSON takes them."""
         return {**dataclasses.asdict(self), "notes": list(self.notes)}
 
 

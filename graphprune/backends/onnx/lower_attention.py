@@ -98,7 +98,7 @@ def lower_attention(
 
 
 def _is_kept(node: fx.Node) -> bool:
-    """Whether a node stays though nothing uses it; dropout, which does nothing here, does not."""
+    """Return whether a node stays though nothing uses it; dropout, which is off, does not."""
     return node.op in ("placeholder", "output") or is_mutating(node)
 
 

@@ -63,7 +63,7 @@ _PROVIDERS: dict[Target | None, str] = {
 
 @dataclass(frozen=True)
 class Package:
-    """What a package says of itself.
+    """The record that a package holds of itself.
 
     Parameters
     ----------
@@ -101,7 +101,7 @@ class Package:
 
 
 def is_package(directory: str | PathLike[str]) -> bool:
-    """Whether `directory` looks like one that `write_package` wrote."""
+    """Return whether `directory` looks like one that `write_package` wrote."""
     return (Path(directory) / PARITY).is_file() and (Path(directory) / MODEL).is_file()
 
 

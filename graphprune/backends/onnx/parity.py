@@ -38,7 +38,7 @@ REFUSED = "refused: rows that are padded on the left come out as NaN"
 
 @dataclass(frozen=True)
 class Protocol:
-    """How much a decoder is run.
+    """How far a decoder is run: prompts, steps, and what else.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ FULL = Protocol(
 
 @dataclass(frozen=True)
 class Parity:
-    """What running a model beside its program showed.
+    """The differences between a model and its program when both are run.
 
     Parameters
     ----------
@@ -94,7 +94,7 @@ class Parity:
     provider: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """Return the fields as JSON takes them."""
         return dataclasses.asdict(self)
 
 

@@ -220,7 +220,7 @@ class Pair:
 
 
 def positions(program: Program, names: Mapping[str, str], wanted: int) -> int:
-    """How many positions may be tried, `wanted` at most.
+    """Return how many positions may be tried, `wanted` at most.
 
     The ranges of sizes and the model's position table say so.
     """

@@ -35,7 +35,7 @@ _SIZES = (2, 3, 5, 7, 11, 13)
 
 @dataclass(frozen=True)
 class _Rows:
-    """What a node takes out of a projection.
+    """The rows of a projection that a node takes.
 
     Parameters
     ----------
@@ -128,7 +128,7 @@ def _parts_of(weight: fx.Node, names: Mapping[fx.Node, str]) -> dict[fx.Node, li
 
 
 def _is_alone(projection: fx.Node, names: Mapping[fx.Node, str]) -> bool:
-    """Whether its bias, if any, is a weight that only projections with the same weight add."""
+    """Return whether its bias, if any, is added by projections with the same weight alone."""
     weight, *bias = projection.args[1:]
     return all(
         each is None

@@ -28,7 +28,7 @@ _EXACT = 10_000
 
 @dataclass(frozen=True)
 class Grouping:
-    """Which heads become one.
+    """The heads that become one, group by group.
 
     Parameters
     ----------

@@ -29,7 +29,7 @@ Label = tuple[frozenset[tuple[Atom, int]], int]
 
 
 class Unmapped(Exception):
-    """Why the heads of an attention cannot be told apart coordinate by coordinate."""
+    """The reason why the heads of an attention cannot be told apart coordinate by coordinate."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ class Projection:
 
 @dataclass(frozen=True, eq=False)
 class Operand:
-    """How to find the heads in the value of a node.
+    """The dimensions of a node's value that heads and their coordinates lie in.
 
     Parameters
     ----------

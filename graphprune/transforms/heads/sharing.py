@@ -73,7 +73,7 @@ def shared_subspace(moments: Tensor, weights: Tensor) -> Shared:
 
 @dataclass(frozen=True)
 class Rotation:
-    """How positions rotate the coordinates of keys and queries.
+    """The rotation of the coordinates of keys and queries by their positions.
 
     Parameters
     ----------

@@ -205,8 +205,8 @@ def test_nothing_is_shown(
 
 class Scaled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        centred = x - x.mean(-1, keepdim=True)
-        return centred / (centred.square().mean(-1, keepdim=True) + 1e-8).sqrt()
+        centered = x - x.mean(-1, keepdim=True)
+        return centered / (centered.square().mean(-1, keepdim=True) + 1e-8).sqrt()
 
 
 class Padded(nn.Module):

@@ -92,7 +92,7 @@ def test_heads_that_differ_by_what_their_users_can_undo_merge_without_loss(name:
     inputs = inputs_of(program, batch=2, length=8, seed=1)
     output = program.outputs[0].name
     expected = program(**inputs)[output]
-    # Where heads cannot change places, those that differ are not neighbours.
+    # Where heads cannot be reordered, those that differ are not neighbors.
     tied = {note.partition(":")[0] for note in found.notes.values()}
     assert tied <= {"heads stay in order"}
     errors = [found.errors[each.name] for each in heads if each.name not in found.notes]

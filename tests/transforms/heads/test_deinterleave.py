@@ -91,7 +91,7 @@ class Attention(nn.Module):
 
 
 class Averaged(Attention):
-    """The same with neighbouring heads of keys and values made equal."""
+    """The same with neighboring heads of keys and values made equal."""
 
     groups = HEADS
 

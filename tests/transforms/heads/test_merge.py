@@ -85,7 +85,7 @@ def held(model: nn.Module, layout: Layout) -> list[Tensor]:
 
 
 def averaged(model: nn.Module, layout: Layout, groups: int) -> nn.Module:
-    """`model`, still wide, whose neighbouring KV heads all are their mean."""
+    """`model`, still wide, whose neighboring KV heads all are their mean."""
     for rows in held(model, layout):
         for start in layout.starts:
             block = rows[start : start + layout.heads * WIDTH]
@@ -298,7 +298,7 @@ def test_a_pruned_program_is_merged(name: str) -> None:
     assert gp.verify(program, first + second, last).max_weight_error <= 1e-6
 
 
-def test_heads_that_became_neighbours_are_merged() -> None:
+def test_heads_that_became_neighbors_are_merged() -> None:
     program, coupling = program_of("llama-mha"), coupling_of("llama-mha")
     groups = [group for group in coupling.groups if group.role == "kv-head"]
     cuts = tuple(group.cut({(): (1, 2)}) for group in groups)
@@ -393,7 +393,7 @@ def test_a_merge_of_other_heads_is_refused() -> None:
             gp.apply(program, Plan((replace(step, merges=(wrong,)),)))
 
 
-def test_moves_that_lose_a_place_are_refused() -> None:
+def test_permutations_that_lose_an_index_are_refused() -> None:
     program = program_of("llama-mha")
     (step,) = merging(program, 2).steps
     reordering = (Permutation("model.layers.0.self_attn.q_proj.weight", 0, (0,) * 32),)
@@ -402,7 +402,7 @@ def test_moves_that_lose_a_place_are_refused() -> None:
         Plan.from_json(wrong.to_json())
 
 
-def test_moves_of_another_size_are_refused() -> None:
+def test_permutations_of_another_size_are_refused() -> None:
     program = program_of("llama-mha")
     (step,) = merging(program, 2).steps
     reordering = (Permutation("model.layers.0.self_attn.q_proj.weight", 0, (1, 0)),)

@@ -50,7 +50,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a decoder's model takes and gives, by its names."""
+    """The inputs and outputs of a decoder's model, by their names."""
 
     logits: str
     every: bool
@@ -293,7 +293,7 @@ def _zeros(shape: Sequence[int], element: int, device: str) -> Any:
 
 
 def _graphs(number: int | None) -> tuple[str | None, str | None]:
-    """Which of CUDA's graphs a prompt and a step are run by."""
+    """Say by which of CUDA's graphs a prompt and a step are run."""
     return (None, None) if number is None else (_NO_GRAPH, str(number))
 
 

@@ -11,7 +11,7 @@ from graphprune.ir.provenance import declared_length
 
 
 def limits_of(directory: Path) -> tuple[int | None, frozenset[int]]:
-    """How many tokens a text may have, None where no config says so; and the tokens that end one.
+    """Return how many tokens a text may have, if a config says so, and the tokens that end one.
 
     ``genai_config.json`` is asked first, then ``generation_config.json`` and ``config.json``.
 

@@ -25,7 +25,7 @@ Prompt = str | Sequence[int]
 
 @dataclass(frozen=True)
 class Generation:
-    """What one prompt came to.
+    """The continuation of one prompt.
 
     Parameters
     ----------

@@ -22,7 +22,7 @@ _INCOMPLETE = "\ufffd"
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen.
+    """The way in which tokens are chosen.
 
     Parameters
     ----------
@@ -147,7 +147,7 @@ class Text:
 
 
 def _begun(text: str, stop: Sequence[str]) -> int:
-    """How many characters at the end of `text` may be the beginning of a string of `stop`."""
+    """Return how many characters at the end of `text` may begin a string of `stop`."""
     longest = max((len(each) for each in stop), default=0)
     for length in range(min(longest - 1, len(text)), 0, -1):
         if any(each.startswith(text[-length:]) for each in stop):
