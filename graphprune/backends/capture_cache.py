@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from graphprune.backends.archive.graph import deserialize_graph, serialize_graph
+from graphprune.backends.fixed_graph import graph_data, graph_module
 from graphprune.errors import GraphPruneError
 from graphprune.io.atomic import staged_file
 from graphprune.ir.program import Note, Program, value_of
@@ -30,7 +30,7 @@ from graphprune.ir.provenance import Source
 FOLDER = "GRAPHPRUNE_CACHE"
 """The environment variable that names the folder; empty, nothing is kept."""
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 def cache_folder() -> Path | None:
@@ -81,7 +81,7 @@ def write_capture(file: Path, program: Program) -> None:
     if source is None:
         return
     try:
-        graph = serialize_graph(program).decode()
+        graph = json.dumps(graph_data(program.graph))
         kept = {
             "graph": graph,
             "sha256": hashlib.sha256(graph.encode()).hexdigest(),
@@ -119,30 +119,29 @@ class _Fields:
 
 
 def _rebuilt(kept: dict[str, Any], directory: Path) -> Program:
-    graph = kept["graph"].encode()
-    if hashlib.sha256(graph).hexdigest() != kept["sha256"]:
+    graph = kept["graph"]
+    if hashlib.sha256(graph.encode()).hexdigest() != kept["sha256"]:
         raise ValueError("another graph")
     kinds = {name: kind for name, kind, *_ in kept["weights"]}
     weights = {
         name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
         for name, _, shape, dtype in kept["weights"]
     }
-    exported = deserialize_graph(graph, weights, kinds)
-    (output,) = exported.graph.find_nodes(op="output")
-    inputs = exported.graph.find_nodes(op="placeholder")[len(kinds) :]
+    module = graph_module(json.loads(graph))
+    (output,) = module.graph.find_nodes(op="output")
+    inputs = module.graph.find_nodes(op="placeholder")[len(kinds) :]
     named_inputs = zip(kept["inputs"], inputs, strict=True)
     named_outputs = zip(kept["outputs"], output.args[0], strict=True)
     fields = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     model_class: Any = _NamedClass(*kept["class"].split(":"))
     program = Program(
-        graph_module=exported.graph_module,
+        graph_module=module,
         weights=weights,
         kinds=kinds,
         aliases=kept["aliases"],
         inputs=tuple(value_of(name, node) for name, node in named_inputs),
         outputs=tuple(value_of(name, node) for name, node in named_outputs),
         source=Source(_Fields(fields), model_class, directory),
-        ranges=dict(exported.range_constraints),
         notes=tuple(Note(**note) for note in kept["notes"]),
         stand_ins={int(size): what for size, what in kept["stand_ins"]},
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +11,7 @@ import typer
 
 from graphprune.cli.console import note, show
 from graphprune.cli.inputs import read_plan, resolve
-from graphprune.cli.options import Checkpoint, NoCache
+from graphprune.cli.options import AsJson, Checkpoint, NoCache
 from graphprune.cli.session import Session, verb
 
 if TYPE_CHECKING:
@@ -110,24 +111,20 @@ def explain(
     directory: Checkpoint,
     weight: Annotated[str, typer.Argument(metavar="WEIGHT", help="A weight's dotted name.")],
     dim: Annotated[int, typer.Argument(metavar="DIM", help="Its dimension; -1 is the last.")],
+    as_json: AsJson = False,
     no_cache: NoCache = False,
 ) -> None:
     """Say what one dimension of a weight is coupled with, or why it cannot be pruned."""
     from graphprune.analysis.coupling import analyze
-    from graphprune.report.coupling_paths import path_text
+    from graphprune.report.coupling_paths import explanation, explanation_json
 
     program = session.look(directory, cache=not no_cache)
     with session.working("analyzing"):
         coupling = analyze(program)
-    print(coupling.explain(weight, dim))
-    name = program.aliases.get(weight, weight)
-    dim %= program.weight(name).ndim
-    for group in coupling.groups:
-        if any(member.weight == name and member.dim == dim for member in group.members):
-            print(f"\n{group}")
-            other = next((each for each in reversed(group.weights()) if each != name), None)
-            if other is not None:
-                print(path_text(coupling, group.name, name, other))
+    if as_json:
+        print(json.dumps(explanation_json(coupling, weight, dim), indent=1))
+    else:
+        print(explanation(coupling, weight, dim))
 
 
 def _page_and_plot(
@@ -146,7 +143,9 @@ def _page_and_plot(
     if picture is not None and (plan is None) == (scores is None):
         raise typer.BadParameter("a picture is of a --plan or of --scores: give one of them")
     try:
-        program = session.load(directory)
+        # Scores are of weights, and which checkpoint can hold a result depends on them.
+        whole = scores is not None or (html is not None and plan is not None)
+        program = session.load(directory) if whole else session.look(directory, cache=True)
     except CaptureError as error:
         if html is None:
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -102,8 +103,9 @@ def valued(node: fx.Node, mode: FakeTensorMode | None = None) -> fx.Node:
     `mode` is what makes the value where no argument is a tensor.
     """
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda other: other.meta["val"])
-    tensors = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor))
-    with mode or next(tensors).fake_mode, torch.no_grad():
+    leaves = pytree.tree_leaves((args, kwargs))
+    modes = (leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor))
+    with mode or next(modes, nullcontext()), torch.no_grad():
         node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
     return node
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 from typing import Any
 
@@ -101,7 +102,9 @@ class _Values:
         self.graph = graph
         self.changed: set[fx.Node] = set()
         values = (node.meta.get("val") for node in graph.nodes)
-        self.mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+        # A graph that was kept for looking into has tensors on the meta device.
+        modes = (value.fake_mode for value in values if isinstance(value, FakeTensor))
+        self.mode: AbstractContextManager[object] = next(modes, nullcontext())
 
     def update(self, shapes: Mapping[fx.Node, Shape | list[Shape]]) -> None:
         for node in list(self.graph.nodes):

@@ -28,7 +28,7 @@ def draw_sizes(path: Path, program: Program, plan: Plan) -> None:
     """
     check_format(path)
     plan.check(program)
-    sizes = [_sizes(each) for each in (program, apply_plan(program, plan))]
+    sizes = [_sizes(each) for each in (program, apply_plan(program, plan.without_edits()))]
     pairs = {layer: (size, sizes[1].get(layer, 0)) for layer, size in sizes[0].items()}
     with staged_file(path) as staged:
         bars(staged, pairs, labels=("parameters", "layer"))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import fx
 
 from graphprune.analysis.axes import Atom
 from graphprune.analysis.coupling import Coupling
+from graphprune.analysis.groups import Group
 from graphprune.errors import UsageError
 from graphprune.ir.provenance import whereabouts
 
@@ -102,11 +106,68 @@ def _path(tree: dict[fx.Node, PathStep | None], end: fx.Node) -> list[PathStep]:
     return steps[::-1]
 
 
+def explanation(coupling: Coupling, weight: str, dim: int) -> str:
+    """Return what a dimension is made of, its groups, and what couples each with another weight."""
+    lines = [coupling.explain(weight, dim)]
+    for group, name, other in _coupled(coupling, weight, dim):
+        lines += ["", str(group)]
+        if other is not None:
+            lines.append(path_text(coupling, group.name, name, other))
+    return "\n".join(lines)
+
+
+def explanation_json(coupling: Coupling, weight: str, dim: int) -> dict[str, Any]:
+    """Return the same as plain data."""
+    text = coupling.explain(weight, dim)
+    rank = coupling.program.weight(weight).ndim
+    groups = []
+    for group, name, other in _coupled(coupling, weight, dim):
+        found: dict[str, Any] = {
+            "name": group.name,
+            "size": group.size,
+            "role": group.role,
+            "exactness": group.exactness,
+            "why": group.why,
+            "members": [[member.weight, member.dim] for member in group.members],
+        }
+        if other is not None:
+            found["with"] = other
+            with suppress(UsageError):  # nothing but a choice at run time couples them
+                found["path"] = _path_lines(coupling, group.name, name, other)
+        groups.append(found)
+    name = coupling.program.aliases.get(weight, weight)
+    return {
+        "weight": weight,
+        "dimension": dim % rank,
+        "type": coupling.type_of(weight).text[dim % rank],
+        "groups": groups,
+        "frozen": [
+            {"size": reason.axis.size, "why": reason.why, "at": whereabouts(reason.node)}
+            for held, at, reason in coupling.frozen()
+            if (held, at) == (name, dim % rank)
+        ],
+        "text": text,
+    }
+
+
+def _coupled(coupling: Coupling, weight: str, dim: int) -> Iterator[tuple[Group, str, str | None]]:
+    """Yield the groups of a dimension, with its weight's own name and another weight of theirs."""
+    name = coupling.program.aliases.get(weight, weight)
+    dim %= coupling.program.weight(name).ndim
+    for group in coupling.groups:
+        if any(member.weight == name and member.dim == dim for member in group.members):
+            yield group, name, next((w for w in reversed(group.weights()) if w != name), None)
+
+
 def path_text(coupling: Coupling, group: str, first: str, second: str) -> str:
     """Return why two weights of a group are coupled, an operator in each line."""
     try:
-        steps = CouplingPaths(coupling).between(group, first, second)
+        lines = _path_lines(coupling, group, first, second)
     except UsageError as error:
         return f"  {error}"
-    lines = (f"    {whereabouts(step.operator)}" for step in steps)
-    return "\n".join([f"  from {first} to {second}:", *lines])
+    return "\n".join([f"  from {first} to {second}:", *(f"    {line}" for line in lines)])
+
+
+def _path_lines(coupling: Coupling, group: str, first: str, second: str) -> list[str]:
+    steps = CouplingPaths(coupling).between(group, first, second)
+    return [whereabouts(step.operator) for step in steps]

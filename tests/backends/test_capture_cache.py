@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,31 @@ def test_the_second_look_captures_nothing_and_sees_the_same(
     assert second.context_length == whole.context_length
     with pytest.raises(AssertionError, match="captured again"):
         look(checkpoint, cache=False)
+
+
+def test_reading_a_kept_graph_loads_neither_compiler_nor_transformers(
+    checkpoint: Path, folder: Path
+) -> None:
+    look(checkpoint)
+    code = (
+        "import sys, pathlib; from graphprune.backends.load import look;"
+        "import graphprune.analysis.coupling as coupling;"
+        f"coupling.analyze(look(pathlib.Path({str(checkpoint)!r})));"
+        "print([name for name in ('torch._dynamo', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_plan_is_applied_to_a_kept_graph_as_to_the_model(checkpoint: Path, folder: Path) -> None:
+    whole = gp.load(checkpoint)
+    result = gp.Pipeline.parse(
+        "prune{target=ffn,kv-heads ratio=0.5 criterion=l2},merge-kv-heads{groups=1}"
+    ).run(whole)
+    look(checkpoint)
+    after = gp.apply(look(checkpoint), result.plan)
+    sizes = {name: weight.shape for name, weight in result.program.weights.items()}
+    assert {name: weight.shape for name, weight in after.weights.items()} == sizes
 
 
 def test_whatever_a_graph_follows_from_is_in_its_name(

@@ -220,6 +220,32 @@ def test_explain_names_the_operators_that_couple(graphprune: Run, checkpoint: Pa
     assert "aten.mul.Tensor in model.layers.0.mlp" in out
 
 
+def test_an_explanation_is_there_as_data_too(graphprune: Run, checkpoint: Path) -> None:
+    weight = "model.layers.0.mlp.up_proj.weight"
+    data = json.loads(graphprune("explain", checkpoint, weight, "-2", "--json").out)
+    assert (data["weight"], data["dimension"], data["frozen"]) == (weight, 0, [])
+    (group,) = data["groups"]
+    assert (group["name"], group["size"]) == ("model.layers.0.mlp:ffn", 48)
+    assert [weight, 0] in group["members"]
+    assert group["with"] == "model.layers.0.mlp.down_proj.weight"
+    assert any(line.startswith("aten.mul.Tensor in model.layers.0.mlp") for line in group["path"])
+    frozen = json.loads(graphprune("explain", checkpoint, "lm_head.weight", 0, "--json").out)
+    assert frozen["groups"] == [] and frozen["frozen"][0]["why"]
+
+
+def test_looking_reads_no_weights(
+    graphprune: Run, checkpoint: Path, smaller: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from graphprune.backends import load as loading
+
+    monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("the weights are loaded"))
+    assert graphprune("page", checkpoint, "-o", tmp_path / "page.html").status == 0
+    drawn = ["-o", tmp_path / "sizes.svg", "--plan", smaller / "plan.json"]
+    assert graphprune("plot", checkpoint, *drawn).status == 0
+    assert graphprune("inspect", checkpoint).status == 0
+    assert graphprune("explain", checkpoint, "lm_head.weight", 0).status == 0
+
+
 def test_diff_compares_two_plans(graphprune: Run, smaller: Path, tmp_path: Path) -> None:
     plan = smaller / "plan.json"
     again = Path(shutil.copytree(smaller, tmp_path / "again"))
