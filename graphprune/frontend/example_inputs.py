@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.export import Dim
 
 from graphprune.errors import CaptureError, first_line
+from graphprune.ir.provenance import declared_length
 
 BATCH, NEW, PAST_LENGTH = 2, 3, 5
 """Example sizes: distinct, and none of them 0 or 1, which `torch.export` would specialise."""
@@ -196,8 +197,8 @@ def longest_trial(model: Any) -> int:
     """
     if model.device.type == "cpu":
         return 1 << 14
-    known = _values(model.config, ("max_position_embeddings", "n_positions"))
-    return min((value for value in known if isinstance(value, int)), default=1 << 14)
+    declared = (declared_length(vars(part)) for part in configs(model.config))
+    return min((length for length in declared if length is not None), default=1 << 14)
 
 
 def configs(config: Any) -> list[Any]:
