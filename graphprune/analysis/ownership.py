@@ -22,7 +22,7 @@ from torch import fx
 from graphprune.analysis.axes import Axis
 from graphprune.analysis.operators.facts import Frozen, ZeroPropagation, ZeroRule
 from graphprune.ir.aten import name_of, plain_name
-from graphprune.ir.nodes import arguments_of
+from graphprune.ir.nodes import arguments_of, symbols_of
 
 _ATEN = torch.ops.aten
 
@@ -262,7 +262,7 @@ class _ZeroFlow:
         value = node.meta.get("val")
         operands = [o for o in node.all_input_nodes if not isinstance(o.meta["val"], torch.SymInt)]
         if self._finds(node):
-            self._empty |= _symbols([value]) - _symbols(other.meta["val"] for other in operands)
+            self._empty |= symbols_of(node) - symbols_of(*operands)
             return True
         if self._is_empty(value):
             return True
@@ -347,13 +347,6 @@ class _ZeroFlow:
             for index in indices
             if index is not None
         )
-
-
-def _symbols(values: Iterable[Any]) -> set[Any]:
-    """Return the dynamic sizes in the shapes of tensors, or of lists of them."""
-    parts = [p for v in values for p in (v if isinstance(v, tuple | list) else [v])]
-    sizes = [s for part in parts for s in part.shape if isinstance(s, torch.SymInt)]
-    return {symbol for size in sizes for symbol in size.node.expr.free_symbols}
 
 
 def _same_form(left: fx.Node, right: fx.Node) -> bool:

@@ -26,6 +26,7 @@ from graphprune.errors import GraphPruneError
 from graphprune.io.atomic import staged_file
 from graphprune.ir.program import Note, Program, value_of
 from graphprune.ir.provenance import Source
+from graphprune.weights.tensors import type_name
 
 FOLDER = "GRAPHPRUNE_CACHE"
 """The environment variable that names the folder; empty, nothing is kept."""
@@ -87,7 +88,7 @@ def write_capture(file: Path, program: Program) -> None:
             "sha256": hashlib.sha256(graph.encode()).hexdigest(),
             "fingerprint": program.fingerprint(),
             "weights": [
-                (name, program.kinds[name], list(weight.shape), _short(weight.dtype))
+                (name, program.kinds[name], list(weight.shape), type_name(weight.dtype))
                 for name, weight in program.weights.items()
             ],
             "aliases": dict(program.aliases),
@@ -174,7 +175,3 @@ def _model_code(kind: str) -> list[Path]:
 def _add_files(digest: Any, files: Iterable[Path]) -> None:
     for file in files:
         digest.update(f"{file.name}\n".encode() + file.read_bytes())
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

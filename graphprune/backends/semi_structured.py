@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.errors import BackendError
+from graphprune.weights.tensors import type_name
 
 MULTIPLES = {torch.float16: (32, 64), torch.bfloat16: (32, 64), torch.int8: (32, 128)}
 """Outputs and inputs must be multiples of these, so that both libraries that torch calls (CUTLASS,
@@ -73,7 +74,7 @@ def why_not(weight: Tensor) -> str:
     if weight.ndim != 2:
         return "it is no matrix"
     if weight.dtype not in MULTIPLES:
-        kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in MULTIPLES)
+        kinds = ", ".join(type_name(dtype) for dtype in MULTIPLES)
         return f"it is {str(weight.dtype).removeprefix('torch.')}, not one of {kinds}"
     rows, columns = MULTIPLES[weight.dtype]
     if weight.shape[0] % rows or weight.shape[1] % columns:

@@ -6,14 +6,13 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from graphprune.errors import OutputError
 from graphprune.evaluation.sweep_result import MeasuredProgram
-from graphprune.io.atomic import as_json
+from graphprune.io.atomic import as_json, writing
 
 POINTS = "points.jsonl"
 """The file: a line of JSON for each point, written as soon as it is measured."""
@@ -35,7 +34,7 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / POINTS
-        with _refusing(folder):
+        with writing(folder):
             if folder.exists() and not folder.is_dir():
                 raise OutputError(f"{folder} is a file, not a directory")
             if folder.is_dir() and not self.path.is_file() and any(folder.iterdir()):
@@ -65,7 +64,7 @@ class Journal:
             "reason": reason,
         }
         self.records.append(record)
-        with _refusing(self.path), self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(as_json(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -87,11 +86,3 @@ class Journal:
 def _from_json(data: Mapping[str, Any]) -> MeasuredProgram:
     unbounded = {name: math.inf for name in ("loss", "perplexity") if data[name] is None}
     return MeasuredProgram(**{**data, **unbounded})
-
-
-@contextmanager
-def _refusing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error

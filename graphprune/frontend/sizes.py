@@ -20,10 +20,10 @@ import sympy
 import torch
 from torch import Tensor
 from torch.export import Dim
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from graphprune.frontend.torch_export import Exported
+from graphprune.ir.nodes import size_environment
 from graphprune.ir.program import Note, Program
 
 ROWS = (1, 3)
@@ -65,7 +65,7 @@ class Conditions:
 
 def conditions_of(exported: Exported, program: Program) -> Conditions:
     """Collect the conditions under which `exported` is what the code computes."""
-    env = _environment(program)
+    env = size_environment(program.graph)
     if env is None:
         return Conditions((), {})
     names = {
@@ -93,14 +93,6 @@ def conditions_of(exported: Exported, program: Program) -> Conditions:
         if symbol.name in names
     }
     return Conditions(tuple(found), hints)
-
-
-def _environment(program: Program) -> ShapeEnv | None:
-    for node in program.graph.nodes:
-        mode = getattr(node.meta.get("val"), "fake_mode", None)
-        if mode is not None and mode.shape_env is not None:
-            return mode.shape_env
-    return None
 
 
 def _replaced(expression: sympy.Basic, replacements: Mapping[Any, Any]) -> sympy.Basic:

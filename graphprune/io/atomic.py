@@ -57,7 +57,7 @@ def staged_directory(
     report.json
     """
     target = Path(os.path.realpath(path))
-    with _refusing(path):
+    with writing(path):
         if target.exists() and not target.is_dir():
             raise OutputError(f"{path} is a file, not a directory")
         existed = target.is_dir()
@@ -70,7 +70,7 @@ def staged_directory(
     with _staged(path, target if existed else target.parent, target.name) as staged:
         with _disk_full(path):
             yield staged
-        with _refusing(path):
+        with writing(path):
             if existed:
                 made = sorted(staged.iterdir())
                 with _set_aside(old, staged):
@@ -113,7 +113,7 @@ def staged_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
     {}
     """
     target = Path(os.path.realpath(path))
-    with _refusing(path):
+    with writing(path):
         if target.is_dir():
             raise OutputError(f"{path} is a directory, not a file")
         if target.exists() and not overwrite:
@@ -121,7 +121,7 @@ def staged_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
     with _staged(path, target.parent, target.name) as staged:
         with _disk_full(path):
             yield staged / target.name
-        with _refusing(path):
+        with writing(path):
             if not (staged / target.name).is_file():
                 raise OutputError(f"nothing was written to {path}")
             # The file itself comes last: whoever sees it finds what it refers to.
@@ -158,7 +158,7 @@ def _staged(path: str | os.PathLike[str], parent: Path, name: str) -> Iterator[P
     """
     made: list[Path] = []
     try:
-        with _refusing(path):
+        with writing(path):
             _make_parents(parent, made)
             staged = parent / f".{name}.{secrets.token_hex(4)}.partial"
             staged.mkdir()
@@ -218,8 +218,8 @@ def _move_up(staged: Path, parent: Path, entries: list[Path], overwrite: bool) -
 
 
 @contextmanager
-def _refusing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn any failure of the file system into one line."""
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn any failure of the file system within a ``with`` into one line."""
     try:
         yield
     except OSError as error:

@@ -116,3 +116,24 @@ def size_of(size: Any, sizes: Mapping[str, int]) -> int:
         return size
     expression = size.node.expr
     return int(expression.subs({symbol: sizes[str(symbol)] for symbol in expression.free_symbols}))
+
+
+def dynamic_sizes(node: fx.Node) -> list[Any]:
+    """Return the expressions of dynamic sizes in the shape of a tensor, or of several."""
+    value = node.meta.get("val")
+    parts = value if isinstance(value, tuple | list) else (value,)
+    sizes = (size for part in parts for size in getattr(part, "shape", ()))
+    return [size.node.expr for size in sizes if isinstance(size, torch.SymInt)]
+
+
+def symbols_of(*nodes: fx.Node) -> set[Any]:
+    """Return the symbols in the shapes of tensors."""
+    found = (expression for node in nodes for expression in dynamic_sizes(node))
+    return {symbol for expression in found for symbol in expression.free_symbols}
+
+
+def size_environment(graph: fx.Graph) -> Any:
+    """Return what knows the dynamic sizes of `graph`; None where no value has any."""
+    modes = (getattr(node.meta.get("val"), "fake_mode", None) for node in graph.nodes)
+    known = (mode.shape_env for mode in modes if mode is not None)
+    return next((environment for environment in known if environment is not None), None)

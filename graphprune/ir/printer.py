@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from graphprune.ir.aten import printed_name
+from graphprune.weights.tensors import type_name
 
 if TYPE_CHECKING:
     from torch import fx
@@ -86,7 +87,7 @@ def _type(value: Any) -> str:
 
 def _dtype(dtype: Any) -> str:
     """``f32`` for ``torch.float32``, and likewise."""
-    name = str(dtype).removeprefix("torch.")
+    name = type_name(dtype)
     for long, short in (("bfloat", "bf"), ("float", "f"), ("uint", "u"), ("int", "i")):
         if name.startswith(long):
             return short + name.removeprefix(long)

@@ -19,6 +19,7 @@ from graphprune.ir.provenance import Source
 from graphprune.weights.deferred import converted, made
 from graphprune.weights.overlay import overlaid
 from graphprune.weights.placement import Placement
+from graphprune.weights.tensors import type_name
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -248,7 +249,7 @@ class Program:
 
     def __repr__(self) -> str:
         kind = "Program" if self.source is None else self.source.model_class.__name__
-        types = ", ".join(sorted({str(w.dtype).removeprefix("torch.") for w in self._parameters()}))
+        types = ", ".join(sorted({type_name(w.dtype) for w in self._parameters()}))
         lines = [f"{kind}: {self.parameter_count():,} parameters ({types or 'no weights'})"]
         for word, values in (("in", self.inputs), ("out", self.outputs)):
             plain = [value for value in values if not value.name.startswith((PAST, PRESENT))]

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-import sympy
-import torch
 from torch import fx
 
 from graphprune.analysis.axes import Atom, Axis, Product, Sum
@@ -18,6 +16,7 @@ from graphprune.analysis.axis_cuts import AxisCut
 from graphprune.analysis.coupling import Coupling
 from graphprune.analysis.operators.facts import Type
 from graphprune.ir.aten import name_of
+from graphprune.ir.nodes import dynamic_sizes, symbols_of
 from graphprune.ir.program import PAST
 
 Cost = Literal["params", "macs", "kv_bytes"]
@@ -157,7 +156,7 @@ class Costs:
             shape, least = mask.meta["val"].shape, self.coupling.types.min_units.get(atom, 1)
             mask_sizes = [self._fixed.get(size, size) for size in shape if isinstance(size, int)]
             slots = 1 if len(shape) > 1 and least in mask_sizes else least
-            mask_sizes += [int(expression.xreplace(given)) for expression in _expressions(mask)]
+            mask_sizes += [int(expression.xreplace(given)) for expression in dynamic_sizes(mask)]
             given[chosen] = max(1, math.prod(mask_sizes) * slots // atom.size)
         return given
 
@@ -170,8 +169,8 @@ class Costs:
         found: dict[object, tuple[fx.Node, Atom]] = {}
         for atom, owner in self.coupling.types.owners.items():
             for node in itertools.chain(*owner.nodes):
-                known = {s for n in node.all_input_nodes for s in _symbols(n)}
-                for symbol in _symbols(node) - known if node.all_input_nodes else ():
+                known = symbols_of(*node.all_input_nodes)
+                for symbol in symbols_of(node) - known if node.all_input_nodes else ():
                     found[symbol] = (node.all_input_nodes[-1], atom)
         return found
 
@@ -236,19 +235,7 @@ class Costs:
                 ]
             else:
                 terms.append((*result, *axes))
-            taken_over = not self._chosen.keys().isdisjoint(_symbols(node))
+            taken_over = not self._chosen.keys().isdisjoint(symbols_of(node))
             owners = () if taken_over else self._owners.get(node, ())
             found += [(1, term, owners) for term in terms]
         return found
-
-
-def _expressions(node: fx.Node) -> list[sympy.Expr]:
-    """Return the dynamic sizes of a tensor, or of several."""
-    value = node.meta.get("val")
-    parts = value if isinstance(value, tuple | list) else [value]
-    sizes = [size for part in parts for size in getattr(part, "shape", ())]
-    return [size.node.expr for size in sizes if isinstance(size, torch.SymInt)]
-
-
-def _symbols(node: fx.Node) -> set[object]:
-    return {symbol for expression in _expressions(node) for symbol in expression.free_symbols}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from graphprune.calibration.statistics import InputStatistics, damped
 from graphprune.errors import SelectionError
+from graphprune.weights.tensors import type_name
 
 Scope = Literal["row", "layer", "global"]
 """What elements are compared within: an output row, a part of a matrix, or all matrices."""
@@ -89,7 +90,7 @@ def check_values(name: str, values: Tensor, *, moved: bool) -> None:
         When one is not finite, or they are integers and would be moved.
     """
     if moved and not values.is_floating_point():
-        kind = str(values.dtype).removeprefix("torch.")
+        kind = type_name(values.dtype)
         raise SelectionError(f"{name}: its values are {kind}, which cannot hold what is fitted")
     if not bool(torch.isfinite(values).all()):
         raise SelectionError(f"{name}: it has values that are not finite")

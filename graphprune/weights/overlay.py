@@ -12,6 +12,7 @@ from graphprune.weights.deferred import Deferred
 from graphprune.weights.files import is_finite
 from graphprune.weights.placement import Placement
 from graphprune.weights.scratch import spill
+from graphprune.weights.tensors import type_name
 
 
 def overlaid(
@@ -45,6 +46,6 @@ def _stored(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
         return weight
     found = weight.to(dtype)
     if found.is_floating_point() and not is_finite(found) and is_finite(weight):
-        short = str(dtype).removeprefix("torch.")
+        short = type_name(dtype)
         raise UsageError(f"{name} has values that are too large for {short}, which it is stored in")
     return found

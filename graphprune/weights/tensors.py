@@ -1,4 +1,4 @@
-"""Tensors as files need them: a digest of what they hold, and storage of their own."""
+"""Tensors as files need them: a digest of what they hold, storage of their own, names of types."""
 
 from __future__ import annotations
 
@@ -30,3 +30,8 @@ def own_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         result[name] = tensor.clone() if start and start in seen else tensor
         seen.add(start)
     return result
+
+
+def type_name(dtype: torch.dtype) -> str:
+    """Return an element type's name, such as "float32"."""
+    return str(dtype).removeprefix("torch.")

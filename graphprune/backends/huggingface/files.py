@@ -19,6 +19,7 @@ from graphprune.io.atomic import share_mode
 from graphprune.io.companions import copy_companions
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import Source
+from graphprune.weights.tensors import type_name
 
 
 def write(program: Program, model: Any, directory: Path, cast: torch.dtype | None) -> None:
@@ -86,8 +87,8 @@ def _converted(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
         return weight  # such types go with scales, which what was edited has none of
     if not torch.isfinite(result).all() and torch.isfinite(weight).all():
         raise BackendError(
-            f"{name} holds values that are too large for {_short(dtype)}: write another dtype, "
-            f"such as {_short(weight.dtype)}"
+            f"{name} holds values that are too large for {type_name(dtype)}: write another dtype, "
+            f"such as {type_name(weight.dtype)}"
         )
     return result
 
@@ -105,12 +106,8 @@ def _name_dtype(path: Path, dtype: torch.dtype) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     inner = [value for value in config.values() if isinstance(value, dict) and "dtype" in value]
     for part in (config, *inner):
-        part["dtype"] = _short(dtype)
+        part["dtype"] = type_name(dtype)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def write_generation_config(source: Source, path: Path) -> None:

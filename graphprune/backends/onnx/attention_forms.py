@@ -27,6 +27,7 @@ from graphprune.errors import BackendError, UsageError
 from graphprune.ir.program import Program
 from graphprune.ir.runtimes import Runtime
 from graphprune.selection.kernel_sizes import HEADS
+from graphprune.weights.tensors import type_name
 
 Target = Runtime
 Form = Literal["gqa", "mha", "standard", "decomposed"]
@@ -101,7 +102,7 @@ def check_target(program: Program, target: Target | None, opset: int) -> None:
         if weight.is_floating_point():
             held[weight.dtype] = held.get(weight.dtype, 0) + weight.numel()
     dtype = max(held, key=held.__getitem__, default=torch.float32)
-    said = str(dtype).removeprefix("torch.")
+    said = type_name(dtype)
     half = (torch.float16, torch.bfloat16)
     if target == "cuda" and dtype not in half:
         raise BackendError(

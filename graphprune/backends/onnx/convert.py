@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
-from torch._subclasses import FakeTensor
 
 from graphprune.backends.onnx.dimension_names import check_dimensions, output_names
 from graphprune.errors import BackendError, first_line
 from graphprune.ir.exported import to_exported_program
-from graphprune.ir.nodes import arguments_of, made_from, valued
+from graphprune.ir.nodes import arguments_of, made_from, size_environment, valued
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import module_path, source_line
 
@@ -66,9 +65,7 @@ def _sizes_kept(program: Program) -> Iterator[None]:
     The exporter runs the graph anew. An operator that it takes apart may ask whether a dynamic size
     is the example's, and the answer is kept as a fact in what all graphs of the program share.
     """
-    values = (node.meta.get("val") for node in program.graph.nodes)
-    modes = (value.fake_mode for value in values if isinstance(value, FakeTensor))
-    env: Any = next((mode.shape_env for mode in modes if mode.shape_env is not None), None)
+    env: Any = size_environment(program.graph)
     if env is None:
         yield
         return

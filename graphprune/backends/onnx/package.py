@@ -48,6 +48,7 @@ from graphprune.io.atomic import as_json, staged_directory
 from graphprune.ir.compare import tolerance_of
 from graphprune.ir.program import Program
 from graphprune.plan.plan import Plan
+from graphprune.weights.tensors import type_name
 
 PARITY = "parity.json"
 
@@ -188,7 +189,7 @@ def write_package(
             "version": _VERSION,
             "target": target,
             "provider": provider_name(_PROVIDERS[target]),
-            "dtype": str(program.outputs[0].dtype).removeprefix("torch."),
+            "dtype": type_name(program.outputs[0].dtype),
             "opset": report.opset,
             "padding": "right" if "gqa" in forms else "both",
             "shares_buffers": shares,
