@@ -38,11 +38,14 @@ class Use:
         The node of the activations.
     rows
         Gives the activations as (part, ``[n, in]``), from the values computed so far.
+    picks
+        What else that looks at: the node whose values say which parts were picked, if any were.
     """
 
     node: fx.Node
     source: fx.Node
     rows: Callable[[Values], Iterator[tuple[int, Tensor]]]
+    picks: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -273,7 +276,8 @@ def _product(
             x = x.movedim(tuple(range(lead)), tuple(range(len(batch), len(batch) + lead)))
             yield from enumerate(x.reshape(math.prod(batch), -1, x.shape[-1]))
 
-    return Matrix(name, held, len(batch), [Use(node, source, rows)])
+    picks = () if ids is None else (ids,)
+    return Matrix(name, held, len(batch), [Use(node, source, rows, picks)])
 
 
 def _by_part(x: Tensor, ids: Tensor) -> Iterator[tuple[int, Tensor]]:

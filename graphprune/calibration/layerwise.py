@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from graphprune.analysis.matrices import Matrix
 from graphprune.calibration.data import Calibration
 from graphprune.errors import CalibrationError
 from graphprune.ir.aten import is_mutating
@@ -18,11 +18,72 @@ from graphprune.ir.interpreter import (
     Memory,
     Segment,
     Values,
-    given_of,
+    call,
     last_uses,
 )
 from graphprune.ir.program import Program
-from graphprune.ir.provenance import layer_of, module_path
+
+
+class SegmentWeights:
+    """The weights of a program as its graph computes with them, one segment's at a time.
+
+    Parameters
+    ----------
+    program
+        The program; its weights may lie in files, in another type, or on another device.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self.names = {node: name for name, node in program.weight_nodes()}
+        self._replaced: dict[str, Tensor] = {}
+        self._held: dict[fx.Node, Tensor] = {}
+
+    def of(self, nodes: Iterable[fx.Node]) -> dict[fx.Node, Tensor]:
+        """Return the weights that `nodes` read or are; others are let go."""
+        read = dict.fromkeys(each for node in nodes for each in (node, *node.all_input_nodes))
+        wanted = [node for node in read if node in self.names]
+        missing = [self.names[node] for node in wanted if node not in self._held]
+        held = {node: self._held[node] for node in wanted if node in self._held}
+        self._held = {}  # what is not wanted any more goes before more is read
+        taken = {name: self._replaced[name] for name in missing if name in self._replaced}
+        taken |= self._program.take(name for name in missing if name not in taken)
+        for node in wanted:
+            if node not in held:
+                held[node] = taken[self.names[node]].detach()
+        self._held = held
+        return held
+
+    def replace(self, weights: Mapping[str, Tensor]) -> None:
+        """Go on with other weights."""
+        device = self._program.device
+        for name, weight in weights.items():
+            self._replaced[name] = weight.detach().to(device, self._program.compute_types[name])
+        self._held = {n: w for n, w in self._held.items() if self.names[n] not in weights}
+
+    def room(self, parts: Sequence[Iterable[fx.Node]]) -> int | None:
+        """Return the bytes that the program's limit of memory leaves beside weights.
+
+        Raises
+        ------
+        CalibrationError
+            When it leaves none: the weights of the largest of the segments `parts` take more.
+        """
+        limit = self._program.placement.memory
+        if limit is None:
+            return None
+        weights, types = self._program.weights, self._program.compute_types
+        needed = 0
+        for nodes in parts:
+            read = {self.names.get(n) for node in nodes for n in (node, *node.all_input_nodes)}
+            sizes = (weights[n].numel() * types[n].itemsize for n in read if n is not None)
+            needed = max(needed, sum(sizes))
+        if needed >= limit:
+            raise CalibrationError(
+                f"memory: the weights of one layer take {needed / 2**20:.4g} MiB, and "
+                f"{limit / 2**20:.4g} MiB are allowed"
+            )
+        return limit - needed
 
 
 class BatchExecution:
@@ -31,13 +92,17 @@ class BatchExecution:
     Parameters
     ----------
     program
-        The program; its weights are held for as long as a node still reads them.
+        The program.
     batch
         Inputs by name.
     memory
         Counts what activations take.
+    weights
+        The program's weights.
     last
         The last use of every node: `graphprune.ir.interpreter.last_uses`.
+    idle
+        Nodes that are only looked at before they are computed, and then are not.
     """
 
     def __init__(
@@ -45,21 +110,34 @@ class BatchExecution:
         program: Program,
         batch: Mapping[str, Tensor],
         memory: Memory,
+        weights: SegmentWeights,
         last: Mapping[fx.Node, fx.Node],
+        idle: Collection[fx.Node] = (),
     ) -> None:
-        weights = {name: weight.detach() for name, weight in program.weights.items()}
-        memory.set_aside(weights.values())
-        self.values = Values(given_of(program, batch, weights), memory)
-        self._nodes = dict(program.weight_nodes())
-        self._memory, self._last = memory, last
+        filled = program.fill(batch)
+        given = {node: filled[value.name] for value, node in program.input_nodes()}
+        self.values = Values(given, memory)
+        self._weights, self._memory, self._last, self._idle = weights, memory, last, idle
 
     @classmethod
     def of_all(
-        cls, program: Program, batches: Iterable[Mapping[str, Tensor]], memory: Memory | None = None
+        cls,
+        program: Program,
+        batches: Iterable[Mapping[str, Tensor]],
+        memory: Memory | None = None,
+        among: Collection[fx.Node] | None = None,
+        idle: Collection[fx.Node] = (),
     ) -> list[BatchExecution]:
-        """Return one for each of `batches`, at the start of the graph."""
-        memory, last = memory or Memory(), last_uses(program.graph)
-        return [cls(program, batch, memory, last) for batch in batches]
+        """Return one for each of `batches`, at the start of the graph.
+
+        With `among` only those nodes are run; by default all but the output, and what only that
+        reads is dropped at once.
+        """
+        (output,) = program.graph.find_nodes(op="output")
+        among = set(program.graph.nodes) - {output} if among is None else among
+        memory, last = memory or Memory(), last_uses(program.graph, among)
+        weights = SegmentWeights(program)
+        return [cls(program, batch, memory, weights, last, idle) for batch in batches]
 
     @torch.no_grad()
     def advance(self, nodes: Sequence[fx.Node], before: Before | None = None) -> None:
@@ -67,70 +145,50 @@ class BatchExecution:
 
         With `before`, a hook that may look at all values, they are dropped when all are computed.
         """
+        held = self._with_weights(self.values, nodes)
         if before is None:
-            Interpreter(self.values, last_uses=self._last).run(nodes)
-            return
-        Interpreter(self.values, Hooks(before)).run(nodes)
-        for node in nodes:
-            for other in (*node.all_input_nodes, node):
-                if self._last.get(other) is node:
-                    self.values.pop(other, None)
+            Interpreter(self.values, self._hooks(None), self._last).run(nodes)
+        else:
+            Interpreter(self.values, self._hooks(before)).run(nodes)
+            for node in nodes:
+                for other in (*node.all_input_nodes, node):
+                    if self._last.get(other) is node:
+                        self.values.pop(other, None)
+        for node in held:
+            self.values.pop(node, None)
+        self._memory.let_go(held.values())
 
     @torch.no_grad()
     def trial(self, segment: Segment, before: Before | None = None) -> Values:
         """Compute a segment without moving on; the values take memory until they are cleared."""
         values = Values(self.values, self._memory)
         if any(map(is_mutating, segment.nodes)):
-            weights = set(self._nodes.values())
             for node in segment.inputs:
-                if node not in weights and isinstance(values[node], Tensor):
+                if node in values and isinstance(values[node], Tensor):
                     values[node] = values[node].clone()
-        Interpreter(values, Hooks(before)).run(segment.nodes)
+        self._with_weights(values, segment.nodes)
+        Interpreter(values, self._hooks(before)).run(segment.nodes)
         return values
 
+    def _hooks(self, before: Before | None) -> Hooks:
+        if not self._idle:
+            return Hooks(before)
+
+        def compute(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return None if node in self._idle else call(node, args, kwargs)
+
+        return Hooks(before, compute)
+
+    def _with_weights(self, values: Values, nodes: Sequence[fx.Node]) -> Mapping[fx.Node, Tensor]:
+        """Put the weights that `nodes` read among `values`."""
+        held = self._weights.of(nodes)
+        self._memory.set_aside(held.values())
+        values.update(held)
+        return held
+
     def replace(self, weights: Mapping[str, Tensor]) -> None:
-        """Go on with other weights."""
-        self._memory.set_aside(weights.values())
-        for name, weight in weights.items():
-            self.values[self._nodes[name]] = weight
-
-
-def _layer(node: fx.Node) -> str:
-    """Return the path of the numbered layer that `node` belongs to, or ""."""
-    return layer_of(module_path(node)) if node.op != "placeholder" else ""
-
-
-def segments(program: Program, matrices: Sequence[Matrix] = ()) -> list[Segment]:
-    """Return the graph's nodes in order, cut at the ends of numbered layers.
-
-    Nodes of no layer amid those of one go with it. A weight in `matrices` that is used in several
-    segments makes them one, with all between.
-    """
-    layers = [_layer(node) for node in program.graph.nodes]
-    last = {layer: at for at, layer in enumerate(layers)}
-    first = {layer: layers.index(layer) for layer in last}
-    nodes: list[list[fx.Node]] = []
-    names: list[str] = []
-    for at, (node, layer) in enumerate(zip(program.graph.nodes, layers, strict=True)):
-        amid = bool(names and names[-1]) and first[names[-1]] <= at <= last[names[-1]]
-        name = names[-1] if not layer and amid else layer
-        if not names or name != names[-1]:
-            names.append(name)
-            nodes.append([])
-        nodes[-1].append(node)
-    where = {node: at for at, part in enumerate(nodes) for node in part}
-    reach = list(range(len(nodes)))
-    for weight in {matrix.weight for matrix in matrices}:
-        positions = [where[u.node] for m in matrices if m.weight == weight for u in m.uses]
-        reach[min(positions)] = max(reach[min(positions)], *positions)
-    merged: list[list[fx.Node]] = []
-    end = -1
-    for at, part in enumerate(nodes):
-        if at > end:
-            merged.append([])
-        merged[-1].extend(part)
-        end = max(end, reach[at])
-    return [Segment.of(part) for part in merged]
+        """Go on with other weights, as do all batches of the same program."""
+        self._weights.replace(weights)
 
 
 def unpadded(calibration: Calibration) -> Iterator[dict[str, Tensor]]:

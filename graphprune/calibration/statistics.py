@@ -20,11 +20,12 @@ from torch import Tensor, fx
 from graphprune.analysis.matrices import Matrix, Use, contractions
 from graphprune.calibration.cache import read_cache, write_cache
 from graphprune.calibration.data import Calibration
-from graphprune.calibration.layerwise import BatchExecution, segments, unpadded
+from graphprune.calibration.layerwise import BatchExecution, unpadded
+from graphprune.calibration.segments import segments
 from graphprune.errors import CalibrationError
 from graphprune.io.atomic import staged_file
 from graphprune.io.progress import Progress, no_progress
-from graphprune.ir.interpreter import Before, Memory
+from graphprune.ir.interpreter import Before, Memory, ancestors
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import layer_of
 
@@ -54,15 +55,20 @@ class InputStatistics:
     gram: Tensor | None = None
 
     @classmethod
-    def empty(cls, matrix: Matrix, kind: Kind) -> InputStatistics:
+    def empty(
+        cls, matrix: Matrix, kind: Kind, device: torch.device | None = None
+    ) -> InputStatistics:
         """Nothing seen yet."""
         parts, _, size = matrix.shape
-        wide = torch.float64
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
         return cls(
-            torch.zeros(parts, dtype=torch.int64),
-            torch.zeros(parts, size, dtype=wide),
-            torch.zeros(parts, size, dtype=wide),
-            torch.zeros(parts, size, size, dtype=wide) if kind == "gram" else None,
+            torch.zeros(parts, dtype=torch.int64, device=device),
+            zeros(parts, size),
+            zeros(parts, size),
+            zeros(parts, size, size) if kind == "gram" else None,
         )
 
     @staticmethod
@@ -204,14 +210,18 @@ def run_layerwise(
         run, when the statistics of a weight (without `edit`, of all) do not fit into `memory`.
     """
     calibration.check(program)
-    parts = segments(program, matrices)
+    looked_at = {use.node for matrix in matrices for use in matrix.uses}
+    needed = ancestors([other for node in looked_at for other in node.all_input_nodes])
+    parts = segments(program, matrices, needed | looked_at)
     bound = None if edit is None else memory
     shares = [_shares(segment.nodes, matrices, kind, bound) for segment in parts]
     sums = [statistics_bytes(share, kind) for each in shares for share in each]
-    most = sum(sums) if edit is None else max(sums)
+    most = sum(sums) if edit is None else max(sums, default=0)
     _fit("all matrices together", most, memory)
     account = Memory()
-    executions = BatchExecution.of_all(program, unpadded(calibration), account)
+    executions = BatchExecution.of_all(
+        program, unpadded(calibration), account, needed | looked_at, idle=looked_at - needed
+    )
     changed: dict[str, Tensor] = {}
     statistics: Statistics = {}
     for segment, divided in track(list(zip(parts, shares, strict=True)), "running layer by layer"):
@@ -219,7 +229,9 @@ def run_layerwise(
         new: dict[str, Tensor] = {}
         for share in divided:
             firsts = _firsts(share)
-            empty = {key: InputStatistics.empty(m, kind) for key, m in firsts.items()}
+            empty = {
+                key: InputStatistics.empty(m, kind, program.device) for key, m in firsts.items()
+            }
             found = {m.name: empty[_inputs(m)] for m in share}
             trial = again or share is not divided[-1]
             account.reserve(statistics_bytes(share, kind))
@@ -327,7 +339,7 @@ def tokens_for_gram(program: Program) -> int:
 def damped(gram: Tensor, damp: float) -> Tensor:
     """`gram`, ``[in, in]``, with `damp` times the mean of its diagonal added to the diagonal."""
     mean = gram.diagonal().mean().clamp(min=1e-30)
-    return gram + torch.eye(len(gram), dtype=gram.dtype) * damp * mean
+    return gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * damp * mean
 
 
 # -- keeping them ----------------------------------------------------------------------------------

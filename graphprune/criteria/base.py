@@ -73,6 +73,10 @@ class ScoringContext:
         self.calibration.check(self.program)
         return self.calibration
 
+    def weight(self, name: str) -> Tensor:
+        """Return the weight called `name` as the program computes with it, on its device."""
+        return self.program.take([name])[name].detach()
+
     def consumers(self, criterion: str) -> dict[str, list[tuple[Matrix, Tensor]]]:
         """Return the matrices that sum over each group, and the unit of each of their columns.
 

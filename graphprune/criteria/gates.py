@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
 
-from graphprune.calibration.data import inputs_of
+from graphprune.analysis.matrices import Use
 from graphprune.criteria.base import Criterion, Scores, ScoringContext
-from graphprune.criteria.gradients import finite_loss
-from graphprune.ir.interpreter import Hooks, Interpreter, Values, given_of
-from graphprune.ir.program import Program
+from graphprune.criteria.gradients import loss_walk
 
 
 class Gate(Criterion):
@@ -45,21 +43,33 @@ class Gate(Criterion):
             group.name: torch.zeros(math.prod(context.sizes(group)), dtype=torch.float64)
             for group in context.groups
         }
-        sources = {use.source for each in held.values() for m, _ in each for use in m.uses}
+        uses: dict[fx.Node, list[tuple[str, Use, Tensor]]] = {}
+        for name, consumers in held.items():
+            for matrix, units in consumers:
+                for use in matrix.uses:
+                    uses.setdefault(use.source, []).append((name, use, units))
+        beside = {node for each in uses.values() for _, use, _ in each for node in use.picks}
         batches = list(data.singly() if self.absolute == "sample" else data.labeled())
-        for batch in context.track(batches, "taking gradients of gates"):
-            values = _activations(context.program, batch, sources)
-            for name, consumers in held.items():
-                gates = [
-                    _gates(rows, units[part], len(totals[name]))
-                    for matrix, units in consumers
-                    for use in matrix.uses
-                    for part, rows in use.rows(values)
-                ]
-                if self.absolute == "token":
-                    totals[name] += sum(each.abs().sum(0) for each in gates)
-                else:
-                    totals[name] += torch.stack([each.sum(0) for each in gates]).sum(0).abs()
+        device = context.program.device
+        sums = [{n: torch.zeros_like(t, device=device) for n, t in totals.items()} for _ in batches]
+
+        def visit(
+            number: int, values: Mapping[fx.Node, Any], gradients: Mapping[fx.Node, Tensor]
+        ) -> None:
+            for node, gradient in gradients.items():
+                moved = {**values, node: values[node] * gradient}
+                for name, use, units in uses[node]:
+                    for part, rows in use.rows(moved):
+                        gates = _gates(rows, units[part], len(totals[name]))
+                        gates = gates.abs() if self.absolute == "token" else gates
+                        sums[number][name] += gates.sum(0)
+
+        walk = loss_walk(context, batches, nodes=uses, beside=beside, mean=False)
+        for _ in walk.run(visit=visit, track=context.track):
+            pass
+        for of_batch in sums:
+            for name, each in of_batch.items():
+                totals[name] += each.abs().cpu()
         return {g.name: totals[g.name].view(context.sizes(g)) for g in context.groups}
 
 
@@ -77,33 +87,8 @@ class GateBatch(Gate):
     absolute = "batch"
 
 
-def _activations(
-    program: Program, batch: Mapping[str, Tensor], sources: Collection[fx.Node]
-) -> dict[fx.Node, Any]:
-    """Return the values of nodes; those of `sources` are multiplied with the loss's gradient."""
-    kept: dict[fx.Node, Tensor] = {}
-
-    def keep(node: fx.Node, value: Any, _: Mapping[fx.Node, Any]) -> Any:
-        if node in sources and isinstance(value, Tensor):
-            value = value if value.requires_grad else value.detach().requires_grad_()
-            kept[node] = value
-        return value
-
-    given = given_of(program, inputs_of(batch))
-    held = Values({node: keep(node, tensor.detach(), {}) for node, tensor in given.items()})
-    (_, logits), *_ = program.output_nodes()
-    with torch.enable_grad():
-        Interpreter(held, Hooks(after=keep)).run(program.graph.nodes)
-        loss = finite_loss(held[logits], batch)
-        gradients = torch.autograd.grad(loss, list(kept.values()), allow_unused=True)
-    values = {n: v.detach() if isinstance(v, Tensor) else v for n, v in held.items()}
-    for (node, value), gradient in zip(kept.items(), gradients, strict=True):
-        values[node] = torch.zeros_like(value) if gradient is None else value.detach() * gradient
-    return values
-
-
 def _gates(rows: Tensor, units: Tensor, count: int) -> Tensor:
     """Sum over the columns of each unit: ``[n, units]``."""
-    found = torch.zeros(len(rows), count + 1, dtype=torch.float64)
-    at = torch.where(units < 0, count, units)
+    found = torch.zeros(len(rows), count + 1, dtype=torch.float64, device=rows.device)
+    at = torch.where(units < 0, count, units).to(rows.device)
     return found.index_add_(1, at, rows.double())[:, :count]

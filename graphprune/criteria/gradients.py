@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from graphprune.calibration.backward import BackwardWalk
 from graphprune.calibration.data import inputs_of
-from graphprune.calibration.logits import Logits, run_to_logits
+from graphprune.calibration.logits import Logits
 from graphprune.calibration.losses import task_loss
 from graphprune.criteria.base import ScoringContext
 from graphprune.errors import CalibrationError, SelectionError
-from graphprune.ir.program import Program
 
 
 def loss_gradients(context: ScoringContext, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, gradient) of the mean `task_loss` on the calibration batches.
 
-    Gradients are taken of the weights called `names` only, and given away one by one.
+    Gradients are taken of the weights called `names` only, and given away one by one, a segment's
+    after the other.
 
     Raises
     ------
@@ -26,8 +27,7 @@ def loss_gradients(context: ScoringContext, names: Sequence[str]) -> Iterator[tu
         Without calibration batches, or when they do not fit the program or the loss is not finite.
     """
     data = context.data()
-    batches = context.track(list(data.labeled()), "taking gradients")
-    yield from _gradients(context.program, batches, data.samples, names)
+    yield from loss_walk(context, list(data.labeled()), names).run(track=context.track)
 
 
 def sample_gradients(
@@ -40,36 +40,48 @@ def sample_gradients(
     CalibrationError
         As `loss_gradients` does.
     """
-    data, weights = context.data(), context.program.weights
-    total = {name: torch.zeros_like(weights[name]) for name in names}
-    squares = {name: torch.zeros_like(weights[name]) for name in names}
-    for sample in context.track(list(data.singly()), "taking gradients"):
-        for name, gradient in _gradients(context.program, [sample], 1, names):
-            total[name].add_(gradient, alpha=1 / data.samples)
-            squares[name].addcmul_(gradient, gradient, value=1 / data.samples)
-    for name in names:
-        yield name, total.pop(name), squares.pop(name)
+    data = context.data()
+
+    def fold(held: tuple[Tensor, Tensor] | None, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        total, squares = held or (torch.zeros_like(gradient), torch.zeros_like(gradient))
+        total.add_(gradient, alpha=1 / data.samples)
+        return total, squares.addcmul_(gradient, gradient, value=1 / data.samples)
+
+    walk = loss_walk(context, list(data.singly()), names, mean=False)
+    for name, (total, squares) in walk.run(fold, track=context.track):
+        yield name, total, squares
 
 
-def _gradients(
-    program: Program, batches: Iterable[Mapping[str, Tensor]], samples: int, names: Sequence[str]
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, gradient) of the mean loss on `batches`, `samples` samples together."""
-    weights = {name: weight.detach() for name, weight in program.weights.items()}
+def loss_walk(
+    context: ScoringContext,
+    batches: Sequence[Mapping[str, Tensor]],
+    names: Collection[str] = (),
+    nodes: Collection[fx.Node] = (),
+    beside: Collection[fx.Node] = (),
+    *,
+    mean: bool = True,
+) -> BackwardWalk:
+    """Return the walk that differentiates the `task_loss` of batches, or the mean over samples.
+
+    Raises
+    ------
+    SelectionError
+        When a weight in `names` has no gradient.
+    """
+    program = context.program
     for name in names:
-        if not weights[name].is_floating_point():
-            raise SelectionError(f"{name} is of {weights[name].dtype}, which has no gradient")
-    leaves = {name: weights[name].requires_grad_() for name in names}
-    for batch in batches:
-        with torch.enable_grad():
-            logits = run_to_logits(program, inputs_of(batch), weights=weights)
-            rows = len(next(iter(batch.values())))
-            loss = finite_loss(logits, batch) * (rows / samples)
-        loss.backward()
-    for name, leaf in leaves.items():
-        gradient = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
-        leaf.grad = None
-        yield name, gradient.detach()
+        if not program.weights[name].is_floating_point():
+            raise SelectionError(
+                f"{name} is of {program.weights[name].dtype}, which has no gradient"
+            )
+    counts = [len(next(iter(batch.values()))) for batch in batches]
+
+    def loss(logits: Logits, number: int) -> Tensor:
+        loss = finite_loss(logits, batches[number])
+        return loss * (counts[number] / sum(counts)) if mean else loss
+
+    inputs = [inputs_of(batch) for batch in batches]
+    return BackwardWalk(program, inputs, loss, names, nodes, beside)
 
 
 def finite_loss(logits: Tensor | Logits, batch: Mapping[str, Tensor]) -> Tensor:

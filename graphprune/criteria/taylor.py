@@ -30,7 +30,7 @@ class Taylor(WeightCriterion):
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield the product g w."""
         for name, gradient in loss_gradients(context, names):
-            yield name, gradient.mul_(context.program.weights[name].detach())
+            yield name, gradient.mul_(context.weight(name))
 
 
 class TaylorVector(Taylor):
@@ -63,7 +63,7 @@ class TaylorSecond(Taylor):
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield the product w F w."""
         for name, _, fisher in sample_gradients(context, names):
-            yield name, fisher.mul_(context.program.weights[name].detach().square())
+            yield name, fisher.mul_(context.weight(name).square())
 
 
 class TaylorMixed(Taylor):
@@ -79,5 +79,5 @@ class TaylorMixed(Taylor):
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield the difference g w - 1/2 w F w."""
         for name, gradient, fisher in sample_gradients(context, names):
-            weight = context.program.weights[name].detach()
+            weight = context.weight(name)
             yield name, gradient.mul_(weight).sub_(fisher.mul_(weight.square()), alpha=0.5)

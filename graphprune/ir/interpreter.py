@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage, fx
 
+from graphprune.ir.aten import is_mutating, is_view
+from graphprune.ir.devices import device_of, has_device, placed
 from graphprune.ir.program import Program
 
 # -- memory ---------------------------------------------------------------------------------------
@@ -41,6 +43,11 @@ class Memory:
         storages = (tensor.untyped_storage() for tensor in tensors)
         self._aside |= {storage._cdata: storage for storage in storages}
 
+    def let_go(self, tensors: Iterable[Tensor]) -> None:
+        """Hold the memory of `tensors` no longer, which was left out."""
+        for tensor in tensors:
+            self._aside.pop(tensor.untyped_storage()._cdata, None)
+
     def hold(self, value: Any) -> None:
         """Count the tensors of `value` in."""
         for tensor in _tensors(value):
@@ -54,7 +61,7 @@ class Memory:
         """Count the tensors of `value` out again."""
         for tensor in _tensors(value):
             key = tensor.untyped_storage()._cdata
-            if key not in self._aside:
+            if key in self._holders:
                 self._holders[key] -= 1
                 if not self._holders[key]:
                     del self._holders[key]
@@ -150,6 +157,7 @@ class Interpreter:
         self.values = values
         self.hooks = hooks or Hooks()
         self.last_uses = last_uses or {}
+        self.device = device_of(values.values())
 
     def run(self, nodes: Iterable[fx.Node]) -> None:
         """Compute `nodes`, which stand in the order of their graph."""
@@ -159,7 +167,8 @@ class Interpreter:
     def step(self, node: fx.Node) -> None:
         """Compute one node; placeholders and the output are none of its business."""
         if node.op == "get_attr":
-            self.values[node] = attrgetter(str(node.target))(node.graph.owning_module)
+            value = attrgetter(str(node.target))(node.graph.owning_module)
+            self.values[node] = value.to(self.device) if isinstance(value, Tensor) else value
         elif node.op == "call_function":
             self.values[node] = self._value(node)
         for other in (*node.all_input_nodes, node):
@@ -173,6 +182,8 @@ class Interpreter:
             (node.args, node.kwargs),
             lambda other: seen[other] if seen and other in seen else values[other],
         )
+        if has_device(node):
+            args, kwargs = placed(args, kwargs, self.device)
         value = hooks.compute(node, args, kwargs)
         return value if hooks.after is None else hooks.after(node, value, values)
 
@@ -232,15 +243,29 @@ def run_part(
 
 
 def ancestors(nodes: Sequence[fx.Node], stop: Collection[fx.Node] = ()) -> set[fx.Node]:
-    """Return `nodes` and all that they are computed from, up to the nodes `stop`."""
+    """Return `nodes` and all that they are computed from, up to the nodes `stop`.
+
+    What writes into one of them is among them.
+    """
     pending, found = list(nodes), set(nodes)
     while pending:
         node = pending.pop()
-        for other in () if node in stop else node.all_input_nodes:
+        for other in () if node in stop else (*node.all_input_nodes, *_writers(node)):
             if other not in found:
                 found.add(other)
                 pending.append(other)
     return found
+
+
+def _writers(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield the nodes that write into `node`, be it through views."""
+    for user in node.users:
+        if user.op != "call_function" or user.all_input_nodes[0] is not node:
+            continue
+        if is_mutating(user):
+            yield user
+        elif is_view(user):
+            yield from _writers(user)
 
 
 # -- segments -------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from graphprune.errors import UsageError, nearest
 from graphprune.io.extensions import extension
+from graphprune.ir.devices import device_of, module_on
 from graphprune.ir.input_sizes import check_sizes
 from graphprune.ir.provenance import Source
 from graphprune.weights.deferred import converted, made
@@ -206,9 +207,7 @@ class Program:
     @property
     def device(self) -> torch.device:
         """The device that the program computes on: as it was placed, or where its weights lie."""
-        if self.placement.device is not None:
-            return self.placement.device
-        return next((weight.device for weight in self.weights.values()), torch.device("cpu"))
+        return self.placement.device or device_of(self.weights.values())
 
     @functools.cached_property
     def compute_types(self) -> Mapping[str, torch.dtype]:
@@ -310,7 +309,8 @@ class Program:
 
     def run(self, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the graph on other `weights` of the same shapes, in the caller's grad mode."""
-        outputs = self.graph_module(*self.placed(weights, inputs))
+        given = self.placed(weights, inputs)
+        outputs = module_on(self.graph_module, device_of(given))(*given)
         return {value.name: out for value, out in zip(self.outputs, outputs, strict=True)}
 
     def placed(self, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[Tensor]:
@@ -320,7 +320,7 @@ class Program:
         return [*held, *(filled[value.name] for value in self.inputs)]
 
     def fill(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return `inputs` with what may be left out filled in.
+        """Return `inputs` on the device of the program, with what may be left out filled in.
 
         Raises
         ------
@@ -330,9 +330,8 @@ class Program:
         names = [value.name for value in self.inputs]
         if unknown := [name for name in inputs if name not in names]:
             raise UsageError(f"no input {unknown[0]!r}; the program takes {', '.join(names)}")
-        device = self.placement.device
-        filled = {n: t if device is None else t.to(device) for n, t in inputs.items()}
-        beside = next((tensor.device for tensor in filled.values()), device)
+        device = self.device
+        filled = {name: t if t.is_meta else t.to(device) for name, t in inputs.items()}
         batch = next((len(tensor) for tensor in inputs.values() if tensor.ndim), 1)
         past = 0
         for value in self.inputs:
@@ -346,7 +345,7 @@ class Program:
                     0 if isinstance(held, str) else held,
                     int(width),
                 )
-                filled[value.name] = torch.zeros(shape, dtype=value.dtype, device=beside)
+                filled[value.name] = torch.zeros(shape, dtype=value.dtype, device=device)
             past = filled[value.name].shape[2]
         for name in names:
             if name not in filled and name.endswith("attention_mask"):

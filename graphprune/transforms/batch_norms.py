@@ -11,6 +11,7 @@ from graphprune.calibration.data import Calibration
 from graphprune.calibration.layerwise import BatchExecution
 from graphprune.errors import CalibrationError
 from graphprune.io.progress import Progress, no_progress
+from graphprune.ir.interpreter import ancestors
 from graphprune.ir.nodes import arguments_of
 from graphprune.ir.program import Program
 
@@ -50,9 +51,11 @@ def reestimate(
     norms = dict(_kept(program))
     if not norms:
         return {}
-    executions = BatchExecution.of_all(program, calibration)
+    needed = ancestors(list(norms))
+    executions = BatchExecution.of_all(program, calibration, among=needed)
     found: dict[str, Tensor] = {}
-    for node in track(list(program.graph.nodes), "taking statistics of batch norms"):
+    nodes = [node for node in program.graph.nodes if node in needed]
+    for node in track(nodes, "taking statistics of batch norms"):
         if node in norms:
             mean, variance = norms[node]
             if mean in found or variance in found:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from graphprune.analysis.matrices import Matrix, contractions
 from graphprune.calibration.data import Calibration
-from graphprune.calibration.layerwise import segments, unpadded
+from graphprune.calibration.layerwise import unpadded
+from graphprune.calibration.segments import segments
 from graphprune.calibration.statistics import (
     InputStatistics,
     Statistics,

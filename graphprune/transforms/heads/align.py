@@ -18,7 +18,8 @@ from torch import Tensor, fx
 from graphprune.analysis.matrices import contractions
 from graphprune.analysis.types import Types
 from graphprune.calibration.data import Calibration
-from graphprune.calibration.layerwise import BatchExecution, segments, unpadded
+from graphprune.calibration.layerwise import BatchExecution, unpadded
+from graphprune.calibration.segments import segments
 from graphprune.io.progress import Progress, no_progress
 from graphprune.ir.interpreter import Segment
 from graphprune.ir.program import Program
