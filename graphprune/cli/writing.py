@@ -85,6 +85,8 @@ def write(
     inner = folder / ".checkpoint"
     with session.working("writing the checkpoint"):
         if form.kind == "none":
+            if dtype is not None:
+                note("--dtype is for Hugging Face checkpoints: an archive keeps the types it has")
             program.save(inner)
         else:
             program.save_pretrained(inner, dtype=dtype)
