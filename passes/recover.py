@@ -51,6 +51,9 @@ class Recover(Pass):
 
         down[64, 84]  down + 2 B[64, 8] A[8, 84]
 
+    The trained values lie beside the plan of a run (``plan.edits``), for `apply` and `verify`: with
+    ``method=full`` as large as the checkpoint, which loads without them.
+
     Options
     -------
     method

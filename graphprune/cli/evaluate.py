@@ -51,6 +51,9 @@ def evaluate(
 def sensitivity(
     session: Session,
     directory: Checkpoint,
+    file: Annotated[
+        Path | None, typer.Argument(hidden=True, help="Where '--json FILE' of before writes.")
+    ] = None,
     *,
     group: Annotated[
         str,
@@ -71,10 +74,7 @@ def sensitivity(
     keep_one: Annotated[
         bool, typer.Option(help="Also remove all units of a group but the best one.")
     ] = True,
-    json: Annotated[
-        Path | None,
-        typer.Option("--json", metavar="FILE", help="Write the effects as JSON; - prints them."),
-    ] = None,
+    as_json: AsJson = False,
     picture: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Draw them as a heat map: .png, .svg or .pdf."),
@@ -91,9 +91,10 @@ def sensitivity(
     require_text(heldout.text, EvaluationError)
     if picture is not None:
         check_format(picture)
-    printed = json is not None and str(json) == "-"
+    file = None if str(file) == "-" else file
+    as_json = as_json and file is None
     with ExitStack() as stack:  # places that cannot be written are refused first
-        json_file = stack.enter_context(staged_file(json)) if json and not printed else None
+        json_file = stack.enter_context(staged_file(file)) if file else None
         picture_file = stack.enter_context(staged_file(picture)) if picture else None
         program = session.load(directory)
         windows = text_windows(
@@ -114,7 +115,7 @@ def sensitivity(
             json_file.write_text(found.to_json() + "\n", encoding="utf-8")
         if picture_file is not None:
             found.picture(picture_file)
-    if printed:
+    if as_json:
         print(found.to_json())
     else:
         show(found)

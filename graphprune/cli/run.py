@@ -34,6 +34,7 @@ from graphprune.cli.writing import (
     compared,
     destination,
     form_of,
+    note_large_edits,
     plan_files,
     write,
 )
@@ -242,6 +243,7 @@ def _write_result(
     from graphprune.evaluation.summary import Footprint, Summary, verified_error
 
     files = write(session, result.program, result.plan, folder, form, dtype)
+    note_large_edits(folder, result.plan)
     predictions, why_not = compared(session, program, result.program, text)
     source = None if program.source is None else program.source.directory
     plan = plan_files(folder)

@@ -103,6 +103,20 @@ def plan_files(folder: Path) -> list[str]:
     return [PLAN, *(path.name for path in [edits_beside(folder / PLAN)] if path.exists())]
 
 
+def note_large_edits(folder: Path, plan: Plan) -> None:
+    """Say what the values beside the plan are for, where they are about as large as all weights."""
+    edits = edits_beside(folder / PLAN)
+    if plan.edits is None or not edits.exists():
+        return
+    size = edits.stat().st_size
+    if 2 * size > sum(path.stat().st_size for path in folder.glob("*.safetensors")):
+        note(
+            f"{edits.name} ({size / 1e6:,.1f} MB) holds the values that {plan.edits.passes} gave "
+            f"to {len(plan.edits.weights)} weights, for 'apply' and 'verify'; the checkpoint loads "
+            "without it"
+        )
+
+
 def compared(
     session: Session, original: Program, smaller: Program, text: Calibration | None
 ) -> tuple[Comparison | None, str]:

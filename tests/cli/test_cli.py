@@ -302,6 +302,8 @@ def test_sensitivity_prints_a_table_and_writes_json_and_a_picture(
     assert [len(row["removed"]) for row in data["rows"]] == [4, 4]
     assert data["samples"] == 4
     assert (tmp_path / "heads.png").read_bytes().startswith(b"\x89PNG")
+    printed = graphprune("sensitivity", checkpoint, *options, "--json")
+    assert json.loads(printed.out) == data
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,17 @@ def test_a_plan_gives_the_same_checkpoint_and_verify_says_what_was_edited(
     assert not (tmp_path / "third").exists()
 
 
+def test_values_as_large_as_the_checkpoint_are_pointed_out(
+    graphprune: Run, checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    options = ["--calibration", text, "--samples", 8]
+    passes = "recover{method=full steps=1}"
+    done = graphprune("run", checkpoint, "--passes", passes, *options, "-o", tmp_path / "out")
+    assert done.status == 0, done
+    assert "plan.edits (0.1 MB) holds the values that recover" in done.err
+    assert "the checkpoint loads without it" in done.err
+
+
 def test_an_edited_weight_that_was_damaged_is_found(
     graphprune: Run, checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:
