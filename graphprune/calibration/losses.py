@@ -152,4 +152,11 @@ def _next_tokens(logits: Logits, batch: Mapping[str, Tensor]) -> tuple[Tensor, T
     at = functional.pad(predicted(batch), (0, 1)).flatten().nonzero().flatten().to(logits.device)
     if not len(at):
         raise CalibrationError("there is no next token to predict: a window needs two tokens")
-    return at, ids.flatten().to(logits.device)[at + 1]
+    tokens, classes = ids.flatten().to(logits.device)[at + 1], logits.shape[-1]
+    if (highest := int(tokens.max())) >= classes:
+        raise CalibrationError(
+            f"the program predicts no tokens: its first output has {classes} numbers for each, and "
+            f"there is a token {highest}; give labels, or a criterion that needs no loss, such as "
+            "criterion=wanda or criterion=l2"
+        )
+    return at, tokens

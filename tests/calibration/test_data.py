@@ -262,6 +262,15 @@ def test_padding_is_neither_predicted_nor_predicts(side: str) -> None:
     assert torch.allclose(padded, expected)
 
 
+def test_hidden_states_are_no_logits_of_tokens() -> None:
+    """What an encoder gives is of the same rank, and cross entropy would take it for logits."""
+    hidden, ids = torch.zeros(1, 3, 8), torch.tensor([[1, 2, 11]])
+    with pytest.raises(
+        CalibrationError, match=r"8 numbers for each, and there is a token 11; .*l2"
+    ):
+        next_token_loss(hidden, {"input_ids": ids})
+
+
 def test_loss_is_differentiable_and_float32() -> None:
     logits = torch.randn(2, 4, 8, dtype=torch.bfloat16, requires_grad=True)
     loss = next_token_loss(logits, {"input_ids": torch.zeros(2, 4, dtype=torch.int64)})
