@@ -15,6 +15,7 @@ import graphprune.calibration.data as calibration_module
 import graphprune.calibration.logits as logits_module
 from graphprune.calibration.data import Calibration, inputs_of
 from graphprune.calibration.losses import next_token_loss, task_loss
+from graphprune.calibration.tokens import vocabulary_digest
 from graphprune.errors import CalibrationError
 from graphprune.weights.tensors import digest
 
@@ -43,8 +44,9 @@ def test_defaults_are_ten_windows_of_64_tokens(text: Path, tokenizer: Any) -> No
     assert ids_of(calibration).shape == (10, 64)
     assert calibration.tokens == 640
     assert [len(batch["input_ids"]) for batch in calibration] == [8, 2]
-    keys = {"kind", "sha256", "samples", "length", "tokens", "wanted", "first tokens", "seed"}
-    assert calibration.describe().keys() == keys
+    keys = {"kind", "sha256", "samples", "length", "tokens", "wanted", "first tokens", "tokenizer"}
+    assert calibration.describe().keys() == keys | {"seed"}
+    assert calibration.describe()["tokenizer"] == vocabulary_digest(tokenizer) != ""
     assert (calibration.describe()["samples"], calibration.describe()["length"]) == (10, 64)
 
 
