@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MergeKvHeads(Pass):
-    """Make fewer key and value heads of many, each shared by the queries of several.
+    """Merge key and value heads, so that each serves the queries of several.
 
     Before
     ------

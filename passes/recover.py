@@ -37,7 +37,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
 
 @dataclass(frozen=True)
 class Recover(Pass):
-    """Train the weights at their sizes: low-rank adapters that are merged into them, or all.
+    """Train the weights that are left: all, or low-rank adapters that are merged into them.
 
     Before
     ------

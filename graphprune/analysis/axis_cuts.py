@@ -1,4 +1,4 @@
-"""The rest of an axis when atoms inside it lose units, or gain copies.
+"""The indices of an axis that stay when atoms inside it lose units, or gain copies.
 
 Examples
 --------

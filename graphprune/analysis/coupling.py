@@ -43,7 +43,7 @@ class AxisType:
 
 
 class Coupling:
-    """The analysis of a program; see `analyze`."""
+    """The coupled groups of a program and the axis types behind them; `analyze` makes it."""
 
     def __init__(self, types: Types) -> None:
         self.types = types

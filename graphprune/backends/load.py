@@ -22,7 +22,7 @@ def load(
     dtype: str | torch.dtype = "float32",
     cache: bool | None = None,
 ) -> Program:
-    """Load a program; the directory is only read.
+    """Load a program from a directory or the hub; nothing is written into the directory.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Tensors that were measured on a program and data, kept in a file that knows of which."""
+"""Measured tensors, cached in a file that records the program and data they are of."""
 
 from __future__ import annotations
 

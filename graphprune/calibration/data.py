@@ -43,7 +43,7 @@ LABELS = "labels"
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Batches of inputs to measure a program on; iterable as often as needed.
+    """Batches of inputs, such as windows of text, that a program is measured on.
 
     Parameters
     ----------

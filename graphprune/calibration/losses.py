@@ -1,4 +1,4 @@
-"""What a program loses on calibration batches: cross entropy of labels or of next tokens."""
+"""Losses of a program on calibration batches: cross entropy of labels or of next tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the units of a group lie in its weights, and what sums over them."""
+"""The indices of each unit in the weights of its group, and the operators that sum over units."""
 
 from __future__ import annotations
 

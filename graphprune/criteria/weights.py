@@ -1,4 +1,4 @@
-"""Criteria on single weights: what stands at each element, summed over the slice of each unit."""
+"""Criteria on single weights: a score of each element, summed over the slice of each unit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ablation found: the effect of each unit, as a table, JSON and a picture."""
+"""The result of an ablation: the effect of each unit, as a table, JSON and a picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far the predictions of a smaller program are from those of its original."""
+"""Compare the predictions of a smaller program with those of its original."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run comes to: size, memory, disk and predictions before and after, and what was proven."""
+"""Summary of a run: size, memory, disk and predictions before and after, and what was proven."""
 
 from __future__ import annotations
 

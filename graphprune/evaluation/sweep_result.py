@@ -1,4 +1,4 @@
-"""What a sweep found: every point, their means over seeds, a table and a picture."""
+"""The result of a sweep: every point, their means over seeds, a table and a picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The form in which a captured graph is analyzed: it only computes, and every size is spelled out.
+"""The canonical form of a captured graph: free of side effects, with every size spelled out.
 
 What the code of a model computes from constants alone, such as the slopes of ALiBi from a number of
 heads, becomes a constant of the program: a tensor whose axes can lose units as those of a weight

@@ -1,4 +1,4 @@
-"""The entry to the front end: a model becomes a `Program` through `torch.export`.
+"""The entry to the front end: `capture` makes a `Program` of a model, through `torch.export`.
 
 Nothing is traced symbolically: `torch.export` (non-strict) runs the model's own code and records
 where every node came from. A transformers decoder is captured once, with its KV cache as inputs and

@@ -1,4 +1,4 @@
-"""What lies beside a checkpoint's weights and does not depend on sizes: tokenizer, templates."""
+"""Files beside a checkpoint's weights that do not depend on sizes: tokenizer, templates."""
 
 from __future__ import annotations
 

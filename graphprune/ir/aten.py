@@ -1,4 +1,4 @@
-"""What is known of ATen operators beside how they type axes: names, kinds, and what they leave.
+"""Facts about ATen operators, other than how they type axes: names, and sets of one kind.
 
 Sets hold names as `name_of` gives them: every overload is meant, and no in-place form.
 """

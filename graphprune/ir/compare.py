@@ -1,4 +1,4 @@
-"""How far two results are apart, and how far they may be: for all that compares two programs."""
+"""The relative error of two results, and the tolerances: for all that compares two programs."""
 
 from __future__ import annotations
 

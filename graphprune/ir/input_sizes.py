@@ -1,4 +1,4 @@
-"""Which sizes of inputs a graph holds for."""
+"""Check inputs against the sizes for which a graph holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a program can be made to run on, by name."""
+"""Names of the runtimes that a program can be made for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Building a program from an edited graph, whose sizes are derived again."""
+"""Derive the shapes of an edited graph again, and make a program of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What passes did to values, so that the plan of a run can bring it along."""
+"""Record what passes did to values, so that the plan of a run can bring it along."""
 
 from __future__ import annotations
 

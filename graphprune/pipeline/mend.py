@@ -1,4 +1,4 @@
-"""What a malformed pipeline may have meant: read generously, written as it should be."""
+"""Guess what a malformed pipeline meant, and write it as it should be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a pass is: a frozen dataclass that turns a program into another one."""
+"""The base class of passes: frozen dataclasses that turn a program into another one."""
 
 from __future__ import annotations
 

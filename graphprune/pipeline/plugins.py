@@ -1,4 +1,4 @@
-"""Passes and criteria of a file, for what is no distribution of its own."""
+"""Load passes and criteria from a Python file that no installed distribution holds."""
 
 from __future__ import annotations
 

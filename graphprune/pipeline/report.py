@@ -73,7 +73,7 @@ class PassRecord:
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """A pipeline's run.
+    """The report of a run: what each pass did, how long it took, and sizes before and after.
 
     Parameters
     ----------

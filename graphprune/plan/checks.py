@@ -1,4 +1,4 @@
-"""What no program allows of a plan, and what a given program does not."""
+"""Checks of a plan: those that need no program, and those against a given one."""
 
 from __future__ import annotations
 

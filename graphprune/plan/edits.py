@@ -1,4 +1,4 @@
-"""What passes did to values beside the steps of a plan, so that the plan can bring it along.
+"""Edits of values that a plan brings along beside its steps.
 
 The plan itself holds which pass edited which weights; the values lie beside it in a file of the
 safetensors format. That file is called ``plan.edits``, since loaders of checkpoints take every

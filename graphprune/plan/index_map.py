@@ -1,4 +1,4 @@
-"""From units of a group to the indices that they hold in a weight."""
+"""Index maps: from units of a group to the indices that they hold in a weight."""
 
 from __future__ import annotations
 

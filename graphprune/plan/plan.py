@@ -41,7 +41,7 @@ _SHOWN = 24
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """Steps in order, and what passes did to values beside them.
+    """The units that go or merge, step by step, and the edits of values beside them.
 
     Parameters
     ----------

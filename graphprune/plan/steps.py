@@ -1,4 +1,4 @@
-"""What a plan is made of: cuts and merges of one step, with the index maps that they reach by."""
+"""The parts of a plan: steps of cuts and merges, with the index maps that say where they act."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What removing ever more of a group costs, measured, so that unlike groups can be compared."""
+"""Measure the loss as ever more of each group is masked, so that unlike groups can be compared."""
 
 from __future__ import annotations
 

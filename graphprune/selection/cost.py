@@ -1,4 +1,4 @@
-"""What a program costs, before and after cuts: parameters, multiply-accumulates, KV cache."""
+"""The cost of a program before and after cuts: parameters, multiply-accumulates, KV cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the kernels of each runtime like, and where a program or a plan leaves their fast path.
+"""Sizes that the kernels of each runtime prefer, and where a program or plan leaves the fast path.
 
 The facts, for half precision on `cuda` and `tensorrt` and for float32 on `cpu`:
 

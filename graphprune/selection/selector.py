@@ -1,4 +1,4 @@
-"""From scores and a budget to a plan's cuts."""
+"""Select the units that go, by scores and a budget."""
 
 from __future__ import annotations
 

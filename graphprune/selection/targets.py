@@ -1,4 +1,4 @@
-"""Which groups a pruning target means, and which lie in protected layers."""
+"""The groups that a pruning target names, and those in protected layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training lowers: the loss of labels or next tokens, the divergence from a teacher, a mix."""
+"""Training objectives: the loss of labels or next tokens, the divergence from a teacher, a mix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which samples each step of a training sees: a function of the seed and the step."""
+"""The samples that each step of a training sees: a function of the seed and the step."""
 
 from __future__ import annotations
 

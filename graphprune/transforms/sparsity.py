@@ -1,4 +1,4 @@
-"""Which elements of a matrix become zero: Wanda, magnitude, SparseGPT; by ratio or n of m.
+"""Choose elements of a matrix that become zero: Wanda, magnitude, SparseGPT; by ratio or n of m.
 
 Everything here is about one matrix ``[parts, out, in]`` (see `analysis.matrices`), where a
 part is an expert or a group of a convolution, and ``in`` is the axis that is summed over.

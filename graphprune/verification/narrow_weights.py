@@ -1,4 +1,4 @@
-"""What a plan leaves of weights, from its index maps alone, and back to the first shapes."""
+"""The weights that a plan leaves, from its index maps alone, and back at their first shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether matrices have the zeros that an n:m pattern promises."""
+"""Check that matrices have the zeros that an n:m pattern promises."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What passes changed, over the weights that lie in files."""
+"""Changed weights in front of those that lie in files."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The meaning of a mask: tried, not guessed.
+"""Which keys each query may attend to, found by running the mask's part of the graph.
 
-Its part of the graph is run on prompts, single tokens and chunks, with padding on either side and
-on lengths around every number in it, and compared with what it may mean.
+It is run on prompts, single tokens and chunks, with padding on either side and on lengths around
+every number in it, and compared with what it may mean.
 """
 
 from __future__ import annotations

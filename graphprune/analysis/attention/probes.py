@@ -1,4 +1,4 @@
-"""Sizes and inputs on which a part of a graph tells what it computes."""
+"""Inputs to run a part of a graph on, in order to find out what it computes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A mean that is subtracted from what it is the mean of, as norms that are written out do it."""
+"""Recognize ``x - x.mean()`` and its variance, as norms that are spelled out compute them."""
 
 from __future__ import annotations
 

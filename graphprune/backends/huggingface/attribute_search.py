@@ -1,4 +1,4 @@
-"""The numbers that modules keep of their sizes, for weights whose sizes no config field gives.
+"""Find the integer attributes of modules that hold sizes, where no config field sets those.
 
 A layer of torch says what it needs by its weights and by the operator that it became in the graph.
 Code of a model keeps sizes under names of its own, such as ``num_heads``. Which of those follow a

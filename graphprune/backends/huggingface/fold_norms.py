@@ -1,4 +1,4 @@
-"""Fold what pruning put into a graph back into weights, as far as checkpoints can hold it.
+"""Fold the rescaling of pruned RMSNorms into weights and epsilons, which checkpoints can hold.
 
 An RMSNorm over a pruned axis stays exact because its mean is multiplied by r = new size / old size.
 No checkpoint can hold that product, but

@@ -1,4 +1,4 @@
-"""A trial of models beside a program, on weights and inputs that let a wrong structure show.
+"""Run models beside a program, on random weights and inputs that reveal a wrong structure.
 
 A model's own weights may hide what is wrong with its sizes: where attention is all but even, two
 heads of four give what one head of eight does, and half precision is off by more than both. So

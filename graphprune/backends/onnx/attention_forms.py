@@ -1,4 +1,4 @@
-"""Which operator of ONNX may stand for an attention, and why no better one may.
+"""Choose the operator of ONNX that an attention is written as, and say why not a better one.
 
 `gqa` is com.microsoft's GroupQueryAttention, which holds the cache and takes KV heads as they are;
 `mha` its MultiHeadAttention; `standard` the Attention of ONNX from opset 23 on; `decomposed` is

@@ -1,4 +1,4 @@
-"""Conversion of a program to ONNX's operators, by torch's exporter."""
+"""Convert a program to ONNX's operators, by torch's exporter."""
 
 from __future__ import annotations
 

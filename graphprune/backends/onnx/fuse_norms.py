@@ -1,4 +1,4 @@
-"""Norms as operators of ONNX Runtime: one for what torch spells in seven, skip connection included.
+"""Fuse norms, and the residual addition before them, into single operators of ONNX Runtime.
 
 The rules are onnxscript's, which calls them experimental: they are used where they are found. ONNX
 Runtime's own fusions at load do not know the spelling that torch's exporter writes.

@@ -1,4 +1,4 @@
-"""A decoder with the logits of the last token alone: whoever generates text reads no others."""
+"""Make a decoder return the logits of the last token alone, as generating text needs them."""
 
 from __future__ import annotations
 

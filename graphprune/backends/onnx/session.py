@@ -1,4 +1,4 @@
-"""ONNX Runtime: sessions that run where they were asked to, and models run beside programs."""
+"""Sessions of ONNX Runtime, and a model run beside its program."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is seen of the heads of one attention on calibration data, and the edits that follow."""
+"""Statistics of the heads of one attention on calibration data, and the edits fitted to them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which KV heads become one, and how they come to be neighbors."""
+"""Choose the KV heads that become one, and reorder them so that they are neighbors."""
 
 from __future__ import annotations
 

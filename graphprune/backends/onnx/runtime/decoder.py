@@ -1,4 +1,4 @@
-"""Runs a decoder's model in ONNX Runtime: buffers are bound once and caches never leave the device.
+"""Run a decoder in ONNX Runtime: buffers are bound once, and caches never leave the device.
 
 Where each past and present may be one buffer, each cache is one, as long as the text may become.
 Elsewhere there are two sets of them, which swap their roles with every token.

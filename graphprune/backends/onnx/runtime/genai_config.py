@@ -1,4 +1,4 @@
-"""What onnxruntime-genai needs to know of a decoder, as its ``genai_config.json`` says it.
+"""The ``genai_config.json`` by which onnxruntime-genai runs a decoder.
 
 Reference: https://onnxruntime.ai/docs/genai/reference/config.html. Sizes of caches are read from
 the model there, so that layers may differ in their KV heads (onnxruntime-genai 0.18).

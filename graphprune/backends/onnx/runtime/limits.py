@@ -1,4 +1,4 @@
-"""Where the texts of an ONNX package end: how long one may be, and which tokens end it."""
+"""The longest text of an ONNX package, and the tokens that end one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generates text by an ONNX package: `OnnxRunner` runs its decoder in ONNX Runtime."""
+"""Generate text by an ONNX package: `OnnxRunner` runs its decoder in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class _Row:
 
 
 class OnnxRunner:
-    """Runs the decoder of an ONNX package.
+    """Text generation by the decoder of an ONNX package.
 
     Prompts of a batch may differ in length. Where attention counts a mask's ones they are padded on
     the right, elsewhere on the left; each row gets the tokens that it gets alone.
