@@ -16,14 +16,14 @@ units that went: by the values that weights had where these alone did it, else b
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from graphprune.analysis.axes import Axis
+from graphprune.analysis.axes import Axis, Product
 from graphprune.analysis.index_maps import indices_by_unit
 from graphprune.analysis.inference import infer
 from graphprune.analysis.types import Types
@@ -93,12 +93,11 @@ class MaskedReference:
         self._unmasked = _Unmasked(original)
         self._types = types
         self._kept = self._kept_units()
-        self._kept_of_draws: list[dict[int, Tensor]] = []
         if self._kept:
             self._find_what_stays()
 
     def _find_what_stays(self) -> None:
-        """Find normalizations over, choices from, and draws along axes that lost units."""
+        """Find normalizations over, and choices from, axes that lost units."""
         types = self._types
         for entry in types.facts.statistics:
             left = self._stays(types.axes_of[entry.node.all_input_nodes[0]][entry.dim])
@@ -108,34 +107,54 @@ class MaskedReference:
         for choice in types.facts.routings:
             if (left := self._stays(choice.axis)) is not None:
                 self.choices.setdefault(choice.node, []).append((choice.dim, left))
-        for node in random_nodes(self.original.graph):
-            along = self._stays_along(node)
-            self._kept_of_draws.append({dim: m.nonzero().flatten() for dim, m in along.items()})
 
-    def _stays(self, axis: Axis) -> Tensor | None:
-        """Return a boolean mask of the indices along `axis` that stay; None where all do."""
+    def _stays(self, axis: Axis, size: int | None = None) -> Tensor | None:
+        """Return a boolean mask of the indices along `axis` that stay; None where all do.
+
+        `size` is how long it is in this run, where a part of it, such as a batch, may have any.
+        """
         axes = self._types.axes
+        axis = axes.head(axis)
         if self._kept.keys().isdisjoint(axes.atoms(axis)):  # it may be of any dynamic size
             return None
+        if isinstance(axis, Product) and size is not None and size != axis.size:
+            return self._stays_in_product(axis, size)
         found = torch.ones(axis.size).bool()
         for occurrence in axes.occurrences(axis):
             if (kept := self._kept.get(occurrence.atom)) is not None:
                 found[indices_by_unit(occurrence)[~kept].flatten()] = False
         return None if bool(found.all()) else found
 
-    def _stays_along(self, node: fx.Node) -> dict[int, Tensor]:
+    def _stays_in_product(self, axis: Product, size: int) -> Tensor | None:
+        """Return the mask of a product one of whose factors is dynamic."""
+        fixed = [f.size for f in axis.factors if not self._types.is_dynamic(f)]
+        if len(fixed) < len(axis.factors) - 1:
+            return None  # nobody knows how long each of several is
+        length = size // math.prod(fixed)
+        found = torch.ones(1).bool()
+        for factor in axis.factors:
+            dynamic = self._types.is_dynamic(factor)
+            left = self._stays(factor, length if dynamic else None)
+            if left is None:
+                left = torch.ones(length if dynamic else factor.size).bool()
+            found = (found[:, None] & left).flatten()
+        return None if bool(found.all()) else found
+
+    def _stays_along(self, node: fx.Node, shape: Sequence[int]) -> dict[int, Tensor]:
         """Return each dimension of a tensor that lost indices -> a boolean mask of those left."""
         axes = self._types.axes_of[node] if isinstance(node.meta.get("val"), Tensor) else ()
-        found = {dim: self._stays(axis) for dim, axis in enumerate(axes)}
+        pairs = zip(axes, shape, strict=False)
+        found = {dim: self._stays(*pair) for dim, pair in enumerate(pairs)}
         return {dim: left for dim, left in found.items() if left is not None}
 
     def narrow_draws(self) -> list[Tensor | None]:
         """Return what was drawn in the last run, of the units that stay."""
         found = []
-        for drawn, kept in itertools.zip_longest(self.draws.made, self._kept_of_draws):
+        for drawn, node in zip(self.draws.made, random_nodes(self.original.graph), strict=False):
             narrow: Tensor | None = drawn
-            for dim, left in (kept or {}).items():
-                narrow = None if narrow is None else narrow.index_select(dim, left)
+            if narrow is not None and self._kept:
+                for dim, left in self._stays_along(node, narrow.shape).items():
+                    narrow = narrow.index_select(dim, left.nonzero().flatten())
             found.append(narrow)
         return found
 
@@ -187,7 +206,7 @@ class MaskedReference:
             again = [own(*pair) for pair in zip(node.args, args, strict=True)]
             named = {name: own(node.kwargs[name], value) for name, value in kwargs.items()}
             result = torch.where(result.isfinite(), result, call(node, tuple(again), named))
-        for dim, stays in self._stays_along(node).items():
+        for dim, stays in self._stays_along(node, result.shape).items():
             shape = [1] * result.ndim
             shape[dim] = -1
             spoiled = ~result.isfinite() & ~stays.view(shape)

@@ -509,6 +509,27 @@ class Noisy(nn.Module):
         return self.outer(x) + torch.randn(3)
 
 
+def test_padding_that_hides_tokens_from_some_heads_is_verified() -> None:
+    """A mask of minus infinity, over batch and heads in one dimension, of which heads go."""
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+            self.layers = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+            self.head = nn.Linear(16, 3)
+
+        def forward(self, x: Tensor, pad: Tensor) -> Tensor:
+            hidden: Tensor = self.head(self.layers(x, src_key_padding_mask=pad))
+            return hidden
+
+    pad = torch.zeros(2, 5).bool()
+    pad[0, 3:] = True
+    program = gp.capture(Encoder().eval(), (torch.randn(2, 5, 16), pad))
+    text = "prune{target=kv-heads ratio=0.5 criterion=l2},verify"
+    assert gp.Pipeline.parse(text).run(program).report.passes[-1].verified is not None
+
+
 @pytest.mark.parametrize("kind", ["dropout", "noise", "elsewhere"])
 def test_both_sides_draw_the_same(kind: str) -> None:
     program = gp.capture(Noisy(kind).eval(), (torch.randn(4, 8),))
