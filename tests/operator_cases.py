@@ -14,6 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphprune.frontend.recurrences.operators import (
+    delta_recurrence,
+    linear_recurrence,
+    max_recurrence,
+)
+
 A = torch.ops.aten
 
 
@@ -58,6 +64,13 @@ def _image(h: Tensor) -> Tensor:
 def _rows(image: Tensor) -> Tensor:
     """An image back to (batch, places, channels)."""
     return image.flatten(2).transpose(1, 2)
+
+
+def _delta(h: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Decay, what is written, values and reads of two chunks of two tokens, all from `h`."""
+    chunks = h.unflatten(1, (2, 2))
+    decay = chunks.sigmoid().mean(2)[..., None]
+    return decay, chunks.transpose(-1, -2), chunks * 2, chunks * 0.1
 
 
 # -- element-wise: f(0) = 0 ---------------------------------------------------------------------
@@ -121,6 +134,7 @@ VANISHING: dict[str, Case] = {
     "to.dtype_layout": Case(lambda h: A.to.dtype_layout(h, dtype=torch.float64).float()),
     "to.other": Case(lambda h: A.to.other(h, torch.zeros(1, dtype=torch.float64)).float()),
     "_to_copy.default": Case(lambda h: A._to_copy.default(h, dtype=torch.float64).float()),
+    "linear_recurrence.default": Case(lambda h: linear_recurrence(h, h.sigmoid(), 1)),
     "type_as.default": Case(lambda h: A.type_as.default(h, torch.zeros(1).double()).float()),
     "copy.default": Case(lambda h: A.copy.default(h.cos(), h)),
     "where.self": Case(lambda h: A.where.self(h > 0, h, h.sin())),
@@ -600,6 +614,13 @@ REDUCTIONS: dict[str, Case] = {
     "argsort.stable": frozen(lambda h: A.argsort.stable(h, stable=True, dim=-1), "argsort" + _OVER),
     "sort.default": frozen(lambda h: A.sort.default(h)[0], "sort" + _OVER),
     "sort.stable": frozen(lambda h: A.sort.stable(h, stable=True, dim=-1)[0], "sort" + _OVER),
+    "linear_recurrence.default": frozen(
+        lambda h: linear_recurrence(h, h.sigmoid(), 2), "a recurrence" + _OVER
+    ),
+    "max_recurrence.default": keeps(lambda h: max_recurrence(h, -h.sigmoid(), 1), 8),
+    "max_recurrence.default (over it)": frozen(
+        lambda h: max_recurrence(h, -h.sigmoid(), -1), "a recurrence" + _OVER
+    ),
     "cummax.default": frozen(lambda h: A.cummax.default(h, -1)[0], "cummax" + _OVER),
     "cummin.default": frozen(lambda h: A.cummin.default(h, -1)[0], "cummin" + _OVER),
     "topk.default": frozen(lambda h: A.topk.default(h, 3)[0], "the largest of it are picked"),
@@ -706,6 +727,9 @@ CONTRACTIONS: dict[str, Case] = {
     "dot.default": keeps(lambda h, w, v: h * A.dot.default(w, v), 8, weights=((5,), (5,))),
     "addmm.default": keeps(
         lambda h, w, b: A.addmm.default(b, h.flatten(0, 1), w), 8, weights=((8, 5), (5,))
+    ),
+    "delta_recurrence.default (keys)": keeps(
+        lambda h: (h.unflatten(1, (2, 2)) @ delta_recurrence(*_delta(h))).flatten(1, 2), 8
     ),
     "baddbmm.default": keeps(lambda h: A.baddbmm.default(h, h @ h.mT, h), 8),
     "addbmm.default": keeps(lambda h: h + A.addbmm.default(h[0], h @ h.mT, h), 8),

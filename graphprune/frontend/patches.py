@@ -173,6 +173,19 @@ def without_pad_token(config: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def without_caches(model: Any) -> Iterator[None]:
+    """Let no state be kept for later calls, for which convolutions pad texts below their kernel."""
+    switched = [c for c in configs(model.config) if getattr(c, "use_cache", False)]
+    for config in switched:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in switched:
+            config.use_cache = True
+
+
+@contextlib.contextmanager
 def batched_experts(model: Any) -> Iterator[None]:
     """Let packed experts run as batched products, which every back end can express."""
     switched = [c for c in configs(model.config) if hasattr(c, "_experts_implementation")]

@@ -15,11 +15,15 @@ from torch.utils import _pytree as pytree
 
 from graphprune.errors import CaptureError, UsageError
 from graphprune.frontend.from_exported import to_program
+from graphprune.frontend.recurrences.replaced import loops_of
 from graphprune.frontend.sizes import LENGTHS, ROWS, conditions_of, limited, same, with_fixed
 from graphprune.frontend.torch_export import Exported, Follow, export
 from graphprune.ir.nodes import size_of
 from graphprune.ir.program import Note, Program
 from graphprune.ir.provenance import Source
+
+_CHECKED = 130
+"""Up to this length a program is compared where it is not the code of the model that was traced."""
 
 
 class _Flat(nn.Module):
@@ -87,6 +91,8 @@ class Call:
         Where it is known, tokens are drawn from it; else they are the example's own.
     most
         The longest length to try.
+    checked
+        The length up to which all are compared.
     """
 
     program: Program
@@ -95,6 +101,7 @@ class Call:
     example: tuple[Tensor, ...]
     vocabulary: int | None = None
     most: int = 1 << 14
+    checked: int = 0
 
     def limited(self) -> Program:
         """Return the program, limited to the sizes for which it computes what the model does."""
@@ -102,7 +109,8 @@ class Call:
             return self.program
         conditions = conditions_of(self.exported, self.program)
         candidates = list(self._candidates(conditions.seen))
-        return limited(self.program, conditions, self.model, self._inputs, candidates)
+        made = self._inputs
+        return limited(self.program, conditions, self.model, made, candidates, self.checked)
 
     def check(self, what: str) -> None:
         """Refuse a program that does not compute what the model does on the example.
@@ -209,7 +217,8 @@ def capture_call(
             raise CaptureError(f"{name} returns no tensor in tuples, lists, dicts or dataclasses")
         program = to_program(exported, model, names, recorded[-1], source, notes)
         program = with_fixed(program, dims, wrapper, tensors)
-        return Call(program, exported, wrapper, tensors)
+        checked = _CHECKED if loops_of(model) else 0
+        return Call(program, exported, wrapper, tensors, checked=checked)
 
     if dynamic_shapes is not None:
         return captured(flat, pytree.tree_leaves(dynamic_shapes, is_leaf=_is_leaf))

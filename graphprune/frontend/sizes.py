@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.export import Dim
 from torch.utils._sympy.value_ranges import ValueRanges
 
+from graphprune.errors import CaptureError
 from graphprune.frontend.torch_export import Exported
 from graphprune.ir.nodes import size_environment
 from graphprune.ir.program import Note, Program
@@ -121,6 +122,7 @@ def limited(
     model: Callable[..., Sequence[Tensor]],
     inputs: Callable[[Sizes], Sequence[Tensor]],
     candidates: Sequence[Sizes],
+    checked: int = 0,
 ) -> Program:
     """Limit `program` to the sizes for which it computes what `model` does.
 
@@ -138,6 +140,13 @@ def limited(
         Makes inputs of the sizes that it is given.
     candidates
         Sizes to try: those that break a condition are run, the cheapest first.
+    checked
+        Up to this length, and within what is quick, those that break none are run as well.
+
+    Raises
+    ------
+    CaptureError
+        When outputs differ at a size that breaks no condition.
     """
     harmless: set[sympy.Basic] = set()
     refused: set[sympy.Basic] = set()
@@ -146,7 +155,13 @@ def limited(
     trials = [(conditions.broken(sizes), sizes) for sizes in candidates]
     # Fewest conditions first: what is wrong then says which of them matter.
     for broken, sizes in sorted(trials, key=lambda trial: (len(trial[0]), _work(trial[1]))):
-        if not broken or any(each <= broken for each in harmful):
+        if not broken:
+            short = max(sizes.values(), default=0) <= checked and _is_quick(program, sizes)
+            if short and same(program, model, inputs, sizes) is False:
+                said = ", ".join(f"{name} = {size}" for name, size in sizes.items())
+                raise CaptureError(f"its graph computes something else than the model for {said}")
+            continue
+        if any(each <= broken for each in harmful):
             continue
         # Short ones are cheap, and where one is right by chance another may not be.
         if max(sizes.values()) > _SHORT and (broken <= harmless or broken in tried):
@@ -309,7 +324,7 @@ def same(
     sizes: Sizes,
 ) -> bool | None:
     """Tell whether program and model compute the same; None where the model takes no such size."""
-    if program.parameter_count() * _work(sizes) > _WORK:
+    if not _is_quick(program, sizes):
         return False
     given = inputs(sizes)
     with torch.no_grad(), warnings.catch_warnings():
@@ -323,6 +338,10 @@ def same(
         except Exception:  # noqa: BLE001 - so do operators
             return False
     return all(map(_close, expected, found))
+
+
+def _is_quick(program: Program, sizes: Sizes) -> bool:
+    return program.parameter_count() * _work(sizes) <= _WORK
 
 
 def _close(expected: Tensor, found: Tensor) -> bool:

@@ -21,6 +21,7 @@ from graphprune.frontend.patches import (
     no_moves_in_place,
     quiet_export,
 )
+from graphprune.frontend.recurrences.replaced import loops_replaced
 from graphprune.ir.program import Note
 
 
@@ -79,7 +80,7 @@ def export(
 def export_once(module: nn.Module, args: tuple[Any, ...], shapes: Any) -> ExportedProgram:
     """Call `torch.export.export`, whatever it raises."""
     # Without no_grad, the grad-mode switches in transformers' rotary code become sub-graphs.
-    with torch.no_grad(), warnings.catch_warnings(), _all_patches(args):
+    with torch.no_grad(), warnings.catch_warnings(), _all_patches(args), loops_replaced(module):
         warnings.simplefilter("ignore")
         return torch.export.export(module.eval(), args, dynamic_shapes=shapes, strict=False)
 

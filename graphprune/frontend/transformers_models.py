@@ -19,7 +19,7 @@ from graphprune.errors import CaptureError
 from graphprune.frontend.branches import export_with_all_found
 from graphprune.frontend.decoders import cache_layers, capture_decoder
 from graphprune.frontend.example_inputs import Example, example_of, longest_trial
-from graphprune.frontend.patches import batched_experts, broadcast_masks
+from graphprune.frontend.patches import batched_experts, broadcast_masks, without_caches
 from graphprune.frontend.plain_modules import Call, capture_call
 from graphprune.frontend.torch_export import Follow, line_and_place
 from graphprune.ir.compare import relative_error, tolerance_of
@@ -86,7 +86,7 @@ def capture_transformers_call(
     CaptureError
         When `torch.export` refuses.
     """
-    with batched_experts(model), broadcast_masks() as broadcast:
+    with batched_experts(model), without_caches(model), broadcast_masks() as broadcast:
         call = capture_call(
             model,
             example_inputs,
@@ -191,15 +191,16 @@ def _capture_whole(
     attempts = ((example.dims, ""), (first, "a length"), (fixed, "a batch size and a length"))
 
     def captured(shapes: Mapping[str, Any], notes: tuple[Note, ...]) -> Call:
-        call = capture_call(
-            model,
-            example.inputs,
-            shapes,
-            keep=_is_kept,
-            source=source,
-            notes=notes,
-            follow=follow,
-        )
+        with without_caches(model):
+            call = capture_call(
+                model,
+                example.inputs,
+                shapes,
+                keep=_is_kept,
+                source=source,
+                notes=notes,
+                follow=follow,
+            )
         vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
         return replace(call, vocabulary=vocabulary, most=longest_trial(model))
 

@@ -29,6 +29,10 @@ __all__ = [
 ]
 
 
+_OWN = ("delta_recurrence.default", "linear_recurrence.default", "max_recurrence.default")
+"""Operators of `graphprune.frontend.recurrences`; all others are those of ATen."""
+
+
 def table() -> list[dict[str, str]]:
     """Return every ruled operator with its rule, for people.
 
@@ -39,7 +43,11 @@ def table() -> list[dict[str, str]]:
         a unit are zeroed), sorted by operator.
     """
     return [
-        {"operator": f"aten.{name}", "typing": entry.summary, "zero": entry.zero.value}
+        {
+            "operator": f"{'graphprune' if name in _OWN else 'aten'}.{name}",
+            "typing": entry.summary,
+            "zero": entry.zero.value,
+        }
         for name, entry in sorted(RULES.items())
     ]
 

@@ -63,6 +63,23 @@ def add_matmul(ctx: RuleContext) -> Type:
     return ctx.broadcast(type_, ctx.type("self"))
 
 
+@rule("delta_recurrence.default", zero=ZeroRule.NEVER)
+def delta_recurrence(ctx: RuleContext) -> Type:
+    """States before chunks, each of which writes the values that it does not read already."""
+    written, values, reads = (ctx.arg(name) for name in ("written", "values", "reads"))
+    (*_, keys, tokens), (*_, width) = ctx.type("written"), ctx.type("values")
+    for left, right in ((ctx.type("values")[-2], tokens), (ctx.type("reads")[-2], tokens)):
+        ctx.unify(left, right)
+    ctx.unify(ctx.type("reads")[-1], keys)
+    ctx.contract(tokens, written, values)
+    ctx.contract(keys, reads, written)  # the state is zero where nothing is written
+    lead = [ctx.type(name)[:-2] for name in ("decay", "written", "values", "reads")]
+    *batch, chunks = ctx.broadcast(*lead, shape=ctx.shape()[:-2])
+    ctx.freeze(chunks, "a recurrence runs over it")
+    ctx.zero_where((written, values))
+    return ctx.broadcast((*batch, chunks, keys, width), ctx.type("decay"))
+
+
 @rule("einsum.default", zero=ZeroRule.ANY_OPERAND)
 def einsum(ctx: RuleContext) -> Type:
     """One axis for each letter; letters that do not come out are summed over."""

@@ -147,6 +147,20 @@ def normalized(ctx: RuleContext) -> Type:
     return type_
 
 
+@rule("linear_recurrence.default", zero=ZeroRule.AS_FIRST)
+def recurrence(ctx: RuleContext) -> Type:
+    """A state that fades from place to place: their axis is frozen, the others stay."""
+    type_ = ctx.broadcast(ctx.type("update"), ctx.type("decay"))
+    ctx.freeze(type_[ctx.dim("dim", len(type_))], "a recurrence runs over it")
+    return type_
+
+
+@rule("max_recurrence.default", zero=ZeroRule.NEVER)
+def largest_so_far(ctx: RuleContext) -> Type:
+    """The largest so far, which fades from place to place: their axis is frozen."""
+    return recurrence(ctx)
+
+
 @rule("argsort.default", "argsort.stable", zero=ZeroRule.NEVER)
 def order(ctx: RuleContext) -> Type:
     """Ordering: the axis is frozen."""

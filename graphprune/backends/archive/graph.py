@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from graphprune.errors import BackendError, first_line
+from graphprune.frontend.recurrences import operators  # noqa: F401 - so that torch knows them
 from graphprune.ir.exported import to_exported_program
 from graphprune.ir.program import Program
 

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from graphprune.backends.onnx.dimension_names import check_dimensions, output_names
+from graphprune.backends.onnx.translations import translations
 from graphprune.errors import BackendError, first_line
 from graphprune.ir.exported import to_exported_program
 from graphprune.ir.nodes import arguments_of, made_from, size_environment, valued
@@ -46,7 +47,7 @@ def convert(program: Program, opset: int) -> onnx_ir.Model:
                 opset_version=opset,
                 input_names=[value.name for value in program.inputs],
                 output_names=output_names(program),
-                custom_translation_table={torch.ops.aten.sym_stride.int: _stride},
+                custom_translation_table=translations(),
                 # Its own optimization renames, merges and transposes weights.
                 optimize=False,
                 verbose=False,
@@ -128,13 +129,6 @@ def _reshaping(program: Program) -> ExportedProgram:
             node.update_arg(0, _with_meta(copy))
     module = fx.GraphModule(torch.nn.Module(), graph)
     return to_exported_program(dataclasses.replace(program, graph_module=module))
-
-
-def _stride(self: Any, dim: int) -> Any:
-    """Return the stride of a contiguous tensor: the exporter reads sizes from strides of inputs."""
-    from onnxscript import opset18
-
-    return opset18.ReduceProd(opset18.Shape(self, start=dim + 1), keepdims=False)
 
 
 def _keep_padding(node: fx.Node) -> None:
