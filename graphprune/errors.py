@@ -86,6 +86,24 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
+PROGRAMS = "load one with graphprune.load(DIR), or capture a model with graphprune.capture(model)"
+"""Where programs come from, for messages."""
+
+
+def refuse_other(given: object, *, than: type, how: str) -> None:
+    """Refuse what is of another type `than` it should be, and say `how` to make what is wanted.
+
+    Examples
+    --------
+    >>> refuse_other("a.txt", than=int, how="read it with int(...)")
+    Traceback (most recent call last):
+    graphprune.errors.UsageError: 'a.txt' is no int: read it with int(...)
+    """
+    if not isinstance(given, than):
+        what = repr(given) if isinstance(given, str | int | None) else f"a {type(given).__name__}"
+        raise UsageError(f"{what} is no {than.__name__}: {how}")
+
+
 def first_line(error: BaseException, *, typed: bool = False) -> str:
     r"""Return the first line of what `error` says, or the name of its type where it says nothing.
 

@@ -583,6 +583,38 @@ def test_a_call_is_refused_in_one_line(case: Case, place: Place) -> None:
     assert_one_line(caught.value, case.error, case.words)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, plan: gp.analyze(model),
+        lambda model, plan: gp.apply(model, plan),
+        lambda model, plan: gp.verify(model, plan, program()),
+        lambda model, plan: gp.verify(program(), plan, model),
+        lambda model, plan: gp.perplexity(model, "a text", "tokenizer"),
+        lambda model, plan: gp.Pipeline.parse("verify").run(model),
+    ],
+)
+def test_a_model_that_is_not_captured_is_refused_with_what_to_do(call: Any) -> None:
+    with pytest.raises(
+        UsageError, match=r"a Linear is no [Pp]rogram: .*capture\(model\)"
+    ) as caught:
+        call(torch.nn.Linear(2, 2), Plan())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: gp.capture(3),
+        lambda: gp.apply(program(), "plan.json"),
+        lambda: gp.sensitivity(program(), []),
+    ],
+)
+def test_a_thing_of_another_type_is_refused_with_what_to_do(call: Any) -> None:
+    with pytest.raises(UsageError, match=r" is no (Module|Plan|Coupling): \w+"):
+        call()
+
+
 # -- the classes ----------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from graphprune.analysis.index_maps import index_map, weight_occurrences
 from graphprune.analysis.inference import infer
 from graphprune.analysis.roles import LABELS, Role, find_roles
 from graphprune.analysis.types import Types
-from graphprune.errors import UsageError, nearest
+from graphprune.errors import PROGRAMS, UsageError, nearest, refuse_other
 from graphprune.io.extensions import extension
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import whereabouts
@@ -339,7 +339,13 @@ def analyze(program: Program) -> Coupling:
     -------
     Coupling
         Groups, printable types of weights, reasons to freeze, and the dependency graph.
+
+    Raises
+    ------
+    UsageError
+        When `program` is a model that is not captured.
     """
+    refuse_other(program, than=Program, how=PROGRAMS)
     return Coupling(infer(program))
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from graphprune.cli.console import note
 from graphprune.cli.options import Form
-from graphprune.errors import GraphPruneError, PlanError
+from graphprune.errors import CalibrationError, GraphPruneError, PlanError
 from graphprune.io import reference
 
 if TYPE_CHECKING:
@@ -48,6 +48,22 @@ def in_form(pipeline: Pipeline, form: Form) -> Pipeline:
             for each in pipeline.passes
         ],
     )
+
+
+def refuse_uncalibrated(pipeline: Pipeline, options: CalibrationOptions, directory: str) -> None:
+    """Refuse a pipeline that needs a text which nobody gives, before anything slow starts.
+
+    Raises
+    ------
+    GraphPruneError
+        When it needs one, or when a criterion has a name that is not known.
+    """
+    from graphprune.pipeline.pass_manager import uncalibrated
+
+    given = options.calibration is not None or directory == reference.NAME
+    for number, each in enumerate(pipeline.passes, 1):
+        if each.requires_calibration and not given:  # asked in any case: it looks criteria up
+            raise CalibrationError(f"pass {number} ({each.name}): {uncalibrated(each)}")
 
 
 def require_text(path: Path | None, error: type[GraphPruneError]) -> None:

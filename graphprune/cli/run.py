@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graphprune.cli.console import note, show
-from graphprune.cli.inputs import in_form, read_calibration, read_pipeline, read_plan, require_text
+from graphprune.cli.inputs import (
+    in_form,
+    read_calibration,
+    read_pipeline,
+    read_plan,
+    refuse_uncalibrated,
+    require_text,
+)
 from graphprune.cli.options import (
     CALIBRATION,
     RESULT,
@@ -125,6 +132,7 @@ def run(
         raise typer.BadParameter("give --output, or --dry-run to write nothing")
     pipeline = in_form(read_pipeline(passes), form)
     require_text(calibration.calibration, CalibrationError)
+    refuse_uncalibrated(pipeline, calibration, directory)
     whole = pipeline  # what is looked at before sizes are decided is as much as in a real run
     if dry_run:
         output, pipeline = None, pipeline.resizing()

@@ -24,7 +24,7 @@ from graphprune.calibration.data import LABELS, inputs_of
 from graphprune.calibration.logits import Logits, run_to_logits
 from graphprune.calibration.losses import divergence, sample_losses
 from graphprune.criteria import ScoringContext
-from graphprune.errors import EvaluationError, SelectionError
+from graphprune.errors import EvaluationError, SelectionError, refuse_other
 from graphprune.evaluation.ablation_result import (
     SIGNIFICANT,
     Effect,
@@ -105,6 +105,7 @@ def sensitivity(
     ----------
     Michel et al., 1905.10650, sections 3.2 and 3.3.
     """
+    refuse_other(coupling, than=Coupling, how="graphprune.analyze(program) makes one")
     program = coupling.program
     if not batches:
         raise EvaluationError("there are no batches to measure the loss on")

@@ -16,7 +16,7 @@ from torch import Tensor
 from graphprune.calibration.logits import run_to_logits
 from graphprune.calibration.losses import next_token_loss, predicted
 from graphprune.calibration.tokens import TokenizerLike, beyond_vocabulary, token_batch, tokenize
-from graphprune.errors import EvaluationError
+from graphprune.errors import PROGRAMS, EvaluationError, refuse_other
 from graphprune.io.progress import DisplayFactory, display_factory, progress_bar
 from graphprune.io.text_sources import Document, read_documents
 from graphprune.ir.compare import relative_error, tolerance_of
@@ -99,6 +99,7 @@ def perplexity(
         When the program is no causal language model, the text cannot be read or is too short for
         one window, or a window is too long for the model.
     """
+    refuse_other(program, than=Program, how=PROGRAMS)
     if problem := why_not_causal(program):
         raise EvaluationError(f"perplexity needs a causal language model{problem}")
     windows, first = _windows(program, text, tokenizer, length, max_tokens, first_token)

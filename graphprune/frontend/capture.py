@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from graphprune.errors import CaptureError, UsageError
+from graphprune.errors import CaptureError, UsageError, refuse_other
 from graphprune.frontend.branches import export_along_example
 from graphprune.frontend.plain_modules import capture_call
 from graphprune.frontend.torch_export import Follow, evaluation_mode
@@ -112,6 +112,7 @@ def _bare(model: nn.Module) -> nn.Module:
         raise CaptureError(f"{name} is TorchScript: give the module that it was made of")
     if isinstance(model, fx.GraphModule) and "_guards_fn" in dict(model.named_children()):
         raise CaptureError(f"{name} is an exported graph: give the module that it was made of")
+    refuse_other(model, than=nn.Module, how="give a model; graphprune.load(DIR) reads a checkpoint")
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         return _bare(model.module)
     if isinstance(inner := model._modules.get("_orig_mod"), nn.Module):  # torch.compile

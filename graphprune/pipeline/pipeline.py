@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from graphprune.errors import PipelineError, UsageError, nearest
+from graphprune.errors import PROGRAMS, PipelineError, UsageError, nearest
 from graphprune.pipeline import text as pipeline_text
 from graphprune.pipeline.instruments import Dump, Instrument, PrintProgram, VerifyEach
 from graphprune.pipeline.pass_base import Context, Pass
@@ -170,7 +170,7 @@ class Pipeline:
         from graphprune.io.progress import display_factory
         from graphprune.plan.plan import Plan
 
-        _refuse_texts(program, calibration)
+        _refuse_others(program, calibration)
         if stop_after is not None and stop_after < 0:
             raise UsageError(f"stop_after is {stop_after}, not a number of passes")
         self._refuse_absent([*print_before, *print_after])
@@ -197,8 +197,10 @@ class Pipeline:
                 raise UsageError(f"no pass {pattern!r} to print around{nearest(pattern, names)}")
 
 
-def _refuse_texts(program: object, calibration: object) -> None:
-    """Refuse names of files where what they hold is wanted, saying how to read them."""
+def _refuse_others(program: object, calibration: object) -> None:
+    """Refuse names of files and models where programs are wanted, saying how to make those."""
+    if hasattr(program, "named_modules"):  # torch is not imported for this
+        raise UsageError(f"a {type(program).__name__} is no program: {PROGRAMS}")
     if isinstance(program, str | PathLike):
         raise UsageError(f"program is a name: load it with graphprune.load({str(program)!r})")
     if isinstance(calibration, str | PathLike):

@@ -17,7 +17,7 @@ from graphprune.analysis.axes import Axis
 from graphprune.analysis.axis_cuts import AxisCut
 from graphprune.analysis.coupling import Coupling, analyze
 from graphprune.analysis.groups import Group
-from graphprune.errors import PlanError
+from graphprune.errors import PROGRAMS, PlanError, refuse_other
 from graphprune.ir.program import Program
 from graphprune.plan.checks import check_change
 from graphprune.plan.plan import Plan
@@ -64,7 +64,11 @@ def apply_plan(program: Program, plan: Plan) -> Program:
         or do not fit: the result would be another model.
     RewriteError
         When the graph cannot follow; nothing is returned then.
+    UsageError
+        When one of them is something else.
     """
+    refuse_other(program, than=Program, how=PROGRAMS)
+    refuse_other(plan, than=Plan, how="read one with graphprune.Plan.load(path)")
     values = plan.edits.read() if plan.edits else {}
     for step in plan.steps:
         program = apply_step(program, step)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from graphprune.analysis.inference import infer
 from graphprune.analysis.types import Types
-from graphprune.errors import VerificationError, first_line
+from graphprune.errors import PROGRAMS, VerificationError, first_line, refuse_other
 from graphprune.ir.aten import random_nodes
 from graphprune.ir.compare import relative_error, tolerance_of
 from graphprune.ir.interpreter import Hooks, run_program
@@ -129,6 +129,8 @@ def verify(
         values that are not finite, zeros that a pattern promised and that are not there, and draws
         that cannot be the same on both sides; and where there are no weights to run on.
     """
+    for each in (original, program):
+        refuse_other(each, than=Program, how=PROGRAMS)
     if original.lacks_values or program.lacks_values:
         raise VerificationError(
             "the program was captured without weights, so that nothing can be run: "

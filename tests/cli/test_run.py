@@ -136,6 +136,19 @@ def test_the_form_that_is_asked_for_decides_sizes(
         assert "num_attention_heads of 1, 2, 4 would do" in done.err
 
 
+@pytest.mark.parametrize(
+    ("passes", "words"),
+    [
+        ("prune{target=ffn ratio=0.25}", ["needs calibration data", "--calibration", "l2"]),
+        ("prune{target=ffn ratio=0.25 criterion=tailor}", ["tailor", "did you mean 'taylor'"]),
+    ],
+)
+def test_what_a_pipeline_lacks_is_found_before_the_model_is_loaded(
+    graphprune: Run, tmp_path: Path, passes: str, words: list[str]
+) -> None:
+    assert_refused(graphprune("run", "nowhere", "--passes", passes, "-o", tmp_path / "out"), *words)
+
+
 def test_a_missing_text_is_found_before_the_model_is_loaded(
     graphprune: Run, tmp_path: Path
 ) -> None:
