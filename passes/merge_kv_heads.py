@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from graphprune.errors import MergeError
-from graphprune.ir.runtimes import Runtime
+from graphprune.ir.devices import Runtime
 from graphprune.pipeline.pass_base import Baseline, Context, Outcome, Pass
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from graphprune.errors import NothingToPrune, SelectionError, UsageError
-from graphprune.ir.runtimes import Runtime
+from graphprune.ir.devices import Runtime
 from graphprune.pipeline.pass_base import Context, Outcome, Pass
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from graphprune.frontend.torch_export import evaluation_mode
 from graphprune.frontend.transformers_models import capture_transformers
 from graphprune.ir.program import Program
+from graphprune.weights.models import stored_weights
 
 _programs: dict[Hashable, Program] = {}
 
@@ -43,7 +44,7 @@ def remembered(model: nn.Module, cache: bool | None = None, **options: Any) -> P
 
 
 def _with_weights_of(program: Program, model: Any) -> Program:
-    tensors = dict(_tensors(model))
+    tensors = dict(_tensors(model)) | stored_weights(model)
     weights = {
         name: weight if program.kinds[name] == "constant" else tensors[name].detach()
         for name, weight in program.weights.items()

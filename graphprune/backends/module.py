@@ -19,6 +19,7 @@ from graphprune.errors import BackendError
 from graphprune.ir.nodes import arguments_of, copy_of, set_argument
 from graphprune.ir.program import Kind, Program
 from graphprune.ir.provenance import module_path
+from graphprune.weights.models import fill, stand_for, stored_weights
 
 _SWITCHES = ("train", "training")
 """Names of the arguments of operators that say whether the model is being trained."""
@@ -45,12 +46,17 @@ def to_module(program: Program) -> nn.Module:
     BackendError
         When the program has no weights.
     """
-    if any(weight.is_meta for weight in program.weights.values()):
+    if program.lacks_values:
         raise BackendError("the program's weights are on the meta device: there is no module of it")
     if program.source is not None:
         model = choose_form(program).model
         if model is not None:
-            return copy.deepcopy(model).requires_grad_(True).eval()
+            stored = stored_weights(model)
+            stand_for(model, {})  # a copy of the model would hold copies of them
+            model = copy.deepcopy(model)
+            stand_for(model, stored)
+            fill(model)
+            return model.requires_grad_(True).eval()
     return ProgramModule(program).eval()
 
 
@@ -65,7 +71,7 @@ class ProgramModule(nn.Module):
 
     def __init__(self, program: Program) -> None:
         super().__init__()
-        for name, weight in program.weights.items():
+        for name, weight in program.operands.items():
             self._hold(name, weight.detach().clone(), program.kinds[name])
         for alias, name in program.aliases.items():
             self._hold(alias, self._held(name), program.kinds[name])

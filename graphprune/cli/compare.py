@@ -10,7 +10,7 @@ import typer
 
 from graphprune.cli.console import show
 from graphprune.cli.inputs import read_plan
-from graphprune.cli.options import AsJson, Checkpoint
+from graphprune.cli.options import AsJson, Checkpoint, LoadOptions
 from graphprune.cli.session import Session, verb
 from graphprune.errors import VerificationError
 
@@ -37,6 +37,8 @@ def verify(
             metavar="NAME", help="What runs an ONNX package: a provider of ONNX Runtime, as 'cuda'."
         ),
     ] = "cpu",
+    *,
+    loading: LoadOptions,
     as_json: AsJson = False,
 ) -> None:
     """Prove that OUT equals DIR with the removed units set to zero.
@@ -49,7 +51,8 @@ def verify(
         _check_parity(session, directory, provider, as_json)
         return
     plan = read_plan(output / "plan.json")
-    original, smaller = session.load(directory), session.load(str(output))
+    original = session.load(directory, loading)
+    smaller = session.load(str(output), loading)
     with session.working("verifying"):
         report = verify(original, plan, smaller, tolerance=tolerance)
     if as_json:

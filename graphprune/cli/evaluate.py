@@ -10,7 +10,13 @@ import typer
 
 from graphprune.cli.console import show
 from graphprune.cli.inputs import read_calibration, require_text, resolve
-from graphprune.cli.options import AsJson, CalibrationOptions, Checkpoint, HeldOutOptions
+from graphprune.cli.options import (
+    AsJson,
+    CalibrationOptions,
+    Checkpoint,
+    HeldOutOptions,
+    LoadOptions,
+)
 from graphprune.cli.session import Session, verb
 from graphprune.errors import CalibrationError, EvaluationError
 from graphprune.io.atomic import as_json as to_json
@@ -21,6 +27,7 @@ def evaluate(
     session: Session,
     directory: Checkpoint,
     heldout: HeldOutOptions,
+    loading: LoadOptions,
     as_json: AsJson = False,
 ) -> None:
     """Measure the perplexity of a causal language model on a text."""
@@ -28,7 +35,7 @@ def evaluate(
 
     require_text(heldout.text, EvaluationError)
     found = perplexity(
-        session.load(directory),
+        session.load(directory, loading),
         heldout.path,
         resolve(heldout.tokenizer or directory),
         length=heldout.length,
@@ -80,6 +87,7 @@ def sensitivity(
         typer.Option(metavar="FILE", help="Draw them as a heat map: .png, .svg or .pdf."),
     ] = None,
     heldout: HeldOutOptions,
+    loading: LoadOptions,
 ) -> None:
     """Measure what the model loses by each unit, such as each head, one at a time."""
     from graphprune.analysis.coupling import analyze
@@ -96,7 +104,7 @@ def sensitivity(
     with ExitStack() as stack:  # places that cannot be written are refused first
         json_file = stack.enter_context(staged_file(file)) if file else None
         picture_file = stack.enter_context(staged_file(picture)) if picture else None
-        program = session.load(directory)
+        program = session.load(directory, loading)
         windows = text_windows(
             program,
             heldout.path,
@@ -146,6 +154,7 @@ def sweep(
     seeds: Annotated[int, typer.Option(help="Draws of calibration text, and seeds.", min=1)] = 1,
     calibration: CalibrationOptions,
     heldout: HeldOutOptions,
+    loading: LoadOptions,
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity against size for several recipes: a table, JSON and a picture."""
@@ -157,7 +166,7 @@ def sweep(
     chosen = read_ratios(ratios, steps)
     recipes = [PipelineTemplate.read(text) for text in dict.fromkeys(passes)]
     pipelines = [recipe.at(ratio) for recipe in recipes for ratio in chosen]
-    program = session.load(directory)
+    program = session.load(directory, loading)
     draws = [
         read_calibration(calibration, pipelines, program, directory, seed)[1]
         for seed in range(seeds)

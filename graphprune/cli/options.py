@@ -14,6 +14,7 @@ from graphprune.io import reference
 CALIBRATION = "Calibration"
 HELDOUT = "Held-out text"
 RESULT = "Result"
+PLACE = "Precision, device and memory"
 
 
 class Form(StrEnum):
@@ -21,6 +22,15 @@ class Form(StrEnum):
 
     plain = "plain"
     any = "any"
+
+
+class ComputeType(StrEnum):
+    """Element types to hold weights and to compute in."""
+
+    auto = "auto"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
 
 
 class DType(StrEnum):
@@ -72,6 +82,15 @@ StoredType = Annotated[
     typer.Option(
         "--dtype",
         help="Element type to store; by default that of the checkpoint that is read.",
+        rich_help_panel=RESULT,
+    ),
+]
+ShardSize = Annotated[
+    str | None,
+    typer.Option(
+        "--shard-size",
+        metavar="SIZE",
+        help="The most that one file of weights may take; 5GB if left out.",
         rich_help_panel=RESULT,
     ),
 ]
@@ -143,6 +162,46 @@ BatchSize = Annotated[
     int,
     typer.Option("--batch-size", help="Windows at once.", min=1, rich_help_panel=HELDOUT),
 ]
+
+
+_COMPUTE_HELP = (
+    "Element type to hold weights and to compute in; auto keeps the stored type and computes in "
+    "float32 on a processor, in the stored type on a GPU."
+)
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Where, in which type and within what memory a model is loaded."""
+
+    compute_dtype: Annotated[
+        ComputeType,
+        typer.Option("--compute-dtype", "--dtype", help=_COMPUTE_HELP, rich_help_panel=PLACE),
+    ] = ComputeType.auto
+    device: Annotated[
+        str | None,
+        typer.Option("--device", help="Where to compute, such as 'cuda'.", rich_help_panel=PLACE),
+    ] = None
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            metavar="SIZE",
+            help="The most that weights and activations may take, such as 8GB; what goes past it "
+            "lies in scratch files.",
+            rich_help_panel=PLACE,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class LoadToWriteOptions(LoadOptions):
+    """The same for a verb whose --dtype is what it writes."""
+
+    compute_dtype: Annotated[
+        ComputeType,
+        typer.Option("--compute-dtype", help=_COMPUTE_HELP, rich_help_panel=PLACE),
+    ] = ComputeType.auto
 
 
 @dataclass(frozen=True)

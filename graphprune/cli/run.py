@@ -19,6 +19,7 @@ from graphprune.cli.inputs import (
     read_plan,
     refuse_uncalibrated,
     require_text,
+    resolve,
 )
 from graphprune.cli.options import (
     CALIBRATION,
@@ -27,11 +28,14 @@ from graphprune.cli.options import (
     CalibrationOptions,
     Checkpoint,
     Form,
+    LoadOptions,
+    LoadToWriteOptions,
     Output,
     Overwrite,
     PlainForm,
     PlanFile,
     Seed,
+    ShardSize,
     StoredType,
 )
 from graphprune.cli.session import Session, verb
@@ -55,6 +59,7 @@ if TYPE_CHECKING:
     from graphprune.ir.program import Program
     from graphprune.pipeline.pass_base import Context, Outcome
     from graphprune.pipeline.pass_manager import Result
+    from graphprune.plan.plan import Plan
 
 _WATCHING = "Watching the passes"
 
@@ -73,10 +78,12 @@ def run(
         ),
     ],
     *,
+    loading: LoadToWriteOptions,
     output: Output = None,
     overwrite: Overwrite = False,
     form: PlainForm = Form.any,
     dtype: StoredType = None,
+    shard_size: ShardSize = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -137,7 +144,7 @@ def run(
     if dry_run:
         output, pipeline = None, pipeline.resizing()
     with destination(output, directory, overwrite=overwrite) as folder, ExitStack() as stack:
-        program = session.load(directory)
+        program = session.load(directory, loading)
         text, fitted = read_calibration(calibration, [whole], program, directory, seed)
         result = pipeline.run(
             program,
@@ -154,7 +161,9 @@ def run(
         if output is None:
             _show_plan(session, result, found, as_json)
             return
-        summary = _write_result(session, program, result, folder, found, text, fitted, dtype)
+        files = write(session, result.program, result.plan, folder, found, dtype, shard_size)
+        note_large_edits(folder, result.plan)
+        summary = _summary(session, program, result, folder, found, text, fitted, files)
         report = dataclasses.replace(result.report, summary=summary.to_dict())
         written = report.to_json().replace(f"{folder}{os.sep}", "")
         (folder / REPORT).write_text(written, encoding="utf-8")
@@ -167,8 +176,8 @@ def run(
     show(summary)
     for line in summary.lines():
         print(line)
-    files = (name for names in summary.written.values() for name in names)
-    print(f"{output}: {KINDS[found.kind]}: {', '.join(files)}")
+    names = (name for names in summary.written.values() for name in names)
+    print(f"{output}: {KINDS[found.kind]}: {', '.join(names)}")
 
 
 @verb("graphprune apply DIR OUT/plan.json -o COPY")
@@ -180,19 +189,24 @@ def apply(
     overwrite: Overwrite = False,
     form: PlainForm = Form.any,
     dtype: StoredType = None,
+    shard_size: ShardSize = None,
+    *,
+    loading: LoadToWriteOptions,
     as_json: AsJson = False,
 ) -> None:
-    """Apply a plan to a fresh copy of the model that it was made for."""
+    """Apply a plan to a fresh copy of the model that it was made for.
+
+    Weights are read, cut and written one at a time. After a kill the same command goes on where it
+    ended.
+    """
     from graphprune.plan.drawn import drawn_text
-    from graphprune.transforms.apply import apply_plan
 
     chosen = read_plan(plan)
-    with destination(output, directory, overwrite=overwrite) as folder:
-        program = session.load(directory)
-        with session.working("applying the plan"):
-            smaller = apply_plan(program, chosen)
-        found = form_of(session, smaller, form)
-        files = [*write(session, smaller, chosen, folder, found, dtype), *plan_files(folder)]
+    key = _work_key(directory, chosen, dtype, shard_size)
+    with destination(output, directory, overwrite=overwrite, key=key) as folder:
+        program, smaller, found = _applied(session, directory, chosen, form, loading)
+        written = write(session, smaller, chosen, folder, found, dtype, shard_size)
+        files = [*written, *plan_files(folder)]
     if session.quiet:
         return
     counts = program.parameter_count(), smaller.parameter_count()
@@ -205,6 +219,42 @@ def apply(
         print(f"planned on {drawn_text(chosen.calibration)}")
     print(f"parameters {counts[0]:,} -> {counts[1]:,}")
     print(f"{output}: {KINDS[found.kind]}: {', '.join(files)}")
+
+
+def _applied(
+    session: Session, directory: str, plan: Plan, form: Form, loading: LoadOptions
+) -> tuple[Program, Program, CheckpointForm]:
+    """Return the program, what the plan makes of it, and how that can be written.
+
+    A graph that is not to be run takes a fraction of the time and memory, and shows for most
+    models that a config gives the result. Where it does not, the program is loaded to be run.
+    """
+    from graphprune.backends.huggingface.save import checkpoint_form
+    from graphprune.transforms.apply import apply_plan
+
+    with session.working(f"looking into {directory}"):
+        from graphprune.backends.load import load_unrun
+
+        unrun = load_unrun(resolve(directory), memory=loading.memory)
+    if unrun is not None:
+        with session.working("applying the plan"):
+            smaller = apply_plan(unrun, plan)
+            shown = checkpoint_form(smaller)
+        if shown.kind != "none":
+            return unrun, smaller, form_of(session, smaller, form)
+    program = session.load(directory, loading)
+    with session.working("applying the plan"):
+        smaller = apply_plan(program, plan)
+    return program, smaller, form_of(session, smaller, form)
+
+
+def _work_key(directory: str, plan: Plan, *options: object) -> str:
+    """Return what tells one piece of work from another, by the files that it reads."""
+    import hashlib
+
+    files = sorted(Path(resolve(directory)).glob("*.safetensors"))
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr((stats, plan.to_json(), options)).encode()).hexdigest()[:12]
 
 
 class _Spinner(Instrument):
@@ -237,7 +287,7 @@ class _FormFirst(Instrument):
             form_of(self.session, outcome.program, self.form)
 
 
-def _write_result(
+def _summary(
     session: Session,
     program: Program,
     result: Result,
@@ -245,13 +295,11 @@ def _write_result(
     form: CheckpointForm,
     text: Calibration | None,
     fitted: Calibration | None,
-    dtype: str | None,
+    files: list[str],
 ) -> Summary:
-    """Write checkpoint and plan, and sum up what the run comes to."""
+    """Sum up what the run comes to, of which `files` are the checkpoint."""
     from graphprune.evaluation.summary import Footprint, Summary, verified_error
 
-    files = write(session, result.program, result.plan, folder, form, dtype)
-    note_large_edits(folder, result.plan)
     predictions, why_not = compared(session, program, result.program, text)
     source = None if program.source is None else program.source.directory
     plan = plan_files(folder)

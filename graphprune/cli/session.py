@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, is_dataclass
 from functools import wraps
 from pathlib import Path
@@ -14,6 +14,7 @@ import typer
 
 from graphprune.cli.console import TRACEBACK, ask_traceback
 from graphprune.cli.inputs import resolve
+from graphprune.cli.options import LoadOptions
 
 if TYPE_CHECKING:
     from graphprune.io.progress import DisplayFactory
@@ -81,12 +82,39 @@ class Session:
 
             return look(resolve(directory), cache=cache)
 
-    def load(self, directory: str) -> Program:
+    def load(self, directory: str, options: LoadOptions | None = None) -> Program:
         """Load what the command line calls `directory`."""
+        given = options or LoadOptions()
         with self.working(f"loading {directory}"):
             from graphprune.backends.load import load
 
-            return load(resolve(directory))
+            return load(
+                resolve(directory),
+                dtype=str(given.compute_dtype),
+                device=given.device,
+                memory=given.memory,
+            )
+
+    def writing(self, total: int) -> Callable[[int], object]:
+        """Show a bar for so many bytes to write; returns what is told of those that are written.
+
+        The bar counts megabytes, and is gone when all are written.
+        """
+        from graphprune.io.progress import progress_bar
+
+        stack = ExitStack()
+        bar = progress_bar(self.progress, "writing megabytes", max(total // 10**6, 1))
+        tell = stack.enter_context(bar)
+        left = total
+
+        def advance(count: int) -> None:
+            nonlocal left
+            left -= count
+            tell(count / 10**6)
+            if left <= 0:
+                stack.close()
+
+        return advance
 
 
 def verb(example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

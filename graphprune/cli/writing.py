@@ -33,8 +33,13 @@ KINDS = {
 
 
 @contextmanager
-def destination(output: Path | None, directory: str, *, overwrite: bool) -> Iterator[Path]:
-    """Name a directory to write into, which becomes `output`; it is dropped where that is None."""
+def destination(
+    output: Path | None, directory: str, *, overwrite: bool, key: str = ""
+) -> Iterator[Path]:
+    """Name a directory to write into, which becomes `output`; it is dropped where that is None.
+
+    What a killed process left of the same work, by its `key`, is in it.
+    """
     from graphprune.io.atomic import staged_directory
 
     if output is None:
@@ -43,7 +48,7 @@ def destination(output: Path | None, directory: str, *, overwrite: bool) -> Iter
         return
     if overwrite and output.exists() and output.resolve() == Path(resolve(directory)).resolve():
         raise OutputError(f"{output} is what is read: give another place")
-    with staged_directory(output, replaces=PLAN if overwrite else None) as folder:
+    with staged_directory(output, replaces=PLAN if overwrite else None, key=key) as folder:
         yield folder
 
 
@@ -76,20 +81,26 @@ def write(
     folder: Path,
     form: CheckpointForm,
     dtype: str | None = None,
+    shard_size: str | None = None,
 ) -> list[str]:
     """Write checkpoint and plan into `folder`; return the names of the checkpoint's files.
 
     `dtype` is the element type to store, where it is not that of the checkpoint that was read.
     """
+    from graphprune.backends.huggingface.save import write_into
+    from graphprune.weights.writing import SHARD_SIZE
+
     # In a directory of its own first, since passes may have written into `folder` already.
     inner = folder / ".checkpoint"
-    with session.working("writing the checkpoint"):
-        if form.kind == "none":
+    if form.kind == "none":
+        with session.working("writing the archive"):
+            program.save(inner)
             if dtype is not None:
                 note("--dtype is for Hugging Face checkpoints: an archive keeps the types it has")
-            program.save(inner)
-        else:
-            program.save_pretrained(inner, dtype=dtype)
+    else:
+        inner.mkdir(exist_ok=True)
+        size = shard_size or SHARD_SIZE
+        write_into(program, inner, dtype=dtype, shard_size=size, track=session.writing)
     names = sorted(path.name for path in inner.iterdir())
     for name in names:
         (inner / name).rename(folder / name)

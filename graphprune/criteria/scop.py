@@ -290,8 +290,7 @@ def _run(
             seen[site.source] = read(site, value)
         return seen
 
-    weights = {name: weight.detach() for name, weight in program.weights.items()}
-    outputs = run_program(program, inputs_of(batch), Hooks(before), weights)
+    outputs = run_program(program, inputs_of(batch), Hooks(before))
     return outputs[program.outputs[0].name]
 
 

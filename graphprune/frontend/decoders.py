@@ -6,10 +6,12 @@ import inspect
 import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
 from graphprune.frontend.example_inputs import BATCH, NEW, PAST_LENGTH, longest_trial
@@ -20,6 +22,7 @@ from graphprune.frontend.torch_export import Follow, export, line_and_place
 from graphprune.ir.nodes import size_of
 from graphprune.ir.program import PAST, PRESENT, Note, Program
 from graphprune.ir.provenance import Source
+from graphprune.weights.models import light_zeros, values_lent
 
 _STAND_INS = (101, 103, 107)
 """Batch, new and past length of a decoder captured on the meta device, where dynamic
@@ -27,8 +30,13 @@ ones would cost four times the time for a graph that can only be analyzed: prime
 size is taken for them."""
 
 
-def cache_layers(model: Any) -> tuple[list[tuple[int, Tensor, Tensor]], str]:
-    """Return (layer, keys, values) that a short run leaves in the cache, or why there is none."""
+def cache_layers(
+    model: Any, *, without_data: bool = False
+) -> tuple[list[tuple[int, Tensor, Tensor]], str]:
+    """Return (layer, keys, values) that a short run leaves in the cache, or why there is none.
+
+    Without data, sizes alone are computed.
+    """
     names = inspect.signature(model.forward).parameters
     if getattr(model.config, "is_encoder_decoder", False):
         return [], "an encoder-decoder is captured as one call"
@@ -36,7 +44,8 @@ def cache_layers(model: Any) -> tuple[list[tuple[int, Tensor, Tensor]], str]:
         return [], "its forward takes no past_key_values"
     ids = torch.zeros((BATCH, NEW), dtype=torch.int64, device=model.device)
     try:
-        with torch.no_grad(), warnings.catch_warnings(), without_pad_token(model.config):
+        mode = FakeTensorMode(allow_non_fake_inputs=True) if without_data else nullcontext()
+        with torch.no_grad(), warnings.catch_warnings(), without_pad_token(model.config), mode:
             warnings.simplefilter("ignore")
             result = model(input_ids=ids, use_cache=True, return_dict=True)
     except Exception as error:  # noqa: BLE001 - any model code may fail in any way here
@@ -62,15 +71,18 @@ def capture_decoder(
     source: Source,
     *,
     follow: Sequence[Follow] = (),
+    fixed: bool = False,
 ) -> Program:
     """Capture `model` with a cache of `layers`, as `cache_layers` finds them.
+
+    Where `fixed` is said, and on the meta device, sizes that would be dynamic are numbers.
 
     Raises
     ------
     CaptureError
         When `torch.export` refuses.
     """
-    fixed = model.device.type == "meta"
+    fixed = fixed or model.device.type == "meta"
     rows, new, held = _STAND_INS if fixed else (BATCH, NEW, PAST_LENGTH)
     ids = torch.zeros((rows, new), dtype=torch.int64, device=model.device)
     mask = torch.ones((rows, held + new), dtype=torch.int64, device=model.device)
@@ -78,7 +90,8 @@ def capture_decoder(
     for position, (_, keys, values) in enumerate(layers):
         for kind, like in (("key", keys), ("value", values)):
             shape = (rows, like.shape[1], held, like.shape[3])
-            past.append(torch.zeros(shape, dtype=like.dtype, device=model.device))
+            empty = light_zeros(torch.Size(shape), like.dtype)
+            past.append(empty if model.device.type == "cpu" else empty.to(model.device))
             names.append(f"{position}.{kind}")
     wrapper = _Decoder(model, [index for index, _, _ in layers])
     shapes, fallback = _decoder_dims(len(past)), None
@@ -104,7 +117,7 @@ def capture_decoder(
     return limited(
         program,
         conditions,
-        lambda ids, mask, *past: wrapper(ids, mask, list(past)),
+        wrapper.computed,
         lambda sizes: _inputs(program, sizes, model),
         candidates,
     )
@@ -181,6 +194,12 @@ class _Decoder(nn.Module):
         kept = [cache.layers[index] for index in self.layers]
         first = result["logits"] if "logits" in result else result["last_hidden_state"]
         return (first, *(tensor for layer in kept for tensor in (layer.keys, layer.values)))
+
+    def computed(self, ids: Tensor, mask: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        """Return what the decoder gives with the values of its weights."""
+        with values_lent(self.inner):
+            result: tuple[Tensor, ...] = self(ids, mask, list(past))
+        return result
 
 
 def _filled_cache(past: Sequence[Tensor], layers: Sequence[int]) -> Any:

@@ -11,6 +11,7 @@ from graphprune.frontend.canonicalize import canonicalize
 from graphprune.frontend.torch_export import Exported
 from graphprune.ir.program import Kind, Note, Program, value_of
 from graphprune.ir.provenance import Source, module_path
+from graphprune.weights.models import stored_weights
 
 
 def to_program(
@@ -43,7 +44,7 @@ def to_program(
     canonical, aliases = _ties(model)
     originals: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     originals.update(model.named_buffers(remove_duplicate=False))
-    stored = set(model.state_dict(keep_vars=True))
+    stored, elsewhere = set(model.state_dict(keep_vars=True)), stored_weights(model)
     placeholders = {node.name: node for node in graph.find_nodes(op="placeholder")}
     weights: dict[str, Tensor] = {}
     kinds: dict[str, Kind] = {}
@@ -64,7 +65,7 @@ def to_program(
         nodes[name] = node
         tensor = originals.get(name, lifted_constants.get(spec.target or ""))
         assert tensor is not None, f"torch.export lifted {name!r} and kept no value"
-        weights[name] = tensor.detach()
+        weights[name] = elsewhere.get(name, tensor).detach()
         if spec.kind == InputKind.PARAMETER:
             kinds[name] = "parameter"
         elif spec.kind == InputKind.BUFFER:

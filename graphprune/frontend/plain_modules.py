@@ -21,6 +21,7 @@ from graphprune.frontend.torch_export import Exported, Follow, export
 from graphprune.ir.nodes import size_of
 from graphprune.ir.program import Note, Program
 from graphprune.ir.provenance import Source
+from graphprune.weights.models import values_lent
 
 _CHECKED = 130
 """Up to this length a program is compared where it is not the code of the model that was traced."""
@@ -51,6 +52,12 @@ class _Flat(nn.Module):
         chosen = [i for i, name in enumerate(names) if self.keep(name)]
         self.record([names[i] for i in chosen])
         return tuple(leaves[i] for i in chosen)
+
+    def computed(self, *flat: Tensor) -> tuple[Tensor, ...]:
+        """Return what the module gives with the values of its weights."""
+        with values_lent(self.inner):
+            result: tuple[Tensor, ...] = self(*flat)
+        return result
 
 
 def _named_leaves(tree: Any, root: str) -> tuple[list[str], list[Tensor]]:
@@ -218,7 +225,7 @@ def capture_call(
         program = to_program(exported, model, names, recorded[-1], source, notes)
         program = with_fixed(program, dims, wrapper, tensors)
         checked = _CHECKED if loops_of(model) else 0
-        return Call(program, exported, wrapper, tensors, checked=checked)
+        return Call(program, exported, wrapper.computed, tensors, checked=checked)
 
     if dynamic_shapes is not None:
         return captured(flat, pytree.tree_leaves(dynamic_shapes, is_leaf=_is_leaf))

@@ -23,6 +23,7 @@ from graphprune.frontend.patches import (
 )
 from graphprune.frontend.recurrences.replaced import loops_replaced
 from graphprune.ir.program import Note
+from graphprune.weights.models import fill
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ def export(
     try:
         return Exported(export_once(module, args, shapes))
     except Exception as error:
+        if follow:
+            fill(module)  # which way it goes is for its values to say
         for attempt in follow:
             with contextlib.suppress(Exception):  # then the first error says more
                 return attempt(module, args, shapes, error)

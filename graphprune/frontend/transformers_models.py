@@ -26,6 +26,7 @@ from graphprune.ir.compare import relative_error, tolerance_of
 from graphprune.ir.interpreter import run_program
 from graphprune.ir.program import Note, Program
 from graphprune.ir.provenance import Source
+from graphprune.weights.models import values_lent
 
 
 def is_transformers_model(model: nn.Module) -> bool:
@@ -36,7 +37,11 @@ def is_transformers_model(model: nn.Module) -> bool:
 
 
 def capture_transformers(
-    model: Any, cache: bool | None = None, *, follow: Sequence[Follow] = ()
+    model: Any,
+    cache: bool | None = None,
+    *,
+    follow: Sequence[Follow] = (),
+    fixed: bool = False,
 ) -> Program:
     """Capture a transformers model, with its KV cache where it has one and `cache` is not False.
 
@@ -48,6 +53,9 @@ def capture_transformers(
         As `capture` takes it.
     follow
         What to try, after loops over everything, where the model branches on data.
+    fixed
+        Whether the dynamic sizes of a decoder are numbers, for a graph that is changed and
+        compared with others, and not run.
 
     Raises
     ------
@@ -57,10 +65,10 @@ def capture_transformers(
     """
     source = _source_of(model)
     example = functools.cache(lambda: example_of(model))
-    on_meta = model.device.type == "meta"
+    on_meta = fixed or model.device.type == "meta"
     follow = [] if on_meta else [export_with_all_found, *follow]
     with batched_experts(model), broadcast_masks() as broadcast:
-        program = _captured_with(model, cache, source, example, follow)
+        program = _captured_with(model, cache, source, example, follow, fixed)
     branched = _rests_on_assumptions(program)
     if (broadcast or branched) and not on_meta:
         what = (
@@ -119,13 +127,14 @@ def _captured_with(
     source: Source,
     example: Callable[[], Example],
     follow: Sequence[Follow],
+    fixed: bool,
 ) -> Program:
     """Capture `model` with its cache where it has one and where that is wanted."""
     if cache is not False:
-        layers, why = cache_layers(model)
+        layers, why = cache_layers(model, without_data=fixed)
         if layers:
             try:
-                return capture_decoder(model, layers, source, follow=follow)
+                return capture_decoder(model, layers, source, follow=follow, fixed=fixed)
             except CaptureError as error:
                 if cache:
                     raise
@@ -149,7 +158,7 @@ def _check_outputs(program: Program, model: Any, example: Example, what: str) ->
     name = program.outputs[0].name
     for each in (inputs, _other_tokens(model, inputs)):
         try:
-            with torch.no_grad():
+            with torch.no_grad(), values_lent(model):
                 result = model(**each, return_dict=True)
         except Exception:  # noqa: BLE001 - tokens drawn at random may mean anything
             continue

@@ -9,7 +9,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 @contextmanager
 def staged_directory(
-    path: str | os.PathLike[str], *, replaces: str | None = None
+    path: str | os.PathLike[str], *, replaces: str | None = None, key: str = ""
 ) -> Iterator[Path]:
     """Make a directory to write into, which becomes `path` when the ``with`` ends well.
 
@@ -36,6 +36,9 @@ def staged_directory(
     replaces
         The name of a file by which a directory that may be replaced is known. It is replaced whole,
         when the ``with`` ends well.
+    key
+        Tells one piece of work from another: what a killed process left of the same work is there
+        again. Without it, work starts anew.
 
     Yields
     ------
@@ -67,7 +70,7 @@ def staged_directory(
         if old and not (target / str(replaces)).is_file():
             raise OutputError(f"{path} holds no {replaces}: what is in it is not overwritten")
     # An empty directory may be a mount point or somebody's current directory: it stays.
-    with _staged(path, target if existed else target.parent, target.name) as staged:
+    with _staged(path, target if existed else target.parent, target.name, key) as staged:
         with _disk_full(path):
             yield staged
         with writing(path):
@@ -151,7 +154,7 @@ def _finite(data: Any) -> Any:
 
 
 @contextmanager
-def _staged(path: str | os.PathLike[str], parent: Path, name: str) -> Iterator[Path]:
+def _staged(path: str | os.PathLike[str], parent: Path, name: str, key: str = "") -> Iterator[Path]:
     """Make a hidden directory in `parent`, which is made where it is missing; gone afterwards.
 
     After a failure so are the parents that were made for it.
@@ -160,8 +163,8 @@ def _staged(path: str | os.PathLike[str], parent: Path, name: str) -> Iterator[P
     try:
         with writing(path):
             _make_parents(parent, made)
-            staged = parent / f".{name}.{secrets.token_hex(4)}.partial"
-            staged.mkdir()
+            staged = parent / f".{name}.{key or secrets.token_hex(4)}.partial"
+            staged.mkdir(exist_ok=bool(key))
         try:
             yield staged
         finally:
@@ -235,9 +238,3 @@ def _disk_full(path: str | os.PathLike[str]) -> Iterator[None]:
         if error.errno not in _NO_ROOM:
             raise
         raise OutputError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def share_mode(files: Iterable[Path], like: Path) -> None:
-    """Let whoever may read `like` read `files`, which safetensors keeps to their owner."""
-    for file in files:
-        file.chmod(like.stat().st_mode)

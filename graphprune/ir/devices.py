@@ -1,4 +1,4 @@
-"""Where a graph runs: what it makes by itself is made where the rest of its values are.
+"""Where a graph runs: runtimes by name, and the device on which it makes what it makes by itself.
 
 A graph holds the device that it was captured on, wherever it makes a tensor of numbers or moves
 one. It may be run on another; then these literals stand for that one.
@@ -7,13 +7,19 @@ one. It may be run on another; then these literals stand for that one.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
 
 from graphprune.ir.nodes import copy_of
+
+Runtime = Literal["portable", "cpu", "cuda", "tensorrt"]
+"""What a program is to run on; "portable" is any of the others."""
+
+RUNTIMES: tuple[Runtime, ...] = ("cpu", "cuda", "tensorrt")
+"""The runtimes that facts are known of."""
 
 _CPU, _META = torch.device("cpu"), torch.device("meta")
 

@@ -218,20 +218,19 @@ class Program:
     def operands(self) -> dict[str, Tensor]:
         """Every weight as the graph computes with it: in its compute type, on the device.
 
-        Those that have to be read, converted or moved for it are so where they are used, each time.
+        Those that have to be read or converted for it are so where they are used, each time.
         """
-        return {name: self._operand(name) for name in self.weights}
+        return self.as_operands(self.weights)
+
+    def as_operands(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return other weights of the program as `operands` gives its own."""
+        device, types = self.placement.device, self.compute_types
+        return {n: converted(w, types[n], device or w.device) for n, w in weights.items()}
 
     def take(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Read the weights called `names` in the types in which the graph computes, on the device.
-
-        Those that are so already are the program's own tensors, not copies.
-        """
-        return {name: made(self._operand(name)) for name in names}
-
-    def _operand(self, name: str) -> Tensor:
-        weight = self.weights[name]
-        return converted(weight, self.compute_types[name], self.placement.device or weight.device)
+        """Read the weights called `names` as the graph computes with them."""
+        operands = self.as_operands({name: self.weights[name] for name in names})
+        return {name: made(weight) for name, weight in operands.items()}
 
     def parameter_count(self) -> int:
         """Return the number of parameters; tied ones count once."""
@@ -353,10 +352,9 @@ class Program:
                 if ids is not None:
                     ones = (batch, ids.shape[1] + past)
                     filled[name] = torch.ones(ones, dtype=torch.int64, device=ids.device)
-        if missing := [name for name in names if name not in filled]:
-            raise UsageError(
-                f"input {missing[0]!r} is missing; the program takes {', '.join(names)}"
-            )
+        for name in names:
+            if name not in filled:
+                raise UsageError(f"input {name!r} is missing; the program takes {', '.join(names)}")
         check_sizes({value.name: value.shape for value in self.inputs}, self.limits, filled)
         return filled
 

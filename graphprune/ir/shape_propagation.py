@@ -162,13 +162,14 @@ class _Proof:
 
     def run_on_nothing(self) -> None:
         symbols = ShapeEnv(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True)
+        types, device = self.program.compute_types, self.program.placement.device
         with FakeTensorMode(shape_env=symbols, allow_non_fake_inputs=True), torch.no_grad():
             empty = {
-                name: torch.empty(weight.shape, dtype=self.program.compute_types[name])
+                name: torch.empty(weight.shape, dtype=types[name], device=device)
                 for name, weight in self.program.weights.items()
             }
             given = {
-                name: torch.empty(value.shape, dtype=value.dtype)
+                name: torch.empty(value.shape, dtype=value.dtype, device=device)
                 for name, value in self.program.fill(random_inputs(self.program)).items()
             }
             run_program(self.program, given, Hooks(compute=self._compute), empty)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from graphprune.errors import PlanError, first_line
+from graphprune.errors import CheckpointError, PlanError, first_line
 from graphprune.io.atomic import staged_file
 
 if TYPE_CHECKING:
@@ -95,13 +95,12 @@ class Edits:
             return dict(self.values)
         if not self.values.is_file():
             raise PlanError(f"{self.values} is missing; it holds {what}")
-        from safetensors.torch import load_file
-
+        from graphprune.weights.files import TensorFile
         from graphprune.weights.tensors import digest
 
         try:
-            found = load_file(self.values)
-        except Exception as error:  # safetensors has an exception of its own beside OSError
+            found = TensorFile(self.values).tensors()
+        except CheckpointError as error:
             raise PlanError(f"{self.values} cannot be read: {first_line(error)}") from error
         if digest([found]) != self.digest:
             raise PlanError(f"{self.values} has changed since the plan was written; it held {what}")
@@ -109,13 +108,12 @@ class Edits:
 
     def write(self, path: Path) -> Edits:
         """Write the values to `path`, and return the edits that know it."""
-        from safetensors.torch import save_file
+        from graphprune.weights.tensors import digest
+        from graphprune.weights.writing import write_file
 
-        from graphprune.weights.tensors import digest, own_storage
-
-        values = own_storage({name: value.detach().cpu() for name, value in self.read().items()})
+        values = self.read()
         with staged_file(path, overwrite=True) as file:
-            save_file(values, file)
+            write_file(values, file)
         return dataclasses.replace(self, digest=digest([values]), values=path)
 
 

@@ -11,7 +11,7 @@ from rich.console import Group as Stack
 from rich.table import Table
 from rich.text import Text
 
-from graphprune.ir.runtimes import RUNTIMES
+from graphprune.ir.devices import RUNTIMES
 from graphprune.selection.kernel_sizes import speed_hints
 
 if TYPE_CHECKING:

@@ -27,8 +27,8 @@ from graphprune.analysis.axes import Atom, Axis, Product, Sum
 from graphprune.analysis.coupling import Coupling
 from graphprune.analysis.groups import Group
 from graphprune.analysis.roles import Role
+from graphprune.ir.devices import RUNTIMES, Runtime
 from graphprune.ir.program import Program
-from graphprune.ir.runtimes import RUNTIMES, Runtime
 
 
 @dataclass(frozen=True)

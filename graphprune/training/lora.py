@@ -55,7 +55,7 @@ class Adapters:
         seed: int = 0,
     ) -> None:
         self._program, self._zeros = program, dict(zeros or {})
-        self._held = {name: weight.detach() for name, weight in program.weights.items()}
+        self._held = {n: weight.detach() for n, weight in program.take(program.weights).items()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self._layers = _adapted(matrices, rank, alpha, dropout)

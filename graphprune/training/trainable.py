@@ -50,7 +50,7 @@ class AllWeights:
         self, program: Program, names: Sequence[str], zeros: Mapping[str, Tensor] | None = None
     ) -> None:
         self._program = program
-        self._held = {name: weight.detach() for name, weight in program.weights.items()}
+        self._held = {n: weight.detach() for n, weight in program.take(program.weights).items()}
         self.parameters = {name: master(self._held[name]) for name in names}
         for name, zero in (zeros or {}).items():
             if name in self.parameters:

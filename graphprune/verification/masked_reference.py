@@ -29,7 +29,7 @@ from graphprune.analysis.inference import infer
 from graphprune.analysis.types import Types
 from graphprune.calibration.logits import Logits, run_to_logits
 from graphprune.ir.aten import is_mutating, is_random, random_nodes
-from graphprune.ir.interpreter import Hooks, call, run_program
+from graphprune.ir.interpreter import After, Hooks, call, run_program
 from graphprune.ir.nodes import argument_names
 from graphprune.ir.program import Program
 from graphprune.plan.plan import Plan
@@ -169,14 +169,22 @@ class MaskedReference:
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Run the reference as a program is run."""
+        return self.run(inputs)
+
+    def run(self, inputs: Mapping[str, Tensor], after: After | None = None) -> dict[str, Tensor]:
+        """Run the reference with a hook that is shown the value of every node."""
         self.draws = Draws()
-        return run_program(self.original, inputs, Hooks(compute=self._compute), self.weights)
+        hooks = Hooks(compute=self._compute, after=after)
+        return run_program(self.original, inputs, hooks, self._operands())
 
     def logits(self, output: str, inputs: Mapping[str, Tensor]) -> Logits:
         """Run what one output needs; see `graphprune.calibration.logits.run_to_logits`."""
         self.draws = Draws()
         hooks = Hooks(compute=self._compute)
-        return run_to_logits(self.original, inputs, output, weights=self.weights, hooks=hooks)
+        return run_to_logits(self.original, inputs, output, weights=self._operands(), hooks=hooks)
+
+    def _operands(self) -> dict[str, Tensor]:
+        return self.original.as_operands(self.weights)
 
     def _compute(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what a node makes with statistics over what stays, and choices from it."""
@@ -221,7 +229,10 @@ class _Unmasked:
 
     def __init__(self, program: Program) -> None:
         self._values: dict[fx.Node, Any] = {
-            n: program.weights[w] for w, n in program.weight_nodes()
+            node: weight
+            for weight, node in zip(
+                program.operands.values(), program.graph.find_nodes(op="placeholder"), strict=False
+            )
         }
         self._nodes = set(self._values)
         for node in program.graph.nodes:

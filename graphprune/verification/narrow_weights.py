@@ -9,6 +9,7 @@ from torch import Tensor
 
 from graphprune.plan.plan import Plan
 from graphprune.plan.steps import Step, WeightDim
+from graphprune.weights.deferred import later
 
 
 class NarrowWeights:
@@ -52,13 +53,17 @@ class NarrowWeights:
     def widen(self, name: str) -> Tensor:
         """Return a weight at its first shape: copies of merged heads, zeros for what went."""
         if name not in self.values:
-            return torch.zeros_like(self._first[name])
-        weight = self.values[name]
-        for dim, origin in self._dims(name):
-            weight = weight.movedim(dim, 0)[origin.clamp(min=0)]
-            weight[origin < 0] = 0
-            weight = weight.movedim(0, dim)
-        return weight
+            return later(torch.zeros_like, self._first[name])
+        value, dims = self.values[name], self._dims(name)
+
+        def widened(weight: Tensor) -> Tensor:
+            for dim, origin in dims:
+                weight = weight.movedim(dim, 0)[origin.clamp(min=0)]
+                weight[origin < 0] = 0
+                weight = weight.movedim(0, dim)
+            return weight
+
+        return later(widened, value, self._first[name].shape) if dims else value
 
     def untold(self, name: str) -> Tensor:
         """Return a boolean mask, of the first shape, of elements that no later weight holds.
@@ -98,21 +103,29 @@ class NarrowWeights:
 
     def _pool(self, at: WeightDim, runs: list[list[int]]) -> None:
         name, dim = at
-        weight = self.values[name].detach().clone().movedim(dim, 0)
         members = torch.tensor(runs)
-        weight[members[:, 0]] = weight[members].double().mean(dim=1).to(weight.dtype)
-        self.values[name] = weight.movedim(0, dim)
-        first = torch.arange(len(weight))
+
+        def pooled(weight: Tensor) -> Tensor:
+            weight = weight.clone().movedim(dim, 0)
+            weight[members[:, 0]] = weight[members].double().mean(dim=1).to(weight.dtype)
+            return weight.movedim(0, dim)
+
+        self.values[name] = later(pooled, self.values[name])
+        first = torch.arange(self.values[name].shape[dim])
         first[members] = members[:, :1].expand_as(members)
         kept = sorted(set(first.tolist()))
-        moved = torch.empty(len(weight), dtype=torch.long)
+        moved = torch.empty(len(first), dtype=torch.long)
         moved[kept] = torch.arange(len(kept))
         self._shrink(at, kept, moved[first])
 
     def _shrink(self, at: WeightDim, kept: Sequence[int], moved: Tensor) -> None:
         """Keep only `kept`; `moved` tells where every index is found now (-1: nowhere)."""
         name, dim = at
-        weight = self.values[name].detach()
+        weight, stays = self.values[name], list(kept)
         origin = self.origin.get(at, torch.arange(weight.shape[dim]))
         self.origin[at] = torch.where(origin >= 0, moved[origin.clamp(min=0)], -1)
-        self.values[name] = weight.movedim(dim, 0)[list(kept)].movedim(0, dim).contiguous()
+        self.values[name] = later(
+            lambda old: old.movedim(dim, 0)[stays].movedim(0, dim).contiguous(),
+            weight,
+            [*weight.shape[:dim], len(stays), *weight.shape[dim + 1 :]],
+        )

@@ -6,7 +6,7 @@ compared with is in `graphprune.verification.masked_reference`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,10 +24,12 @@ from graphprune.ir.provenance import whereabouts
 from graphprune.ir.sample_inputs import continuation, random_inputs
 from graphprune.plan.plan import Plan
 from graphprune.verification.draws import Draws
+from graphprune.verification.first_difference import first_difference
 from graphprune.verification.kept_norms import narrow_weights
 from graphprune.verification.masked_reference import MaskedReference
 from graphprune.verification.narrow_weights import NarrowWeights
 from graphprune.verification.patterns import broken_patterns
+from graphprune.weights.deferred import later, made
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,7 @@ def verify(
     runs: list[str] = []
     moved = 0.0
     wide, narrow = _Session(reference), _Session(_Redrawn(program, reference))
+    layer = ""
     for run, inputs in _runs(original, seed):
         wanted = wide(inputs)
         if not runs:
@@ -164,12 +167,15 @@ def verify(
             raise VerificationError(f"the program does not run: {first_line(error)}") from error
         for name, output in wanted.items():
             outputs[name] = max(outputs.get(name, 0.0), _error(output, got.get(name), name))
+        if not layer and not all(error <= allowed for error in outputs.values()):
+            layer = first_difference(reference, program, inputs, allowed)
     for errors, kind in ((weights, "weight"), (outputs, "output")):
         worst = max(errors, key=errors.__getitem__, default=None)
         if worst is not None and not errors[worst] <= allowed:
             raise VerificationError(
                 f"{kind} {worst} is {errors[worst]:.1e} (relative) away from the masked original, "
                 f"past the tolerance of {allowed:.0e}"
+                + (f"; the first layer that differs is {layer}" if layer else "")
             )
     return VerifyReport(
         max(outputs.values(), default=0.0),
@@ -194,7 +200,7 @@ def _expected(original: Program, plan: Plan, program: Program, types: Types) -> 
     stored = program.source.stored_dtype if program.source else None
     for name, value in found.values.items() if stored else ():
         if name in program.weights and _is_rounded(program.weights[name], stored):
-            found.values[name] = value.to(stored).to(value.dtype)
+            found.values[name] = later(lambda old: old.to(stored).to(old.dtype), value)
     return found
 
 
@@ -234,21 +240,32 @@ def _moved(
 ) -> float:
     """Return how far `outputs` move when what goes or merges is random instead."""
     original = reference.original
-    generator = torch.Generator().manual_seed(seed)
-    weights = dict(reference.weights)
-    for name, weight in original.weights.items():
+    weights = original.as_operands(reference.weights)
+    for number, (name, weight) in enumerate(original.operands.items()):
         if original.kinds[name] == "constant" or not weight.is_floating_point():
             continue
-        mask = reference.narrow.untold(name)
-        if bool(mask.any()):
-            scale = float(weight.double().std(correction=0)) or 1.0
-            noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64) * scale
-            weights[name] = torch.where(mask, noise.to(weight.dtype), weights[name])
+        if bool(reference.narrow.untold(name).any()):
+            change = _redrawn(reference.narrow, name, weight, seed + number)
+            weights[name] = later(change, weights[name])
     hooks = Hooks(compute=Draws(reference.draws.made).compute)
     with torch.no_grad():
         found = run_program(original, inputs, hooks, weights)
     apart = (relative_error(output, found[name]) for name, output in outputs.items())
     return min(max(apart, default=0.0), 1.0)
+
+
+def _redrawn(
+    narrow: NarrowWeights, name: str, weight: Tensor, seed: int
+) -> Callable[[Tensor], Tensor]:
+    """Return what puts numbers like those of `weight` where no later weight holds any."""
+
+    def changed(zeroed: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        scale = float(weight.double().std(correction=0)) or 1.0
+        noise = torch.randn(zeroed.shape, generator=generator) * scale
+        return torch.where(narrow.untold(name).to(zeroed.device), noise.to(zeroed), zeroed)
+
+    return changed
 
 
 @dataclass
@@ -267,7 +284,7 @@ class _Redrawn:
 
 def _dtype(program: Program) -> torch.dtype:
     kinds = program.kinds
-    return next(w.dtype for name, w in program.weights.items() if kinds[name] == "parameter")
+    return next(of for name, of in program.compute_types.items() if kinds[name] == "parameter")
 
 
 def _runs(program: Program, seed: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -293,6 +310,7 @@ class _Session:
 
 def _error(expected: Tensor, found: Tensor | None, name: str) -> float:
     """Return the largest absolute difference over the largest absolute value expected."""
+    expected, found = made(expected), made(found)
     if found is None or found.shape != expected.shape:
         shape = "missing" if found is None else f"of shape {tuple(found.shape)}"
         raise VerificationError(f"{name} is {shape}, not of shape {tuple(expected.shape)}")

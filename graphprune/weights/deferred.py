@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class Deferred(Tensor):
         shape: Sequence[int],
         dtype: torch.dtype,
         device: torch.device = _CPU,
-    ) -> Deferred:
+    ) -> Self:
         """Make one; see the class."""
         made = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)
         made._make = make
@@ -59,7 +59,7 @@ class Deferred(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func in _LOOKS:
+        if func in LOOKS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         if func is Tensor.detach:
@@ -89,17 +89,30 @@ def made(value: Any) -> Any:
     return value.made() if isinstance(value, Deferred) else value
 
 
+def later(
+    change: Callable[[Tensor], Tensor], weight: Tensor, shape: Sequence[int] | None = None
+) -> Tensor:
+    """Return what `change` makes of `weight`; of a deferred one it is made when it is used.
+
+    Parameters
+    ----------
+    change
+        Makes a tensor of the same type on the same device.
+    weight
+        What it is made of.
+    shape
+        The shape of what it makes; that of `weight` by default.
+    """
+    if not isinstance(weight, Deferred):
+        return change(weight.detach())
+    shape = weight.shape if shape is None else shape
+    return Deferred(lambda: change(weight.made()), shape, weight.dtype, weight.device)
+
+
 def cut(weight: Tensor, dim: int, kept: Tensor) -> Tensor:
     """Return the indices `kept` of `weight` along `dim`; of a deferred one when it is used."""
-    if not isinstance(weight, Deferred):
-        return weight.detach().index_select(dim, kept.to(weight.device))
     shape = [*weight.shape[:dim], len(kept), *weight.shape[dim + 1 :]]
-    return Deferred(
-        lambda: weight.made().index_select(dim, kept.to(weight.device)),
-        shape,
-        weight.dtype,
-        weight.device,
-    )
+    return later(lambda old: old.index_select(dim, kept.to(old.device)), weight, shape)
 
 
 def converted(weight: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -116,7 +129,7 @@ _ATTRIBUTES = (
 )
 # fmt: on
 
-_LOOKS = {
+LOOKS = {
     *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES),
     *(Tensor.size, Tensor.numel, Tensor.nelement, Tensor.dim, Tensor.stride, Tensor.__len__),
     *(Tensor.element_size, Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous),

@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import build
 from byte_llama import byte_llama, save_checkpoint
 from safetensors.torch import load_file, save_file
 
+from graphprune.backends.huggingface.read import _left_in_files, _loaded
 from graphprune.backends.huggingface.save import save_pretrained
 from graphprune.backends.load import load
-from graphprune.errors import CheckpointError
+from graphprune.errors import CheckpointError, UsageError
+from graphprune.weights.deferred import Deferred
+from graphprune.weights.models import leave_zeros, stored_weights, values_lent
 
 
 @pytest.fixture
@@ -65,13 +69,63 @@ def test_dtype_is_what_it_computes_in(checkpoint: Path) -> None:
         load(checkpoint, dtype="floaty")
 
 
-def test_auto_is_the_type_that_the_checkpoint_stores(checkpoint: Path) -> None:
+def _in_half(checkpoint: Path) -> Path:
     weights = load_file(checkpoint / "model.safetensors")
     half = {name: weight.bfloat16() for name, weight in weights.items()}
     save_file(half, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    assert load(checkpoint, cache=False).weight("lm_head.weight").dtype is torch.float32
-    program = load(checkpoint, dtype="auto", cache=False)
+    return checkpoint
+
+
+def test_weights_keep_their_stored_type_and_arithmetic_is_in_float32(checkpoint: Path) -> None:
+    _in_half(checkpoint)
+    program, wide = load(checkpoint, cache=False), load(checkpoint, dtype="float32", cache=False)
     assert program.weight("lm_head.weight").dtype is torch.bfloat16
+    assert wide.weight("lm_head.weight").dtype is torch.float32
+    ids = torch.arange(12).reshape(2, 6)
+    logits = program(input_ids=ids)["logits"]
+    assert logits.dtype is torch.float32
+    assert torch.equal(logits, wide(input_ids=ids)["logits"])
+
+
+def test_a_memory_limit_is_at_least_a_weight(checkpoint: Path) -> None:
+    program = load(checkpoint, memory="1MB", cache=False)
+    assert program.placement.memory == 1_000_000
+    assert isinstance(program.weights["lm_head.weight"], Deferred)
+    with pytest.raises(UsageError, match=r"1,000 bytes is too low: .* alone takes 32,768"):
+        load(checkpoint, memory=1000, cache=False)
+    with pytest.raises(UsageError, match="there is no device 'cuda:99' here"):
+        load(checkpoint, device="cuda:99")
+
+
+def test_with_a_limit_a_value_that_is_no_number_is_refused_when_it_is_used(
+    checkpoint: Path,
+) -> None:
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    program = load(checkpoint, memory="1MB", cache=False)
+    with pytest.raises(CheckpointError, match=r"the weight model\.norm\.weight holds NaN"):
+        program(input_ids=torch.arange(4).view(1, 4))
+
+
+@pytest.mark.parametrize("name", ["llama-mha", "gemma3", "gpt2", "mixtral", "bert", "t5", "resnet"])
+def test_weights_left_in_files_are_those_that_transformers_loads(name: str, tmp_path: Path) -> None:
+    model = build(name).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    with _left_in_files():
+        lazy, info = _loaded(tmp_path, model.config, type(model), torch.float32)
+    leave_zeros(lazy)
+    eager, expected = _loaded(tmp_path, model.config, type(model), torch.float32)
+    assert info == expected
+    stored = stored_weights(lazy)
+    assert stored.keys() == eager.state_dict().keys()
+    with values_lent(lazy):
+        found = dict(lazy.named_buffers()) | lazy.state_dict()
+    for own, weight in (dict(eager.named_buffers()) | eager.state_dict()).items():
+        assert torch.equal(found[own], weight), own
+        assert own not in stored or stored[own].dtype in (torch.bfloat16, torch.int64)
+    ties = [n for n, p in lazy.named_parameters()]
+    assert ties == [n for n, p in eager.named_parameters()]
 
 
 def test_reads_what_program_save_wrote(checkpoint: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from graphprune.backends import capture_cache
 from graphprune.cli import console
 from graphprune.cli import main as cli
 
+_USUAL = {"dtype": "auto", "device": None, "memory": None}
 _loaded: dict[str, Any] = {}
 """Programs by directory. They are never edited, and capturing one takes most of a verb's time."""
 
@@ -28,11 +29,11 @@ def remembered(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
 
     load = loading.load
 
-    def remember(directory: str) -> Any:
-        if Path(directory) != checkpoint:
-            return load(directory)
+    def remember(directory: str, **options: Any) -> Any:
+        if Path(directory) != checkpoint or options != _USUAL:
+            return load(directory, **options)
         if directory not in _loaded:
-            _loaded[directory] = load(directory)
+            _loaded[directory] = load(directory, **options)
         return _loaded[directory]
 
     monkeypatch.setattr(loading, "load", remember)

@@ -188,3 +188,17 @@ def test_a_full_disk_is_one_line_and_other_errors_pass(tmp_path: Path, stage: St
 def test_torch_is_not_imported() -> None:
     code = "import sys, graphprune.io.atomic; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_a_killed_process_left_of_the_same_work_is_there_again(tmp_path: Path) -> None:
+    left = tmp_path / ".out.some-key.partial"
+    left.mkdir()
+    (left / "shard").write_text("whole")
+    with staged_directory(tmp_path / "out", key="another") as staged:
+        assert list(staged.iterdir()) == []
+        (staged / "file").write_text("")
+    (tmp_path / "out/file").unlink()
+    (tmp_path / "out").rmdir()
+    with staged_directory(tmp_path / "out", key="some-key") as staged:
+        assert (staged / "shard").read_text() == "whole"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]

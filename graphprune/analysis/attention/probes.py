@@ -29,7 +29,7 @@ class Prober:
     def __init__(self, program: Program) -> None:
         self.program = program
         self._symbols: dict[Sizes, dict[str, int]] = {}
-        self.device = next((w.device for w in program.weights.values()), torch.device("cpu"))
+        self.device = program.device
         self.paddings = {
             node for value, node in program.input_nodes() if value.name.endswith("attention_mask")
         }

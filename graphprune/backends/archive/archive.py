@@ -28,11 +28,12 @@ from torch import Tensor
 
 from graphprune.backends.archive.graph import deserialize_graph, serialize_graph
 from graphprune.errors import BackendError, CheckpointError, first_line
-from graphprune.io.atomic import share_mode, staged_directory
+from graphprune.io.atomic import staged_directory
 from graphprune.io.companions import copy_companions
 from graphprune.ir.program import Note, Program, value_of
 from graphprune.ir.provenance import Source
-from graphprune.weights.tensors import own_storage
+from graphprune.weights.files import TensorFile
+from graphprune.weights.writing import write_file
 
 _FORMAT, _VERSION = "graphprune-archive", 1
 _PROGRAM, _GRAPH, _WEIGHTS = "program.json", "graph.json", "weights.safetensors"
@@ -81,8 +82,6 @@ def describe(program: Program) -> Callable[[Path, Mapping[str, Tensor]], None]:
     BackendError
         When the graph cannot be serialized.
     """
-    from safetensors.torch import save_file
-
     from graphprune.io.version import __version__
 
     graph = serialize_graph(program)
@@ -104,10 +103,9 @@ def describe(program: Program) -> Callable[[Path, Mapping[str, Tensor]], None]:
 
     def write(folder: Path, weights: Mapping[str, Tensor]) -> None:
         (folder / _GRAPH).write_bytes(graph)
-        save_file(own_storage(weights), folder / _WEIGHTS, metadata={"format": "pt"})
+        write_file(weights, folder / _WEIGHTS)
         text = json.dumps(described, indent=1, ensure_ascii=False, default=str)
         (folder / _PROGRAM).write_text(text + "\n", encoding="utf-8")
-        share_mode([folder / _WEIGHTS], like=folder / _PROGRAM)
         copy_companions(program.source.directory if program.source else None, folder)
 
     return write
@@ -156,7 +154,7 @@ def load(
         text = (folder / _GRAPH).read_bytes()
         if hashlib.sha256(text).hexdigest() != digest:
             raise CheckpointError(f"{folder / _GRAPH} is not the graph that {_PROGRAM} describes")
-        exported = deserialize_graph(text, weights, kinds)
+        exported = deserialize_graph(text, {n: _on_meta(weights[n]) for n in kinds}, kinds)
         graph = exported.graph
         placeholders = graph.find_nodes(op="placeholder")
         (output,) = graph.find_nodes(op="output")
@@ -188,12 +186,13 @@ def load(
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing")
+    """Return the tensors of a file, to be read where they are used."""
     with _naming(path):
-        return load_file(path)
+        return TensorFile(path).tensors()
+
+
+def _on_meta(weight: Tensor) -> Tensor:
+    return torch.empty(weight.shape, dtype=weight.dtype, device="meta")
 
 
 # -- the description ----------------------------------------------------------------------------

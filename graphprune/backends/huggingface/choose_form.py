@@ -33,15 +33,18 @@ from graphprune.backends.huggingface.layered import LayerSearch, pruned_class
 from graphprune.backends.huggingface.model import (
     difference,
     differing_buffers,
+    graph_of,
     model_of,
     quiet,
 )
 from graphprune.backends.huggingface.renumber import renumbered
 from graphprune.backends.huggingface.trial import Trial
 from graphprune.errors import BackendError
+from graphprune.ir.compare import graph_difference
 from graphprune.ir.program import Program
 
 _TRIES = 6
+_CHOSEN = "_graphprune_form"
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,17 @@ class ChosenForm:
 
 
 def choose_form(program: Program) -> ChosenForm:
-    """Find out how `program` can be written, and make the model that proves it."""
+    """Find out how `program` can be written, and make the model that proves it.
+
+    The answer is kept with the program, which never changes.
+    """
+    if _CHOSEN not in program.__dict__:
+        program.__dict__[_CHOSEN] = _chosen(program)
+    found: ChosenForm = program.__dict__[_CHOSEN]
+    return found
+
+
+def _chosen(program: Program) -> ChosenForm:
     source = program.source
     if source is None:
         why = "it was not captured from a transformers model"
@@ -270,6 +283,8 @@ class _FormSearch:
 
     def _difference(self, model: Any) -> str:
         """Say how `model` differs, in its structure or with the program's own weights."""
+        if self.program.stand_ins:
+            return graph_difference(self.program, graph_of(model))
         return self.trial.difference(model) or difference(self.program, model)
 
     def _unit_sizes(self, place: Place) -> set[int]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,28 +16,42 @@ from torch import Tensor
 from graphprune.backends.huggingface.layered import FILE, modeling_text
 from graphprune.backends.huggingface.model import quiet
 from graphprune.errors import BackendError
-from graphprune.io.atomic import share_mode
 from graphprune.io.companions import copy_companions
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import Source
+from graphprune.weights.deferred import Deferred, made
+from graphprune.weights.files import is_finite
+from graphprune.weights.recorded import recorded_as
 from graphprune.weights.tensors import type_name
+from graphprune.weights.writing import SHARD_SIZE, Advance, write_shards
 
 
-def write(program: Program, model: Any, directory: Path, cast: torch.dtype | None) -> None:
-    """Write `model`, which holds the weights of `program`, into an empty directory."""
+def write(
+    program: Program,
+    model: Any,
+    directory: Path,
+    cast: torch.dtype | None,
+    shard_size: str | int = SHARD_SIZE,
+    track: Callable[[int], Advance] | None = None,
+) -> None:
+    """Write `program` into a directory, as weights of `model`, of which the names are taken.
+
+    Weights are made one at a time. Files of them that are complete are kept.
+    """
     source = program.source
     assert source is not None
     _place_modeling_file(model, directory)
-    # The model was loaded from weights as they are in memory; on disk they take the form in which
-    # the checkpoints of its kind are published.
-    model._weight_conversions = None
-    # Weights that its code would compute, such as positions, may have been cut or trained.
-    model._keys_to_ignore_on_save = set()
     with quiet():
         weights = _stored(program, source, model, cast)
-        main = cast or _main_type(weights)
-        model.save_pretrained(directory, state_dict=weights, max_shard_size="5GB")
-    share_mode(directory.glob("*.safetensors"), like=directory / "config.json")
+        with TemporaryDirectory(dir=directory) as folder:
+            # Everything but weights, of which transformers would hold all.
+            model.save_pretrained(folder, state_dict={})
+            Path(folder, "model.safetensors").unlink(missing_ok=True)
+            for file in Path(folder).iterdir():
+                file.replace(directory / file.name)
+        published = _as_published(model, weights)
+    write_shards(published, directory, shard_size=shard_size, track=track)
+    main = cast or _main_type(weights)
     if main is not None and main is not model.dtype:
         _name_dtype(directory / "config.json", main)
     copy_companions(source.directory, directory)
@@ -58,21 +73,38 @@ def _place_modeling_file(model: Any, directory: Path) -> None:
         (directory / FILE).write_text(modeling_text(base), encoding="utf-8")
 
 
+def _as_published(model: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return `weights` of a model by the names, and in the form, of checkpoints of its kind.
+
+    The code that does so in transformers runs on tensors that remember what is done to them; where
+    it cannot, all weights are made at once.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    # The model was loaded from weights by its own names.
+    model._weight_conversions = None
+    try:
+        recorded = {name: recorded_as(weight) for name, weight in weights.items()}
+        found = revert_weight_conversion(model, recorded)
+    except Exception:  # noqa: BLE001 - it may do anything with a tensor
+        found = revert_weight_conversion(model, {n: made(w) for n, w in weights.items()})
+    return dict(found)
+
+
 def _stored(
     program: Program, source: Source, model: Any, cast: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """Return every entry of the model's state, tied ones sharing memory, in its type on disk."""
-    converted: dict[str, Tensor] = {}
+    """Return the weights of the model in their types on disk, a tied one by its main name."""
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
     state = {}
-    for name in model.state_dict():
+    for name in remove_tied_weights_from_state_dict(model.state_dict(), model):
         held = program.aliases.get(name, name)
-        if held not in converted:
-            weight = program.weight(held).detach().cpu()
-            if weight.is_floating_point():
-                wanted = cast or _narrower(weight.dtype, source.stored_type(held))
-                weight = _converted(held, weight, wanted)
-            converted[held] = weight
-        state[name] = converted[held]
+        weight = program.weight(held)
+        if weight.is_floating_point():
+            wanted = cast or _narrower(weight.dtype, source.stored_type(held))
+            weight = _converted(held, weight, wanted)
+        state[name] = weight
     return state
 
 
@@ -82,15 +114,22 @@ def _narrower(own: torch.dtype, stored: torch.dtype | None) -> torch.dtype:
 
 
 def _converted(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    result = weight.to(dtype)
-    if dtype.itemsize == 1 and not torch.equal(result.to(weight.dtype), weight):
+    """Return `weight` in a type on disk, made where it is used."""
+    if weight.dtype is dtype:
+        return weight
+    if dtype.itemsize == 1 and not torch.equal(weight.to(dtype).to(weight.dtype), made(weight)):
         return weight  # such types go with scales, which what was edited has none of
-    if not torch.isfinite(result).all() and torch.isfinite(weight).all():
-        raise BackendError(
-            f"{name} holds values that are too large for {type_name(dtype)}: write another dtype, "
-            f"such as {type_name(weight.dtype)}"
-        )
-    return result
+
+    def convert() -> Tensor:
+        result = made(weight).to(dtype)
+        if not is_finite(result) and is_finite(made(weight)):
+            raise BackendError(
+                f"{name} holds values that are too large for {type_name(dtype)}: write another "
+                f"dtype, such as {type_name(weight.dtype)}"
+            )
+        return result
+
+    return Deferred(convert, weight.shape, dtype, weight.device)
 
 
 def _main_type(weights: Mapping[str, Tensor]) -> torch.dtype | None:

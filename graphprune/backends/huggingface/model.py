@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphprune.errors import BackendError, first_line
+from graphprune.errors import BackendError, CaptureError, first_line
+from graphprune.frontend.transformers_models import capture_transformers
 from graphprune.ir.compare import relative_error, tolerance_of
 from graphprune.ir.program import PRESENT, Program
 from graphprune.ir.sample_inputs import random_inputs
+from graphprune.weights.deferred import Deferred
+from graphprune.weights.models import light_zeros, stand_for, values_lent
 
 ROWS, LENGTH = 2, 5
 
@@ -39,9 +42,9 @@ def quiet() -> Iterator[None]:
 def dtype_of(program: Program) -> torch.dtype:
     """Return the element type that the program computes in."""
     floating = (
-        weight.dtype
-        for name, weight in program.weights.items()
-        if program.kinds[name] == "parameter" and weight.is_floating_point()
+        dtype
+        for name, dtype in program.compute_types.items()
+        if program.kinds[name] == "parameter" and dtype.is_floating_point
     )
     return next(floating, torch.float32)
 
@@ -49,16 +52,22 @@ def dtype_of(program: Program) -> torch.dtype:
 def model_of(program: Program, config: Any, model_class: Any) -> Any:
     """Return the model that `from_pretrained` makes of `config` and the program's own weights.
 
+    Those that lie in files stay there (`graphprune.weights.models`).
+
     Raises
     ------
     BackendError
         When they do not fit.
     """
-    weights = {
-        name: weight.detach().cpu()
-        for name, weight in program.weights.items()
-        if program.kinds[name] in ("parameter", "buffer")
-    }
+    weights, deferred = {}, {}
+    for name, weight in program.operands.items():
+        if program.kinds[name] not in ("parameter", "buffer"):
+            continue
+        if isinstance(weight, Deferred):
+            weights[name] = light_zeros(weight.shape, weight.dtype)
+            deferred[name] = program.weights[name]
+        else:
+            weights[name] = weight.detach().cpu()
     try:
         with quiet():
             model, info = model_class.from_pretrained(
@@ -73,7 +82,25 @@ def model_of(program: Program, config: Any, model_class: Any) -> Any:
     for key, what in (("missing_keys", "lacks"), ("unexpected_keys", "has no place for")):
         if info[key]:
             raise BackendError(f"the checkpoint {what} {min(info[key])}")
+    held = {*dict(model.named_parameters(remove_duplicate=False)), *model.state_dict()}
+    tied = {alias: deferred[name] for alias, name in program.aliases.items() if name in deferred}
+    stand_for(model, {name: w for name, w in {**deferred, **tied}.items() if name in held})
     return model.eval()
+
+
+def graph_of(model: Any) -> Program:
+    """Capture `model` with numbers in the place of dynamic sizes, to compare its graph.
+
+    Raises
+    ------
+    BackendError
+        When it cannot be captured.
+    """
+    try:
+        with quiet():
+            return capture_transformers(model, fixed=True)
+    except CaptureError as error:
+        raise BackendError(str(error)) from error
 
 
 def differing_buffers(program: Program, model: Any) -> list[str]:
@@ -102,13 +129,13 @@ def difference(program: Program, model: Any) -> str:
     what other kernels may cost. That no other structure would do is for a `Trial` to show.
     """
     inputs = random_inputs(program, batch=ROWS, length=LENGTH)
-    device = next(iter(program.weights.values())).device
+    device = program.device
     try:
         ours = program(**{name: tensor.to(device) for name, tensor in inputs.items()})
     except Exception as error:  # noqa: BLE001 - a capture may have kept the sizes of its example
         return f"the program does not run on other inputs: {first_line(error)}"
     try:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet(), values_lent(model):
             theirs = model(**inputs, return_dict=True)
     except Exception as error:  # noqa: BLE001 - model code may fail in any way
         return f"the model does not run: {first_line(error)}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections import Counter
+from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,23 +17,23 @@ from graphprune.backends.huggingface.layered import FILE, modeling_text, pruned_
 from graphprune.backends.huggingface.model import quiet
 from graphprune.errors import CheckpointError, first_line
 from graphprune.frontend.capture import capture
+from graphprune.frontend.torch_export import evaluation_mode
+from graphprune.frontend.transformers_models import capture_transformers
 from graphprune.ir.program import Program
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-"""The floating types of the safetensors format."""
-
-_MOST_HEADER = 100_000_000
-"""Bytes: the limit of the safetensors format itself."""
+from graphprune.weights.deferred import made
+from graphprune.weights.files import header_of, is_finite
+from graphprune.weights.models import leave_zeros
+from graphprune.weights.placement import Placement
+from graphprune.weights.recorded import RecordedFile
 
 
-def read(path: Path, *, dtype: str | torch.dtype = "float32", cache: bool | None = None) -> Program:
+def read(
+    path: Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    placement: Placement = Placement(),  # noqa: B008 - it never changes
+    cache: bool | None = None,
+) -> Program:
     """Load and capture the model in the directory `path`, which is only read.
 
     Parameters
@@ -40,12 +42,15 @@ def read(path: Path, *, dtype: str | torch.dtype = "float32", cache: bool | None
         A directory with a config and weights.
     dtype, cache
         As `graphprune.load` takes them.
+    placement
+        Where the program is to compute, and how much it may hold.
 
     Raises
     ------
     CheckpointError
         When a file is missing, cut short or malformed, a weight is missing or holds NaN or
-        infinity, or transformers does not know the kind of model.
+        infinity (where there is a limit of memory, when it is used), or transformers does not know
+        the kind of model.
     CaptureError
         When the model cannot become a graph.
     """
@@ -55,14 +60,58 @@ def read(path: Path, *, dtype: str | torch.dtype = "float32", cache: bool | None
     with quiet():
         config = _config(path, fields)
         model_class = _model_class(path, config)
-        model = _model(path, config, model_class, wanted or stored or config.dtype)
-        _check_finite(path, model)
+        on_cpu = placement.device is None or placement.device.type == "cpu"
+        compute = wanted or (torch.float32 if on_cpu else stored or config.dtype or torch.float32)
+        model = _model(path, config, model_class, compute)
         program = capture(model, cache=cache)
+    del model
     assert program.source is not None
     source = dataclasses.replace(
         program.source, directory=path, stored_dtype=stored, stored_apart=apart
     )
-    return dataclasses.replace(program, source=source)
+    program = dataclasses.replace(program, source=source, placement=placement)
+    return _held(path, program, whole=wanted is not None)
+
+
+def read_unrun(path: Path, placement: Placement) -> Program:
+    """Load the model in `path` to be changed and written, not run.
+
+    The sizes of a decoder that would be dynamic are numbers. Its constants have values, and its
+    weights lie in their files; each is checked to be finite when it is used.
+
+    Raises
+    ------
+    CheckpointError, CaptureError
+        As `read` does.
+    """
+    fields = _read_json(path / "config.json")
+    stored, apart = _check_files(path)
+    with quiet():
+        config = _config(path, fields)
+        model = _model(path, config, _model_class(path, config), torch.float32)
+        with evaluation_mode(model):
+            program = capture_transformers(model, fixed=True)
+    assert program.source is not None
+    source = dataclasses.replace(
+        program.source, directory=path, stored_dtype=stored, stored_apart=apart
+    )
+    return dataclasses.replace(program, source=source, placement=placement)
+
+
+def _held(path: Path, program: Program, *, whole: bool) -> Program:
+    """Return `program` with weights that are known to be finite, as far as memory is unlimited.
+
+    They are held as the graph computes with them where `whole` is said, or on another device.
+    """
+    limited = program.placement.memory is not None
+    weights = program.operands if whole else dict(program.weights)
+    if not limited:
+        if whole or program.device.type != "cpu":
+            weights = {n: made(w).to(program.device) for n, w in weights.items()}
+        for name, weight in weights.items():
+            if not is_finite(made(weight)):
+                raise CheckpointError(f"{path}: the weight {name} holds NaN or infinity")
+    return dataclasses.replace(program, weights=weights)
 
 
 def read_structure(path: Path) -> Program:
@@ -140,10 +189,10 @@ def _check_files(path: Path) -> tuple[torch.dtype | None, dict[str, torch.dtype]
             raise CheckpointError(f"{path} holds no model.safetensors")
         return None, {}
     types = {
-        name: _DTYPES[kind]
+        name: entry.dtype
         for file in files
-        for name, (kind, _) in _tensors(file).items()
-        if kind in _DTYPES
+        for name, entry in header_of(file).items()
+        if entry.dtype is not None and entry.dtype.is_floating_point
     }
     if not types:
         return None, {}
@@ -162,31 +211,7 @@ def shapes_of(directory: str | PathLike[str]) -> dict[str, tuple[int, ...]]:
         When a file is cut short or malformed.
     """
     files = sorted(Path(directory).glob("*.safetensors"))
-    return {name: shape for file in files for name, (_, shape) in _tensors(file).items()}
-
-
-def _tensors(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return type and shape of every tensor in a safetensors file whose header fits its size."""
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(size - 8, _MOST_HEADER):
-                raise CheckpointError(f"{file} is cut short or no safetensors file: {size} bytes")
-            header = json.loads(stream.read(length))
-        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        ends = [entry["data_offsets"][1] for entry in tensors.values()]
-        found = {n: (str(e["dtype"]), tuple(map(int, e["shape"]))) for n, e in tensors.items()}
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file} is missing") from error
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise CheckpointError(
-            f"{file} has no readable safetensors header: {first_line(error)}"
-        ) from error
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
-        raise CheckpointError(f"{file} is cut short or damaged: {size} bytes, not {expected}")
-    return found
+    return {name: entry.shape for file in files for name, entry in header_of(file).items()}
 
 
 # -- transformers -------------------------------------------------------------------------------
@@ -238,23 +263,42 @@ def _model_class(path: Path, config: Any) -> Any:
     raise CheckpointError(f"{path / 'config.json'}: transformers has no model for {name!r}")
 
 
-def _model(path: Path, config: Any, model_class: Any, dtype: torch.dtype | None) -> Any:
+def _model(path: Path, config: Any, model_class: Any, dtype: torch.dtype) -> Any:
+    """Load the model; its weights stay in their files where the loader can leave them there."""
     try:
-        model, info = model_class.from_pretrained(
-            path, config=config, dtype=dtype or torch.float32, output_loading_info=True
-        )
-    except Exception as error:  # readers and model code may refuse in any way
-        raise CheckpointError(f"{path} cannot be loaded: {first_line(error)}") from error
+        with _left_in_files():
+            model, info = _loaded(path, config, model_class, dtype)
+        leave_zeros(model)
+    except CheckpointError:
+        # What it does to the weights cannot be put off; or it fails, and says why below.
+        model, info = _loaded(path, config, model_class, dtype)
     if missing := info["missing_keys"]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(f"{path} lacks the weight {min(missing)}{more}")
     return model
 
 
-def _check_finite(path: Path, model: Any) -> None:
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and tensor.numel():
-            # Unlike isfinite, the extremes need no memory of their own.
-            low, high = torch.aminmax(tensor)
-            if not (torch.isfinite(low) and torch.isfinite(high)):
-                raise CheckpointError(f"{path}: the weight {name} holds NaN or infinity")
+@contextlib.contextmanager
+def _left_in_files() -> Iterator[None]:
+    """Let transformers load tensors that are read where they are used.
+
+    Its own code renames, splits and merges what a checkpoint holds. Running on tensors that
+    remember what is done to them, it tells what every weight is made of.
+    """
+    from transformers import modeling_utils
+
+    opener = modeling_utils.safe_open
+    modeling_utils.safe_open = RecordedFile
+    try:
+        yield
+    finally:
+        modeling_utils.safe_open = opener
+
+
+def _loaded(path: Path, config: Any, model_class: Any, dtype: torch.dtype) -> Any:
+    try:
+        return model_class.from_pretrained(
+            path, config=config, dtype=dtype, output_loading_info=True
+        )
+    except Exception as error:  # readers and model code may refuse in any way
+        raise CheckpointError(f"{path} cannot be loaded: {first_line(error)}") from error

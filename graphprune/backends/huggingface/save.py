@@ -8,7 +8,9 @@ own weights (`graphprune.backends.huggingface.choose_form`), before anything is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from os import PathLike
+from pathlib import Path
 
 import torch
 
@@ -17,6 +19,7 @@ from graphprune.backends.huggingface.files import write
 from graphprune.errors import BackendError, UsageError
 from graphprune.io.atomic import staged_directory
 from graphprune.ir.program import Program
+from graphprune.weights.writing import SHARD_SIZE, Advance
 
 __all__ = ["CheckpointForm", "checkpoint_form", "save_pretrained"]
 
@@ -32,9 +35,13 @@ def checkpoint_form(program: Program) -> CheckpointForm:
 
 
 def save_pretrained(
-    program: Program, directory: str | PathLike[str], *, dtype: str | torch.dtype | None = None
+    program: Program,
+    directory: str | PathLike[str],
+    *,
+    dtype: str | torch.dtype | None = None,
+    shard_size: str | int = SHARD_SIZE,
 ) -> None:
-    """Write `program` as a Hugging Face directory.
+    """Write `program` as a Hugging Face directory, tensor by tensor.
 
     Parameters
     ----------
@@ -46,6 +53,8 @@ def save_pretrained(
         Element type to store, such as ``float16``. By default every tensor has the type that it had
         in the checkpoint it came from, or its own where that is narrower; the config names the type
         of most of them.
+    shard_size
+        The most bytes of a file of weights, as a number or as "5GB".
 
     Raises
     ------
@@ -55,17 +64,34 @@ def save_pretrained(
     OutputError
         When the directory is not empty or cannot be written. Nothing is left behind.
     UsageError
-        When `dtype` names no floating type.
+        When `dtype` names no floating type, or `shard_size` is no size.
+    """
+    with staged_directory(directory) as staged:
+        write_into(program, staged, dtype=dtype, shard_size=shard_size)
+
+
+@torch.no_grad()
+def write_into(
+    program: Program,
+    folder: Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    shard_size: str | int = SHARD_SIZE,
+    track: Callable[[int], Advance] | None = None,
+) -> None:
+    """Do what `save_pretrained` does in a folder that is there, going on where it ended.
+
+    Files of weights that are complete are kept. `track` is told of all bytes that there are to
+    write, and returns what is told of those written.
     """
     cast = _floating(dtype)
-    with staged_directory(directory) as staged, torch.no_grad():
-        chosen = choose_form(program)
-        if chosen.form.kind == "none":
-            reason = chosen.form.reason
-            raise BackendError(f"no Hugging Face checkpoint can hold this program: {reason}")
-        if chosen.model is None:
-            raise BackendError("the program has no weights to write: it was captured on meta")
-        write(chosen.program, chosen.model, staged, cast)
+    chosen = choose_form(program)
+    if chosen.form.kind == "none":
+        reason = chosen.form.reason
+        raise BackendError(f"no Hugging Face checkpoint can hold this program: {reason}")
+    if chosen.model is None:
+        raise BackendError("the program has no weights to write: it was captured on meta")
+    write(chosen.program, chosen.model, folder, cast, shard_size, track)
 
 
 def _floating(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -87,7 +87,7 @@ class Trial:
                 self._take_narrower_type()
 
     def _outputs(self, program: Program) -> dict[str, Tensor]:
-        device = next(iter(program.weights.values())).device
+        device = program.device
         weights = {name: weight.to(device) for name, weight in self._weights.items()}
         inputs = {name: tensor.to(device) for name, tensor in self._inputs.items()}
         with torch.no_grad():

@@ -24,8 +24,8 @@ from graphprune.analysis.attention.recognize import (
 )
 from graphprune.analysis.attention.rotary import Rotary, RotaryReader
 from graphprune.errors import BackendError, UsageError
+from graphprune.ir.devices import Runtime
 from graphprune.ir.program import Program
-from graphprune.ir.runtimes import Runtime
 from graphprune.selection.kernel_sizes import HEADS
 from graphprune.weights.tensors import type_name
 
@@ -98,9 +98,9 @@ def check_target(program: Program, target: Target | None, opset: int) -> None:
     if target not in _FORMS:
         raise UsageError(f"no target {target!r}: there are {', '.join(_FORMS)}")
     held: dict[torch.dtype, int] = {}
-    for weight in program.weights.values():
-        if weight.is_floating_point():
-            held[weight.dtype] = held.get(weight.dtype, 0) + weight.numel()
+    for name, dtype in program.compute_types.items():
+        if dtype.is_floating_point:
+            held[dtype] = held.get(dtype, 0) + program.weights[name].numel()
     dtype = max(held, key=held.__getitem__, default=torch.float32)
     said = type_name(dtype)
     half = (torch.float16, torch.bfloat16)

@@ -261,9 +261,9 @@ def _not_in_model(program: Program, model: Path) -> dict[str, torch.Tensor]:
     missing = dict(program.weights)
     for name, tensor in held_weights(model):
         weight = missing.get(name)
-        if weight is None or weight.dtype != tensor.dtype:
+        if weight is None or program.compute_types[name] != tensor.dtype:
             continue
-        if torch.equal(weight.cpu(), tensor):
+        if torch.equal(weight.cpu().to(tensor.dtype), tensor):
             del missing[name]
     return missing
 

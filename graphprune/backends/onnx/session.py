@@ -132,7 +132,7 @@ class Pair:
         self.wanted = output_names(program)
         self.check = "run"
         self.errors: dict[str, float] = {}
-        self.device = next((w.device for w in program.weights.values()), torch.device("cpu"))
+        self.device = program.device
 
     def run(
         self, inputs: Mapping[str, Tensor], theirs: Mapping[str, Tensor] | None = None

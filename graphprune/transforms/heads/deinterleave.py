@@ -23,6 +23,7 @@ from graphprune.ir.nodes import copy_of, made_from
 from graphprune.ir.program import Program
 from graphprune.ir.shape_propagation import with_graph
 from graphprune.plan.steps import Permutation
+from graphprune.weights.deferred import cut
 
 _ATEN = torch.ops.aten
 
@@ -101,9 +102,7 @@ def permute_weights(
     found = dict(weights)
     for each in dict.fromkeys(permutations):
         if each.sources != tuple(range(len(each.sources))):
-            weight = found[each.weight].detach()
-            sources = torch.tensor(each.sources, device=weight.device)
-            found[each.weight] = weight.index_select(each.dim, sources)
+            found[each.weight] = cut(found[each.weight], each.dim, torch.tensor(each.sources))
     return found
 
 

@@ -266,7 +266,7 @@ def test_a_failure_leaves_nothing(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    monkeypatch.setattr("graphprune.backends.archive.archive.write_file", fail)
     with pytest.raises(type(error)):
         mixed.save(tmp_path / "a" / "archive")
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,87 @@
+"""Models whose weights were left where they are stored, and are zeros until they are run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from graphprune.weights.deferred import converted, made
+from graphprune.weights.recorded import Recorded
+
+_STORED = "_graphprune_stored"
+
+
+def leave_zeros(model: nn.Module) -> None:
+    """Put zeros that take no memory in the place of what a loader left in files."""
+    stored: dict[str, Tensor] = {}
+    zeros: dict[int, Tensor] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for held, wrap in ((module._parameters, nn.Parameter), (module._buffers, Tensor.detach)):
+            for name, tensor in held.items():
+                if isinstance(tensor, Recorded):
+                    stored[f"{path}.{name}" if path else name] = tensor.stored()
+                    if id(tensor) not in zeros:  # a tied weight is one
+                        zeros[id(tensor)] = wrap(light_zeros(tensor.shape, tensor.wanted))
+    for name in stored:
+        held, own = _place(model, name)
+        if isinstance(held[own], Recorded):
+            held[own] = zeros[id(held[own])]
+    stand_for(model, stored)
+
+
+def stand_for(model: nn.Module, stored: Mapping[str, Tensor]) -> None:
+    """Say that weights of `model`, by all of their names, are zeros in the place of `stored`."""
+    model.__dict__[_STORED] = dict(stored)
+
+
+def stored_weights(model: nn.Module) -> Mapping[str, Tensor]:
+    """Return the weights that `model` has zeros in the place of, by all of their names."""
+    found: Mapping[str, Tensor] = model.__dict__.get(_STORED, {})
+    return found
+
+
+@contextlib.contextmanager
+def values_lent(model: nn.Module) -> Iterator[None]:
+    """Let `model` compute with the values of its weights, each read where it is used."""
+    taken: list[tuple[dict[str, Any], str, Tensor]] = []
+    for name, weight in stored_weights(model).items():
+        held, own = _place(model, name)
+        zeros = held[own]
+        taken.append((held, own, zeros))
+        held[own] = converted(weight, zeros.dtype, zeros.device)
+    try:
+        yield
+    finally:
+        for held, own, zeros in taken:
+            held[own] = zeros
+
+
+def fill(module: nn.Module) -> None:
+    """Give the models in `module` the values of their weights for good."""
+    for model in module.modules():
+        for name, weight in stored_weights(model).items():
+            held, own = _place(model, name)
+            with torch.no_grad():
+                held[own].copy_(made(weight))
+        model.__dict__.pop(_STORED, None)
+
+
+def light_zeros(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return zeros in memory that the system has not made yet, and does not unless it is written.
+
+    Tensors of zeros by torch are written.
+    """
+    count = shape.numel() * dtype.itemsize
+    return torch.from_numpy(np.zeros(count, np.uint8)).view(dtype).view(shape)
+
+
+def _place(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """Return the dictionary of a module that holds a weight, and its name there."""
+    path, _, own = name.rpartition(".")
+    module = model.get_submodule(path)
+    return (module._parameters if own in module._parameters else module._buffers), own
