@@ -22,11 +22,12 @@ from typing import Any
 
 from torch import nn
 
-from graphprune.backends.huggingface.config_search import Place, needed_sizes, sizes_of
+from graphprune.backends.huggingface.config_search import needed_sizes, sizes_of
 from graphprune.backends.huggingface.trial import Trial
 from graphprune.ir.nodes import arguments_of
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import module_path
+from graphprune.plan.steps import WeightDim
 
 Attributes = dict[str, dict[str, Any]]
 """Path of a module -> attributes of it -> their values."""
@@ -143,15 +144,15 @@ class AttributeSearch:
     """
 
     def __init__(
-        self, trial: Trial, before: nn.Module, unit_sizes: Callable[[Place], Collection[int]]
+        self, trial: Trial, before: nn.Module, unit_sizes: Callable[[WeightDim], Collection[int]]
     ) -> None:
         self.trial = trial
         sizes, after = sizes_of(before), needed_sizes(trial.program, derived=False)
-        changed: dict[str, list[Place]] = defaultdict(list)
+        changed: dict[str, list[WeightDim]] = defaultdict(list)
         for name, then in after.items():
-            places = [(name, d) for d, size in enumerate(then) if size != sizes[name][d]]
-            for path in _above(name) if places else ():
-                changed[path] += places
+            differing = [(name, d) for d, size in enumerate(then) if size != sizes[name][d]]
+            for path in _above(name) if differing else ():
+                changed[path] += differing
         reads = {kind: _read_by(kind) for kind in {type(module) for module in before.modules()}}
         self._kinds: dict[_Kind, dict[str, list[tuple[bool, int]]]] = defaultdict(dict)
         for path, module in before.named_modules():
@@ -197,11 +198,11 @@ class AttributeSearch:
                 continue
             tried.append(chosen)
             with having(model, merged(base, self._attributes(chosen))):
-                why, done, place = _progress(self.trial, model)
+                why, done, nearest = _progress(self.trial, model)
             if not why:
                 return chosen
             for kind, options in self._kinds.items():
-                far = place.index(kind[0]) if kind[0] in place else len(place)
+                far = nearest.index(kind[0]) if kind[0] in nearest else len(nearest)
                 for index in (*range(max(map(len, options.values()))), None):
                     varied = {other: i for other, i in chosen.items() if other != kind}
                     if index is not None:

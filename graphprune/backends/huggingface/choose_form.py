@@ -24,7 +24,6 @@ from graphprune.backends.huggingface.config_rules import broken_rule
 from graphprune.backends.huggingface.config_search import (
     Builder,
     Changes,
-    Place,
     Search,
     needed_sizes,
 )
@@ -42,6 +41,7 @@ from graphprune.backends.huggingface.trial import Trial
 from graphprune.errors import BackendError
 from graphprune.ir.compare import graph_difference
 from graphprune.ir.program import Program
+from graphprune.plan.steps import WeightDim
 
 _TRIES = 6
 _CHOSEN = "_graphprune_form"
@@ -287,11 +287,11 @@ class _FormSearch:
             return graph_difference(self.program, graph_of(model))
         return self.trial.difference(model) or difference(self.program, model)
 
-    def _unit_sizes(self, place: Place) -> set[int]:
+    def _unit_sizes(self, at: WeightDim) -> set[int]:
         """Return the sizes of what a dimension is made of: heads, their width, their groups."""
         if self._types is None:
             self._types = infer(self.program)
-        name, dim = place
+        name, dim = at
         return set(_parts(self._types.axes.resolve(self._types.weight(name)[dim])))
 
     # -- epsilons -------------------------------------------------------------------------------
@@ -313,9 +313,9 @@ class _FormSearch:
             if value != norm.before:
                 continue
             after = _numbers(self.builder.model({**changes, path: norm.after}))
-            changed = {place: v for place, v in after.items() if before.get(place) != v}
+            changed = {at: v for at, v in after.items() if before.get(at) != v}
             if changed.keys() == wanted.keys() and all(
-                math.isclose(changed[place], wanted[place]) for place in wanted
+                math.isclose(changed[at], wanted[at]) for at in wanted
             ):
                 return {path: norm.after}, ""
         return None, (

@@ -85,10 +85,10 @@ def size_rules(program: Program, groups: Iterable[Resizable]) -> dict[str, SizeR
     builder = Builder(source.config, base)
     alike: dict[Any, list[Resizable]] = {}
     for group in groups:
-        places = {(re.sub(r"\d+", "*", m.weight), m.dim, m.width) for m in group.members}
+        members = {(re.sub(r"\d+", "*", m.weight), m.dim, m.width) for m in group.members}
         owned = any(member.owner is not None for member in group.members)
         if not owned and group.size > 1:
-            alike.setdefault((group.size, frozenset(places)), []).append(group)
+            alike.setdefault((group.size, frozenset(members)), []).append(group)
     now = _solutions(builder, needed_sizes(program, derived=True), {})
     if not now:
         return {}
@@ -153,7 +153,7 @@ def _left_with(program: Program, groups: Sequence[Resizable], count: int) -> Siz
 
 def _solutions(builder: Builder, target: Sizes, base: Changes) -> list[Changes]:
     """Return changes that give a model the sizes `target`, whatever its config says to them."""
-    search = Search(builder.unchecked(), target, base, lambda place: ())
+    search = Search(builder.unchecked(), target, base, lambda at: ())
     return list(itertools.islice(search.solutions(unset_as_well=False), _WAYS))
 
 

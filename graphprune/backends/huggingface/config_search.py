@@ -23,15 +23,13 @@ from torch import nn
 
 from graphprune.errors import last_line
 from graphprune.ir.program import Program
+from graphprune.plan.steps import WeightDim
 
 Changes = dict[str, Any]
 """Dotted path of a config field (a list's element by its index) -> its new value."""
 
 Sizes = dict[str, tuple[int, ...]]
 """Name of a weight -> its shape."""
-
-Place = tuple[str, int]
-"""A weight and one of its dimensions."""
 
 IMPLICIT = ("head_dim", "d_kv", "kv_channels", "attention_head_size", "ffn_dim", "n_inner")
 """Fields that many models read where a config has them, and otherwise derive from other fields."""
@@ -216,7 +214,7 @@ class Search:
         builder: Builder,
         target: Sizes,
         base: Mapping[str, Any],
-        unit_sizes: Callable[[Place], Collection[int]],
+        unit_sizes: Callable[[WeightDim], Collection[int]],
     ) -> None:
         self.builder = builder
         self.target = target
@@ -265,8 +263,8 @@ class Search:
                 changes = fewer
         return changes
 
-    def missing(self, changes: Mapping[str, Any]) -> dict[Place, tuple[int, int]] | None:
-        """Place -> (size now, size wanted) where they differ; None where there is no such model."""
+    def missing(self, changes: Mapping[str, Any]) -> dict[WeightDim, tuple[int, int]] | None:
+        """Return the sizes that differ: (now, wanted) by dimension; None for no such model."""
         sizes = self.builder.sizes(changes)
         if sizes is None:
             self.reason = f"no model can be built: {self.builder.failure}"
@@ -282,7 +280,7 @@ class Search:
         return found
 
     def _from(
-        self, start: Changes, fields: Mapping[str, int], missing: Mapping[Place, Any]
+        self, start: Changes, fields: Mapping[str, int], missing: Mapping[WeightDim, Any]
     ) -> Iterator[Changes]:
         """Best first: the fewer sizes a variation leaves wrong, the sooner it is varied further."""
         effects = self._effects(start, fields)
@@ -324,25 +322,25 @@ class Search:
         for path, effect in self._effects(changes, fields).items():
             now = changes.get(path, fields[path])
             units: set[int] = set()
-            for place, slope in effect.items():
-                if place not in missing:
+            for at, slope in effect.items():
+                if at not in missing:
                     continue
-                size, wanted = missing[place]
+                size, wanted = missing[at]
                 value = now + Fraction(wanted - size) / slope
                 if value.denominator == 1 and value > 0:
                     key = (path, int(value))
                     votes[key] = votes.get(key, 0) + 1
-                units.update(self.unit_sizes(place))
+                units.update(self.unit_sizes(at))
             for unit in units - {now}:
                 votes.setdefault((path, unit), 0)
         return sorted(votes, key=lambda move: -votes[move])
 
     def _effects(
         self, changes: Changes, fields: Mapping[str, int]
-    ) -> dict[str, dict[Place, Fraction]]:
-        """Field -> the places whose size follows it, and by how much per unit of the field."""
+    ) -> dict[str, dict[WeightDim, Fraction]]:
+        """Field -> the dimensions whose size follows it, and by how much per unit of the field."""
         before = self.builder.sizes(changes)
-        found: dict[str, dict[Place, Fraction]] = {}
+        found: dict[str, dict[WeightDim, Fraction]] = {}
         if before is None:
             return found
         for path, value in fields.items():
@@ -366,25 +364,25 @@ class Search:
 
     def _conflict(
         self,
-        effects: Mapping[str, Mapping[Place, Fraction]],
-        missing: Mapping[Place, tuple[int, int]],
+        effects: Mapping[str, Mapping[WeightDim, Fraction]],
+        missing: Mapping[WeightDim, tuple[int, int]],
     ) -> str:
-        """Two places that no field tells apart and that want different sizes, in words."""
-        alike: dict[Any, tuple[int, Place]] = {}
-        # A place that is wrong comes first, so that the words name it.
-        places = [(name, dim) for name, shape in self.target.items() for dim in range(len(shape))]
-        for place in sorted(places, key=lambda place: place not in missing):
-            name, dim = place
+        """Name two dimensions that no field tells apart and that want different sizes."""
+        alike: dict[Any, tuple[int, WeightDim]] = {}
+        # A size that is wrong comes first, so that the words name it.
+        dims = [(name, dim) for name, shape in self.target.items() for dim in range(len(shape))]
+        for at in sorted(dims, key=lambda at: at not in missing):
+            name, dim = at
             wanted = self.target[name][dim]
-            now = missing[place][0] if place in missing else wanted
-            followed = tuple((path, e[place]) for path, e in effects.items() if place in e)
+            now = missing[at][0] if at in missing else wanted
+            followed = tuple((path, e[at]) for path, e in effects.items() if at in e)
             if not followed:
-                if place in missing:
+                if at in missing:
                     return (
                         f"no config field sets dimension {dim} of {name} to {wanted} (it was {now})"
                     )
                 continue
-            other, where = alike.setdefault((now, followed), (wanted, place))
+            other, where = alike.setdefault((now, followed), (wanted, at))
             if other != wanted:
                 names = " and ".join(path for path, _ in followed)
                 return (
@@ -394,7 +392,7 @@ class Search:
         return ""
 
     def _implicit(
-        self, missing: Mapping[Place, tuple[int, int]], fields: Mapping[str, int]
+        self, missing: Mapping[WeightDim, tuple[int, int]], fields: Mapping[str, int]
     ) -> Changes:
         """Unset fields that sizes follow, with the values that they stand for."""
         before = self.builder.sizes(self.base)

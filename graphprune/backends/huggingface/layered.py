@@ -18,7 +18,8 @@ from typing import Any
 
 from torch import nn
 
-from graphprune.backends.huggingface.config_search import Builder, Changes, Place, Search, Sizes
+from graphprune.backends.huggingface.config_search import Builder, Changes, Search, Sizes
+from graphprune.plan.steps import WeightDim
 
 FILE = "modeling_graphprune.py"
 
@@ -167,7 +168,7 @@ class LayerSearch:
     """
 
     def __init__(
-        self, builder: Builder, target: Sizes, unit_sizes: Callable[[Place], Collection[int]]
+        self, builder: Builder, target: Sizes, unit_sizes: Callable[[WeightDim], Collection[int]]
     ) -> None:
         self.builder = builder
         self.target = target
