@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from graphprune.analysis.matrices import Matrix, Use, contractions
 from graphprune.calibration.cache import read_cache, write_cache
 from graphprune.calibration.data import Calibration
+from graphprune.calibration.input_statistics import InputStatistics, Kind
 from graphprune.calibration.layerwise import BatchExecution, unpadded
 from graphprune.calibration.segments import segments
 from graphprune.errors import CalibrationError
@@ -29,78 +30,7 @@ from graphprune.ir.interpreter import Before, Memory, ancestors
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import layer_of
 
-Kind = Literal["moments", "gram"]
-"""Sums and sums of squares of each input, or all products of two inputs as well."""
-
 _WHAT, _AND = "statistics", "\n"
-
-
-@dataclass(frozen=True, eq=False)
-class InputStatistics:
-    """Sums over the inputs of a matrix, from `count` rows (tokens, or windows of an image).
-
-    Parameters
-    ----------
-    count
-        ``[parts]``: rows that each part saw. An expert sees only the tokens routed to it.
-    total, squares
-        ``[parts, in]``: sums of the inputs and of their squares, float64.
-    gram
-        ``[parts, in, in]``: the sum of x xᵀ, float64; or None where it was not asked for.
-    """
-
-    count: Tensor
-    total: Tensor
-    squares: Tensor
-    gram: Tensor | None = None
-
-    @classmethod
-    def empty(
-        cls, matrix: Matrix, kind: Kind, device: torch.device | None = None
-    ) -> InputStatistics:
-        """Nothing seen yet."""
-        parts, _, size = matrix.shape
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=device)
-
-        return cls(
-            torch.zeros(parts, dtype=torch.int64, device=device),
-            zeros(parts, size),
-            zeros(parts, size),
-            zeros(parts, size, size) if kind == "gram" else None,
-        )
-
-    @staticmethod
-    def needed(matrix: Matrix, kind: Kind) -> int:
-        """Bytes that those of `matrix` will take."""
-        parts, _, size = matrix.shape
-        return 8 * parts * (1 + 2 * size + (size * size if kind == "gram" else 0))
-
-    @property
-    def mean(self) -> Tensor:
-        """``[parts, in]``; zero where a part saw nothing."""
-        return self.total / self.count.clamp(min=1)[:, None]
-
-    @property
-    def variance(self) -> Tensor:
-        """``[parts, in]``, over the rows (not corrected); zero where a part saw nothing."""
-        square = self.squares / self.count.clamp(min=1)[:, None]
-        return (square - self.mean.square()).clamp(min=0)
-
-    @property
-    def norm(self) -> Tensor:
-        """``[parts, in]``: the L2 norm of each input over all rows."""
-        return self.squares.sqrt()
-
-    def add(self, part: int, rows: Tensor) -> None:
-        """Count ``[n, in]`` more rows of `part` in."""
-        wide = rows.double()
-        self.count[part] += len(rows)
-        self.total[part] += wide.sum(0)
-        self.squares[part] += wide.square().sum(0)
-        if self.gram is not None:
-            self.gram[part].addmm_(wide.mT, wide)
 
 
 Statistics = dict[str, InputStatistics]
@@ -334,12 +264,6 @@ def tokens_for_gram(program: Program) -> int:
     """
     sizes = (m.shape[2] for m in contractions(program).matrices if layer_of(m.weight))
     return ROWS_PER_INPUT * max(sizes, default=0)
-
-
-def damped(gram: Tensor, damp: float) -> Tensor:
-    """`gram`, ``[in, in]``, with `damp` times the mean of its diagonal added to the diagonal."""
-    mean = gram.diagonal().mean().clamp(min=1e-30)
-    return gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * damp * mean
 
 
 # -- keeping them ----------------------------------------------------------------------------------

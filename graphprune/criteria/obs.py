@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from graphprune.calibration.statistics import damped, observe, tokens_for_gram
+from graphprune.calibration.damping import damped, validated_damp
+from graphprune.calibration.statistics import observe, tokens_for_gram
 from graphprune.criteria.base import Criterion, Scores, ScoringContext
 from graphprune.ir.program import Program
 
@@ -45,14 +46,24 @@ class Obs(Criterion):
             total = torch.zeros(math.prod(context.sizes(group)), dtype=torch.float64)
             for matrix, units in held[group.name]:
                 weight = matrix.read(context.program.weights[matrix.weight])
-                gram = found[matrix.name].gram
-                assert gram is not None
-                for part in range(len(weight)):
+                seen = found[matrix.name]
+                assert seen.gram is not None
+                for part, (each, gram) in enumerate(zip(weight.double(), seen.gram, strict=True)):
                     if bool((units[part] >= 0).any()):
-                        errors = removal_errors(weight[part], gram[part], units[part])
+                        least = _least(each, gram, units[part] >= 0)
+                        damp = validated_damp(each, seen, part, least)
+                        errors = removal_errors(each, gram, units[part], damp=damp)
                         total[: len(errors)] += errors
             scores[group.name] = total.view(context.sizes(group))
         return scores
+
+
+def _least(weight: Tensor, gram: Tensor, own: Tensor) -> Tensor:
+    """Return the quarter of the columns `own` that cost least one by one: a mask, ``[in]``."""
+    costs = (weight.square().sum(0) * gram.diagonal()).masked_fill(~own, torch.inf)
+    gone = torch.zeros_like(own)
+    gone[costs.argsort()[: int(own.sum()) // 4]] = True
+    return gone
 
 
 def removal_errors(

@@ -9,12 +9,12 @@ from torch import Tensor, fx
 
 from graphprune.analysis.coupling import Coupling
 from graphprune.analysis.matrices import Matrix, bias_of, contractions
+from graphprune.calibration.damping import validated_damp, without_columns
 from graphprune.calibration.data import Calibration
+from graphprune.calibration.input_statistics import InputStatistics
 from graphprune.calibration.statistics import (
-    InputStatistics,
     LayerwiseResult,
     Statistics,
-    damped,
     run_layerwise,
 )
 from graphprune.errors import CalibrationError, PlanError
@@ -30,7 +30,7 @@ def refit(
     plan: Plan,
     calibration: Calibration,
     *,
-    damp: float = 0.01,
+    damp: float | None = None,
     track: Progress = no_progress,
     memory: int | None = None,
 ) -> tuple[Program, list[str], LayerwiseResult]:
@@ -53,7 +53,7 @@ def refit(
     calibration
         Batches to run it on.
     damp
-        As above.
+        As above; None for what rows that a fit did not see ask for, matrix by matrix.
     track
         Wraps the loop over layers in a progress bar.
     memory
@@ -148,27 +148,27 @@ def _least_squares(
     dense: Tensor,
     columns: Tensor,
     seen: InputStatistics,
-    damp: float,
+    damp: float | None,
     centered: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the best matrix without `columns`, and what a bias takes up, ``[parts, out]``."""
     assert seen.gram is not None
     best = dense.clone()
     for part, gram in enumerate(seen.gram):
-        keep, count = (~columns[part]).nonzero().flatten(), int(seen.count[part])
-        best[part][:, columns[part]] = 0
-        if not count or not len(keep) or len(keep) == len(gram):
+        gone, count = columns[part], int(seen.count[part])
+        best[part][:, gone] = 0
+        if not count or bool(gone.all()) or not bool(gone.any()):
             continue
         moments = gram / count
         if centered:
             moments = moments - torch.outer(seen.mean[part], seen.mean[part])
-        factor, failed = torch.linalg.cholesky_ex(damped(moments[keep][:, keep], damp))
-        if int(failed):
-            raise CalibrationError(
-                f"{name}: its inputs are too alike to refit: give more data or damp"
-            )
-        # What is gone, as far as what stays can tell, is added to what stays.
-        lost = dense[part][:, columns[part]] @ moments[columns[part]][:, keep]
-        best[part][:, keep] += torch.cholesky_solve(lost.mT, factor).mT
+        if damp is None:
+            damped_by = validated_damp(dense[part], seen, part, gone, centered=centered)
+        else:
+            damped_by = damp
+        try:
+            best[part] = without_columns(dense[part], moments, gone, damped_by)
+        except CalibrationError as error:
+            raise CalibrationError(f"{name}: {error}") from error
     shift = ((dense - best) @ seen.mean[..., None])[..., 0]
     return best, shift

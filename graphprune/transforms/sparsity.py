@@ -14,7 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from graphprune.calibration.statistics import InputStatistics, damped
+from graphprune.calibration.damping import damped
+from graphprune.calibration.input_statistics import InputStatistics
 from graphprune.errors import SelectionError
 from graphprune.weights.tensors import type_name
 

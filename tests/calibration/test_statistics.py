@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from graphprune.analysis.matrices import Matrix, contractions
 from graphprune.calibration.data import Calibration
+from graphprune.calibration.input_statistics import InputStatistics
 from graphprune.calibration.layerwise import unpadded
 from graphprune.calibration.segments import segments
 from graphprune.calibration.statistics import (
-    InputStatistics,
     Statistics,
     load_or_observe,
     load_statistics,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphprune.calibration.statistics import InputStatistics
+from graphprune.calibration.input_statistics import InputStatistics
 from graphprune.errors import SelectionError
 from graphprune.transforms.sparsity import (
     Pattern,

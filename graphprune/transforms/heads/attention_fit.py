@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.analysis.types import Types
-from graphprune.calibration.statistics import damped
+from graphprune.calibration.damping import damped
 from graphprune.errors import CalibrationError
 from graphprune.ir.program import Program
 from graphprune.plan.steps import Permutation
