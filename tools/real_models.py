@@ -58,6 +58,7 @@ RECIPES = {
     "taylor": _TAYLOR + "}",
     "obs": _OBS + "}",
     "taylor, reconstruct": _TAYLOR + "},reconstruct",
+    "taylor, reconstruct, damp=0.01": _TAYLOR + "},reconstruct{damp=0.01}",
     "obs, reconstruct": _OBS + "},reconstruct",
     "taylor, global": _TAYLOR + " scope=global}",
     "taylor, global, reconstruct": _TAYLOR + " scope=global},reconstruct",
