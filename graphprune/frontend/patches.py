@@ -35,6 +35,17 @@ def quiet_export() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def no_cache_of_sizes() -> contextlib.AbstractContextManager[None]:
+    """Let each operator work its sizes out by itself.
+
+    With dynamic sizes, making and reading entries of the cache takes longer than what it saves: a
+    quarter of an export, of a model with many equal layers too.
+    """
+    from torch._dynamo import config
+
+    return config.patch(fake_tensor_cache_enabled=False)
+
+
 @contextlib.contextmanager
 def no_moves_in_place() -> Iterator[None]:
     """Make `Module.to` do nothing for a module that already has that type and device.

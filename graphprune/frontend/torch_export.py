@@ -17,6 +17,7 @@ from graphprune.errors import CaptureError, first_line
 from graphprune.frontend.patches import (
     explicit_masks,
     no_autocast_regions,
+    no_cache_of_sizes,
     no_grad_regions,
     no_moves_in_place,
     quiet_export,
@@ -92,7 +93,8 @@ def export_once(module: nn.Module, args: tuple[Any, ...], shapes: Any) -> Export
 def _all_patches(args: tuple[Any, ...]) -> Iterator[None]:
     device = pytree.tree_leaves(args)[0].device.type
     regions = no_autocast_regions(device), no_grad_regions()
-    with quiet_export(), no_moves_in_place(), explicit_masks(), regions[0], regions[1]:
+    quiet = quiet_export(), no_cache_of_sizes()
+    with quiet[0], quiet[1], no_moves_in_place(), explicit_masks(), regions[0], regions[1]:
         yield
 
 

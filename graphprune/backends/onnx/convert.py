@@ -1,10 +1,9 @@
-"""Convert a program to ONNX's operators, by torch's exporter."""
+"""Convert a program to ONNX's operators, by torch's exporter, and simplify what it makes."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import io
 import logging
 import re
@@ -13,19 +12,18 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
 
 from graphprune.backends.onnx.dimension_names import check_dimensions, output_names
+from graphprune.backends.onnx.prepare import prepared
 from graphprune.backends.onnx.translations import translations
 from graphprune.errors import BackendError, first_line
-from graphprune.ir.exported import to_exported_program
-from graphprune.ir.nodes import arguments_of, made_from, size_environment, valued
+from graphprune.ir.nodes import size_environment
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import module_path, source_line
 
 if TYPE_CHECKING:
+    import onnx
     import onnx_ir
-    from torch.export import ExportedProgram
 
 _LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
 
@@ -39,24 +37,59 @@ def convert(program: Program, opset: int) -> onnx_ir.Model:
         When an operator has no counterpart, or the exporter fixes a size that is dynamic.
     """
     try:
-        with _silence(), _sizes_kept(program):
-            converted = torch.onnx.export(
-                _reshaping(program),
-                (),
-                dynamo=True,
-                opset_version=opset,
-                input_names=[value.name for value in program.inputs],
-                output_names=output_names(program),
-                custom_translation_table=translations(),
-                # Its own optimization renames, merges and transposes weights.
-                optimize=False,
-                verbose=False,
-            )
+        try:
+            model = _converted(program, opset)
+        except Exception:  # noqa: BLE001 - the longer way may do, and else its error is the better one
+            model = _converted(program, opset, anew=True)
     except Exception as error:  # any operator's translation may fail in any way
         raise BackendError(f"no ONNX export: {_why(program, error)}") from error
+    check_dimensions(model, program)
+    return model
+
+
+def _converted(program: Program, opset: int, *, anew: bool = False) -> onnx_ir.Model:
+    with _silence(), _sizes_kept(program), _translations_kept():
+        converted = torch.onnx.export(
+            prepared(program, anew=anew),
+            (),
+            dynamo=True,
+            opset_version=opset,
+            input_names=[value.name for value in program.inputs],
+            output_names=output_names(program),
+            custom_translation_table=translations(),
+            # Its own optimization renames, merges and transposes weights.
+            optimize=False,
+            verbose=False,
+        )
     assert converted is not None
-    check_dimensions(converted.model, program)
     return converted.model
+
+
+@contextlib.contextmanager
+def _translations_kept() -> Iterator[None]:
+    """Let exports of one process share what is known of operators (torch 2.13 reads it each time).
+
+    That takes a fifth of the export of a small model, and one `export` may convert several times.
+    """
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    read = ONNXRegistry.from_torchlib
+
+    def kept(opset_version: int) -> ONNXRegistry:
+        if opset_version not in _translations:
+            _translations[opset_version] = read(opset_version)
+        registry = copy.copy(_translations[opset_version])
+        registry.functions = {op: list(known) for op, known in registry.functions.items()}
+        return registry
+
+    ONNXRegistry.from_torchlib = staticmethod(kept)  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        ONNXRegistry.from_torchlib = read  # type: ignore[method-assign]
+
+
+_translations: dict[int, Any] = {}
 
 
 @contextlib.contextmanager
@@ -87,95 +120,6 @@ def _sizes_kept(program: Program) -> Iterator[None]:
         env._replacements_version_counter += 1
 
 
-def _reshaping(program: Program) -> ExportedProgram:
-    """`program` for the exporter, with every view a reshape, of a copy where dimensions moved.
-
-    Whether a view is possible depends on strides, and the exporter's decompositions change those.
-    """
-    aten = torch.ops.aten
-    graph = fx.Graph()
-    results = []
-    copied: Any = graph.graph_copy(program.graph, {})
-    for node in copied:
-        # Neither an input nor a weight may leave as it came, nor anything twice.
-        own = node.op != "placeholder" and node not in results
-        results.append(
-            node if own else _with_meta(graph.call_function(aten.clone.default, (node,)))
-        )
-    graph.output(tuple(results))
-    for node in list(graph.nodes):
-        if node.target in (aten.rsub.Scalar, aten.rsub.Tensor):
-            _promote(node)
-        if node.target is aten.chunk.default:
-            _write_out_pieces(node)
-        if node.target in (
-            aten.max_pool1d.default,
-            aten.max_pool2d.default,
-            aten.max_pool3d.default,
-        ):
-            _keep_padding(node)
-        if node.target not in (aten.view.default, aten.reshape.default):
-            continue
-        node.target = aten.reshape.default
-        moved = node.all_input_nodes[0]
-        if moved.target in (
-            aten.transpose.int,
-            aten.permute.default,
-        ):
-            with graph.inserting_before(node):
-                copy = graph.call_function(
-                    aten.clone.default, (moved,), {"memory_format": torch.contiguous_format}
-                )
-            node.update_arg(0, _with_meta(copy))
-    module = fx.GraphModule(torch.nn.Module(), graph)
-    return to_exported_program(dataclasses.replace(program, graph_module=module))
-
-
-def _keep_padding(node: fx.Node) -> None:
-    """Pad by the least number above zero where a pool of maxima follows, not by zeros.
-
-    ONNX Runtime's PadFusion gives zeros to the pool as padding of its own, which is of -inf.
-    """
-    pad = node.all_input_nodes[0]
-    if pad.target is torch.ops.aten.pad.default:
-        given = arguments_of(pad)
-        if given["mode"] == "constant" and not given["value"]:
-            pad.args = (pad.args[0], given["pad"])
-            tiny = torch.finfo(pad.meta["val"].dtype).tiny
-            pad.kwargs = {"mode": "constant", "value": tiny}
-
-
-def _write_out_pieces(node: fx.Node) -> None:
-    """Write equal pieces of a dynamic size as indices: sequences cannot be simplified."""
-    whole, dim = node.args[0], node.args[2] if len(node.args) > 2 else 0
-    sizes = [piece.shape[dim] for piece in node.meta["val"]]
-    if any(size is not sizes[0] and str(size) != str(sizes[0]) for size in sizes):
-        return
-    with node.graph.inserting_before(node):
-        apart = valued(made_from(node, torch.ops.aten.unflatten.int, whole, dim, [len(sizes), -1]))
-        for user in list(node.users):
-            piece = valued(made_from(user, torch.ops.aten.select.int, apart, dim, user.args[1]))
-            user.replace_all_uses_with(piece)
-            node.graph.erase_node(user)
-    node.graph.erase_node(node)
-
-
-def _promote(node: fx.Node) -> None:
-    """Whole numbers that are subtracted from a real one, as what they become by that."""
-    whole, kind = node.all_input_nodes[0], node.meta["val"].dtype
-    if whole.meta["val"].dtype != kind:
-        with node.graph.inserting_before(node):
-            cast = valued(made_from(whole, torch.ops.aten._to_copy.default, whole, dtype=kind))
-        node.replace_input_with(whole, cast)
-
-
-def _with_meta(copy: fx.Node) -> fx.Node:
-    """`copy`, a clone of its first argument, with the meta data of that."""
-    meta = copy.all_input_nodes[0].meta
-    copy.meta = {**meta, "val": meta["val"].contiguous()}
-    return copy
-
-
 def simplify(model: onnx_ir.Model, weights: set[str]) -> None:
     """Fold constants and drop what does nothing, but leave every weight under its own name."""
     import onnx_ir
@@ -203,6 +147,39 @@ def simplify(model: onnx_ir.Model, weights: set[str]) -> None:
             common.OutputFixPass(),
             common.NameFixPass(),
         )(model)
+
+
+_NAMED_AS_STANDARD = ("SimplifiedLayerNormalization",)
+"""Operators of ONNX Runtime that lie in ONNX's own domain, where ONNX knows none of them."""
+
+
+def fuse_norms(model: onnx_ir.Model) -> int:
+    """Fuse root mean square norms, and sums before them, in place; returns how many norms.
+
+    ONNX Runtime's own fusions at load do not know the spelling that torch's exporter writes. The
+    rules are onnxscript's, which calls them experimental: they are used where they are found.
+    """
+    try:
+        from onnxscript.rewriter.ort_fusions import rms_normalization, skip_normalization
+
+        norms = rms_normalization.fuse_rms_normalization
+        skips = skip_normalization.fuse_skip_rms_normalization
+    except (ImportError, AttributeError):
+        return 0
+    count = int(norms(model))
+    if count:
+        skips(model)
+    return count
+
+
+def as_checked(model: onnx.ModelProto) -> bool:
+    """Move operators that ONNX does not know to ONNX Runtime's domain; whether there are any."""
+    moved = [node for node in model.graph.node if node.op_type in _NAMED_AS_STANDARD]
+    for node in moved:
+        node.domain = "com.microsoft"
+    if moved and all(entry.domain != "com.microsoft" for entry in model.opset_import):
+        model.opset_import.add(domain="com.microsoft", version=1)
+    return bool(moved)
 
 
 @contextlib.contextmanager

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from graphprune.backends.onnx.attention_forms import OPSETS, AttentionForm, Target, check_target
-from graphprune.backends.onnx.convert import convert, simplify
+from graphprune.backends.onnx.convert import as_checked, convert, fuse_norms, simplify
 from graphprune.backends.onnx.dimension_names import apply_names, dimension_names
-from graphprune.backends.onnx.fuse_norms import as_checked, fuse_norms
 from graphprune.backends.onnx.last_logits import last_only
 from graphprune.backends.onnx.lower_attention import lower_attention
 from graphprune.backends.onnx.parity import QUICK, Parity, Protocol, compare
