@@ -1,8 +1,8 @@
 """Prune the reference checkpoint for you to see; tools/demo.sh sets everything up and runs this.
 
-The checkpoint that comes with graphprune is looked at, pruned and merged pass by pass, verified,
-saved, loaded again by plain transformers in a process of its own, exported to ONNX and run in ONNX
-Runtime.
+The checkpoint that comes with graphprune is looked at, pruned, refitted and merged pass by pass,
+verified, saved, loaded again by plain transformers in a process of its own, exported to ONNX and
+run in ONNX Runtime. Beside it stands what the same passes make of units chosen without data.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,17 +45,15 @@ from graphprune.report.overview import group_table
 
 STEPS = {
     "FFN -25 %": "prune{{target=ffn ratio=0.25 criterion={criterion}}}",
-    "KV heads 8 to 6": "prune{{target=kv-heads ratio=0.25 criterion={criterion}}}",
-    "merged to 3": "merge-kv-heads{{groups=3}}",
+    "refitted": "reconstruct",
+    "KV heads 8 to 4": "merge-kv-heads{{groups=4}}",
 }
 """What is done, in this order: a heading and a pass."""
 
-CRITERIA = {"taylor": (0, 1, 2), "magnitude": (0,), "random": (0, 1, 2)}
-"""How units are chosen, and with which seeds (of the calibration windows, or of chance itself); the
-first one's result is kept, the others stand beside it."""
+CRITERIA = ("taylor", "magnitude", "random")
+"""How units are chosen; the first one's result is verified, written and raced."""
 
-KEPT = ("taylor", 0)
-"""The criterion and seed whose result is verified, written and raced."""
+KEPT = CRITERIA[0]
 
 WRITE = "verify,save-pretrained{path=checkpoint},export-onnx{path=model.onnx}"
 """What is done with the result that is kept."""
@@ -158,23 +156,22 @@ def demonstrate(output: Path, max_tokens: int | None, rounds: int) -> None:
         return Row(*sizes, found.perplexity)
 
     first = measure(program)
-    rows: dict[tuple[str, int], list[Row]] = {}
-    results: dict[tuple[str, int], Result] = {}
-    for run in ((criterion, seed) for criterion, seeds in CRITERIA.items() for seed in seeds):
-        criterion, seed = run
+    rows: dict[str, list[Row]] = {}
+    results: dict[str, Result] = {}
+    calibration = gp.Calibration.from_text(reference.calibration_text(), source)
+    for criterion in CRITERIA:
         watch = Watch(measure, [first])
         text = ",".join(STEPS.values()).format(criterion=criterion)
-        text += f",{WRITE}" if run == KEPT else ""
-        console.print(Text(f"\n$ graphprune run reference --seed {seed} --passes '{text}'"))
-        results[run] = gp.Pipeline.parse(text).run(
+        text += f",{WRITE}" if criterion == KEPT else ""
+        console.print(Text(f"\n$ graphprune run reference --passes '{text}' -o {output}"))
+        results[criterion] = gp.Pipeline.parse(text).run(
             program,
-            calibration=gp.Calibration.from_text(reference.calibration_text(), source, seed=seed),
+            calibration=calibration,
             output=output,
-            seed=seed,
             instruments=[watch],
             quiet=progress is None,
         )
-        rows[run] = watch.rows
+        rows[criterion] = watch.rows
 
     result = results[KEPT]
     result.plan.save(output / "plan.json")
@@ -200,10 +197,10 @@ def demonstrate(output: Path, max_tokens: int | None, rounds: int) -> None:
     console.print()
     console.print(final_table(rows, files, speeds))
     console.print(
-        "perplexity on held-out text, mean and standard deviation over seeds\n"
+        "perplexity on held-out text\n"
         f"speeds: ONNX Runtime on the CPU, {PROMPT} tokens in the prompt or the cache\n"
         f"\nmax relative error of the result against ...\n"
-        f"  the original, units zeroed and heads averaged    {proof['max_relative_error']:.1e}\n"
+        f"  the original, refitted, heads that merge equal   {proof['max_relative_error']:.1e}\n"
         f"  plain transformers, loaded from the checkpoint   {reloaded:.1e}\n"
         f"  ONNX Runtime, one window                         {in_runtime:.1e}\n"
         f"  ONNX Runtime, ten decode steps                   {decoded:.1e}\n"
@@ -377,7 +374,7 @@ def seconds(session: Any, inputs: dict[str, np.ndarray[Any, Any]]) -> float:
 
 
 def final_table(
-    rows: Mapping[tuple[str, int], list[Row]],
+    rows: Mapping[str, list[Row]],
     files: Mapping[str, tuple[int, ...]],
     speeds: Mapping[str, Speed],
 ) -> Table:
@@ -390,9 +387,8 @@ def final_table(
     table.add_row("parameters", *(cell(r.parameters, kept[0].parameters) for r in kept))
     table.add_row("KV bytes per token", *(cell(r.cache, kept[0].cache) for r in kept))
     table.add_section()
-    for criterion, seeds in CRITERIA.items():
-        found = zip(*(rows[criterion, seed] for seed in seeds), strict=True)
-        table.add_row(f"perplexity, {criterion}", *map(spread, found))
+    for criterion, found in rows.items():
+        table.add_row(f"perplexity, {criterion}", *(f"{row.perplexity:.2f}" for row in found))
     table.add_section()
     for name, (before, after) in files.items():
         table.add_row(f"{name}, bytes", f"{before:,}", *blank, cell(after, before))
@@ -403,13 +399,6 @@ def final_table(
     ):
         table.add_row(name, f"{slow:,.0f}", *blank, f"{fast:,.0f} ({fast / slow:.2f} x)")
     return table
-
-
-def spread(rows: Sequence[Row]) -> str:
-    """Write the mean of a step's perplexities, with their standard deviation where they differ."""
-    found = [row.perplexity for row in rows]
-    mean = f"{statistics.mean(found):.2f}"
-    return f"{mean} ± {statistics.stdev(found):.2f}" if len(set(found)) > 1 else mean
 
 
 def cell(value: int, before: int) -> str:
