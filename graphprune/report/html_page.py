@@ -23,6 +23,7 @@ from graphprune.ir.aten import printed_name
 from graphprune.ir.provenance import module_path, source_line, whereabouts
 from graphprune.plan.plan import Plan
 from graphprune.report.coupling_paths import CouplingPaths
+from graphprune.report.overview import notes_of
 from graphprune.selection.cost import TOKENS, Cost, Costs
 from graphprune.transforms.apply import apply_plan
 
@@ -122,7 +123,7 @@ class _Document:
             "class": source.model_class.__name__ if source else "",
             "costs": costs,
             "tokens": TOKENS,
-            "notes": [note.text for note in program.notes],
+            "notes": notes_of(program),
             "weights": weights,
             "groups": groups,
             "reasons": [{"w": why, "a": where} for why, where in self.reasons],

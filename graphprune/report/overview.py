@@ -81,6 +81,11 @@ def group_table(program: Program, coupling: Coupling) -> Table:
     return table
 
 
+def notes_of(program: Program) -> list[str]:
+    """Return what a person has to know of a program that is looked into, weights or none."""
+    return [note.text for note in program.notes if note.kind != "stand-ins"]
+
+
 def hint_lines(hints: Iterable[Hint]) -> list[str]:
     """Speed hints as lines, those of repeated layers in one; of many sizes it names three."""
     rows: dict[tuple[str, str, str], list[Hint]] = {}
@@ -209,8 +214,7 @@ def _sizes(title: str, program: Program) -> Iterator[Text]:
     for each in names:
         repeated.setdefault(layer_pattern(each), []).append(each)
     yield Text(f"takes {', '.join(map(collapse_names, repeated.values()))}")
-    for note in program.notes:
-        yield Text(f"note: {note.text}")
+    yield from (Text(f"note: {note}") for note in notes_of(program))
 
 
 def _types(program: Program, coupling: Coupling) -> Table:
