@@ -89,9 +89,9 @@ class _Parts:
         )
         return self.call(self.node.target, *args, **kwargs)
 
-    def pair(self, position: int = 0) -> Pair:
-        """Return the parts of an argument."""
-        argument = self.node.args[position]
+    def pair(self) -> Pair:
+        """Return the parts of the first argument."""
+        argument = self.node.args[0]
         assert isinstance(argument, fx.Node)
         return self.pairs[argument]
 
