@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from graphprune.cli.console import note
-from graphprune.cli.options import Form
+from graphprune.cli.options import CalibrationOptions, Form
 from graphprune.errors import CalibrationError, GraphPruneError, PlanError
 from graphprune.io import reference
 
 if TYPE_CHECKING:
     from graphprune.calibration.data import Calibration
-    from graphprune.cli.options import CalibrationOptions
     from graphprune.ir.program import Program
     from graphprune.pipeline.pipeline import Pipeline
     from graphprune.plan.plan import Plan
