@@ -117,6 +117,11 @@ class MergeKvHeads(Pass):
         return self.init == "aligned"
 
     @property
+    def runs_program(self) -> bool:
+        """Return whether heads are aligned on data."""
+        return self.requires_calibration
+
+    @property
     def instead_of_calibration(self) -> str:
         """The mean of the heads."""
         return "init=mean"

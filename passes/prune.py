@@ -205,6 +205,11 @@ class Prune(Pass):
         return scoring or self.normalize == "loss"
 
     @property
+    def runs_program(self) -> bool:
+        """Return whether data are looked at."""
+        return self.requires_calibration
+
+    @property
     def instead_of_calibration(self) -> str:
         """Scores of the weights alone."""
         return "criterion=l2" + (" normalize=none" if self.normalize == "loss" else "")

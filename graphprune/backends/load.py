@@ -110,7 +110,7 @@ def load_unrun(
         program = read_unrun(path, Placement(memory=memory_of(memory)))
     except CaptureError:
         return None
-    return program if program.stand_ins else None
+    return _within_memory(program) if program.stand_ins else None
 
 
 def look(directory_or_name: str | PathLike[str], *, cache: bool = True) -> Program:

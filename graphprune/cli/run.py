@@ -50,6 +50,7 @@ from graphprune.cli.writing import (
     write,
 )
 from graphprune.errors import CalibrationError
+from graphprune.io import reference
 from graphprune.pipeline.instruments import Instrument, PassPosition
 
 if TYPE_CHECKING:
@@ -144,7 +145,9 @@ def run(
     if dry_run:
         output, pipeline = None, pipeline.resizing()
     with destination(output, directory, overwrite=overwrite) as folder, ExitStack() as stack:
-        program = session.load(directory, loading)
+        runs = verify_each or calibration.calibration is not None or directory == reference.NAME
+        runs = runs or any(each.runs_program for each in pipeline.passes)
+        program = session.load_to_write(directory, loading, runs=runs)
         text, fitted = read_calibration(calibration, [whole], program, directory, seed)
         result = pipeline.run(
             program,
@@ -157,6 +160,10 @@ def run(
             instruments=[_Spinner(session, stack), _FormFirst(session, form)],
             quiet=session.progress is None,
         )
+        program, smaller = _written_by(
+            session, program, result.program, directory, loading, result.plan
+        )
+        result = dataclasses.replace(result, program=smaller)
         found = form_of(session, result.program, form)
         if output is None:
             _show_plan(session, result, found, as_json)
@@ -200,11 +207,16 @@ def apply(
     ended.
     """
     from graphprune.plan.drawn import drawn_text
+    from graphprune.transforms.apply import apply_plan
 
     chosen = read_plan(plan)
     key = _work_key(directory, chosen, dtype, shard_size)
     with destination(output, directory, overwrite=overwrite, key=key) as folder:
-        program, smaller, found = _applied(session, directory, chosen, form, loading)
+        program = session.load_to_write(directory, loading, runs=False)
+        with session.working("applying the plan"):
+            smaller = apply_plan(program, chosen)
+        program, smaller = _written_by(session, program, smaller, directory, loading, chosen)
+        found = form_of(session, smaller, form)
         written = write(session, smaller, chosen, folder, found, dtype, shard_size)
         files = [*written, *plan_files(folder)]
     if session.quiet:
@@ -221,10 +233,15 @@ def apply(
     print(f"{output}: {KINDS[found.kind]}: {', '.join(files)}")
 
 
-def _applied(
-    session: Session, directory: str, plan: Plan, form: Form, loading: LoadOptions
-) -> tuple[Program, Program, CheckpointForm]:
-    """Return the program, what the plan makes of it, and how that can be written.
+def _written_by(
+    session: Session,
+    program: Program,
+    smaller: Program,
+    directory: str,
+    loading: LoadOptions,
+    plan: Plan,
+) -> tuple[Program, Program]:
+    """Return a program and what `plan` makes of it, such as can be written.
 
     A graph that is not to be run takes a fraction of the time and memory, and shows for most
     models that a config gives the result. Where it does not, the program is loaded to be run.
@@ -232,20 +249,15 @@ def _applied(
     from graphprune.backends.huggingface.save import checkpoint_form
     from graphprune.transforms.apply import apply_plan
 
-    with session.working(f"looking into {directory}"):
-        from graphprune.backends.load import load_unrun
-
-        unrun = load_unrun(resolve(directory), memory=loading.memory)
-    if unrun is not None:
-        with session.working("applying the plan"):
-            smaller = apply_plan(unrun, plan)
-            shown = checkpoint_form(smaller)
-        if shown.kind != "none":
-            return unrun, smaller, form_of(session, smaller, form)
+    if not program.stand_ins:
+        return program, smaller
+    with session.working("looking for a config"):
+        kind = checkpoint_form(smaller).kind
+    if kind != "none":
+        return program, smaller
     program = session.load(directory, loading)
     with session.working("applying the plan"):
-        smaller = apply_plan(program, plan)
-    return program, smaller, form_of(session, smaller, form)
+        return program, apply_plan(program, plan)
 
 
 def _work_key(directory: str, plan: Plan, *options: object) -> str:

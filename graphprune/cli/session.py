@@ -95,6 +95,17 @@ class Session:
                 memory=given.memory,
             )
 
+    def load_to_write(self, directory: str, options: LoadOptions, *, runs: bool) -> Program:
+        """Load what is to be changed and written, to be run as well where `runs` is said."""
+        if not runs and options.device is None and options.compute_dtype == "auto":
+            with self.working(f"looking into {directory}"):
+                from graphprune.backends.load import load_unrun
+
+                unrun = load_unrun(resolve(directory), memory=options.memory)
+            if unrun is not None:
+                return unrun
+        return self.load(directory, options)
+
     def writing(self, total: int) -> Callable[[int], object]:
         """Show a bar for so many bytes to write; returns what is told of those that are written.
 

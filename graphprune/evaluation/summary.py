@@ -44,13 +44,13 @@ class Footprint:
     @classmethod
     def of(cls, program: Program, directory: Path | None) -> Footprint:
         """Measure `program`, whose weights lie in `directory`."""
-        weights = [*program.weights.values()]
+        weights, types = [*program.weights.values()], program.compute_types
         files = [] if directory is None else _weight_files(directory)
         return cls(
             program.parameter_count(),
             sum(weight.numel() - int(weight.count_nonzero()) for weight in weights),
             program.kv_bytes_per_token(),
-            sum(weight.numel() * weight.element_size() for weight in weights),
+            sum(w.numel() * types[name].itemsize for name, w in program.weights.items()),
             sum(file.stat().st_size for file in files) if files else None,
         )
 

@@ -164,7 +164,8 @@ def limited(
         if any(each <= broken for each in harmful):
             continue
         # Short ones are cheap, and where one is right by chance another may not be.
-        if max(sizes.values()) > _SHORT and (broken <= harmless or broken in tried):
+        costly = max(sizes.values()) > _SHORT or program.parameter_count() * _work(sizes) > _WORK
+        if costly and (broken <= harmless or broken in tried):
             continue
         tried.add(broken)
         equal = same(program, model, inputs, sizes)

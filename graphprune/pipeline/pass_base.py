@@ -241,6 +241,14 @@ class Pass(ABC):
         return False
 
     @property
+    def runs_program(self) -> bool:
+        """Return whether these options run the program, on data or on random inputs.
+
+        Where no pass does, the command line loads a program that is only changed and written.
+        """
+        return True
+
+    @property
     def instead_of_calibration(self) -> str:
         """Options with which the pass needs no calibration data; "" where there are none."""
         return ""

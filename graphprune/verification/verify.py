@@ -133,9 +133,9 @@ def verify(
     """
     for each in (original, program):
         refuse_other(each, than=Program, how=PROGRAMS)
-    if original.lacks_values or program.lacks_values:
+    if original.lacks_values or program.lacks_values or original.stand_ins or program.stand_ins:
         raise VerificationError(
-            "the program was captured without weights, so that nothing can be run: "
+            "the program has no weights, or no dynamic sizes, so that nothing can be run: "
             "load them, and verify there"
         )
     plan.check(original)
