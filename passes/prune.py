@@ -156,7 +156,8 @@ class Prune(Pass):
             raise SelectionError("prune: no budget; give one of ratio, params, macs and kv_bytes")
         for name, part in self.budgets.items():
             if not 0 <= part < 1:
-                raise SelectionError(f"prune: {name} {part:g} is not in [0, 1)")
+                percent = f"; {part:g} % is {part / 100:g}" if 1 < part < 100 else ""
+                raise SelectionError(f"prune: {name} {part:g} is not in [0, 1){percent}")
         if self.normalize == "loss" and self.allocation == "local":
             raise SelectionError("prune: normalize=loss decides between groups: add scope=global")
         if self.round_to is not None and self.round_to < 1:

@@ -126,7 +126,10 @@ class Option:
         try:
             return self._check(self.scalar(text))
         except ValueError:
-            raise self._refusal(text, _WANTS[self.scalar]) from None
+            wants = _WANTS[self.scalar]
+            if self.scalar is float and re.fullmatch(r"\d+(\.\d*)?%", text):
+                wants += f", such as {float(text[:-1]) / 100:g}"
+            raise self._refusal(text, wants) from None
 
     def _check(self, value: object) -> Any:
         if self.scalar is float and isinstance(value, int) and not isinstance(value, bool):

@@ -248,6 +248,7 @@ def test_old_names_of_options_and_choices_are_read_and_the_new_ones_written() ->
         ("target=ffn ratio=1", SelectionError, r"ratio 1 is not in \[0, 1\)"),
         ("target=ffn ratio=-0.25", SelectionError, r"ratio -0.25 is not in \[0, 1\)"),
         ("target=ffn ratio=nan", PipelineError, "option 'ratio' wants a finite number"),
+        ("target=ffn ratio=25", SelectionError, r"25 is not in \[0, 1\); 25 % is 0.25"),
         ("target=ffn ratio=a", PipelineError, "option 'ratio' wants a number, not 'a'"),
         ("target=ffn ratio=0.5 round_to=0", SelectionError, "round_to 0 is not positive"),
         ("target=ffn ratio=0.5 round_to=2.5", PipelineError, "wants a whole number"),

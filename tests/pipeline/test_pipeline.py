@@ -122,6 +122,10 @@ def test_every_pipeline_reads_back(pipeline: Pipeline) -> None:
             "every{count=1.5}",
             "pipeline column 7: option 'count' wants a whole number, not '1.5'",
         ),
+        (
+            "every{ratio=25%}",
+            "pipeline column 7: option 'ratio' wants a number, such as 0.25, not '25%'",
+        ),
         ("every{ratio=half}", "pipeline column 7: option 'ratio' wants a number, not 'half'"),
         ("every{ratio=nan}", "pipeline column 7: option 'ratio' wants a finite number, not nan"),
         ("every{flag=yes}", "pipeline column 7: option 'flag' wants true or false, not 'yes'"),
