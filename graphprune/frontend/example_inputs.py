@@ -65,12 +65,12 @@ def example_of(model: Any) -> Example:
     candidates = list(_candidates(model))
     is_text = model.main_input_name == "input_ids"
     if is_text and len(candidates) == 1:
-        return candidates[0]
+        return _with_types(model, candidates[0])
     refused = ""
     for example in candidates:
         why = _refusal(model, example)
         if not why:
-            return example
+            return _with_types(model, example)
         refused = refused or f" (the model: {why})"
     if is_text:
         return candidates[0]  # `torch.export` will say what is wrong with it, and where
@@ -78,6 +78,28 @@ def example_of(model: Any) -> Example:
         f"{type(model).__name__} takes {model.main_input_name!r}, for which no example can be "
         f"made{refused}: give example_inputs"
     )
+
+
+TYPES = "token_type_ids"
+
+
+def _with_types(model: Any, example: Example) -> Example:
+    """Return `example` with types of tokens, where the model takes some and none means zero."""
+    ids = example.inputs.get("input_ids")
+    takes = TYPES in inspect.signature(model.forward).parameters
+    if ids is None or not takes or model.device.type == "meta":
+        return example
+    typed = example | _example(TYPES, torch.zeros_like(ids), 1)
+    other = example | _example(TYPES, torch.ones_like(ids), 1)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            results = [model(**each.inputs, return_dict=True) for each in (example, typed, other)]
+    except Exception:  # noqa: BLE001 - any model code may fail in any way here
+        return example
+    without, zeros, ones = (next(iter(each.values())) for each in results)
+    matters = torch.equal(without, zeros) and not torch.equal(zeros, ones)
+    return typed if matters else example
 
 
 def _refusal(model: Any, example: Example) -> str:

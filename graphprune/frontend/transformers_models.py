@@ -18,7 +18,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from graphprune.errors import CaptureError
 from graphprune.frontend.branches import export_with_all_found
 from graphprune.frontend.decoders import cache_layers, capture_decoder
-from graphprune.frontend.example_inputs import Example, example_of, longest_trial
+from graphprune.frontend.example_inputs import TYPES, Example, example_of, longest_trial
 from graphprune.frontend.patches import batched_experts, broadcast_masks, without_caches
 from graphprune.frontend.plain_modules import Call, capture_call
 from graphprune.frontend.torch_export import Follow, line_and_place
@@ -213,6 +213,9 @@ def _capture_whole(
         vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
         return replace(call, vocabulary=vocabulary, most=longest_trial(model))
 
+    if TYPES in example.inputs:
+        text = f"{TYPES} may be left out, and are then zero, as the model has it"
+        notes = (*notes, Note("optional-input", text))
     for shapes, what in attempts:
         why = f"captured for {what} of its own: its graph holds for no other" if what else ""
         said = (*notes, Note("fixed-size", why)) if why else notes

@@ -56,6 +56,8 @@ class Value:
     dtype: torch.dtype
 
 
+_TYPES = "token_type_ids"
+
 NoteKind = Literal[
     "",
     "no-cache",
@@ -65,6 +67,7 @@ NoteKind = Literal[
     "limited-size",
     "example-path",
     "full-loops",
+    "optional-input",
     "no-source",
 ]
 
@@ -80,6 +83,7 @@ class Note:
         dynamic sizes are numbers. ``fixed-size``, ``least-size``, ``limited-size``: a size of an
         input that is fixed or limited. ``example-path``: of a branch on data, the path that the
         example takes. ``full-loops``: loops over what is found run over everything.
+        ``optional-input``: types of tokens may be left out, and are then zero.
         ``no-source``: the transformers model behind it is unknown here. "" in archives from
         before there were kinds.
     text
@@ -280,7 +284,9 @@ class Program:
             for name, weight in self.weights.items()
             if self.kinds[name] != "constant"
         }
-        promised = [value.name for value in (*self.inputs, *self.outputs)]
+        # Plans from before types of tokens were an input hold as well.
+        inputs = [each for each in self.inputs if not self._may_be_zero(each.name)]
+        promised = [value.name for value in (*inputs, *self.outputs)]
         text = repr((sorted(held.items()), sorted(self.aliases.items()), promised))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -291,7 +297,7 @@ class Program:
         """Run the program; positional arguments follow the order of `inputs`.
 
         For a decoder the cache may be left out (it is then empty), as may an attention mask (it is
-        then all ones).
+        then all ones) and, where a note says so, types of tokens (they are then zero).
 
         Returns
         -------
@@ -352,11 +358,19 @@ class Program:
                 if ids is not None:
                     ones = (batch, ids.shape[1] + past)
                     filled[name] = torch.ones(ones, dtype=torch.int64, device=ids.device)
+            elif name not in filled and self._may_be_zero(name):
+                ids = filled.get(name.replace(_TYPES, "input_ids"))
+                if ids is not None:
+                    filled[name] = torch.zeros_like(ids)
         for name in names:
             if name not in filled:
                 raise UsageError(f"input {name!r} is missing; the program takes {', '.join(names)}")
         check_sizes({value.name: value.shape for value in self.inputs}, self.limits, filled)
         return filled
+
+    def _may_be_zero(self, name: str) -> bool:
+        optional = any(note.kind == "optional-input" for note in self.notes)
+        return optional and name.endswith(_TYPES)
 
     # -- deriving -------------------------------------------------------------------------------
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from byte_llama import byte_llama
+from tiny_models import tiny_model
 from torch import Tensor, nn
 from torch.export import Dim
 
 import graphprune as gp
+from graphprune.backends.archive import archive
 from graphprune.errors import CaptureError
 
 
@@ -277,3 +282,30 @@ def test_a_transformers_model_on_ones_own_inputs_can_be_saved(tmp_path: object) 
     pruned.save_pretrained(f"{tmp_path}/saved")
     again = transformers.AutoModelForSequenceClassification.from_pretrained(f"{tmp_path}/saved")
     assert torch.allclose(again.eval()(**longer).logits, pruned(**longer)["logits"], atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "gpt2"])
+def test_types_of_tokens_are_an_input_that_may_be_left_out(model_type: str, tmp_path: Path) -> None:
+    model: Any = tiny_model("masked-lm" if model_type != "gpt2" else "causal-lm", model_type)
+    program = gp.capture(model, cache=False)
+    ids = torch.randint(5, 90, (3, 9))
+    types = (torch.arange(9) > 4).long().expand(3, -1)
+    with torch.no_grad():
+        torch.testing.assert_close(program(input_ids=ids)["logits"], model(input_ids=ids).logits)
+        if model_type != "bert":  # of one type, or of none where they are left out
+            assert "token_type_ids" not in [value.name for value in program.inputs]
+            return
+        pair = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": types}
+        found, expected = program(**pair)["logits"], model(**pair).logits
+    torch.testing.assert_close(found, expected)
+    assert (found - program(input_ids=ids)["logits"]).abs().max() > 0.01
+    program.save(tmp_path / "archive")
+    assert torch.equal(archive.load(tmp_path / "archive")(**pair)["logits"], found)
+
+
+def test_plans_from_before_types_of_tokens_were_an_input_hold() -> None:
+    program = gp.capture(tiny_model("masked-lm", "bert"))
+    before = dataclasses.replace(
+        program, inputs=tuple(v for v in program.inputs if v.name != "token_type_ids")
+    )
+    assert program.fingerprint() == before.fingerprint()
