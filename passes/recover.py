@@ -218,7 +218,7 @@ class Recover(Pass):
             )
         new = student.weights()
         changed = [
-            name for name, each in new.items() if not torch.equal(each, program.weight(name))
+            name for name, each in new.items() if not torch.equal(each, program.take([name])[name])
         ]
         details = {
             **_told(objective, samples, held, trained),

@@ -298,11 +298,12 @@ class _Work:
     def __call__(
         self, nodes: Sequence[Node], matrices: Sequence[Matrix], statistics: Statistics
     ) -> Mapping[str, Tensor]:
-        values = [matrix.read(self.program.weights[matrix.weight]) for matrix in matrices]
+        weights = self.program.take({matrix.weight for matrix in matrices})
+        values = [matrix.read(weights[matrix.weight]) for matrix in matrices]
         changed = self._sparse(matrices, values, statistics)
         new: dict[str, Tensor] = {}
         for matrix, value in zip(matrices, changed, strict=True):
-            weight = new.get(matrix.weight, self.program.weights[matrix.weight])
+            weight = new.get(matrix.weight, weights[matrix.weight])
             new[matrix.weight] = matrix.write(weight, value)
         return new
 
@@ -329,7 +330,9 @@ class _Work:
             scores = [wanda_scores(value, each) for value, each in zip(values, seen, strict=True)]
         elif self.options.criterion == "random":
             generator = torch.Generator().manual_seed(self.seed)
-            scores = [torch.rand(value.shape, generator=generator) for value in values]
+            scores = [
+                torch.rand(value.shape, generator=generator).to(value.device) for value in values
+            ]
         else:
             scores = [value.float().abs() for value in values]
         if self.options.criterion == "wanda-variant":

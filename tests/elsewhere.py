@@ -68,6 +68,11 @@ class Elsewhere(Tensor):
             return _moved(args[0], torch.device("cpu"))
         if func is Tensor.cuda:
             return args[0]
+        if func in (Tensor.conj, torch.conj):  # what is put off is lost below
+            func = torch.conj_physical
+        if func is Tensor.backward:  # which may run parts again, and these ask for devices
+            given = {"grad_tensors" if key == "gradient" else key: kwargs[key] for key in kwargs}
+            return torch.autograd.backward(*args, **given)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 

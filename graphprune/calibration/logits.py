@@ -8,7 +8,7 @@ whole.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
+from graphprune.calibration.segments import segments
 from graphprune.ir.aten import is_copy, is_mutating, is_operator
 from graphprune.ir.interpreter import (
     Hooks,
     Interpreter,
+    Segment,
     Values,
     ancestors,
     given_of,
@@ -27,6 +29,7 @@ from graphprune.ir.interpreter import (
 )
 from graphprune.ir.nodes import arguments_of
 from graphprune.ir.program import Program
+from graphprune.weights.deferred import made
 
 RowLoss = Callable[[Tensor, Tensor], Tensor]
 """Given logits ``[n, classes]`` and which of the rows asked for they are, ``[n]``: a loss of each,
@@ -74,7 +77,7 @@ class WholeLogits(Logits):
 
     def rows(self, at: Tensor) -> Tensor:
         """Pick the rows."""
-        return self.logits.flatten(0, -2)[at]
+        return self.logits.flatten(0, -2).index_select(0, at)
 
     def all(self) -> Tensor:
         """Return them as they are."""
@@ -181,7 +184,7 @@ class ProjectedLogits(Logits):
         self, readout: Readout, values: Mapping[fx.Node, Any], hooks: Hooks | None = None
     ) -> None:
         self.readout, self.hooks = readout, hooks
-        self.values = {node: values[node] for node in readout.inputs}
+        self.values = {node: made(values[node]) for node in readout.inputs}
         hidden: Tensor = self.values[readout.hidden]
         args = arguments_of(readout.linear)
         self.weight: Tensor = self.values[args["weight"]]
@@ -192,7 +195,7 @@ class ProjectedLogits(Logits):
 
     def rows(self, at: Tensor) -> Tensor:
         """Run the end of the graph for the rows."""
-        hidden = self.flat[at].type(self.weight.dtype)
+        hidden = self.flat.index_select(0, at).type(self.weight.dtype)
         return self.after(torch.nn.functional.linear(hidden, self.weight, self.bias), self.values)
 
     def summed(self, at: Tensor, loss: RowLoss) -> Tensor:
@@ -246,7 +249,7 @@ class _Summed(torch.autograd.Function):
         ]
         total = torch.zeros((), device=hidden.device)
         for piece in logits._pieces(len(at)):
-            rows = hidden.detach()[at[piece]].to(dtype)
+            rows = hidden.detach().index_select(0, at[piece]).to(dtype)
             with _no_autocast(hidden.device):
                 out = torch.nn.functional.linear(
                     rows, matrix, None if bias is None else bias.detach().to(dtype)
@@ -285,7 +288,7 @@ def _add(
     """Add what the gradient of some outputs means for hidden values, weight and bias."""
     hidden, weight, bias = gradients[:3]
     if hidden is not None:
-        hidden[at] += (found @ matrix).to(hidden.dtype)
+        hidden.index_add_(0, at, (found @ matrix).to(hidden.dtype))
     if weight is not None:
         if weight.dtype is found.dtype:
             weight.addmm_(found.mT, rows)
@@ -315,6 +318,8 @@ def run_to_logits(
     *,
     weights: Mapping[str, Tensor] | None = None,
     hooks: Hooks | None = None,
+    hooked: Collection[fx.Node] = (),
+    again: bool = False,
 ) -> Logits:
     """Run what one output of a program needs, in the caller's grad mode.
 
@@ -330,21 +335,54 @@ def run_to_logits(
         What to run it on instead of its own.
     hooks
         What is done around each node, but for a linear map that the logits come from.
+    hooked
+        Nodes that `hooks` must see; with such a linear map among them the logits are whole.
+    again
+        Whether gradients run each segment again instead of keeping what it computed.
     """
     node = output_node(program, output)
     readout = Readout.of(node)
+    if readout is not None and readout.linear in hooked:
+        readout = None
     goals = (node,) if readout is None else readout.inputs
     needed = ancestors(goals)
     values = Values(given_of(program, inputs, weights))
-    nodes = [each for each in program.graph.nodes if each in needed]
-    kept = set(goals)
+    nodes = {each for each in needed if each.op != "placeholder"}
+    parts = [Segment.of([each for each in program.graph.nodes if each in nodes])]
+    if again and torch.is_grad_enabled():
+        parts = segments(program, among=nodes)
+    last = last_uses(program.graph, among=needed)
     until = {
-        each: last
-        for each, last in last_uses(program.graph, among=needed).items()
-        if each not in kept and each.op != "placeholder"
+        each: by for each, by in last.items() if each not in goals and each.op != "placeholder"
     }
-    Interpreter(values, hooks, until).run(nodes)
+    for part in parts:
+        if len(parts) > 1:
+            values.update(_run_again(part, values, hooks, goals))
+        else:
+            Interpreter(values, hooks, until).run(part.nodes)
     return WholeLogits(values[node]) if readout is None else readout.logits(values, hooks)
+
+
+def saves_memory(program: Program) -> bool:
+    """Return whether gradients had better compute activations again than keep them: see `again`."""
+    return program.device.type != "cpu" or program.placement.memory is not None
+
+
+def _run_again(
+    segment: Segment, values: Values, hooks: Hooks | None, goals: Collection[fx.Node]
+) -> dict[fx.Node, Any]:
+    """Return what a segment gives away; to be differentiated, it is run once more."""
+    given = {node: values[node] for node in segment.inputs}
+    tensors = [node for node, value in given.items() if isinstance(value, Tensor)]
+    away = [node for node in segment.nodes if node in segment.outputs or node in goals]
+
+    def run(*args: Tensor) -> tuple[Any, ...]:
+        held = Values({**given, **dict(zip(tensors, args, strict=True))})
+        Interpreter(held, hooks).run(segment.nodes)
+        return tuple(held[node] for node in away)
+
+    found = checkpoint(run, *(given[node] for node in tensors), use_reentrant=False)
+    return dict(zip(away, found, strict=True))
 
 
 def output_node(program: Program, name: str | None = None) -> fx.Node:

@@ -45,15 +45,16 @@ class Obs(Criterion):
         for group in context.track(context.groups, "scoring groups"):
             total = torch.zeros(math.prod(context.sizes(group)), dtype=torch.float64)
             for matrix, units in held[group.name]:
-                weight = matrix.read(context.program.weights[matrix.weight])
+                weight = matrix.read(context.weight(matrix.weight))
                 seen = found[matrix.name]
                 assert seen.gram is not None
                 for part, (each, gram) in enumerate(zip(weight.double(), seen.gram, strict=True)):
-                    if bool((units[part] >= 0).any()):
-                        least = _least(each, gram, units[part] >= 0)
+                    own = (units[part] >= 0).to(each.device)
+                    if bool(own.any()):
+                        least = _least(each, gram, own)
                         damp = validated_damp(each, seen, part, least)
                         errors = removal_errors(each, gram, units[part], damp=damp)
-                        total[: len(errors)] += errors
+                        total[: len(errors)] += errors.cpu()
             scores[group.name] = total.view(context.sizes(group))
         return scores
 
@@ -92,16 +93,16 @@ def removal_errors(
     Tensor
         ``[units]``, float64, never less than the cost of a unit that left before.
     """
-    count = int(units.max()) + 1
+    count, units = int(units.max()) + 1, units.to(weight.device)
     weight = weight.double().clone()
     inverse = torch.linalg.inv(damped(gram.double(), damp))
     columns = [(units == unit).nonzero().flatten() for unit in range(count)]
     single = torch.cat(columns) if all(len(each) == 1 for each in columns) else None
-    costs = torch.zeros(count, dtype=torch.float64)
-    left = torch.ones(count, dtype=torch.bool)
+    costs = weight.new_zeros(count)
+    left = torch.ones_like(costs, dtype=torch.bool)
     floor = 0.0
     while bool(left.any()):
-        errors = torch.full((count,), torch.inf, dtype=torch.float64)
+        errors = torch.full_like(costs, torch.inf)
         if single is not None:
             errors = weight[:, single].square().sum(0) / inverse.diagonal()[single]
         else:

@@ -16,11 +16,12 @@ from graphprune.analysis.groups import Group
 from graphprune.analysis.index_maps import units_along
 from graphprune.calibration.data import Calibration, inputs_of
 from graphprune.calibration.layerwise import unpadded
+from graphprune.calibration.logits import Logits, run_to_logits, saves_memory
 from graphprune.criteria.base import Criterion, Scores, ScoringContext
 from graphprune.criteria.gradients import finite_loss
 from graphprune.criteria.knockoffs import permuted
 from graphprune.errors import SelectionError
-from graphprune.ir.interpreter import Hooks, run_program
+from graphprune.ir.interpreter import Hooks
 from graphprune.ir.nodes import arguments_of
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import operator_of
@@ -78,7 +79,8 @@ class Scop(Criterion):
         """Train beta of every unit, in (0, 1)."""
         data, program = context.data(), context.program
         sizes = {group.name: context.sizes(group) for group in context.groups}
-        inner = {name: torch.zeros(math.prod(size)) for name, size in sizes.items()}
+        device = program.device
+        inner = {name: torch.zeros(math.prod(size), device=device) for name, size in sizes.items()}
         optimizer = torch.optim.Adam(
             [each.requires_grad_() for each in inner.values()], lr=self.rate, betas=(0.5, 0.9)
         )
@@ -95,7 +97,9 @@ class Scop(Criterion):
                     optimizer.zero_grad()
                     loss.backward()
                 optimizer.step()
-        return {n: each.detach().sigmoid().double().view(sizes[n]) for n, each in inner.items()}
+        return {
+            n: each.detach().sigmoid().double().view(sizes[n]).cpu() for n, each in inner.items()
+        }
 
 
 class ScopGamma(Scop):
@@ -167,7 +171,7 @@ class FeatureSite:
         """Sum `values`, of the shape of `units`, over the elements of each unit: ``[count]``."""
         at = torch.where(self.units < 0, count, self.units).flatten()
         found = torch.zeros(count + 1, dtype=torch.float64)
-        return found.index_add_(0, at, values.double().flatten())[:count]
+        return found.index_add_(0, at, values.double().cpu().flatten())[:count]
 
 
 def find_sites(context: ScoringContext, criterion: str) -> list[FeatureSite]:
@@ -190,7 +194,7 @@ def find_sites(context: ScoringContext, criterion: str) -> list[FeatureSite]:
                 continue
             gamma = torch.ones(units.shape)
             if args["weight"] is not None:
-                gamma = program.weights[names[args["weight"]]].detach().view(units.shape)
+                gamma = context.weight(names[args["weight"]]).view(units.shape)
             here.append(FeatureSite(group.name, node, args["input"], units, gamma))
         found += here
         if not here:
@@ -254,11 +258,12 @@ def mixed(
     batch: Mapping[str, Tensor],
     beta: Mapping[str, Tensor],
     controls: Mapping[FeatureSite, Tensor],
-) -> Tensor:
+) -> Logits:
     """Return the first output on a batch, with features mixed with the `controls`.
 
     `beta` is ``[units]`` by the name of the group; what belongs to no unit stays as it is.
     """
+    units_of = {site: site.units.to(program.device) for site in sites}
 
     def mix(site: FeatureSite, value: Tensor) -> Tensor:
         control = controls[site]
@@ -268,7 +273,8 @@ def mixed(
                 f"{tuple(value.shape)} on the data and {tuple(control.shape)} on its knockoff: "
                 "they cannot be mixed"
             )
-        part = beta[site.group][site.units.clamp(min=0)].masked_fill(site.units < 0, 1)
+        units = units_of[site]
+        part = beta[site.group][units.clamp(min=0)].masked_fill(units < 0, 1)
         return torch.lerp(control, value, part.to(value.dtype))
 
     return _run(program, sites, mix, batch)
@@ -279,7 +285,7 @@ def _run(
     sites: Sequence[FeatureSite],
     read: Callable[[FeatureSite, Tensor], Tensor],
     batch: Mapping[str, Tensor],
-) -> Tensor:
+) -> Logits:
     """Return the first output where what is read at each site is what `read` gives for it."""
     at = {site.node: [each for each in sites if each.node is site.node] for site in sites}
 
@@ -290,8 +296,15 @@ def _run(
             seen[site.source] = read(site, value)
         return seen
 
-    outputs = run_program(program, inputs_of(batch), Hooks(before))
-    return outputs[program.outputs[0].name]
+    weights = {name: weight.detach() for name, weight in program.operands.items()}
+    return run_to_logits(
+        program,
+        inputs_of(batch),
+        weights=weights,
+        hooks=Hooks(before),
+        hooked=at,
+        again=saves_memory(program),
+    )
 
 
 def scales(context: ScoringContext, sites: Sequence[FeatureSite]) -> Scores:
@@ -321,7 +334,7 @@ def _deviations(context: ScoringContext, sites: Sequence[FeatureSite]) -> dict[F
     count = dict.fromkeys(sites, 0)
     for batch in context.track(unpadded(context.data()), "measuring activations"):
         for site, value in features(context.program, sites, batch).items():
-            wide = value.double()
+            wide = value.double().cpu()
             total[site] += wide.sum_to_size(site.units.shape)
             squares[site] += wide.square().sum_to_size(site.units.shape)
             count[site] += value.numel() // site.units.numel()

@@ -17,7 +17,9 @@ from graphprune.plan.index_map import IndexMap
 def sum_units(line: Tensor, group: Group, member: IndexMap) -> Tensor:
     """Sum scores along a dimension over the slice of every unit: ``[*parents' sizes, size]``."""
     if member.owner is not None:
-        return line.new_zeros(group.size).index_fill(0, torch.tensor(member.owner), line.sum())
+        return line.new_zeros(group.size).index_fill(
+            0, torch.tensor(member.owner, device=line.device), line.sum()
+        )
     units = line[unit_indices(member, group.size)]
     keep = [member.outer_groups.index(parent) for parent in group.parents]
     gone = [dim for dim in range(units.ndim) if dim not in (*keep, units.ndim - 2)]

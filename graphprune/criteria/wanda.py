@@ -32,7 +32,7 @@ class Wanda(WeightCriterion):
         held = [m for m in contractions(context.program).matrices if m.weight in names]
         found = observe(context.program, held, context.data(), track=context.track)
         for name in names:
-            weight = context.program.weights[name].detach()
+            weight = context.weight(name)
             scores = weight.float().abs()
             for matrix in held:
                 if matrix.weight == name:

@@ -89,7 +89,7 @@ _BLOCK = 1 << 20
 
 
 def _reduce(elements: Tensor, dim: int, measure: Measure) -> Tensor:
-    """Reduce all dimensions but `dim` in one pass over the elements; float64."""
+    """Reduce all dimensions but `dim` in one pass over the elements; float64, on the CPU."""
     if elements.ndim == 1:
         elements = elements[:, None]
     others = [other for other in range(elements.ndim) if other != dim]
@@ -98,7 +98,7 @@ def _reduce(elements: Tensor, dim: int, measure: Measure) -> Tensor:
     lines = [
         _SINGLE[measure](block.to(wide)).sum(others).double() for block in elements.split(rows)
     ]
-    return torch.cat(lines) if dim == 0 else torch.stack(lines).sum(0)
+    return (torch.cat(lines) if dim == 0 else torch.stack(lines).sum(0)).cpu()
 
 
 _SINGLE: dict[Measure, Callable[[Tensor], Tensor]] = {
@@ -140,7 +140,7 @@ class L1(WeightCriterion):
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights themselves."""
         for name in names:
-            yield name, context.program.weights[name].detach()
+            yield name, context.weight(name)
 
 
 class L2(L1):

@@ -320,22 +320,22 @@ class Program:
 
     def placed(self, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """Return what the graph's placeholders are, in order: `weights`, and `inputs` filled in."""
-        filled = self.fill(inputs)
-        held = [weights[name] for name in self.weights]
-        return [*held, *(filled[value.name] for value in self.inputs)]
+        filled = self.fill(inputs, device_of(weights.values()))
+        return [*(weights[name] for name in self.weights), *(filled[v.name] for v in self.inputs)]
 
-    def fill(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return `inputs` on the device of the program, with what may be left out filled in.
+    def fill(
+        self, inputs: Mapping[str, Tensor], device: torch.device | None = None
+    ) -> dict[str, Tensor]:
+        """Return `inputs` with what may be left out, on `device` or that of the program.
 
         Raises
         ------
         UsageError
             When an input is missing or unknown.
         """
-        names = [value.name for value in self.inputs]
+        names, device = [value.name for value in self.inputs], device or self.device
         if unknown := [name for name in inputs if name not in names]:
             raise UsageError(f"no input {unknown[0]!r}; the program takes {', '.join(names)}")
-        device = self.device
         filled = {name: t if t.is_meta else t.to(device) for name, t in inputs.items()}
         batch = next((len(tensor) for tensor in inputs.values() if tensor.ndim), 1)
         past = 0

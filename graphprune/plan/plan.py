@@ -101,9 +101,10 @@ class Plan:
         """
         found = {}
         for name, dims in self.removed.items():
-            found[name] = torch.zeros(weights[name].shape, dtype=torch.bool)
+            mask = torch.zeros(weights[name].shape, dtype=torch.bool)
             for dim, indices in dims.items():
-                found[name].index_fill_(dim, torch.tensor(indices), True)
+                mask.index_fill_(dim, torch.tensor(indices), True)
+            found[name] = mask.to(weights[name].device)
         return found
 
     def masked(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -240,7 +240,7 @@ class _Loop:
             self._measure()
             self._save(checkpoint)  # where it cannot be written, no step is lost
         trained, config = self.trained, self.config
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
             while trained.step < config.steps and not trained.stopped:
                 torch.manual_seed(seed_of(config.seed, "dropout", trained.step))
                 self._step()
@@ -261,7 +261,8 @@ class _Loop:
         sizes = [self.objective.size(batch) for batch in batches]
         for batch, size in zip(batches, sizes, strict=True):
             with torch.enable_grad():
-                loss = self.objective(self.student.run(inputs_of(batch), training=True), batch)
+                logits = self.student.logits(inputs_of(batch), self.objective.output, training=True)
+                loss = self.objective(logits, batch)
                 (loss * (size / sum(sizes))).backward()
             self._check_finite(loss.item())
         if config.clip:
@@ -279,8 +280,8 @@ class _Loop:
         total, count = 0.0, 0
         for batch in self.held.all(self.config.micro):
             size = self.objective.size(batch)
-            outputs = self.student.run(inputs_of(batch), training=False)
-            total += self.objective.measure(outputs, batch).item() * size
+            logits = self.student.logits(inputs_of(batch), self.objective.output, training=False)
+            total += self.objective.measure(logits, batch).item() * size
             count += size
         self._check_finite(total)
         trained.measured[trained.step] = total / count

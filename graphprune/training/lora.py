@@ -17,11 +17,12 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from graphprune.analysis.matrices import Matrix, Use
+from graphprune.calibration.logits import Logits, run_to_logits, saves_memory
 from graphprune.ir.aten import PRODUCTS, name_of
-from graphprune.ir.interpreter import Hooks, run_program
+from graphprune.ir.interpreter import Hooks
 from graphprune.ir.nodes import arguments_of
 from graphprune.ir.program import Program
-from graphprune.training.trainable import Batch
+from graphprune.training.trainable import Batch, mixed_precision
 
 _ADAPTER = "default"
 
@@ -60,6 +61,7 @@ class Adapters:
             torch.manual_seed(seed)
             self._layers = _adapted(matrices, rank, alpha, dropout)
         self._modules = nn.ModuleList(self._layers.values())
+        _move(self._modules, program.device)
         self.parameters = {
             name: each for name, each in self._modules.named_parameters() if each.requires_grad
         }
@@ -74,11 +76,19 @@ class Adapters:
                 self._inside.append(matrix)
         self._beside = beside
 
-    def run(self, batch: Batch, training: bool) -> dict[str, Tensor]:
-        """Return the outputs of the program with its adapters."""
+    def logits(self, batch: Batch, output: str, training: bool) -> Logits:
+        """Return an output of the program with its adapters."""
         self._modules.train(training)
-        hooks = Hooks(after=self._with_side)
-        return run_program(self._program, batch, hooks, self._with(self._inside))
+        with mixed_precision(self._program):
+            return run_to_logits(
+                self._program,
+                batch,
+                output,
+                weights=self._with(self._inside),
+                hooks=Hooks(after=self._with_side),
+                hooked=self._beside,
+                again=saves_memory(self._program),
+            )
 
     def _with_side(self, node: fx.Node, value: Any, values: Mapping[fx.Node, Any]) -> Any:
         """Return the value of a node, with what an adapter beside it makes of its activations."""
@@ -107,6 +117,15 @@ class Adapters:
             kept = delta if zero is None else delta.masked_fill(zero, 0)
             weights[name] = (weights[name].to(kept.dtype) + kept).to(weights[name].dtype)
         return weights
+
+
+def _move(modules: nn.Module, device: torch.device) -> None:
+    """Move the parameters; all were drawn on the CPU, so that a seed gives the same everywhere."""
+    for module in modules.modules():
+        for name, each in module._parameters.items():
+            if each is not None and each.device != device:
+                moved = each.detach().to(device)
+                module._parameters[name] = nn.Parameter(moved, requires_grad=each.requires_grad)
 
 
 def _adapted(

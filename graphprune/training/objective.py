@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from graphprune.calibration.data import LABELS, inputs_of
-from graphprune.calibration.losses import predicted, task_loss
+from graphprune.calibration.logits import Logits, run_to_logits
+from graphprune.calibration.losses import divergence, predicted, task_loss
 from graphprune.errors import TrainingError
 from graphprune.ir.program import Program
 from graphprune.training.trainable import Batch, Trainable
@@ -52,9 +51,8 @@ class Objective:
             return "divergence from the unpruned program"
         return "cross entropy of the labels" if self.labeled else "next-token loss"
 
-    def __call__(self, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor:
+    def __call__(self, logits: Logits, batch: Batch) -> Tensor:
         """Return what is trained on, a differentiable scalar in nats."""
-        logits = outputs[self.output]
         if self.distil == 0:
             return _task_loss(logits, batch)
         divergence = self._divergence(logits, batch)
@@ -63,11 +61,11 @@ class Objective:
         loss = _task_loss(logits, batch)
         return (1 - self.distil) * loss + self.distil * divergence
 
-    def measure(self, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor:
+    def measure(self, logits: Logits, batch: Batch) -> Tensor:
         """Return the next-token loss, or the divergence where that is all that is trained on."""
         if self.distil == 1:
-            return self._divergence(outputs[self.output], batch)
-        return _task_loss(outputs[self.output], batch)
+            return self._divergence(logits, batch)
+        return _task_loss(logits, batch)
 
     def size(self, batch: Batch) -> int:
         """Return how much a batch counts among others: its predicted tokens, or its samples."""
@@ -86,9 +84,9 @@ class Objective:
             it, or the teacher's logits are of other shape.
         """
         with torch.no_grad():
-            logits = student.run(inputs_of(batch), training=False)[self.output]
+            logits = student.logits(inputs_of(batch), self.output, training=False)
             if self.teacher is not None:
-                given = self.teacher(**inputs_of(batch))[self.output]
+                given = self._taught(batch)
                 if given.shape != logits.shape:
                     raise TrainingError(
                         f"the unpruned program gives {self.output} {tuple(given.shape)}, this one "
@@ -101,7 +99,7 @@ class Objective:
                 return
             tokens = _of_tokens(batch)
             ids = tokens.get("input_ids")
-            if ids is None or logits.ndim != 3 or logits.shape[:2] != ids.shape:
+            if ids is None or len(logits.shape) != 3 or logits.shape[:2] != ids.shape:
                 raise TrainingError(
                     f"there is no next token in what this program gives, {self.output} "
                     f"{tuple(logits.shape)}: train it with distil=1"
@@ -109,26 +107,37 @@ class Objective:
             name = next(name for name, value in batch.items() if value is ids)
             other = ids.clone()
             other[:, -1] = (ids[:, -1] + 1) % logits.shape[-1]
-            changed = student.run({**inputs_of(batch), name: other}, training=False)[self.output]
-        if not torch.allclose(logits[:, :-1], changed[:, :-1], rtol=1e-3, atol=1e-3):
+            inputs = {**inputs_of(batch), name: other}
+            changed = student.logits(inputs, self.output, training=False)
+            found, again = (each.all()[:, :-1] for each in (logits, changed))
+        if not torch.allclose(found, again, rtol=1e-3, atol=1e-3):
             raise TrainingError(
                 "the logits of this program depend on the tokens after them, so that predicting "
                 "the next one teaches nothing: train it with distil=1"
             )
 
-    def _divergence(self, logits: Tensor, batch: Batch) -> Tensor:
-        assert self.teacher is not None
-        given = self.teacher(**inputs_of(batch))[self.output]
+    def _divergence(self, logits: Logits, batch: Batch) -> Tensor:
+        given = self._taught(batch)
         mask = _of_tokens(batch).get("attention_mask")
-        if mask is not None and mask.shape == logits.shape[:2]:
-            logits, given = logits[mask.bool()], given[mask.bool()]
-        if self.output != "logits":
-            return (logits - given).float().square().mean() / given.float().square().mean()
-        found, wanted = (each.flatten(0, -2).float().log_softmax(-1) for each in (logits, given))
-        return functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
+        at = torch.arange(logits.shape[:-1].numel(), device=logits.device)
+        if is_masked := mask is not None and mask.shape == logits.shape[:2]:
+            at = at.view(logits.shape[:-1])[mask.bool().to(at.device)].flatten()
+        if self.output == "logits":
+            return logits.summed(at, lambda z, piece: divergence(given.rows(at[piece]), z)) / len(
+                at
+            )
+        found, wanted = (each.all().float() for each in (logits, given))
+        if is_masked:
+            found, wanted = (each.flatten(0, -2)[at] for each in (found, wanted))
+        return (found - wanted).square().mean() / wanted.square().mean()
+
+    @torch.no_grad()
+    def _taught(self, batch: Batch) -> Logits:
+        assert self.teacher is not None
+        return run_to_logits(self.teacher, inputs_of(batch), self.output)
 
 
-def _task_loss(logits: Tensor, batch: Batch) -> Tensor:
+def _task_loss(logits: Logits, batch: Batch) -> Tensor:
     """Return the cross entropy of the labels where there are any, else of the next tokens."""
     labels = {LABELS: batch[LABELS]} if LABELS in batch else {}
     return task_loss(logits, {**_of_tokens(batch), **labels})

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from graphprune.calibration.logits import Logits, run_to_logits, saves_memory
 from graphprune.ir.program import Program
 
 Batch = Mapping[str, Tensor]
@@ -15,15 +18,15 @@ Batch = Mapping[str, Tensor]
 
 
 class Trainable(Protocol):
-    """A model to the loop: parameters, outputs on a batch, new weights."""
+    """A model to the loop: parameters, logits of a batch, new weights."""
 
     @property
     def parameters(self) -> Mapping[str, Tensor]:
         """The tensors that are trained, by name."""
         ...  # pragma: no cover
 
-    def run(self, batch: Batch, training: bool) -> dict[str, Tensor]:
-        """Return the outputs on a batch, in the caller's grad mode; dropout where `training`."""
+    def logits(self, batch: Batch, output: str, training: bool) -> Logits:
+        """Return an output on a batch, in the caller's grad mode; dropout where `training`."""
         ...  # pragma: no cover
 
     def weights(self) -> dict[str, Tensor]:
@@ -56,9 +59,13 @@ class AllWeights:
             if name in self.parameters:
                 self.parameters[name].register_hook(_without(zero))
 
-    def run(self, batch: Batch, training: bool) -> dict[str, Tensor]:
-        """Return the outputs; a captured program has no dropout of its own."""
-        return self._program.run({**self._held, **self._rounded()}, batch)
+    def logits(self, batch: Batch, output: str, training: bool) -> Logits:
+        """Return an output; a captured program has no dropout of its own."""
+        weights = {**self._held, **self._rounded()}
+        with mixed_precision(self._program):
+            return run_to_logits(
+                self._program, batch, output, weights=weights, again=saves_memory(self._program)
+            )
 
     def weights(self) -> dict[str, Tensor]:
         """Return what the masters are now."""
@@ -78,11 +85,17 @@ def _without(zero: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda gradient: gradient.masked_fill(zero, 0)
 
 
+def mixed_precision(program: Program) -> AbstractContextManager[Any]:
+    """Return the context in which a program is trained: bfloat16 products where it is on a GPU."""
+    kind = program.device.type
+    return contextlib.nullcontext() if kind == "cpu" else torch.autocast(kind, torch.bfloat16)
+
+
 def kept_zeros(program: Program, names: Sequence[str]) -> dict[str, Tensor]:
     """Return masks of the exact zeros in those weights of `names` with two dimensions or more.
 
     Weights without a zero are left out.
     """
-    weights = {name: program.weights[name].detach() for name in names}
+    weights = program.take(names)
     zeros = {name: weight == 0 for name, weight in weights.items() if weight.ndim >= 2}
     return {name: zero for name, zero in zeros.items() if bool(zero.any())}

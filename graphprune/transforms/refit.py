@@ -76,7 +76,8 @@ def refit(
         little for those of one.
     """
     _check(coupling, plan)
-    gone = plan.masks(program.weights)
+    weights, device = program.operands, program.device
+    gone = {name: mask.to(device) for name, mask in plan.masks(program.weights).items()}
     columns = {
         matrix: _columns(matrix.read(gone[matrix.weight]))
         for matrix in contractions(program).matrices
@@ -96,20 +97,20 @@ def refit(
     ) -> Mapping[str, Tensor]:
         used = {names[other] for n in nodes for other in n.all_input_nodes if other in names}
         new = {
-            name: program.weights[name].masked_fill(gone[name], 0)
+            name: weights[name].masked_fill(gone[name], 0)
             for name in used & gone.keys() - done.keys()
         }
         for matrix in held:
-            weight = new.get(matrix.weight, program.weights[matrix.weight])
+            weight = new.get(matrix.weight, weights[matrix.weight])
             bias = bias_of(program, matrix)
             seen = statistics[matrix.name]
-            dense = matrix.read(program.weights[matrix.weight]).double()
+            dense = matrix.read(weights[matrix.weight]).double()
             best, shift = _least_squares(
                 matrix.name, dense, columns[matrix], seen, damp, centered=bool(bias)
             )
             new[matrix.weight] = matrix.write(weight, best).masked_fill(gone[matrix.weight], 0)
             if bias:
-                old = new.get(bias, done.get(bias, program.weights[bias]))
+                old = new.get(bias, done.get(bias, weights[bias]))
                 moved = (old.double() + shift.reshape(old.shape)).to(old.dtype)
                 new[bias] = moved.masked_fill(gone[bias], 0) if bias in gone else moved
             refitted.append(matrix.name)
@@ -118,7 +119,7 @@ def refit(
 
     layerwise = run_layerwise(program, matrices, calibration, "gram", edit, track, memory=memory)
     rest = {
-        name: program.weights[name].masked_fill(mask, 0)
+        name: weights[name].masked_fill(mask, 0)
         for name, mask in gone.items()
         if name not in layerwise.weights
     }

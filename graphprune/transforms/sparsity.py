@@ -176,7 +176,7 @@ def zeros_by_share(scores: Tensor, ratio: float) -> Tensor:
     """
     ordered, indices = scores.double().sort(dim=-1, stable=True)
     shares = ordered.cumsum(-1) / ordered.sum(-1, keepdim=True).clamp(min=torch.finfo().tiny)
-    low = torch.zeros((len(scores), 1, 1), dtype=torch.float64)
+    low = shares.new_zeros(len(scores), 1, 1)
     high = torch.ones_like(low)
     gone = shares <= low
     for _ in range(50):
@@ -218,7 +218,7 @@ class SparseGpt:
         new, gone = weight.double(), torch.zeros_like(weight, dtype=torch.bool)
         for part, gram in enumerate(statistics.gram):
             if not statistics.count[part]:
-                gram = torch.eye(len(gram), dtype=gram.dtype)
+                gram = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
             self._part(new[part], gone[part], gram, pattern)
         return new.to(weight.dtype), gone
 

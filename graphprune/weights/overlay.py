@@ -18,7 +18,7 @@ from graphprune.weights.tensors import type_name
 def overlaid(
     weights: Mapping[str, Tensor], changed: Mapping[str, Tensor], placement: Placement
 ) -> dict[str, Tensor]:
-    """Return `weights` with those `changed` in their place, in the types of those they replace.
+    """Return `weights` with those `changed` in their place, of the types and devices of the old.
 
     They go to a scratch file where all that is held would go past the limit of memory.
 
@@ -29,7 +29,10 @@ def overlaid(
     OutputError
         When there is no room for a scratch file.
     """
-    given = {name: _stored(name, new, weights[name].dtype) for name, new in changed.items()}
+    given = {
+        name: _stored(name, new, weights[name].dtype).to(weights[name].device)
+        for name, new in changed.items()
+    }
     if placement.memory is not None and held_bytes({**weights, **given}) > placement.memory:
         given = spill(given)
     return {**weights, **given}

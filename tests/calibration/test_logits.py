@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from architectures import program_of
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 import graphprune as gp
 from graphprune.calibration import logits as logits_module
+from graphprune.calibration.layerwise import BatchExecution
 from graphprune.calibration.logits import Readout, output_node, run_to_logits
 from graphprune.calibration.losses import cross_entropy, next_token_loss, sample_losses
+from graphprune.calibration.segments import segments
 
 BATCH, LENGTH, WIDE, CLASSES = 2, 5, 6, 11
 
@@ -122,3 +128,22 @@ def test_an_end_that_something_else_looks_at_is_none() -> None:
 
     program = gp.capture(Two().eval(), (torch.zeros(2, WIDE),))
     assert Readout.of(output_node(program)) is None
+
+
+def test_a_run_forward_makes_nothing_elsewhere_on_tensors_without_values() -> None:
+    program = program_of("llama-gqa")
+    with FakeTensorMode():
+        weights = {
+            name: torch.empty(weight.shape, dtype=weight.dtype, device="cuda")
+            for name, weight in program.weights.items()
+        }
+        there = dataclasses.replace(program, weights=weights)
+        batch = {"input_ids": torch.zeros(2, 9, dtype=torch.int64)}
+        logits = run_to_logits(there, batch)
+        rows = torch.arange(18, device="cuda")
+        found = logits.rows(rows)
+        assert {found.device, logits.device} == {torch.device("cuda", 0)}
+        assert {output.device for output in there(**batch).values()} == {torch.device("cuda", 0)}
+        (execution,) = BatchExecution.of_all(there, [batch])
+        for segment in segments(there):
+            execution.advance([node for node in segment.nodes if node.op != "output"])

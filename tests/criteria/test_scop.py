@@ -120,7 +120,7 @@ def test_only_real_features_are_the_program_and_only_knockoffs_are_it_on_the_kno
     sites = find_sites(context, "scop")
     (batch, _), (control, _) = calibration, permuted(calibration, torch.Generator())
     beta = {group.name: torch.full((group.size,), part) for group in context.groups}
-    found = mixed(program, sites, batch, beta, features(program, sites, control))
+    found = mixed(program, sites, batch, beta, features(program, sites, control)).all()
     assert torch.allclose(found, program(**(batch if part else control))["output"], atol=1e-6)
 
 
@@ -198,7 +198,7 @@ def test_without_batch_norms_features_are_mixed_at_what_consumes_them(role: str)
     with torch.no_grad():
         expected = model(**data).logits
         controls = features(program, [site], control)
-        found = mixed(program, [site], data, {group.name: beta}, controls)
+        found = mixed(program, [site], data, {group.name: beta}, controls).all()
     assert torch.allclose(found, expected, atol=1e-5)
     assert not torch.allclose(found, program(**data)["logits"], atol=1e-3)
 

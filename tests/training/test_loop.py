@@ -16,6 +16,7 @@ from torch.nn import functional
 import graphprune as gp
 from graphprune.analysis.matrices import contractions
 from graphprune.calibration.data import Calibration
+from graphprune.calibration.logits import Logits, WholeLogits
 from graphprune.errors import CalibrationError, OutputError, TrainingError
 from graphprune.ir.program import Program
 from graphprune.training.loop import Checkpoint, Trained, TrainingConfig, train
@@ -279,19 +280,17 @@ class Curve:
         self.parameters = {"at": torch.zeros(1, requires_grad=True)}
         self.losses = losses
 
-    def run(self, batch: Mapping[str, Tensor], training: bool) -> dict[str, Tensor]:
+    def logits(self, batch: Mapping[str, Tensor], output: str, training: bool) -> Logits:
         at = self.parameters["at"]
-        if training:
-            return {"loss": at.sum()}
-        return {"loss": torch.tensor(self.losses[round(-at.item())])}
+        return WholeLogits(at if training else torch.tensor(self.losses[round(-at.item())])[None])
 
     def weights(self) -> dict[str, Tensor]:
         return {"at": self.parameters["at"].detach().clone()}
 
 
 class Given(Objective):
-    def __call__(self, outputs: Mapping[str, Tensor], batch: Any) -> Tensor:
-        return outputs["loss"]
+    def __call__(self, logits: Logits, batch: Any) -> Tensor:
+        return logits.all().sum()
 
     measure = __call__
 
@@ -382,7 +381,7 @@ def test_a_teacher_is_mixed_in_by_its_weight() -> None:
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
     batch = {"input_ids": ids, "attention_mask": mask}
-    outputs = program(**batch)
+    outputs = WholeLogits(program(**batch)["logits"])
     ours, theirs = (p(**batch)["logits"].log_softmax(-1)[mask.bool()] for p in (program, teacher))
     divergence = (theirs.exp() * (theirs - ours)).sum(-1).mean()
     loss = CE(outputs, batch)
@@ -408,7 +407,7 @@ def test_what_is_no_logits_is_matched_in_the_mean_square() -> None:
     batch = {program.inputs[0].name: torch.randn(5, 4)}
     output = program.outputs[0].name
     teacher = scaled(program, 2.0)
-    found = Objective(output, teacher, 1.0)(program(**batch), batch)
+    found = Objective(output, teacher, 1.0)(WholeLogits(program(**batch)[output]), batch)
     assert float(found) == pytest.approx(0.25)
 
 
@@ -420,7 +419,7 @@ def test_a_decoder_with_an_encoder_predicts_its_own_tokens() -> None:
     expected = functional.cross_entropy(
         outputs["logits"][:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     )
-    assert float(CE(outputs, batch)) == pytest.approx(float(expected))
+    assert float(CE(WholeLogits(outputs["logits"]), batch)) == pytest.approx(float(expected))
     assert CE.size(batch) == ids[:, 1:].numel()
     trained = fit(everything(program), name="t5")
     assert trained.measured[5] < trained.measured[0]
@@ -445,8 +444,8 @@ def test_a_teacher_of_another_vocabulary_is_refused() -> None:
     few.check(everything(program), batch)
 
     class Fewer(AllWeights):
-        def run(self, batch: Any, training: bool) -> dict[str, Tensor]:
-            return {"logits": super().run(batch, training)["logits"][..., :-1]}
+        def logits(self, batch: Any, output: str, training: bool) -> Logits:
+            return WholeLogits(super().logits(batch, output, training).all()[..., :-1])
 
     with pytest.raises(TrainingError, match=r"gives logits \(1, 4, 61\), this one \(1, 4, 60\)"):
         few.check(Fewer(program, parameters_of(program)), batch)

@@ -47,7 +47,7 @@ def test_what_is_merged_is_what_was_trained(name: str) -> None:
     adapters = stir(adapters_of(program))
     assert len(adapters._inside) == INSIDE.get(name, 0)
     batch, main = inputs_of(program), program.outputs[0].name
-    trained = adapters.run(batch, training=False)[main].detach()
+    trained = adapters.logits(batch, main, training=False).all().detach()
     merged = program.with_weights(adapters.weights())(**batch)[main]
     assert relative_error(merged, trained) < 1e-5
     assert relative_error(program(**batch)[main], trained) > 0.05
@@ -57,7 +57,7 @@ def test_what_is_merged_is_what_was_trained(name: str) -> None:
 def test_a_gradient_reaches_every_adapter(name: str) -> None:
     program = program_of(name)
     adapters = stir(adapters_of(program))
-    output = adapters.run(inputs_of(program), training=True)[program.outputs[0].name]
+    output = adapters.logits(inputs_of(program), program.outputs[0].name, training=True).all()
     output.square().mean().backward()
     assert [n for n, p in adapters.parameters.items() if p.grad is None or not p.grad.any()] == []
 
@@ -100,7 +100,7 @@ def test_peft_on_the_model_gives_the_same(name: str, dropout: float) -> None:
     torch.manual_seed(3)
     expected = peft(**batch).logits
     torch.manual_seed(3)
-    found = ours.run(batch, training=True)["logits"]
+    found = ours.logits(batch, "logits", training=True).all()
     assert relative_error(expected.detach(), found.detach()) < 1e-5
     for output in (expected, found):
         output.square().mean().backward()
@@ -122,8 +122,8 @@ def test_dropout_is_of_training_only() -> None:
     program = program_of("llama-gqa")
     adapters = stir(adapters_of(program, dropout=0.5))
     batch = inputs_of(program)
-    first, second = (adapters.run(batch, training=False)["logits"] for _ in range(2))
-    third, fourth = (adapters.run(batch, training=True)["logits"] for _ in range(2))
+    first, second = (adapters.logits(batch, "logits", training=False).all() for _ in range(2))
+    third, fourth = (adapters.logits(batch, "logits", training=True).all() for _ in range(2))
     assert torch.equal(first, second)
     assert not torch.allclose(third, fourth)
 
@@ -142,7 +142,7 @@ def test_zeros_stay_in_training_and_after(name: str) -> None:
         assert not merged[weight][zero].any()
         assert not torch.equal(merged[weight], program.weights[weight])
     batch, main = inputs_of(program), program.outputs[0].name
-    trained = adapters.run(batch, training=True)[main].detach()
+    trained = adapters.logits(batch, main, training=True).all().detach()
     assert relative_error(program.with_weights(merged)(**batch)[main], trained) < 1e-5
 
 
@@ -166,7 +166,9 @@ def test_pieces_of_a_weight_have_adapters_of_their_own() -> None:
     adapters = stir(adapters_of(program, rank=2, dropout=0.0))
     assert len(adapters._layers) == 2
     assert len(adapters._inside) == 1
-    trained = next(iter(adapters.run({program.inputs[0].name: x}, training=True).values()))
+    trained = adapters.logits(
+        {program.inputs[0].name: x}, program.outputs[0].name, training=True
+    ).all()
     merged = next(iter(program.with_weights(adapters.weights())(x).values()))
     assert torch.allclose(trained, merged, atol=1e-5)
     delta = adapters.weights()["weight"] - program.weights["weight"]
@@ -180,7 +182,7 @@ def test_adapters_of_half_precision_weights_are_of_full_precision() -> None:
     assert {each.dtype for each in adapters.parameters.values()} == {torch.float32}
     assert {each.dtype for each in adapters.weights().values()} == {torch.bfloat16}
     batch = inputs_of(held)
-    trained = adapters.run(batch, training=False)["logits"].detach()
+    trained = adapters.logits(batch, "logits", training=False).all().detach()
     merged = program.with_weights(adapters.weights())(**batch)["logits"]
     assert trained.dtype == torch.bfloat16
     assert relative_error(merged.float(), trained.float()) < 0.05

@@ -95,7 +95,7 @@ def align(
         When the batches do not fit the program, or what heads compute on them is not finite.
     """
     calibration.check(program)
-    held = contractions(program)
+    held, weights = contractions(program), program.operands
     maps: list[HeadMap] = []
     changed: dict[str, Tensor] = {}
     reordering: dict[str, tuple[Permutation, ...]] = {}
@@ -107,7 +107,7 @@ def align(
             notes[heads.name] = f"keys and values: {why}"
             way = group_by_weights(program, types if similar else None, heads, groups)
             reordering[heads.name] = way.reordering
-            changed |= equal_heads({**program.weights, **changed}, heads, way.groups)
+            changed |= equal_heads({**weights, **changed}, heads, way.groups)
     fits = [AttentionFit(program, types, found, groups, similar, damp) for found in maps]
     parted = [
         replace(projection.matrix, weight=found.heads.name)
@@ -117,7 +117,8 @@ def align(
     executions = BatchExecution.of_all(program, unpadded(calibration))
 
     def edit(change: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> None:
-        changed.update(change({**program.weights, **changed}))
+        for name, weight in change({**weights, **changed}).items():
+            changed[name] = weight.to(program.device)
 
     for execution in executions:
         execution.replace(changed)

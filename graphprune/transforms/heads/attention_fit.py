@@ -24,6 +24,7 @@ from graphprune.transforms.heads.sharing import (
     shared_keys,
     shared_subspace,
 )
+from graphprune.weights import deferred
 
 _DISTANCES = 64
 """Positions between a query and a key over which products are averaged."""
@@ -52,6 +53,7 @@ class AttentionFit:
         damp: float,
     ) -> None:
         self.program, self.types, self.map = program, types, found
+        self.weights = program.operands
         self.groups, self.similar, self.damp = groups, similar, damp
         self.notes: list[str] = []
         self.errors: dict[str, float] = {}
@@ -86,10 +88,10 @@ class AttentionFit:
 
     def _made(self, projection: Projection, values: Mapping[fx.Node, Any]) -> Tensor:
         """Return what `projection` gives, ``[n, kv, slots, d]``, float64."""
-        rows = self._rows(self.program.weights, projection)
+        rows = self._rows(self.weights, projection)
         made = torch.einsum("ni,ksdi->nksd", projection.inputs(values), rows)
         if projection.bias:
-            made = made + self.program.weights[projection.bias].double()[projection.indices]
+            made = made + self.weights[projection.bias].double()[projection.indices]
         return made
 
     def _rows(self, weights: Mapping[str, Tensor], projection: Projection) -> Tensor:
@@ -105,11 +107,15 @@ class AttentionFit:
 
     def share_heads(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the weights that change when the heads of each group become equal."""
-        moments = (self._queries, self._keys, self._values)
+        # What is solved is small, and solved on the CPU.
+        moments = [each.cpu() for each in (self._queries, self._keys, self._values)]
+        self._queries, self._keys, self._values = moments
+        weights = {name: deferred.made(weights[name]).cpu() for name in self._names()}
+        self.weights = {name: deferred.made(self.weights[name]).cpu() for name in self._names()}
         if not all(bool(each.isfinite().all()) for each in moments):
             name = self.map.heads.name
             raise CalibrationError(f"{name}: its heads are not finite on the calibration data")
-        outputs = self._columns(self.program.weights)
+        outputs = self._columns(self.weights)
         uses = torch.einsum("oksd,okse->kde", outputs, outputs)
         rotation, linear = self._rotation(), self._values_linear()
         way = self._way(rotation, uses if linear else None)
@@ -131,6 +137,13 @@ class AttentionFit:
             if found
         }
         return {name: weight for name, weight in new.items() if weight is not weights[name]}
+
+    def _names(self) -> set[str]:
+        """Return the weights that this attention reads."""
+        read = {member.weight for member in self.map.heads.members}
+        for each in self.map.projections:
+            read |= {each.matrix.weight, *([each.bias] if each.bias else [])}
+        return read
 
     def _way(self, rotation: Rotation | None, uses: Tensor | None) -> Groups:
         """Choose which heads become one."""
@@ -201,7 +214,7 @@ class AttentionFit:
         _, _, value, output = self.map.projections
         scale = _scale(_block(self._values, at), shared.pool)
         self._write(new, value, at, lambda rows: _pooled(shared.pool / scale, rows))
-        columns = self._columns(self.program.weights)[:, at]
+        columns = self._columns(self.weights)[:, at]
         factored = torch.einsum("oksd,kde->okse", columns, shared.factors * scale)
         name = output.matrix.weight
         whole = output.matrix.read(new[name])
@@ -219,11 +232,11 @@ class AttentionFit:
         name, bias = projection.matrix.weight, projection.bias
         rows_at = projection.indices[at]
         whole = projection.matrix.read(new[name])
-        rows = change(self._rows(self.program.weights, projection)[at])
+        rows = change(self._rows(self.weights, projection)[at])
         whole[0][rows_at] = rows.to(whole.dtype)
         new[name] = projection.matrix.write(new[name], whole)
         if bias:
-            old = self.program.weights[bias].detach()
+            old = self.weights[bias].detach()
             vector = new[bias].detach().clone()
             vector[rows_at] = change(old.double()[rows_at]).to(old.dtype)
             new[bias] = vector
@@ -243,7 +256,8 @@ class AttentionFit:
     def refit_output(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the output projection fitted to what it gave before the edit."""
         matrix = self.map.projections[3].matrix
-        old = matrix.read(self.program.weights[matrix.weight])[0].double()
+        device = self.program.device
+        old = matrix.read(self.weights[matrix.weight])[0].double().to(device)
         start = matrix.read(weights[matrix.weight])[0].double()
         pairs = list(zip(self._before, self._after, strict=True))
         gram = sum((after.mT @ after for _, after in pairs), torch.zeros(()))
@@ -277,7 +291,7 @@ class _Followed:
     @property
     def turns(self) -> Tensor:
         """The factors, ``[positions, coordinates]``."""
-        return self._crossed / self._power.clamp(min=1e-150)
+        return (self._crossed / self._power.clamp(min=1e-150)).cpu()
 
     def reason(self) -> str:
         """Return why it is not that, or ""."""

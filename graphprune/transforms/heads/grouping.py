@@ -64,7 +64,8 @@ def group_by_weights(program: Program, types: Types | None, heads: Heads, groups
         rows = program.weights[weight].detach().double().movedim(dim, 0)
         if rows.ndim > 1:
             each = torch.stack([rows[at].flatten() for at in slices])
-            costs += torch.cdist(each, each).square() / each.square().sum().clamp(min=1e-150)
+            far = torch.cdist(each, each).square() / each.square().sum().clamp(min=1e-150)
+            costs += far.cpu()
     return Grouping.cheapest(types, atom, costs, groups)
 
 

@@ -200,4 +200,4 @@ def _start(moments: Tensor, queries: Tensor, rotation: Rotation) -> Tensor:
 def _regular(gram: Tensor) -> Tensor:
     """Return `gram` with so much more on its diagonal that it can be inverted."""
     more = gram.diagonal().mean().clamp(min=1e-150) * 1e-6
-    return gram + more * torch.eye(len(gram), dtype=gram.dtype)
+    return gram + more * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
