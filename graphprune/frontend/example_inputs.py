@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.export import Dim
 
 from graphprune.errors import CaptureError, first_line
+from graphprune.ir.input_sizes import TYPES
 from graphprune.ir.provenance import declared_length
 
 BATCH, NEW, PAST_LENGTH = 2, 3, 5
@@ -78,9 +79,6 @@ def example_of(model: Any) -> Example:
         f"{type(model).__name__} takes {model.main_input_name!r}, for which no example can be "
         f"made{refused}: give example_inputs"
     )
-
-
-TYPES = "token_type_ids"
 
 
 def _with_types(model: Any, example: Example) -> Example:

@@ -1,14 +1,35 @@
-"""Check inputs against the sizes for which a graph holds."""
+"""Fill in inputs that were left out, and check all against the sizes for which a graph holds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from graphprune.errors import UsageError
 
 Limits = Mapping[str, tuple[int, int | None]]
+
+
+TYPES = "token_type_ids"
+"""The input that says of which text each token is; plans from before programs had it hold."""
+
+
+def fill_beside_tokens(
+    filled: dict[str, Tensor], names: Sequence[str], rows: int, past: int, types: bool
+) -> None:
+    """Add attention masks of ones and, with `types`, types of zero, where they were left out."""
+    for name in names:
+        for kind in ("attention_mask", TYPES):
+            ids = filled.get(name.removesuffix(kind) + "input_ids")
+            if name in filled or not name.endswith(kind) or ids is None:
+                continue
+            if kind == TYPES and types:
+                filled[name] = torch.zeros_like(ids)
+            elif kind != TYPES:
+                ones = (rows, ids.shape[1] + past)
+                filled[name] = torch.ones(ones, dtype=torch.int64, device=ids.device)
 
 
 def check_sizes(

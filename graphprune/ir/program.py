@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from graphprune.errors import UsageError, nearest
 from graphprune.io.extensions import extension
 from graphprune.ir.devices import device_of, module_on
-from graphprune.ir.input_sizes import check_sizes
+from graphprune.ir.input_sizes import TYPES, check_sizes, fill_beside_tokens
 from graphprune.ir.provenance import Source
 from graphprune.weights.deferred import converted, made
 from graphprune.weights.overlay import overlaid
@@ -55,8 +55,6 @@ class Value:
     shape: tuple[int | str, ...]
     dtype: torch.dtype
 
-
-_TYPES = "token_type_ids"
 
 NoteKind = Literal[
     "",
@@ -284,9 +282,8 @@ class Program:
             for name, weight in self.weights.items()
             if self.kinds[name] != "constant"
         }
-        # Plans from before types of tokens were an input hold as well.
-        inputs = [each for each in self.inputs if not self._may_be_zero(each.name)]
-        promised = [value.name for value in (*inputs, *self.outputs)]
+        left_out = TYPES if self._types_may_be_zero else None
+        promised = [v.name for v in (*self.inputs, *self.outputs) if v.name != left_out]
         text = repr((sorted(held.items()), sorted(self.aliases.items()), promised))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -352,25 +349,16 @@ class Program:
                 )
                 filled[value.name] = torch.zeros(shape, dtype=value.dtype, device=device)
             past = filled[value.name].shape[2]
-        for name in names:
-            if name not in filled and name.endswith("attention_mask"):
-                ids = filled.get(name.replace("attention_mask", "input_ids"))
-                if ids is not None:
-                    ones = (batch, ids.shape[1] + past)
-                    filled[name] = torch.ones(ones, dtype=torch.int64, device=ids.device)
-            elif name not in filled and self._may_be_zero(name):
-                ids = filled.get(name.replace(_TYPES, "input_ids"))
-                if ids is not None:
-                    filled[name] = torch.zeros_like(ids)
+        fill_beside_tokens(filled, names, batch, past, self._types_may_be_zero)
         for name in names:
             if name not in filled:
                 raise UsageError(f"input {name!r} is missing; the program takes {', '.join(names)}")
         check_sizes({value.name: value.shape for value in self.inputs}, self.limits, filled)
         return filled
 
-    def _may_be_zero(self, name: str) -> bool:
-        optional = any(note.kind == "optional-input" for note in self.notes)
-        return optional and name.endswith(_TYPES)
+    @property
+    def _types_may_be_zero(self) -> bool:
+        return any(note.kind == "optional-input" for note in self.notes)
 
     # -- deriving -------------------------------------------------------------------------------
 
