@@ -217,14 +217,25 @@ def _capture_whole(
     if TYPES in example.inputs:
         text = f"{TYPES} may be left out, and are then zero, as the model has it"
         notes = (*notes, Note("optional-input", text))
+
+    def captured_with_masks(shapes: Mapping[str, Any], notes: tuple[Note, ...]) -> Call:
+        likely = _likely_mask_dims(example.inputs, shapes, source)
+        try:
+            call = captured({**shapes, **likely}, notes)
+        except CaptureError:
+            if not likely:
+                raise
+            call = captured(shapes, notes)
+        if shared := _mask_dims(call.program):
+            with contextlib.suppress(CaptureError):
+                return captured({**shapes, **shared}, notes)
+        return call
+
     for shapes, what in attempts:
         why = f"captured for {what} of its own: its graph holds for no other" if what else ""
         said = (*notes, Note("fixed-size", why)) if why else notes
         try:
-            call = captured(shapes, said)
-            if shared := _mask_dims(call.program):
-                with contextlib.suppress(CaptureError):
-                    call = captured({**shapes, **shared}, said)
+            call = captured_with_masks(shapes, said)
         except CaptureError:
             if shapes is fixed:
                 raise
@@ -239,6 +250,25 @@ def _capture_whole(
         if program.limits and replace(call, program=program).is_wide():
             return program
     return call.limited()
+
+
+def _likely_mask_dims(
+    inputs: Mapping[str, Tensor], shapes: Mapping[str, Any], source: Source
+) -> dict[str, dict[int, Any]]:
+    """Return dynamic dimensions for tokens and masks of the same sizes that say that they are.
+
+    A length is left out where the config bounds it: an export refuses what it finds to be bounded.
+    """
+    named = (0,) if source.context_length else (0, 1)
+    dims: dict[str, dict[int, Any]] = {}
+    for name, mask in inputs.items():
+        tokens = name.replace("attention_mask", "input_ids")
+        if tokens != name and tokens in inputs and inputs[tokens].shape == mask.shape:
+            asked = {dim: to for dim, to in (shapes.get(tokens) or {}).items() if to is Dim.AUTO}
+            shared = {dim: Dim(f"{tokens}_{dim}", min=2) for dim in asked if dim in named}
+            if shared:
+                dims |= {tokens: asked | shared, name: asked | shared}
+    return dims
 
 
 def _mask_dims(program: Program) -> dict[str, Any]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from architectures import build
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -145,3 +147,18 @@ def test_sizes_that_differ_where_they_are_one_are_named() -> None:
     program = gp.capture(Add(), (torch.zeros(2, 4), torch.zeros(2, 4)))
     with pytest.raises(UsageError, match="dimension 0 of input 'y' is 5, and dimension 0 of input"):
         program(torch.zeros(3, 4), torch.zeros(5, 4))
+
+
+@pytest.mark.captures_anew
+def test_tokens_and_masks_of_one_size_take_one_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    exports, export = [], torch.export.export
+
+    def counted(*args: Any, **options: Any) -> Any:
+        exports.append(args[0])
+        return export(*args, **options)
+
+    monkeypatch.setattr(torch.export, "export", counted)
+    program = gp.capture(build("bert"))
+    shapes = {value.name: value.shape for value in program.inputs}
+    assert shapes["input_ids"] == shapes["attention_mask"]
+    assert len(exports) == 1
