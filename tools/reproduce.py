@@ -502,8 +502,8 @@ def report(rows: Rows, seeds: int) -> str:
         "Written by `python tools/reproduce.py`; see there for what is measured. Increase of the "
         f"held-out loss in nats per token over the packaged checkpoint ({dense():.3f}), mean and "
         f"standard deviation over {seeds} seeds; in brackets its ratio to the base row of the "
-        "table. Digits: accuracy. Every draw is 32 windows of 128 tokens, cut anywhere and without a "
-        "first token, as the checkpoint was trained; the loss is measured on such windows too.",
+        "table. Digits: accuracy. Every draw is 32 windows of 128 tokens, cut anywhere and without "
+        "a first token, as the checkpoint was trained; the loss is measured on such windows too.",
         "",
     ]
     lines += [*headline(rows, seeds), ""]
