@@ -46,6 +46,7 @@ from graphprune.cli.writing import (
     destination,
     form_of,
     note_large_edits,
+    note_other_sizes,
     plan_files,
     write,
 )
@@ -164,6 +165,7 @@ def run(
             session, program, result.program, directory, loading, result.plan
         )
         result = dataclasses.replace(result, program=smaller)
+        note_other_sizes(result.report)
         found = form_of(session, result.program, form)
         if output is None:
             _show_plan(session, result, found, as_json)

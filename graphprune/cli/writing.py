@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from graphprune.calibration.data import Calibration
     from graphprune.evaluation.comparison import Comparison
     from graphprune.ir.program import Program
+    from graphprune.pipeline.report import Report
     from graphprune.plan.plan import Plan
 
 PLAN, REPORT = "plan.json", "report.json"
@@ -112,6 +113,19 @@ def write(
 def plan_files(folder: Path) -> list[str]:
     """Return the names of the plan in `folder`, and of the values that it brings along, if any."""
     return [PLAN, *(path.name for path in [edits_beside(folder / PLAN)] if path.exists())]
+
+
+def note_other_sizes(report: Report) -> None:
+    """Say where a plain checkpoint asked for other sizes than the passes did."""
+    from graphprune.report.overview import collapse_names
+
+    for record in report.passes:
+        found = record.details.get("left with, for a plain checkpoint", {})
+        alike: dict[str, list[str]] = {}
+        for name, told in (found if isinstance(found, dict) else {record.name: found}).items():
+            alike.setdefault(told, []).append(name)
+        for told, names in alike.items():
+            note(f"{collapse_names(names)}: left with {told}")
 
 
 def note_large_edits(folder: Path, plan: Plan) -> None:

@@ -132,6 +132,11 @@ def test_the_form_that_is_asked_for_decides_sizes(
     assert data["form"] == ("plain" if form == "plain" else "remote-code")
     removed = data["passes"][0]["details"]["removed"]
     assert set(removed.values()) == {f"{gone} of 4"}
+    if form == "plain":
+        told = (
+            "graphprune: model.layers.{0-1}.self_attn:kv-head: left with 2 of 4: the config refuses"
+        )
+        assert told in done.err
     if form == "any":
         assert "num_attention_heads of 1, 2, 4 would do" in done.err
 
