@@ -61,7 +61,7 @@ def measure(work: str, directory: str, text: str, samples: int, length: int) -> 
     if work == "plain":
         return _plain(directory, ids)
     import graphprune as gp
-    from graphprune.calibration.logits import run_to_logits
+    from graphprune.calibration.layerwise import logits_of_all
     from graphprune.calibration.losses import next_token_loss
     from graphprune.calibration.tokens import token_batch
     from graphprune.criteria import ScoringContext, criterion
@@ -73,7 +73,8 @@ def measure(work: str, directory: str, text: str, samples: int, length: int) -> 
         if work == "evaluate":
             batches = [token_batch(row[None]) for row in ids]
             with torch.no_grad():
-                losses = [next_token_loss(run_to_logits(program, b, "logits"), b) for b in batches]
+                every = logits_of_all(program, batches, "logits")
+                losses = [next_token_loss(*each) for each in zip(every, batches, strict=True)]
             found = float(torch.stack(losses).mean())
         else:
             groups = target_groups(coupling, "ffn")

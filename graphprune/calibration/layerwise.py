@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.calibration.data import Calibration
+from graphprune.calibration.logits import Logits, WholeLogits, ending, run_to_logits
+from graphprune.calibration.segments import segments
 from graphprune.errors import CalibrationError
 from graphprune.ir.aten import is_mutating
 from graphprune.ir.interpreter import (
@@ -18,10 +20,12 @@ from graphprune.ir.interpreter import (
     Memory,
     Segment,
     Values,
+    ancestors,
     call,
     last_uses,
 )
 from graphprune.ir.program import Program
+from graphprune.weights.deferred import Deferred
 
 
 class SegmentWeights:
@@ -127,15 +131,17 @@ class BatchExecution:
         memory: Memory | None = None,
         among: Collection[fx.Node] | None = None,
         idle: Collection[fx.Node] = (),
+        goals: Collection[fx.Node] = (),
     ) -> list[BatchExecution]:
         """Return one for each of `batches`, at the start of the graph.
 
         With `among` only those nodes are run; by default all but the output, and what only that
-        reads is dropped at once.
+        reads is dropped at once. The values of `goals` are kept to the end.
         """
         (output,) = program.graph.find_nodes(op="output")
         among = set(program.graph.nodes) - {output} if among is None else among
         memory, last = memory or Memory(), last_uses(program.graph, among)
+        last = {node: by for node, by in last.items() if node not in goals}
         weights = SegmentWeights(program)
         return [cls(program, batch, memory, weights, last, idle) for batch in batches]
 
@@ -223,3 +229,35 @@ def unpadded(calibration: Calibration) -> Iterator[dict[str, Tensor]]:
                 else tensor[rows]
                 for name, tensor in batch.items()
             }
+
+
+AT_ONCE = 64
+"""Batches that go through a graph together where weights are read anew for each segment."""
+
+
+@torch.no_grad()
+def logits_of_all(
+    program: Program, batches: Sequence[Mapping[str, Tensor]], output: str | None = None
+) -> Iterator[Logits]:
+    """Yield what `run_to_logits` gives for each of `batches`, without gradients.
+
+    Where weights have to be read, converted or moved to be computed with, batches go through the
+    graph together, so that each segment's weights are so once for all of them.
+    """
+    if not any(isinstance(weight, Deferred) for weight in program.operands.values()):
+        for batch in batches:
+            yield run_to_logits(program, batch, output)
+        return
+    readout, goals = ending(program, output)
+    needed = ancestors(goals)
+    parts = segments(program, among={node for node in needed if node.op != "placeholder"})
+    for first in range(0, len(batches), AT_ONCE):
+        together = batches[first : first + AT_ONCE]
+        executions = BatchExecution.of_all(program, together, among=needed, goals=goals)
+        for part in parts:
+            for execution in executions:
+                execution.advance(part.nodes)
+        weights = SegmentWeights(program).of(goals)
+        for execution in executions:
+            values = {**execution.values, **weights}
+            yield WholeLogits(values[goals[0]]) if readout is None else readout.logits(values)

@@ -385,6 +385,15 @@ def _run_again(
     return dict(zip(away, found, strict=True))
 
 
+def ending(
+    program: Program, output: str | None = None
+) -> tuple[Readout | None, tuple[fx.Node, ...]]:
+    """Return the end of the graph that makes an output, if it is one, and what is run up to."""
+    node = output_node(program, output)
+    readout = Readout.of(node)
+    return readout, (node,) if readout is None else readout.inputs
+
+
 def output_node(program: Program, name: str | None = None) -> fx.Node:
     """Return the node that computes the output called `name`, or the first."""
     nodes = {value.name: node for value, node in program.output_nodes()}

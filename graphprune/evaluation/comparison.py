@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphprune.calibration.logits import Logits, RowLoss, run_to_logits
+from graphprune.calibration.layerwise import logits_of_all
+from graphprune.calibration.logits import Logits, RowLoss
 from graphprune.calibration.losses import divergence, next_token_loss, predicted
 from graphprune.errors import EvaluationError
 from graphprune.evaluation.perplexity import why_not_causal
@@ -73,8 +74,9 @@ def compare(
     count = predicted_count = 0
     with progress_bar(progress, "comparing with the original") as advance, torch.no_grad():
         _check_classes(original, smaller)
-        for batch in batches:
-            old, new = (run_to_logits(each, batch, "logits") for each in (original, smaller))
+        given = list(batches)
+        both = (logits_of_all(each, given, "logits") for each in (original, smaller))
+        for batch, old, new in zip(given, *both, strict=True):
             if causal:
                 tokens = int(predicted(batch).sum())
                 losses = [next_token_loss(logits, batch).item() for logits in (old, new)]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphprune.calibration.logits import run_to_logits
+from graphprune.calibration.layerwise import logits_of_all
 from graphprune.calibration.losses import next_token_loss, predicted
 from graphprune.calibration.tokens import TokenizerLike, beyond_vocabulary, token_batch, tokenize
 from graphprune.errors import PROGRAMS, EvaluationError, refuse_other
@@ -106,12 +106,12 @@ def perplexity(
     show = display_factory() if progress is True else (progress or None)
     total, count = 0.0, 0
     with progress_bar(show, "measuring perplexity", total=len(windows)) as advance, torch.no_grad():
-        for chunk in windows.split(batch_size):
-            batch = token_batch(chunk)
+        batches = [token_batch(chunk) for chunk in windows.split(batch_size)]
+        for batch, logits in zip(batches, logits_of_all(program, batches, "logits"), strict=True):
             tokens = int(predicted(batch).sum())
-            total += next_token_loss(run_to_logits(program, batch, "logits"), batch).item() * tokens
+            total += next_token_loss(logits, batch).item() * tokens
             count += tokens
-            advance(len(chunk))
+            advance(len(batch["input_ids"]))
     loss = total / count
     digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
     return Perplexity(_exp(loss), loss, count, length, digest, first)

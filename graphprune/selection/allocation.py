@@ -10,7 +10,7 @@ from torch import Tensor
 
 from graphprune.analysis.groups import Group
 from graphprune.calibration.data import Calibration, inputs_of
-from graphprune.calibration.logits import run_to_logits
+from graphprune.calibration.layerwise import logits_of_all
 from graphprune.calibration.losses import task_loss
 from graphprune.criteria import Scores, ScoringContext
 from graphprune.errors import SelectionError
@@ -81,12 +81,11 @@ def _counts(group: Group, levels: int) -> Sequence[int]:
 
 def _loss(program: Program, data: Calibration) -> float:
     """Return the mean loss over the samples of `data`."""
-    total = 0.0
-    for batch in data.labeled():
-        rows = len(next(iter(batch.values())))
+    total, batches = 0.0, list(data.labeled())
+    every = logits_of_all(program, [inputs_of(batch) for batch in batches])
+    for batch, logits in zip(batches, every, strict=True):
         with torch.no_grad():
-            loss = task_loss(run_to_logits(program, inputs_of(batch)), batch)
-        total += loss.item() * rows
+            total += task_loss(logits, batch).item() * len(next(iter(batch.values())))
     return total / data.samples
 
 

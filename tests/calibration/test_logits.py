@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 import graphprune as gp
+from graphprune.calibration import layerwise as layerwise_module
 from graphprune.calibration import logits as logits_module
 from graphprune.calibration.layerwise import BatchExecution
 from graphprune.calibration.logits import Readout, output_node, run_to_logits
@@ -147,3 +148,20 @@ def test_a_run_forward_makes_nothing_elsewhere_on_tensors_without_values() -> No
         (execution,) = BatchExecution.of_all(there, [batch])
         for segment in segments(there):
             execution.advance([node for node in segment.nodes if node.op != "output"])
+
+
+@pytest.mark.parametrize("kind", ["cap", "normalized"])
+def test_batches_that_go_together_give_what_each_gives(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(layerwise_module, "AT_ONCE", 2)
+    program = captured(kind)
+    halves = {name: weight.bfloat16() for name, weight in program.weights.items()}
+    stored = dataclasses.replace(program, weights=halves)  # converted wherever it is used
+    made = torch.Generator().manual_seed(1)
+    batches = [
+        {"input_ids": torch.randint(0, CLASSES, (BATCH, LENGTH), generator=made)} for _ in range(3)
+    ]
+    together = [logits.all() for logits in layerwise_module.logits_of_all(stored, batches)]
+    each = [run_to_logits(stored, batch).all() for batch in batches]
+    torch.testing.assert_close(together, each)
