@@ -147,7 +147,8 @@ def table(figures: list[Figure], about: str) -> str:
     lines = [
         f"# At size: {about}",
         "",
-        "Written by `python tools/bench_scale.py measure`, every row in a process of its own.",
+        "Written by `python tools/bench_scale.py measure`, every row in a process of its own. On a",
+        "busy machine the clock says little, and differs between rows; processor time says more.",
         "",
         "| work | seconds | of them processor | peak anonymous memory, GB |",
         "|---|---|---|---|",
@@ -192,10 +193,8 @@ def measure(
         with file.open("a") as stream:
             stream.write(json.dumps(asdict(known[name])) + "\n")
     size = sum(each.stat().st_size for each in (folder / "model").glob("*.safetensors"))
-    threads = torch.get_num_threads()
-    about = (
-        f"a checkpoint of {size / 1e9:.1f} GB in bfloat16, {threads} threads of a shared machine"
-    )
+    cores, load = os.cpu_count(), os.getloadavg()[0]
+    about = f"{size / 1e9:.1f} GB in bfloat16, on {cores} cores with {load:.0f} processes running"
     TABLE.write_text(table(list(known.values()), about), encoding="utf-8")
 
 
