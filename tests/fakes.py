@@ -23,6 +23,7 @@ class FakeProgram:
     weights: dict[str, FakeTensor]
     graph: str = "graph"
     kinds: ClassVar[dict[str, str]] = {}
+    stand_ins: ClassVar[dict[int, str]] = {}
 
     @property
     def graph_module(self) -> object:

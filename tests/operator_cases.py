@@ -379,14 +379,14 @@ LAYOUT: dict[str, Case] = {
     "pad.default (others, circular)": keeps(
         lambda h: A.pad.default(h.mT, [1, 2], "circular").mT, 8
     ),
-    "roll.default": frozen(lambda h: A.roll.default(h, [1], [2]), "change places"),
-    "roll.default (all)": frozen(lambda h: A.roll.default(h, [1]), "change places"),
+    "roll.default": frozen(lambda h: A.roll.default(h, [1], [2]), "reordered"),
+    "roll.default (all)": frozen(lambda h: A.roll.default(h, [1]), "reordered"),
     "roll.default (others)": keeps(lambda h: A.roll.default(h, [1, 1], [1, -3]), 8),
-    "flip.default": frozen(lambda h: A.flip.default(h, [2]), "change places"),
+    "flip.default": frozen(lambda h: A.flip.default(h, [2]), "reordered"),
     "flip.default (others)": keeps(lambda h: A.flip.default(h, [-2]), 8),
     "unfold.default": frozen(lambda h: A.unfold.default(h, 2, 4, 2), "windows are cut out of it"),
     "unfold.default (others)": keeps(lambda h: A.unfold.default(h, 1, 2, 1).mT, 8),
-    "fft_fft.default": frozen(lambda h: A.fft_fft.default(h).abs(), "are mixed"),
+    "fft_fft.default": frozen(lambda h: A.fft_fft.default(h).abs(), "mixed"),
     **{
         f"fft_{n}.default (others)": keeps(
             lambda h, n=n: getattr(A, f"fft_{n}").default(h, None, 1).abs(), 8

@@ -377,11 +377,11 @@ def graphprune(
 
     load, fail, seen = loading.load, cli._fail, []
 
-    def remember(directory: str) -> Program:
+    def remember(directory: str, **options: Any) -> Program:
         if Path(directory) != place.checkpoint:
-            return load(directory)
+            return load(directory, **options)
         if directory not in _loaded:
-            _loaded[directory] = load(directory)
+            _loaded[directory] = load(directory, **options)
         return _loaded[directory]
 
     def note(error: BaseException, message: str) -> None:

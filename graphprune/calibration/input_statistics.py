@@ -60,8 +60,10 @@ class InputStatistics:
     def needed(matrix: Matrix, kind: Kind) -> int:
         """Bytes that those of `matrix` will take."""
         parts, _, size = matrix.shape
-        pairs = size * size + _rows_aside(size) * size // 2 + 1 if kind == "gram" else 0
-        return 8 * parts * (1 + 2 * size + pairs)
+        held = 8 * parts * (1 + 2 * size)
+        if kind == "moments":
+            return held
+        return held + 8 * parts * (size * size + 1) + 4 * parts * _rows_aside(size) * size
 
     @property
     def mean(self) -> Tensor:

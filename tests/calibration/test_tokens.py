@@ -123,7 +123,7 @@ def test_scores_are_refused_for_another_size_tokenizer_or_first_token(
 
     scored(byte_tokenizer(begins=True), samples=4)
     scored(byte_tokenizer(begins=True), samples=4)
-    told = r"on other calibration data: 4 windows of 32 tokens, digest \w+, beginning with 1; this"
+    told = r"on other calibration data: 4 windows of 32 tokens, beginning with 1, .*; this"
     with pytest.raises(CalibrationError, match=told + " is 5 windows of 32 tokens"):
         scored(byte_tokenizer(begins=True), samples=5)
     with pytest.raises(CalibrationError, match=told):

@@ -35,6 +35,7 @@ from graphprune.criteria import (
     ScoringContext,
     check_scores,
     criterion,
+    obs,
 )
 from graphprune.criteria.obs import removal_errors
 from graphprune.criteria.units import unit_numbers
@@ -374,11 +375,14 @@ def test_the_columns_of_a_unit_are_its_slices(case: str) -> None:
         ("query-slot", "model.layers.0.self_attn.o_proj", torch.arange(32) // 8),
     ],
 )
-def test_obs_is_what_the_consumer_loses(case: str, path: str, units: Tensor) -> None:
+def test_obs_is_what_the_consumer_loses(
+    case: str, path: str, units: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(obs, "validated_damp", lambda *_: 0.05)
     name, _, _, sizes = CASES[case]
     group = group_of_case(case)
     rows = torch.cat([inputs_to(model_of(name), path, b) for b in calibration_of(name)]).double()
-    expected = removal_errors(weights_of(name)[f"{path}.weight"], rows.T @ rows, units)
+    expected = removal_errors(weights_of(name)[f"{path}.weight"], rows.T @ rows, units, damp=0.05)
     assert_close(
         criterion("obs").scores(context_of(name, [group]))[group.name], expected.view(sizes)
     )

@@ -185,13 +185,13 @@ def test_kept_statistics_of_something_else_are_refused(tmp_path: Path) -> None:
 def test_with_less_memory_the_result_is_the_same(sequential: bool) -> None:
     sparsify = Sparsify("0.5", "sparsegpt", sequential=sequential)
     free = run("llama-gqa", sparsify)
-    bound = run("llama-gqa", dataclasses.replace(sparsify, memory=0.02))
+    bound = run("llama-gqa", dataclasses.replace(sparsify, memory=0.031))
     details = [each.report.passes[0].details for each in (free, bound)]
-    assert details[1]["statistics bytes"] <= 0.02 * 2**20 < details[0]["statistics bytes"]
+    assert details[1]["statistics bytes"] <= 0.031 * 2**20 < details[0]["statistics bytes"]
     for name, weight in free.program.weights.items():
         assert torch.equal(weight, bound.program.weights[name])
-    with pytest.raises(CalibrationError, match=r"down_proj\.weight: the statistics take 0.01832"):
-        run("llama-gqa", dataclasses.replace(sparsify, memory=0.01))
+    with pytest.raises(CalibrationError, match=r"down_proj\.weight: the statistics take 0.03004"):
+        run("llama-gqa", dataclasses.replace(sparsify, memory=0.02))
 
 
 def test_units_can_go_before_and_after_it_and_all_is_verified() -> None:

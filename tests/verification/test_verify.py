@@ -383,8 +383,8 @@ def test_half_precision_is_given_more_room() -> None:
 def test_what_was_captured_without_weights_is_refused_in_one_line() -> None:
     program, plan = program_of("llama-gqa"), random_plan(coupling_of("llama-gqa"))
     bare = gp.capture(build("llama-gqa").to("meta"))
-    refused(bare, plan, gp.apply(bare, plan), "without weights")
-    refused(program, plan, gp.apply(bare, plan), "without weights")
+    refused(bare, plan, gp.apply(bare, plan), "has no weights")
+    refused(program, plan, gp.apply(bare, plan), "has no weights")
 
 
 # -- independence ---------------------------------------------------------------------------------
