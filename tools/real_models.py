@@ -186,7 +186,7 @@ def write_table(found: dict[str, tuple[float, int]], calibration: str, tokens: i
         f"loss in nats per token on {tokens:,} tokens of the Debian reference. Every window begins",
         f"with the model's first token. Unpruned: {whole:.3f}, {size:,} parameters.",
         "",
-        f"Not measured: {', '.join(n for n in RECIPES if n not in found) or 'none'}.",
+        f"Not measured: {'; '.join(n for n in RECIPES if n not in found) or 'none'}.",
         "",
         "| recipe | parameters | loss | increase |",
         "|---|---|---|---|",

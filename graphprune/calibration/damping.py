@@ -13,7 +13,7 @@ DAMPS = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 UNTRIED_DAMP = 0.1
 """What is taken where no rows were set aside: on a published model with two rows for each input,
-0.1 to 0.3 are best, and 0.01 costs a quarter more (`tools/REAL_MODELS.md`)."""
+0.1 to 0.3 are best, and 0.01 costs a third more (`tools/REAL_MODELS.md`)."""
 
 
 def damped(gram: Tensor, damp: float) -> Tensor:
