@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.errors import BackendError
+from graphprune.weights.tensors import type_name
 
 _TYPES = (torch.dtype, torch.layout, torch.memory_format)
 """Values of torch that are known by their names."""
@@ -78,7 +79,7 @@ class _Writer:
         if isinstance(value, Tensor):
             sizes = [*value.shape], [*value.stride()]
             if all(type(size) is int for each in sizes for size in each):
-                return {"tensor": sizes, "dtype": str(value.dtype).removeprefix("torch.")}
+                return {"tensor": sizes, "dtype": type_name(value.dtype)}
         kind = type(value).__name__
         raise BackendError(f"the graph holds a {kind}, for which its plain form has no word")
 

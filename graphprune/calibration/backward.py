@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from graphprune.calibration.kept import Kept
 from graphprune.calibration.layerwise import SegmentWeights
-from graphprune.calibration.logits import Logits, Readout, WholeLogits, output_node
+from graphprune.calibration.logits import Logits, WholeLogits, ending
 from graphprune.calibration.segments import segments
 from graphprune.io.progress import Progress, no_progress
 from graphprune.ir.interpreter import Hooks, Interpreter, Values, ancestors
@@ -82,11 +82,8 @@ class BackwardWalk:
     def __post_init__(self) -> None:
         program = self.program
         self._watched, self._beside = set(self.nodes), set(self.beside)
-        self._goal = output_node(program, self.output)
-        self._readout = Readout.of(self._goal)
-        if self._readout and self._watched & {self._readout.linear, *self._readout.tail}:
-            self._readout = None  # it is looked at as a whole
-        goals = (self._goal,) if self._readout is None else self._readout.inputs
+        self._readout, goals = ending(program, self.output, self._watched)
+        self._goal = goals[0]
         needed = ancestors((*goals, *self._beside))
         nodes = {node for node in needed if node.op != "placeholder"}
         self._held = SegmentWeights(program)

@@ -336,15 +336,11 @@ def run_to_logits(
     hooks
         What is done around each node, but for a linear map that the logits come from.
     hooked
-        Nodes that `hooks` must see; with such a linear map among them the logits are whole.
+        Nodes that `hooks` must see as a whole; where the logits come from such, they are whole.
     again
         Whether gradients run each segment again instead of keeping what it computed.
     """
-    node = output_node(program, output)
-    readout = Readout.of(node)
-    if readout is not None and readout.linear in hooked:
-        readout = None
-    goals = (node,) if readout is None else readout.inputs
+    readout, goals = ending(program, output, hooked)
     needed = ancestors(goals)
     values = Values(given_of(program, inputs, weights))
     nodes = {each for each in needed if each.op != "placeholder"}
@@ -360,7 +356,7 @@ def run_to_logits(
             values.update(_run_again(part, values, hooks, goals))
         else:
             Interpreter(values, hooks, until).run(part.nodes)
-    return WholeLogits(values[node]) if readout is None else readout.logits(values, hooks)
+    return WholeLogits(values[goals[0]]) if readout is None else readout.logits(values, hooks)
 
 
 def saves_memory(program: Program) -> bool:
@@ -386,11 +382,16 @@ def _run_again(
 
 
 def ending(
-    program: Program, output: str | None = None
+    program: Program, output: str | None = None, seen: Collection[fx.Node] = ()
 ) -> tuple[Readout | None, tuple[fx.Node, ...]]:
-    """Return the end of the graph that makes an output, if it is one, and what is run up to."""
+    """Return the end of the graph that makes an output, if it is one, and what is run up to.
+
+    It is none where `seen`, nodes that somebody looks at as a whole, holds one of its own.
+    """
     node = output_node(program, output)
     readout = Readout.of(node)
+    if readout is not None and not {readout.linear, *readout.tail}.isdisjoint(seen):
+        readout = None
     return readout, (node,) if readout is None else readout.inputs
 
 

@@ -163,12 +163,11 @@ def _least_squares(
         moments = gram / count
         if centered:
             moments = moments - torch.outer(seen.mean[part], seen.mean[part])
-        if damp is None:
-            damped_by = validated_damp(dense[part], seen, part, gone, centered=centered)
-        else:
-            damped_by = damp
+        own = damp
+        if own is None:
+            own = validated_damp(dense[part], seen, part, gone, centered=centered)
         try:
-            best[part] = without_columns(dense[part], moments, gone, damped_by)
+            best[part] = without_columns(dense[part], moments, gone, own)
         except CalibrationError as error:
             raise CalibrationError(f"{name}: {error}") from error
     shift = ((dense - best) @ seen.mean[..., None])[..., 0]

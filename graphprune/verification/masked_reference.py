@@ -228,11 +228,9 @@ class _Unmasked:
     """The values of a program that follow from its weights alone, before anything was zeroed."""
 
     def __init__(self, program: Program) -> None:
+        operands = program.operands
         self._values: dict[fx.Node, Any] = {
-            node: weight
-            for weight, node in zip(
-                program.operands.values(), program.graph.find_nodes(op="placeholder"), strict=False
-            )
+            node: operands[name] for name, node in program.weight_nodes()
         }
         self._nodes = set(self._values)
         for node in program.graph.nodes:

@@ -64,7 +64,7 @@ class Deferred(Tensor):
                 return func(*args, **(kwargs or {}))
         if func is Tensor.detach:
             return args[0]
-        return func(*tree_map(made, args), **tree_map(made, kwargs or {}))
+        return cls.__torch_dispatch__(func, types, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

@@ -125,7 +125,7 @@ class TensorFile:
         CheckpointError
             When torch has no such type.
         """
-        return {name: self._deferred(name, entry) for name, entry in self.entries.items()}
+        return {name: self._deferred(name) for name in self.entries}
 
     def read(self, name: str) -> Tensor:
         """Return a tensor as a view of the mapped file.
@@ -146,10 +146,21 @@ class TensorFile:
             self._unchecked.discard(name)
         return tensor
 
-    def _deferred(self, name: str, entry: Entry) -> Tensor:
+    def typed(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Return the shape and the type of a tensor.
+
+        Raises
+        ------
+        CheckpointError
+            When torch has no such type.
+        """
+        entry = self.entries[name]
         if entry.dtype is None:
             raise CheckpointError(f"{self.path}: {name} is {entry.kind}, which torch does not know")
-        return Deferred(lambda: self.read(name), entry.shape, entry.dtype)
+        return entry.shape, entry.dtype
+
+    def _deferred(self, name: str) -> Tensor:
+        return Deferred(lambda: self.read(name), *self.typed(name))
 
     def _stamp(self) -> tuple[int, int]:
         now = os.fstat(self._handle)

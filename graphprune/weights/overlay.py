@@ -40,7 +40,7 @@ def overlaid(
 
 def held_bytes(weights: Mapping[str, Tensor]) -> int:
     """Return the bytes of the weights that are held in memory, not in files."""
-    return sum(w.numel() * w.itemsize for w in weights.values() if not isinstance(w, Deferred))
+    return sum(w.nbytes for w in weights.values() if not isinstance(w, Deferred))
 
 
 def _stored(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:

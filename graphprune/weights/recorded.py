@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from graphprune.errors import CheckpointError
 from graphprune.weights.deferred import LOOKS, Deferred, Make, made
 from graphprune.weights.files import TensorFile
 
@@ -125,12 +124,7 @@ class RecordedFile:
 
     def get_slice(self, name: str) -> Recorded:
         """Return a tensor, of which nothing is read."""
-        entry = self._file.entries[name]
-        if (dtype := entry.dtype) is None:
-            raise CheckpointError(
-                f"{self._file.path}: {name} is {entry.kind}, which torch does not know"
-            )
-        return Recorded(lambda: self._file.read(name), entry.shape, dtype)
+        return Recorded(lambda: self._file.read(name), *self._file.typed(name))
 
     def __exit__(self, *_: object) -> None:
         """Keep the file open: its tensors are read later."""

@@ -35,3 +35,9 @@ def own_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def type_name(dtype: torch.dtype) -> str:
     """Return an element type's name, such as "float32"."""
     return str(dtype).removeprefix("torch.")
+
+
+def floating_type(given: object) -> torch.dtype | None:
+    """Return the floating type that `given` is or names, as "float16"; None where it is none."""
+    found = getattr(torch, given, None) if isinstance(given, str) else given
+    return found if isinstance(found, torch.dtype) and found.is_floating_point else None

@@ -47,7 +47,7 @@ def write_file(
         stream.write(header)
         for tensor in ordered.values():
             stream.write(_data(tensor))
-            advance(_bytes({"": tensor}))
+            advance(tensor.nbytes)
     os.replace(partial, path)
 
 
@@ -86,10 +86,13 @@ def write_shards(
     most = memory_of(shard_size)
     assert most is not None
     shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
     for name, tensor in tensors.items():
-        if shards[-1] and _bytes(shards[-1]) + _bytes({"": tensor}) > most:
+        if shards[-1] and filled + tensor.nbytes > most:
             shards.append({})
+            filled = 0
         shards[-1][name] = tensor
+        filled += tensor.nbytes
     total, count = _bytes(tensors), len(shards)
     advance = track(total) if track is not None else (lambda written: None)
     if count == 1:
@@ -110,7 +113,7 @@ def write_shards(
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _header(tensors: Mapping[str, Tensor]) -> bytes:
@@ -118,7 +121,7 @@ def _header(tensors: Mapping[str, Tensor]) -> bytes:
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
-        start, end = end, end + _bytes({"": tensor})
+        start, end = end, end + tensor.nbytes
         kind, shape = NAMES[tensor.dtype], list(tensor.shape)
         entries[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()

@@ -25,6 +25,7 @@ from graphprune.weights.files import header_of, is_finite
 from graphprune.weights.models import leave_zeros
 from graphprune.weights.placement import Placement
 from graphprune.weights.recorded import RecordedFile
+from graphprune.weights.tensors import floating_type
 
 
 def read(
@@ -55,21 +56,14 @@ def read(
         When the model cannot become a graph.
     """
     wanted = _dtype(dtype)
-    fields = _read_json(path / "config.json")
-    stored, apart = _check_files(path)
     with quiet():
-        config = _config(path, fields)
-        model_class = _model_class(path, config)
+        stored, apart, config, model_class = _described(path)
         on_cpu = placement.device is None or placement.device.type == "cpu"
         compute = wanted or (torch.float32 if on_cpu else stored or config.dtype or torch.float32)
         model = _model(path, config, model_class, compute)
         program = capture(model, cache=cache)
     del model
-    assert program.source is not None
-    source = dataclasses.replace(
-        program.source, directory=path, stored_dtype=stored, stored_apart=apart
-    )
-    program = dataclasses.replace(program, source=source, placement=placement)
+    program = _from_files(program, path, stored, apart, placement)
     return _held(path, program, whole=wanted is not None)
 
 
@@ -84,18 +78,12 @@ def read_unrun(path: Path, placement: Placement) -> Program:
     CheckpointError, CaptureError
         As `read` does.
     """
-    fields = _read_json(path / "config.json")
-    stored, apart = _check_files(path)
     with quiet():
-        config = _config(path, fields)
-        model = _model(path, config, _model_class(path, config), torch.float32)
+        stored, apart, config, model_class = _described(path)
+        model = _model(path, config, model_class, torch.float32)
         with evaluation_mode(model):
             program = capture_transformers(model, fixed=True)
-    assert program.source is not None
-    source = dataclasses.replace(
-        program.source, directory=path, stored_dtype=stored, stored_apart=apart
-    )
-    return dataclasses.replace(program, source=source, placement=placement)
+    return _from_files(program, path, stored, apart, placement)
 
 
 def _held(path: Path, program: Program, *, whole: bool) -> Program:
@@ -130,28 +118,44 @@ def read_structure(path: Path) -> Program:
     CaptureError
         When the model cannot become a graph without its weights.
     """
-    fields = _read_json(path / "config.json")
-    stored, apart = _check_files(path)
     with quiet():
-        config = _config(path, fields)
-        model_class = _model_class(path, config)
+        stored, apart, config, model_class = _described(path)
         make = getattr(model_class, "from_config", None) or model_class._from_config
         with torch.device("meta"):
             model = make(config, dtype=torch.float32)
         program = capture(model)
+    return _from_files(program, path, stored, apart)
+
+
+def _described(path: Path) -> tuple[torch.dtype | None, dict[str, torch.dtype], Any, Any]:
+    """Return what the files say but for weights: stored types, config and class of the model."""
+    fields = _read_json(path / "config.json")
+    types = _check_files(path)
+    config = _config(path, fields)
+    return *types, config, _model_class(path, config)
+
+
+def _from_files(
+    program: Program,
+    path: Path,
+    stored: torch.dtype | None,
+    apart: dict[str, torch.dtype],
+    placement: Placement = Placement(),  # noqa: B008 - it never changes
+) -> Program:
+    """Return `program`, whose source says where it came from and what is stored there."""
     assert program.source is not None
     source = dataclasses.replace(
         program.source, directory=path, stored_dtype=stored, stored_apart=apart
     )
-    return dataclasses.replace(program, source=source)
+    return dataclasses.replace(program, source=source, placement=placement)
 
 
 def _dtype(given: str | torch.dtype) -> torch.dtype | None:
     """Return the type that `given` is or names; None for "auto"."""
     if given == "auto":
         return None
-    found = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    named = given.removeprefix("torch.") if isinstance(given, str) else given
+    if (found := floating_type(named)) is None:
         raise CheckpointError(f"dtype is {given!r}, which names no floating type of torch")
     return found
 

@@ -19,6 +19,7 @@ from graphprune.backends.huggingface.files import write
 from graphprune.errors import BackendError, UsageError
 from graphprune.io.atomic import staged_directory
 from graphprune.ir.program import Program
+from graphprune.weights.tensors import floating_type
 from graphprune.weights.writing import SHARD_SIZE, Advance
 
 __all__ = ["CheckpointForm", "checkpoint_form", "save_pretrained"]
@@ -97,7 +98,6 @@ def write_into(
 def _floating(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None:
         return None
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if (found := floating_type(dtype)) is None:
         raise UsageError(f"dtype is {dtype!r}, which names no floating type of torch")
     return found
