@@ -74,6 +74,10 @@ class TrainingError(GraphPruneError):
     """A training that cannot start, go on or be resumed."""
 
 
+class ProcessError(GraphPruneError):
+    """Processes that were started apart, or of which one has ended before the others."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``; did you mean 'x'?`` for the known name nearest to `name`, or "" when none is near.
 

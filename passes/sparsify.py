@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from graphprune import ranks
 from graphprune.errors import SelectionError
 from graphprune.pipeline.pass_base import COUPLING, Analysis, Context, Outcome, Pass
 
@@ -324,8 +325,8 @@ class _Work:
             parts = (each.count == 0).nonzero().flatten().tolist()
             self.unseen += [f"{matrix.name}, part {part}" for part in parts]
         if self.options.criterion == "sparsegpt":
-            pairs = zip(values, seen, strict=True)
-            return [SparseGpt()(value, each, self.pattern)[0] for value, each in pairs]
+            pairs = list(zip(values, seen, strict=True))
+            return ranks.each_once(pairs, lambda pair: SparseGpt()(*pair, self.pattern)[0])
         if seen:
             scores = [wanda_scores(value, each) for value, each in zip(values, seen, strict=True)]
         elif self.options.criterion == "random":

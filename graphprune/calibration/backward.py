@@ -4,6 +4,7 @@ A first run keeps what crosses from one segment into a later one. Then, from the
 the first, each is run again from what was kept, and differentiated: what it gave away takes the
 gradients that later segments had for it. So no more is in memory than the activations of one
 segment for one batch, its weights and their gradients, and what crosses, which may lie on disk.
+Where several processes divide the batches, gradients are added up a segment at a time.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graphprune import ranks
+from graphprune.calibration.data import own_batches
 from graphprune.calibration.kept import Kept
 from graphprune.calibration.layerwise import SegmentWeights
 from graphprune.calibration.logits import Logits, WholeLogits, ending
@@ -28,10 +31,12 @@ BatchLoss = Callable[[Logits, int], Tensor]
 
 Visit = Callable[[int, Mapping[fx.Node, Any], Mapping[fx.Node, Tensor]], None]
 """Given the number of a batch, values of nodes, and the gradients at some of them, which are whole.
-Every node that is looked at comes once for each batch; so do contractions with their inputs."""
+Every node that is looked at comes once for each batch of this process; so do contractions with
+their inputs."""
 
 Fold = Callable[[Any, Tensor], Any]
-"""Given what was made of the gradients of earlier batches (None at first), and that of one more."""
+"""Given what was made of the gradients of earlier batches (None at first), and that of one more: a
+tensor or several, which add up over batches."""
 
 
 def summed(total: Tensor | None, gradient: Tensor) -> Tensor:
@@ -105,6 +110,7 @@ class BackwardWalk:
         for at, part in enumerate(self._parts):
             for node in part.weights:
                 self._uses.setdefault(node, []).append(at)
+        self._own = own_batches(self.batches)
         self._kept = Kept(self._held.room([part.nodes for part in self._parts]))
 
     def _part(self, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> _Part:
@@ -127,21 +133,27 @@ class BackwardWalk:
         steps = [*((False, *each) for each in parts[:-1]), *((True, *e) for e in reversed(parts))]
         for backwards, at, part in track(steps, "taking gradients"):
             given = self._held.of(part.weights)
-            for number in range(len(self.batches)):
+            for number in self._own:
                 if backwards:
                     self._differentiate(at, part, number, given, fold, visit)
                 else:
                     self._advance(part, number, given)
             if not backwards:
                 continue
-            for node, name in self._wanted.items():
-                if node in self._uses and self._first(node, at):
-                    yield name, self._fold_zero(node, fold)
+            yield from self._whole(
+                fold, [n for n in self._wanted if n in self._uses and self._first(n, at)]
+            )
         if visit is not None:
             self._show_given(visit)
-        for node, name in self._wanted.items():
-            if node not in self._uses:
-                yield name, self._fold_zero(node, fold)
+        yield from self._whole(fold, [node for node in self._wanted if node not in self._uses])
+
+    def _whole(self, fold: Fold, nodes: Sequence[fx.Node]) -> Iterator[tuple[str, Any]]:
+        """Yield (name, what was made of its gradients) of weights, over all processes."""
+        found = {node: self._fold_zero(node, fold) for node in nodes}
+        several = (made if isinstance(made, tuple) else (made,) for made in found.values())
+        ranks.sum_of(tensor for tensors in several for tensor in tensors)
+        for node in nodes:
+            yield self._wanted[node], found.pop(node)
 
     def _fold_zero(self, node: fx.Node, fold: Fold) -> Any:
         """Return what was made of a weight's gradients, or of none where no batch had any."""
@@ -152,8 +164,8 @@ class BackwardWalk:
     @torch.no_grad()
     def _start(self) -> None:
         inputs = {value.name: node for value, node in self.program.input_nodes()}
-        for number, batch in enumerate(self.batches):
-            for name, value in self.program.fill(batch).items():
+        for number in self._own:
+            for name, value in self.program.fill(self.batches[number]).items():
                 if inputs[name] in self._crossing or inputs[name] in self._moving:
                     self._kept[number, inputs[name]] = value
 
@@ -260,7 +272,7 @@ class BackwardWalk:
         """Show what the graph is given, whose gradients are whole at the end."""
         given = [node for node in self._watched if node.op == "placeholder"]
         weights = self._held.of([node for node in given if node in self._held.names])
-        for number in range(len(self.batches) if given else 0):
+        for number in self._own if given else ():
             values = {n: weights[n] if n in weights else self._kept[number, n] for n in given}
             gradients = {n: self._kept.get(("gradient", number, n)) for n in given}
             self._show(visit, number, values, gradients)

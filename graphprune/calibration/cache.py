@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from graphprune import ranks
 from graphprune.calibration.data import Calibration
 from graphprune.errors import CalibrationError
 from graphprune.io.atomic import staged_file
@@ -51,6 +52,8 @@ def write_cache(
     """
     from safetensors.torch import save_file
 
+    if not ranks.is_first():
+        return
     about = {
         "format": _FORMAT,
         "what": what,

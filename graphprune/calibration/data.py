@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from graphprune import ranks
 from graphprune.calibration.tokens import (
     TokenizerLike,
     TokenStream,
@@ -298,7 +299,7 @@ class _Text:
             )
         order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(self.seed))
         batches, held_out = (
-            tuple(token_batch(chunk) for chunk in windows[at].split(self.batch_size) if len(chunk))
+            tuple(map(token_batch, self._divided(windows[at])))
             for at in (order[:samples], order[samples : samples + spare])
         )
         return Calibration(
@@ -313,6 +314,15 @@ class _Text:
             tokenizer=self.stream.tokenizer,
             text=self,
         )
+
+    def _divided(self, windows: Tensor) -> Sequence[Tensor]:
+        """Return windows in as few batches as will do, about equal ones."""
+        return windows.tensor_split(-(-len(windows) // self.batch_size)) if len(windows) else ()
+
+
+def own_batches(batches: Sequence[Mapping[str, Tensor]]) -> range:
+    """Return which of `batches` are run by this process, where several divide them."""
+    return ranks.own([next(iter(batch.values())).numel() for batch in batches])
 
 
 def inputs_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

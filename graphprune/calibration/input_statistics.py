@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from graphprune import ranks
 from graphprune.analysis.matrices import Matrix
 
 Kind = Literal["moments", "gram"]
@@ -97,6 +99,15 @@ class InputStatistics:
             self.aside[part, filled : filled + len(room)] = room
             self.aside_count[part] += len(room)
 
+    def _make_room(self, before: Tensor) -> None:
+        """Move the rows set aside behind ``[parts]`` others, and drop those that have no room."""
+        assert self.aside is not None and self.aside_count is not None
+        for rows, count, first in zip(self.aside, self.aside_count, before.tolist(), strict=True):
+            moved = rows[: int(count)].clone()[: max(len(rows) - first, 0)]
+            rows.zero_()
+            rows[first : first + len(moved)] = moved
+            count.fill_(len(moved))
+
     def rows_aside(self, part: int) -> Tensor:
         """Return the rows of `part` that were set aside, ``[n, in]``, float64."""
         if self.aside is None or self.aside_count is None:
@@ -111,3 +122,18 @@ _ONE_ASIDE_OF = 8
 def _rows_aside(size: int) -> int:
     """Return for how many rows of `size` inputs there is room: less than products of pairs take."""
     return min(1024, max(64, size // 2))
+
+
+def over_ranks(seen: Sequence[InputStatistics]) -> None:
+    """Add up what all processes have seen, in place, as if one had seen all of it in their order.
+
+    The rows set aside are those that the one would have set aside.
+    """
+    counts = [each.aside_count for each in seen if each.aside_count is not None]
+    if counts:
+        before = ranks.gathered(torch.cat(counts))[: ranks.rank()].sum(0)
+        firsts = iter(before.split([len(each) for each in counts]))
+        for each in seen:
+            if each.aside_count is not None:
+                each._make_room(next(firsts))
+    ranks.sum_of(tensor for each in seen for tensor in vars(each).values() if tensor is not None)

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graphprune import ranks
 from graphprune.analysis.matrices import Matrix, Use, contractions
 from graphprune.calibration.cache import read_cache, write_cache
-from graphprune.calibration.data import Calibration
-from graphprune.calibration.input_statistics import InputStatistics, Kind
+from graphprune.calibration.data import Calibration, own_batches
+from graphprune.calibration.input_statistics import InputStatistics, Kind, over_ranks
 from graphprune.calibration.layerwise import BatchExecution, unpadded
 from graphprune.calibration.segments import segments
 from graphprune.errors import CalibrationError
@@ -149,8 +150,10 @@ def run_layerwise(
     most = sum(sums) if edit is None else max(sums, default=0)
     _fit("all matrices together", most, memory)
     account = Memory()
+    batches = list(unpadded(calibration))
+    own = [batches[at] for at in own_batches(batches)]
     executions = BatchExecution.of_all(
-        program, unpadded(calibration), account, needed | looked_at, idle=looked_at - needed
+        program, own, account, needed | looked_at, idle=looked_at - needed
     )
     changed: dict[str, Tensor] = {}
     statistics: Statistics = {}
@@ -171,6 +174,7 @@ def run_layerwise(
                     execution.trial(segment, count).clear()
                 else:
                     execution.advance(segment.nodes, count)
+            over_ranks(list(empty.values()))
             _check(found)
             if edit is None:
                 statistics |= found
@@ -336,7 +340,7 @@ def load_or_observe(
         When the file cannot be written; asked before anything is run.
     """
     _fit("all matrices together", statistics_bytes(matrices, kind), memory)
-    if not Path(path).exists():
+    if not ranks.of_first(Path(path).exists):
         if calibration is None:
             raise CalibrationError(f"{path} does not exist, and no calibration data was given")
         with staged_file(path) as staged:  # first, so that a place that is none costs no work

@@ -10,10 +10,13 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Annotated
 
 import typer
 
+from graphprune import ranks
 from graphprune.cli import compare, evaluate, generate, inspect, listing, run
 from graphprune.cli.console import note, wants_traceback
 from graphprune.errors import GraphPruneError
@@ -46,15 +49,18 @@ for _title, _verbs in {
 def main() -> None:
     """Run the command line and exit with its status."""
     try:
-        app(prog_name="graphprune")
+        with ranks.joined(sys.argv[1:]), _first_prints():
+            app(prog_name="graphprune")
     except GraphPruneError as error:
         _fail(error, str(error))
     except KeyboardInterrupt:
         _interrupted()
     except SystemExit as status:
-        if status.code != INTERRUPTED:
-            raise
-        _interrupted()  # typer swallows the interrupt and says nothing
+        if status.code == INTERRUPTED:  # typer swallows the interrupt and says nothing
+            _interrupted()
+        if status.code == ranks.TERMINATED and ranks.speaks():
+            note("told to end, perhaps because another of the processes has ended")
+        raise
     except Exception as error:  # noqa: BLE001 - whatever else it is, a user gets one line
         reason = f"{type(error).__name__}: {error}".rstrip(": ")
         _fail(error, f"internal error, please report it: {reason} (--traceback shows where)")
@@ -85,13 +91,25 @@ def prepare(
         warnings.simplefilter("ignore")
 
 
+@contextmanager
+def _first_prints() -> Iterator[None]:
+    """Let the first of several processes print, and no other."""
+    if ranks.is_first():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
 def _fail(error: BaseException, message: str) -> None:
     if wants_traceback():
         raise error
-    note(message)
+    if ranks.speaks():
+        note(message)
     sys.exit(1)
 
 
 def _interrupted() -> None:
-    note("interrupted")
+    if ranks.speaks():
+        note("interrupted")
     sys.exit(INTERRUPTED)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from graphprune import ranks
 from graphprune.cli.console import note, show
 from graphprune.cli.inputs import (
     in_form,
@@ -68,7 +69,8 @@ _WATCHING = "Watching the passes"
 
 @verb(
     "graphprune run DIR --passes 'prune{target=ffn ratio=0.25},verify' "
-    "--calibration text.txt -o OUT"
+    "--calibration text.txt -o OUT",
+    divided=True,
 )
 def run(
     session: Session,
@@ -133,7 +135,10 @@ def run(
         ),
     ] = None,
 ) -> None:
-    """Run a pipeline: write a smaller checkpoint, its plan and a report."""
+    """Run a pipeline: write a smaller checkpoint, its plan and a report.
+
+    Several processes divide the data: torchrun --nproc-per-node=N -m graphprune run ...
+    """
     if length is not None:
         note("--length of calibration text is called --calibration-length")
         calibration = dataclasses.replace(calibration, calibration_length=length)
@@ -161,6 +166,9 @@ def run(
             instruments=[_Spinner(session, stack), _FormFirst(session, form)],
             quiet=session.progress is None,
         )
+        if not ranks.is_first():
+            return
+        stack.enter_context(ranks.alone())
         program, smaller = _written_by(
             session, program, result.program, directory, loading, result.plan
         )

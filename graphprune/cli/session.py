@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from graphprune import ranks
 from graphprune.cli.console import TRACEBACK, ask_traceback
 from graphprune.cli.inputs import resolve
 from graphprune.cli.options import LoadOptions
+from graphprune.errors import UsageError
 
 if TYPE_CHECKING:
     from graphprune.io.progress import DisplayFactory
@@ -128,17 +130,21 @@ class Session:
         return advance
 
 
-def verb(example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def verb(
+    example: str, *, divided: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a verb of a function; `example` is a command line that its help shows.
+
+    One that is not `divided` refuses to be done by several processes.
 
     The function takes a `Session`, then its arguments and options. A parameter whose class is a
     dataclass, such as `CalibrationOptions`, stands for the options that its fields are; two such
     classes may have options in common.
     """
-    return lambda function: _command(function, example)
+    return lambda function: _command(function, example, divided)
 
 
-def _command(function: Callable[..., None], example: str) -> Callable[..., None]:
+def _command(function: Callable[..., None], example: str, divided: bool) -> Callable[..., None]:
     """Return what typer reads: a function of single options, with the flags that verbs share."""
     _, *taken = _parameters(function).values()
     records: dict[str, type] = {
@@ -164,6 +170,8 @@ def _command(function: Callable[..., None], example: str) -> Callable[..., None]
 
     @wraps(function)
     def command(*, quiet: bool, traceback: bool, plugin: list[Path] | None, **values: Any) -> None:
+        if ranks.size() > 1 and not divided:
+            raise UsageError(f"{function.__name__} is not divided: start it without torchrun")
         if plugin:
             from graphprune.pipeline.plugins import load_plugin
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, fx
 
+from graphprune import ranks
 from graphprune.analysis.matrices import Use
 from graphprune.criteria.base import Criterion, Scores, ScoringContext
 from graphprune.criteria.gradients import loss_walk
@@ -70,6 +71,7 @@ class Gate(Criterion):
         for of_batch in sums:
             for name, each in of_batch.items():
                 totals[name] += each.abs().cpu()
+        ranks.sum_of(totals.values())
         return {g.name: totals[g.name].view(context.sizes(g)) for g in context.groups}
 
 

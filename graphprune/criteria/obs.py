@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from graphprune import ranks
+from graphprune.analysis.groups import Group
 from graphprune.calibration.damping import damped, validated_damp
 from graphprune.calibration.statistics import observe, tokens_for_gram
 from graphprune.criteria.base import Criterion, Scores, ScoringContext
@@ -41,8 +44,8 @@ class Obs(Criterion):
         needed = {m.name: m for each in held.values() for m, _ in each}
         given = context.program, list(needed.values()), data
         found = observe(*given, "gram", track=context.track)
-        scores: Scores = {}
-        for group in context.track(context.groups, "scoring groups"):
+
+        def score(group: Group) -> Tensor:
             total = torch.zeros(math.prod(context.sizes(group)), dtype=torch.float64)
             for matrix, units in held[group.name]:
                 weight = matrix.read(context.weight(matrix.weight))
@@ -55,8 +58,13 @@ class Obs(Criterion):
                         damp = validated_damp(each, seen, part, least)
                         errors = removal_errors(each, gram, units[part], damp=damp)
                         total[: len(errors)] += errors.cpu()
-            scores[group.name] = total.view(context.sizes(group))
-        return scores
+            return total.view(context.sizes(group))
+
+        def track(groups: Sequence[Group]) -> Iterable[Group]:
+            return context.track(groups, "scoring groups")
+
+        scores = ranks.each_once(context.groups, score, track)
+        return {group.name: each for group, each in zip(context.groups, scores, strict=True)}
 
 
 def _least(weight: Tensor, gram: Tensor, own: Tensor) -> Tensor:

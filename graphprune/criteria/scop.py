@@ -11,10 +11,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from graphprune import ranks
 from graphprune.analysis.coupling import Coupling
 from graphprune.analysis.groups import Group
 from graphprune.analysis.index_maps import units_along
-from graphprune.calibration.data import Calibration, inputs_of
+from graphprune.calibration.data import Calibration, inputs_of, own_batches
 from graphprune.calibration.layerwise import unpadded
 from graphprune.calibration.logits import Logits, run_to_logits, saves_memory
 from graphprune.criteria.base import Criterion, Scores, ScoringContext
@@ -76,7 +77,10 @@ class Scop(Criterion):
         return permuted(calibration, generator)
 
     def factors(self, context: ScoringContext, sites: Sequence[FeatureSite]) -> Scores:
-        """Train beta of every unit, in (0, 1)."""
+        """Train beta of every unit, in (0, 1).
+
+        Steps follow each other: of several processes each does all of them, to the same end.
+        """
         data, program = context.data(), context.program
         sizes = {group.name: context.sizes(group) for group in context.groups}
         device = program.device
@@ -331,13 +335,15 @@ def _deviations(context: ScoringContext, sites: Sequence[FeatureSite]) -> dict[F
     """Return the standard deviation of what is read at each site, over all other dimensions."""
     total = {site: torch.zeros(site.units.shape, dtype=torch.float64) for site in sites}
     squares = {site: torch.zeros_like(each) for site, each in total.items()}
-    count = dict.fromkeys(sites, 0)
-    for batch in context.track(unpadded(context.data()), "measuring activations"):
-        for site, value in features(context.program, sites, batch).items():
+    count = {site: torch.zeros((), dtype=torch.int64) for site in sites}
+    batches = list(unpadded(context.data()))
+    for at in context.track(own_batches(batches), "measuring activations"):
+        for site, value in features(context.program, sites, batches[at]).items():
             wide = value.double().cpu()
             total[site] += wide.sum_to_size(site.units.shape)
             squares[site] += wide.square().sum_to_size(site.units.shape)
             count[site] += value.numel() // site.units.numel()
+    ranks.sum_of([*total.values(), *squares.values(), *count.values()])
     return {
         site: (squares[site] / n - (total[site] / n).square()).clamp(min=0).sqrt()
         for site, n in count.items()

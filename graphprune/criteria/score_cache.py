@@ -6,6 +6,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from graphprune import ranks
 from graphprune.calibration.cache import read_cache, write_cache
 from graphprune.criteria.base import Criterion, Scores, ScoringContext, check_scores, criterion
 from graphprune.errors import CalibrationError
@@ -46,7 +47,7 @@ def load_or_score(
     options |= {"aggregate": context.aggregate, "seed": context.seed}
     # What looks at no data does not depend on it.
     data = context.calibration if held.requires_calibration else None
-    if not Path(path).exists():
+    if not ranks.of_first(Path(path).exists):
         with staged_file(path) as staged:  # first: a path that cannot be written costs no work
             scores = held.scores(context)
             check_scores(scores, context)

@@ -1,4 +1,7 @@
-"""Outputs that are complete or absent: written beside their place, then renamed into it."""
+"""Outputs that are complete or absent: written beside their place, then renamed into it.
+
+Where several processes do one work, the first one writes; what others write is dropped.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,10 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from graphprune import ranks
 from graphprune.errors import OutputError
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
@@ -59,6 +64,10 @@ def staged_directory(
     ...     print(*(entry.name for entry in Path(folder, "out").iterdir()))
     report.json
     """
+    if not ranks.is_first():
+        with TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
     target = Path(os.path.realpath(path))
     with writing(path):
         if target.exists() and not target.is_dir():
@@ -116,6 +125,10 @@ def staged_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
     {}
     """
     target = Path(os.path.realpath(path))
+    if not ranks.is_first():
+        with TemporaryDirectory() as folder:
+            yield Path(folder, target.name)
+        return
     with writing(path):
         if target.is_dir():
             raise OutputError(f"{path} is a directory, not a file")

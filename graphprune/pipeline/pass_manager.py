@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from graphprune import ranks
 from graphprune.errors import CalibrationError, GraphPruneError, PipelineError, add_context
 from graphprune.pipeline.edits import edit_of
 from graphprune.pipeline.instruments import Instrument, PassPosition
@@ -111,14 +112,19 @@ class PassManager:
     ) -> tuple[Program, Context, PassRecord]:
         """Run one pass with its instruments; return what the next one needs, and the record."""
         pass_ = position.pass_
+        # Whoever only watches, checks or writes does so in one process.
+        instruments = self.instruments if ranks.is_first() else ()
         try:
-            for instrument in self.instruments:
-                instrument.before_pass(position, program, context)
+            with ranks.alone():
+                for instrument in instruments:
+                    instrument.before_pass(position, program, context)
             used = _data_used(pass_, program, context)
             began = time.perf_counter()
-            outcome = pass_.run(program, context)
+            outcome = _run(pass_, program, context)
             seconds = time.perf_counter() - began
             check_claims(pass_, program, outcome)
+            if outcome.plan is not None:
+                ranks.agree(outcome.plan.to_json(), "the processes made different plans")
             if self.audit:
                 audit_preserved(pass_, program, outcome.program, context)
             context.analyses.move(program, outcome.program, pass_.preserves)
@@ -140,11 +146,12 @@ class PassManager:
             if outcome.edited:
                 baseline = outcome.baseline or Baseline(outcome.program, len(plan.steps))
                 context = dataclasses.replace(context, baseline=baseline)
-            for instrument in self.instruments:
-                instrument.after_pass(position, outcome, context)
+            with ranks.alone():
+                for instrument in instruments:
+                    instrument.after_pass(position, outcome, context)
         except Exception as error:
             named = _named(error, position)
-            for instrument in self.instruments:
+            for instrument in instruments:
                 instrument.on_error(position, named)
             if named is error:
                 raise
@@ -160,6 +167,16 @@ class PassManager:
             verified=outcome.verified,
         )
         return outcome.program, context, record
+
+
+def _run(pass_: Pass, program: Program, context: Context) -> Outcome:
+    """Run a pass; one that changes nothing is run by the first of several processes."""
+    if not pass_.required:
+        return pass_.run(program, context)
+    if not ranks.is_first():
+        return Outcome(program)
+    with ranks.alone():
+        return pass_.run(program, context)
 
 
 def _data_used(pass_: Pass, program: Program, context: Context) -> Mapping[str, Any] | None:

@@ -8,8 +8,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from graphprune import ranks
 from graphprune.analysis.groups import Group
-from graphprune.calibration.data import Calibration, inputs_of
+from graphprune.calibration.data import Calibration, inputs_of, own_batches
 from graphprune.calibration.layerwise import logits_of_all
 from graphprune.calibration.losses import task_loss
 from graphprune.criteria import Scores, ScoringContext
@@ -62,14 +63,19 @@ def loss_margins(
                 f"{group.name} ({group.role}, {group.exactness}): its removal is no zeroing of "
                 "weights, so its loss cannot be measured by masking"
             )
-    whole, fingerprint = _loss(program, data), program.fingerprint()
+    losses, fingerprint = [_loss(program, data)], program.fingerprint()
     runs = [(group, count) for group in context.groups for count in _counts(group, levels)]
-    points: dict[str, list[tuple[int, float]]] = {g.name: [(0, 0.0)] for g in context.groups}
     for group, count in context.track(runs, "measuring the loss of groups"):
         cut = group.cut(lowest_units(scores[group.name], count))
         plan = Plan((Step(fingerprint, (cut,)),))
         masked = program.with_weights(plan.masked(program.weights))
-        points[group.name].append((count, _loss(masked, data) - whole))
+        losses.append(_loss(masked, data))
+    measured = torch.tensor(losses, dtype=torch.float64)
+    ranks.sum_of([measured])
+    whole, *others = measured.tolist()
+    points: dict[str, list[tuple[int, float]]] = {g.name: [(0, 0.0)] for g in context.groups}
+    for (group, count), loss in zip(runs, others, strict=True):
+        points[group.name].append((count, loss - whole))
     return {group.name: _slopes(points[group.name], group.size) for group in context.groups}
 
 
@@ -80,8 +86,9 @@ def _counts(group: Group, levels: int) -> Sequence[int]:
 
 
 def _loss(program: Program, data: Calibration) -> float:
-    """Return the mean loss over the samples of `data`."""
-    total, batches = 0.0, list(data.labeled())
+    """Return the mean loss over the samples of `data`, as far as this process runs them."""
+    total, labeled = 0.0, list(data.labeled())
+    batches = [labeled[at] for at in own_batches(labeled)]
     every = logits_of_all(program, [inputs_of(batch) for batch in batches])
     for batch, logits in zip(batches, every, strict=True):
         with torch.no_grad():

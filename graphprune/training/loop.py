@@ -2,7 +2,8 @@
 
 What is trained is a `Trainable`; the loop knows nothing of the model. Order of the samples, dropout
 and learning rate are functions of the seed and the step, so that a run that was cut off and goes on
-from its checkpoint gives what the uninterrupted one gives, bit for bit.
+from its checkpoint gives what the uninterrupted one gives, bit for bit. Where there are several
+processes each runs its part of a step's samples, and gradients are added up.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from graphprune import ranks
 from graphprune.calibration.data import inputs_of
 from graphprune.errors import TrainingError
 from graphprune.io.atomic import staged_file
@@ -233,7 +235,7 @@ class _Loop:
 
     def run(self, checkpoint: Checkpoint | None, advance: Callable[[float], None]) -> Trained:
         self.objective.check(self.student, self.held.all(1)[0])
-        if checkpoint is not None and (state := checkpoint.read()) is not None:
+        if checkpoint is not None and (state := ranks.of_first(checkpoint.read)) is not None:
             self._restore(state)
             advance(self.trained.step)
         else:
@@ -242,7 +244,6 @@ class _Loop:
         trained, config = self.trained, self.config
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             while trained.step < config.steps and not trained.stopped:
-                torch.manual_seed(seed_of(config.seed, "dropout", trained.step))
                 self._step()
                 advance(1)
                 if trained.step % config.every == 0 or trained.step == config.steps:
@@ -259,12 +260,15 @@ class _Loop:
         step, config = self.trained.step, self.config
         batches = self.samples.of_step(step, config.batch, config.micro, config.seed)
         sizes = [self.objective.size(batch) for batch in batches]
-        for batch, size in zip(batches, sizes, strict=True):
+        for at in ranks.own(sizes):
+            batch = batches[at]
+            torch.manual_seed(seed_of(config.seed, "dropout", step, at))
             with torch.enable_grad():
                 logits = self.student.logits(inputs_of(batch), self.objective.output, training=True)
                 loss = self.objective(logits, batch)
-                (loss * (size / sum(sizes))).backward()
+                (loss * (sizes[at] / sum(sizes))).backward()
             self._check_finite(loss.item())
+        self._add_up()
         if config.clip:
             torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.clip)
         for group in self.optimizer.param_groups:
@@ -273,18 +277,26 @@ class _Loop:
         self.optimizer.zero_grad()
         self.trained.step += 1
 
+    def _add_up(self) -> None:
+        """Add up the gradients of all processes."""
+        for each in self.parameters.values():
+            each.grad = torch.zeros_like(each) if each.grad is None else each.grad
+        ranks.sum_of(each.grad for each in self.parameters.values() if each.grad is not None)
+
     @torch.no_grad()
     def _measure(self) -> None:
         """Note the loss, and whether it is the lowest or has been no lower for too long."""
         trained, patience = self.trained, self.config.patience
-        total, count = 0.0, 0
-        for batch in self.held.all(self.config.micro):
-            size = self.objective.size(batch)
-            logits = self.student.logits(inputs_of(batch), self.objective.output, training=False)
-            total += self.objective.measure(logits, batch).item() * size
-            count += size
-        self._check_finite(total)
-        trained.measured[trained.step] = total / count
+        batches = self.held.all(self.config.micro)
+        sizes = [self.objective.size(batch) for batch in batches]
+        total = torch.zeros((), dtype=torch.float64)
+        for at in ranks.own(sizes):
+            batch = inputs_of(batches[at])
+            logits = self.student.logits(batch, self.objective.output, training=False)
+            total += self.objective.measure(logits, batches[at]).item() * sizes[at]
+        ranks.sum_of([total])
+        self._check_finite(total.item())
+        trained.measured[trained.step] = total.item() / sum(sizes)
         if patience is None:
             return
         trained.best = min(trained.measured, key=trained.measured.__getitem__)
@@ -302,7 +314,7 @@ class _Loop:
             )
 
     def _save(self, checkpoint: Checkpoint | None) -> None:
-        if checkpoint is None:
+        if checkpoint is None or not ranks.is_first():
             return
         parameters = {name: each.detach() for name, each in self.parameters.items()}
         state = {"trained": vars(self.trained), "parameters": parameters, "best": self.best}

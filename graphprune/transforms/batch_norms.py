@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, fx
 
-from graphprune.calibration.data import Calibration
+from graphprune import ranks
+from graphprune.calibration.data import Calibration, own_batches
 from graphprune.calibration.layerwise import BatchExecution
 from graphprune.errors import CalibrationError
 from graphprune.io.progress import Progress, no_progress
@@ -52,7 +53,9 @@ def reestimate(
     if not norms:
         return {}
     needed = ancestors(list(norms))
-    executions = BatchExecution.of_all(program, calibration, among=needed)
+    batches = list(calibration)
+    own = [batches[at] for at in own_batches(batches)]
+    executions = BatchExecution.of_all(program, own, among=needed)
     found: dict[str, Tensor] = {}
     nodes = [node for node in program.graph.nodes if node in needed]
     for node in track(nodes, "taking statistics of batch norms"):
@@ -61,7 +64,7 @@ def reestimate(
             if mean in found or variance in found:
                 raise CalibrationError(f"{mean}: two batch norms keep it together")
             source = arguments_of(node)["input"]
-            moments = _moments(mean, [each.values[source] for each in executions])
+            moments = _moments(program, mean, [each.values[source] for each in executions])
             for name, moment in zip((mean, variance), moments, strict=True):
                 found[name] = moment.to(program.weights[name].dtype)
         for execution in executions:
@@ -79,14 +82,24 @@ def _kept(program: Program) -> Iterator[tuple[fx.Node, tuple[str, str]]]:
             yield node, (names[args["running_mean"]], names[args["running_var"]])
 
 
-def _moments(name: str, values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return mean and unbiased variance, ``[channels]``, of ``[batch, channels, ...]`` together."""
+def _moments(program: Program, name: str, values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the moments of ``[batch, channels, ...]`` together for the batch norm of mean `name`.
+
+    They are the mean and the unbiased variance, ``[channels]``.
+    """
     rows = [value.double().movedim(1, -1).flatten(0, -2) for value in values]
-    count = sum(map(len, rows))
+    channels = program.weights[name].numel()
+    start = torch.zeros(channels, dtype=torch.float64, device=program.device)
+    count = start.new_tensor([sum(map(len, rows))])
+    total = sum((each.sum(0) for each in rows), start)
+    ranks.sum_of([total, count])
     if count < 2:
-        raise CalibrationError(f"{name}: the data has {count} value of each channel; 2 are needed")
-    mean = torch.stack([each.sum(0) for each in rows]).sum(0) / count
-    square = torch.stack([(each - mean).square().sum(0) for each in rows]).sum(0)
+        raise CalibrationError(
+            f"{name}: the data has {int(count)} value of each channel; 2 are needed"
+        )
+    mean = total / count
+    square = sum(((each - mean).square().sum(0) for each in rows), start)
+    ranks.sum_of([square])
     if not bool(torch.isfinite(square).all()):
         raise CalibrationError(f"{name}: its inputs on the calibration data are not finite")
     return mean, square / (count - 1)

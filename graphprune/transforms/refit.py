@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
+from graphprune import ranks
 from graphprune.analysis.coupling import Coupling
 from graphprune.analysis.matrices import Matrix, bias_of, contractions
 from graphprune.calibration.damping import validated_damp, without_columns
@@ -100,14 +101,15 @@ def refit(
             name: weights[name].masked_fill(gone[name], 0)
             for name in used & gone.keys() - done.keys()
         }
-        for matrix in held:
+
+        def solve(matrix: Matrix) -> tuple[Tensor, Tensor]:
+            dense = matrix.read(weights[matrix.weight]).double()
+            seen, centered = statistics[matrix.name], bool(bias_of(program, matrix))
+            return _least_squares(matrix.name, dense, columns[matrix], seen, damp, centered)
+
+        for matrix, (best, shift) in zip(held, ranks.each_once(held, solve), strict=True):
             weight = new.get(matrix.weight, weights[matrix.weight])
             bias = bias_of(program, matrix)
-            seen = statistics[matrix.name]
-            dense = matrix.read(weights[matrix.weight]).double()
-            best, shift = _least_squares(
-                matrix.name, dense, columns[matrix], seen, damp, centered=bool(bias)
-            )
             new[matrix.weight] = matrix.write(weight, best).masked_fill(gone[matrix.weight], 0)
             if bias:
                 old = new.get(bias, done.get(bias, weights[bias]))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from graphprune import ranks
 from graphprune.errors import UsageError, first_line
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -41,6 +42,8 @@ def device_of(given: str | torch.device | None) -> torch.device | None:
         return None
     try:
         device = torch.device(given)
+        if ranks.size() > 1 and device.index is not None:
+            raise UsageError(f"{given} would be the device of every process: say {device.type}")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"there is no device {str(given)!r} here: {first_line(error)}") from error

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from graphprune.analysis.matrices import contractions
 from graphprune.analysis.types import Types
-from graphprune.calibration.data import Calibration
+from graphprune.calibration.data import Calibration, own_batches
 from graphprune.calibration.layerwise import BatchExecution, unpadded
 from graphprune.calibration.segments import segments
 from graphprune.io.progress import Progress, no_progress
@@ -114,7 +114,9 @@ def align(
         for found in maps
         for projection in found.projections
     ]
-    executions = BatchExecution.of_all(program, unpadded(calibration))
+    batches = list(unpadded(calibration))
+    own = [batches[at] for at in own_batches(batches)]
+    executions = BatchExecution.of_all(program, own)
 
     def edit(change: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> None:
         for name, weight in change({**weights, **changed}).items():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graphprune import ranks
 from graphprune.analysis.types import Types
 from graphprune.calibration.damping import damped
 from graphprune.errors import CalibrationError
@@ -81,7 +82,7 @@ class AttentionFit:
         ):
             seen = operand.read(values)[:, :, :, : each.shape[2]]
             if len(each) != seen.shape[0] * seen.shape[1]:
-                followed.fits = False
+                followed.misfits += 1
                 continue
             pair = (each.reshape(seen.shape), seen)
             followed.add(*(part + 0j if whole else self._turning(part) for part in pair))
@@ -107,6 +108,7 @@ class AttentionFit:
 
     def share_heads(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the weights that change when the heads of each group become equal."""
+        self._add_up()
         # What is solved is small, and solved on the CPU.
         moments = [each.cpu() for each in (self._queries, self._keys, self._values)]
         self._queries, self._keys, self._values = moments
@@ -137,6 +139,14 @@ class AttentionFit:
             if found
         }
         return {name: weight for name, weight in new.items() if weight is not weights[name]}
+
+    def _add_up(self) -> None:
+        """Add up what all processes have observed."""
+        held = [self._queries, self._keys, self._values]
+        followed = [tensor for each in self._followed for tensor in each.sums]
+        self._queries, self._keys, self._values, *added = ranks.padded_sum([*held, *followed])
+        for each in self._followed:
+            each.sums, added = added[:4], added[4:]
 
     def _names(self) -> set[str]:
         """Return the weights that this attention reads."""
@@ -259,10 +269,15 @@ class AttentionFit:
         device = self.program.device
         old = matrix.read(self.weights[matrix.weight])[0].double().to(device)
         start = matrix.read(weights[matrix.weight])[0].double()
-        pairs = list(zip(self._before, self._after, strict=True))
-        gram = sum((after.mT @ after for _, after in pairs), torch.zeros(()))
-        wanted = sum((after.mT @ (before @ old.mT) for before, after in pairs), torch.zeros(()))
-        power = sum(float((before @ old.mT).square().sum()) for before, _ in pairs)
+        gram, wanted = old.new_zeros(old.shape[1], old.shape[1]), torch.zeros_like(old.mT)
+        squares = old.new_zeros(())
+        for before, after in zip(self._before, self._after, strict=True):
+            given = before @ old.mT
+            gram += after.mT @ after
+            wanted += after.mT @ given
+            squares += given.square().sum()
+        ranks.sum_of([gram, wanted, squares])
+        power = float(squares)
         more = self.damp * float(gram.diagonal().mean())
         best = torch.linalg.solve(damped(gram, self.damp), wanted + more * start.mT).mT
         left = power - 2 * float((best.mT * wanted).sum()) + float(((best @ gram) * best).sum())
@@ -276,17 +291,27 @@ class _Followed:
     """An operand, compared with what its projection made, each position times its own factors."""
 
     def __init__(self) -> None:
-        self.fits = True
         self._crossed = torch.zeros(0, 0, dtype=torch.complex128)
         self._power = torch.zeros(0, 0, dtype=torch.float64)
-        self._total = 0.0
+        self._total = torch.zeros((), dtype=torch.float64)
+        self.misfits = torch.zeros((), dtype=torch.int64)
+        """Batches whose operand is not one for each input."""
 
     def add(self, made: Tensor, seen: Tensor) -> None:
         """Count in ``[batch, positions, kv, slots, coordinates]``, complex, of both."""
         over = (0, 2, 3)
         self._crossed = _added(self._crossed, (made.conj() * seen).sum(over))
         self._power = _added(self._power, made.abs().square().sum(over))
-        self._total += float(seen.abs().square().sum())
+        self._total = self._total + seen.abs().square().sum()
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """All that is added up over batches."""
+        return [self._crossed, self._power, self._total, self.misfits]
+
+    @sums.setter
+    def sums(self, sums: Sequence[Tensor]) -> None:
+        self._crossed, self._power, self._total, self.misfits = sums
 
     @property
     def turns(self) -> Tensor:
@@ -295,10 +320,10 @@ class _Followed:
 
     def reason(self) -> str:
         """Return why it is not that, or ""."""
-        if not self.fits:
+        if self.misfits:
             return "they are not one for each input"
         explained = self._crossed.abs().square() / self._power.clamp(min=1e-150)
-        if self._total - float(explained.sum()) > _EXACT * self._total:
+        if self._total - explained.sum() > _EXACT * self._total:
             return "more is done with them than to rotate them by position"
         return ""
 
