@@ -9,7 +9,7 @@ Where several processes divide the batches, gradients are added up a segment at 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,7 +111,7 @@ class BackwardWalk:
             for node in part.weights:
                 self._uses.setdefault(node, []).append(at)
         self._own = own_batches(self.batches)
-        self._kept = Kept(self._held.room([part.nodes for part in self._parts]))
+        self._kept: Kept[Hashable] = Kept(self._held.room([part.nodes for part in self._parts]))
 
     def _part(self, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> _Part:
         weights = [node for node in inputs if node in self._held.names]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from graphprune.calibration.data import Calibration
+from graphprune.calibration.kept import Kept
 from graphprune.calibration.logits import Logits, WholeLogits, ending, run_to_logits
 from graphprune.calibration.segments import segments
 from graphprune.errors import CalibrationError
 from graphprune.ir.aten import is_mutating
 from graphprune.ir.interpreter import (
     Before,
+    Compute,
     Hooks,
     Interpreter,
     Memory,
@@ -25,7 +28,8 @@ from graphprune.ir.interpreter import (
     last_uses,
 )
 from graphprune.ir.program import Program
-from graphprune.weights.deferred import Deferred
+from graphprune.weights.deferred import Deferred, made
+from graphprune.weights.scratch import ScratchFile
 
 
 class SegmentWeights:
@@ -35,10 +39,13 @@ class SegmentWeights:
     ----------
     program
         The program; its weights may lie in files, in another type, or on another device.
+    weights
+        What to compute with instead of its own.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, weights: Mapping[str, Tensor] | None = None) -> None:
         self._program = program
+        self._weights = program.weights if weights is None else weights
         self.names = {node: name for name, node in program.weight_nodes()}
         self._replaced: dict[str, Tensor] = {}
         self._held: dict[fx.Node, Tensor] = {}
@@ -51,7 +58,8 @@ class SegmentWeights:
         held = {node: self._held[node] for node in wanted if node in self._held}
         self._held = {}  # what is not wanted any more goes before more is read
         taken = {name: self._replaced[name] for name in missing if name in self._replaced}
-        taken |= self._program.take(name for name in missing if name not in taken)
+        unread = {name: self._weights[name] for name in missing if name not in taken}
+        taken |= {n: made(weight) for n, weight in self._program.as_operands(unread).items()}
         for node in wanted:
             if node not in held:
                 held[node] = taken[self.names[node]].detach()
@@ -99,51 +107,80 @@ class BatchExecution:
         The program.
     batch
         Inputs by name.
-    memory
-        Counts what activations take.
+    values
+        Holds what crosses from one segment into a later one; at first the inputs.
     weights
         The program's weights.
     last
         The last use of every node: `graphprune.ir.interpreter.last_uses`.
-    idle
-        Nodes that are only looked at before they are computed, and then are not.
+    compute
+        Makes the value of a node.
     """
 
     def __init__(
         self,
         program: Program,
         batch: Mapping[str, Tensor],
-        memory: Memory,
+        values: Kept[fx.Node],
         weights: SegmentWeights,
         last: Mapping[fx.Node, fx.Node],
-        idle: Collection[fx.Node] = (),
+        compute: Compute = call,
     ) -> None:
         filled = program.fill(batch)
-        given = {node: filled[value.name] for value, node in program.input_nodes()}
-        self.values = Values(given, memory)
-        self._weights, self._memory, self._last, self._idle = weights, memory, last, idle
+        self.values = values
+        for value, node in program.input_nodes():
+            if node in last:
+                values[node] = filled[value.name]
+        self.weights, self._last, self._compute = weights, last, compute
+        self._device = program.device
 
     @classmethod
     def of_all(
         cls,
         program: Program,
         batches: Iterable[Mapping[str, Tensor]],
+        parts: Sequence[Sequence[fx.Node]],
+        *,
         memory: Memory | None = None,
-        among: Collection[fx.Node] | None = None,
-        idle: Collection[fx.Node] = (),
         goals: Collection[fx.Node] = (),
+        weights: Mapping[str, Tensor] | None = None,
+        computes: Iterable[Compute] | None = None,
     ) -> list[BatchExecution]:
         """Return one for each of `batches`, at the start of the graph.
 
-        With `among` only those nodes are run; by default all but the output, and what only that
-        reads is dropped at once. The values of `goals` are kept to the end.
+        Past the program's limit of memory, less what the weights of a part take, the values that
+        cross from one part into another lie in a scratch file.
+
+        Parameters
+        ----------
+        program, batches
+            What is run, on what.
+        parts
+            The nodes that it is going to be advanced by; others are not run.
+        memory
+            Counts what activations take, and what else is to stay within the limit.
+        goals
+            Nodes whose values are kept to the end.
+        weights
+            What to compute with instead of the program's own.
+        computes
+            Makes the values of nodes, for each batch.
+
+        Raises
+        ------
+        CalibrationError
+            When the weights of one part take more memory than is allowed.
         """
-        (output,) = program.graph.find_nodes(op="output")
-        among = set(program.graph.nodes) - {output} if among is None else among
-        memory, last = memory or Memory(), last_uses(program.graph, among)
+        memory, file = memory or Memory(), ScratchFile()
+        held = SegmentWeights(program, weights)
+        room = held.room(parts)
+        last = last_uses(program.graph, {node for part in parts for node in part})
         last = {node: by for node, by in last.items() if node not in goals}
-        weights = SegmentWeights(program)
-        return [cls(program, batch, memory, weights, last, idle) for batch in batches]
+        last |= {node: node for node in goals if node.op == "placeholder"}
+        return [
+            cls(program, batch, Kept(room, memory, file), held, last, compute)
+            for batch, compute in zip(batches, computes or itertools.repeat(call), strict=False)
+        ]
 
     @torch.no_grad()
     def advance(self, nodes: Sequence[fx.Node], before: Before | None = None) -> None:
@@ -151,50 +188,71 @@ class BatchExecution:
 
         With `before`, a hook that may look at all values, they are dropped when all are computed.
         """
-        held = self._with_weights(self.values, nodes)
-        if before is None:
-            Interpreter(self.values, self._hooks(None), self._last).run(nodes)
-        else:
-            Interpreter(self.values, self._hooks(before)).run(nodes)
-            for node in nodes:
-                for other in (*node.all_input_nodes, node):
-                    if self._last.get(other) is node:
-                        self.values.pop(other, None)
-        for node in held:
-            self.values.pop(node, None)
-        self._memory.let_go(held.values())
+        values, weights = self._started(nodes)
+        inside = set(nodes)
+        for node in dict.fromkeys(other for each in nodes for other in each.all_input_nodes):
+            if node in self.values and self._last.get(node) in inside:
+                values[node] = self.values.pop(node)
+        hooks = Hooks(before, self._compute)
+        Interpreter(values, hooks, {} if before else self._last, self._device).run(nodes)
+        written = any(map(is_mutating, nodes))
+        left = {
+            node: value
+            for node, value in values.data.items()
+            if node not in weights
+            and self._last.get(node) not in inside
+            and (written or node not in self.values)
+        }
+        values.clear()
+        self.values.update(left)
+        self.values.memory.let_go(weights.values())
 
     @torch.no_grad()
     def trial(self, segment: Segment, before: Before | None = None) -> Values:
         """Compute a segment without moving on; the values take memory until they are cleared."""
-        values = Values(self.values, self._memory)
+        values, _ = self._started(segment.nodes)
         if any(map(is_mutating, segment.nodes)):
             for node in segment.inputs:
-                if node in values and isinstance(values[node], Tensor):
+                if node in self.values and isinstance(values[node], Tensor):
                     values[node] = values[node].clone()
-        self._with_weights(values, segment.nodes)
-        Interpreter(values, self._hooks(before)).run(segment.nodes)
+        Interpreter(values, Hooks(before, self._compute), None, self._device).run(segment.nodes)
         return values
 
-    def _hooks(self, before: Before | None) -> Hooks:
-        if not self._idle:
-            return Hooks(before)
-
-        def compute(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return None if node in self._idle else call(node, args, kwargs)
-
-        return Hooks(before, compute)
-
-    def _with_weights(self, values: Values, nodes: Sequence[fx.Node]) -> Mapping[fx.Node, Tensor]:
-        """Put the weights that `nodes` read among `values`."""
-        held = self._weights.of(nodes)
-        self._memory.set_aside(held.values())
-        values.update(held)
-        return held
+    def _started(self, nodes: Sequence[fx.Node]) -> tuple[Values, Mapping[fx.Node, Tensor]]:
+        """Return the weights that `nodes` read, and values that begin with them."""
+        values = _Inside(self.values)
+        weights = self.weights.of(nodes)
+        self.values.memory.set_aside(weights.values())
+        values.update(weights)
+        return values, weights
 
     def replace(self, weights: Mapping[str, Tensor]) -> None:
         """Go on with other weights, as do all batches of the same program."""
-        self._weights.replace(weights)
+        self.weights.replace(weights)
+
+
+class _Inside(Values):
+    """The values inside a segment; those before it are read when they are asked for."""
+
+    def __init__(self, before: Kept[fx.Node]) -> None:
+        self._before = before
+        super().__init__({}, before.memory)
+
+    def __missing__(self, node: fx.Node) -> Any:
+        self[node] = self._before[node]
+        return self[node]
+
+    def __contains__(self, node: object) -> bool:
+        return node in self.data or node in self._before
+
+
+def not_run(idle: Collection[fx.Node]) -> Compute:
+    """Return what computes nodes but those of `idle`, which are only looked at before they are."""
+
+    def compute(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return None if node in idle else call(node, args, kwargs)
+
+    return compute
 
 
 def unpadded(calibration: Calibration) -> Iterator[dict[str, Tensor]]:
@@ -232,32 +290,53 @@ def unpadded(calibration: Calibration) -> Iterator[dict[str, Tensor]]:
 
 
 AT_ONCE = 64
-"""Batches that go through a graph together where weights are read anew for each segment."""
+"""Batches that go through a graph together where weights are made anew for each segment."""
 
 
 @torch.no_grad()
 def logits_of_all(
-    program: Program, batches: Sequence[Mapping[str, Tensor]], output: str | None = None
+    program: Program,
+    batches: Sequence[Mapping[str, Tensor]],
+    output: str | None = None,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+    compute: Callable[[], Compute] = lambda: call,
 ) -> Iterator[Logits]:
     """Yield what `run_to_logits` gives for each of `batches`, without gradients.
 
     Where weights have to be read, converted or moved to be computed with, batches go through the
     graph together, so that each segment's weights are so once for all of them.
+
+    Parameters
+    ----------
+    program, batches, output
+        As `run_to_logits` takes them.
+    weights
+        What to compute with instead of the program's own.
+    compute
+        Gives, for each batch, what makes the values of its nodes.
     """
-    if not any(isinstance(weight, Deferred) for weight in program.operands.values()):
+    operands = program.as_operands(program.weights if weights is None else weights)
+    if not any(isinstance(weight, Deferred) for weight in operands.values()):
         for batch in batches:
-            yield run_to_logits(program, batch, output)
+            hooks = Hooks(compute=compute())
+            yield run_to_logits(program, batch, output, weights=operands, hooks=hooks)
         return
     readout, goals = ending(program, output)
-    needed = ancestors(goals)
-    parts = segments(program, among={node for node in needed if node.op != "placeholder"})
+    parts = [part.nodes for part in segments(program, among=ancestors(goals))]
     for first in range(0, len(batches), AT_ONCE):
         together = batches[first : first + AT_ONCE]
-        executions = BatchExecution.of_all(program, together, among=needed, goals=goals)
+        computes = [compute() for _ in together]
+        executions = BatchExecution.of_all(
+            program, together, parts, goals=goals, weights=weights, computes=computes
+        )
         for part in parts:
             for execution in executions:
-                execution.advance(part.nodes)
-        weights = SegmentWeights(program).of(goals)
-        for execution in executions:
-            values = {**execution.values, **weights}
-            yield WholeLogits(values[goals[0]]) if readout is None else readout.logits(values)
+                execution.advance(part)
+        last = SegmentWeights(program, weights).of(goals)
+        for execution, own in zip(executions, computes, strict=True):
+            values = {n: last[n] if n in last else execution.values.pop(n) for n in goals}
+            hooks = Hooks(compute=own)
+            yield (
+                WholeLogits(values[goals[0]]) if readout is None else readout.logits(values, hooks)
+            )

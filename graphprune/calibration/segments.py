@@ -16,7 +16,7 @@ from graphprune.ir.provenance import layer_of, module_path
 def segments(
     program: Program, matrices: Sequence[Matrix] = (), among: Collection[fx.Node] | None = None
 ) -> list[Segment]:
-    """Return the graph's nodes in order, cut at the ends of numbered layers.
+    """Return what the graph computes, in order, cut at the ends of numbered layers.
 
     Nodes of no layer amid those of one go with it. What one segment must see as a whole is not
     cut: a weight of `matrices` that is used in several, results that come together (a split's),
@@ -31,7 +31,11 @@ def segments(
     among
         The nodes to run, where not all are.
     """
-    graph = [node for node in program.graph.nodes if among is None or node in among]
+    graph = [
+        node
+        for node in program.graph.nodes
+        if node.op not in ("placeholder", "output") and (among is None or node in among)
+    ]
     parts = _by_layer(graph)
     where = {node: at for at, part in enumerate(parts) for node in part}
     reach = list(range(len(parts)))
@@ -50,7 +54,7 @@ def segments(
 
 
 def _by_layer(graph: Sequence[fx.Node]) -> list[list[fx.Node]]:
-    layers = [_layer(node) for node in graph]
+    layers = [layer_of(module_path(node)) for node in graph]
     last = {layer: at for at, layer in enumerate(layers)}
     first: dict[str, int] = {}
     for at, layer in enumerate(layers):
@@ -65,11 +69,6 @@ def _by_layer(graph: Sequence[fx.Node]) -> list[list[fx.Node]]:
             nodes.append([])
         nodes[-1].append(node)
     return nodes
-
-
-def _layer(node: fx.Node) -> str:
-    """Return the path of the numbered layer that `node` belongs to, or ""."""
-    return layer_of(module_path(node)) if node.op != "placeholder" else ""
 
 
 def _uses(matrices: Sequence[Matrix]) -> Iterator[list[fx.Node]]:

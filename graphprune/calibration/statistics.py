@@ -8,6 +8,7 @@ before, and can be bounded: a layer whose statistics do not fit at once is run s
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -22,7 +23,7 @@ from graphprune.analysis.matrices import Matrix, Use, contractions
 from graphprune.calibration.cache import read_cache, write_cache
 from graphprune.calibration.data import Calibration, own_batches
 from graphprune.calibration.input_statistics import InputStatistics, Kind, over_ranks
-from graphprune.calibration.layerwise import BatchExecution, unpadded
+from graphprune.calibration.layerwise import BatchExecution, not_run, unpadded
 from graphprune.calibration.segments import segments
 from graphprune.errors import CalibrationError
 from graphprune.io.atomic import staged_file
@@ -153,7 +154,11 @@ def run_layerwise(
     batches = list(unpadded(calibration))
     own = [batches[at] for at in own_batches(batches)]
     executions = BatchExecution.of_all(
-        program, own, account, needed | looked_at, idle=looked_at - needed
+        program,
+        own,
+        [part.nodes for part in parts],
+        memory=account,
+        computes=itertools.repeat(not_run(looked_at - needed)),
     )
     changed: dict[str, Tensor] = {}
     statistics: Statistics = {}

@@ -21,7 +21,8 @@ from graphprune.analysis.coupling import Coupling
 from graphprune.analysis.groups import Group
 from graphprune.analysis.matrices import Matrix
 from graphprune.calibration.data import LABELS, inputs_of
-from graphprune.calibration.logits import Logits, run_to_logits
+from graphprune.calibration.layerwise import logits_of_all
+from graphprune.calibration.logits import Logits
 from graphprune.calibration.losses import divergence, sample_losses
 from graphprune.criteria import ScoringContext
 from graphprune.errors import EvaluationError, SelectionError, refuse_other
@@ -48,11 +49,11 @@ SINGLES = 64
 
 Batch = Mapping[str, Tensor]
 
-Run = Callable[[str, Batch], Logits]
-"""Given the name of an output and a batch without labels: that output."""
+Run = Callable[[str], Iterator[Logits]]
+"""Given the name of an output: that output for every batch."""
 
-Loss = Callable[[Run, Batch], Tensor]
-"""The loss of every sample of a batch, ``[samples]``."""
+Loss = Callable[[Run], Iterator[Tensor]]
+"""The loss of every sample, ``[samples]`` for every batch."""
 
 
 def sensitivity(
@@ -110,15 +111,16 @@ def sensitivity(
     if not batches:
         raise EvaluationError("there are no batches to measure the loss on")
     parts = [(part, part.runs(blocks)) for part in _parts(coupling, target)]
-    measure, loss = _loss(program, batches)
-    whole = _losses(_runner(program), batches, loss)
+    inputs = [inputs_of(batch) for batch in batches]
+    measure, loss = _loss(program, batches, inputs)
+    whole = _losses(_runner(program, inputs), loss)
     if not bool(torch.isfinite(whole).all()):
         raise EvaluationError("the loss of the whole program is not finite")
 
     def effects(part: _Part, runs: Sequence[Span], keep: bool) -> Iterator[tuple[Span, Tensor]]:
         for run in runs:
-            without = part.without([(run[0] <= at < run[1]) != keep for at in range(part.total)])
-            yield run, _losses(without, batches, loss) - whole
+            lost = [(run[0] <= at < run[1]) != keep for at in range(part.total)]
+            yield run, _losses(part.without(lost, inputs), loss) - whole
             advance(1)
 
     rows = []
@@ -191,15 +193,16 @@ class _Part:
             )
         return runs
 
-    def without(self, lost: Sequence[bool]) -> Run:
-        """Return the program without some units, counted over all parents."""
+    def without(self, lost: Sequence[bool], inputs: Sequence[Batch]) -> Run:
+        """Return the program without some units, counted over all parents, run on `inputs`."""
         program = self.coupling.program
         if self.reader is not None:
             matrix, units = self.reader
             gone = torch.tensor([*lost, False])[units]  # -1 is a column of no unit
             weight = program.weights[matrix.weight]
             clear = matrix.read(weight).masked_fill(gone[:, None], 0)
-            return _runner(program.with_weights({matrix.weight: matrix.write(weight, clear)}))
+            cleared = program.with_weights({matrix.weight: matrix.write(weight, clear)})
+            return _runner(cleared, inputs)
         units_of: dict[tuple[int, ...], list[int]] = {}
         for (*parents, unit), goes in zip(
             itertools.product(*map(range, self.shape)), lost, strict=True
@@ -210,7 +213,9 @@ class _Part:
         cut = Cut(group.name, group.size, group.role, cut_units, group.parents, group.members)
         plan = Plan((Step(program.fingerprint(), (cut,)),))
         reference = MaskedReference(program, plan, self.coupling.types)
-        return lambda output, batch: reference.logits(output, batch)
+        return lambda output: logits_of_all(
+            program, inputs, output, weights=reference.weights, compute=reference.computing
+        )
 
 
 def _parts(coupling: Coupling, target: str) -> list[_Part]:
@@ -240,39 +245,31 @@ def _by_attention(coupling: Coupling, group: Group) -> list[_Part]:
 # -- losses ---------------------------------------------------------------------------------------
 
 
-def _loss(program: Program, batches: Sequence[Batch]) -> tuple[str, Loss]:
-    """Return what the loss is called, and its values for the samples of a batch, ``[samples]``."""
-    if all(LABELS in batch for batch in batches):
-        return "cross entropy", _cross_entropy
-    if "decoder_input_ids" not in batches[0] and not why_not_causal(program):
-        return "next-token loss", _cross_entropy
-    whole = _runner(program)
+def _loss(program: Program, batches: Sequence[Batch], inputs: Sequence[Batch]) -> tuple[str, Loss]:
+    """Return what the loss is called, and what takes it."""
+    is_task = all(LABELS in batch for batch in batches)
+    if is_task or ("decoder_input_ids" not in batches[0] and not why_not_causal(program)):
+        name = "cross entropy" if is_task else "next-token loss"
+        return name, lambda run: map(sample_losses, run("logits"), batches)
+    whole = _runner(program, inputs)
     if any(value.name == "logits" for value in program.outputs):
-        return "divergence", lambda run, batch: _divergence(
-            run("logits", inputs_of(batch)), whole("logits", inputs_of(batch))
-        )
+        return "divergence", lambda run: map(_divergence, run("logits"), whole("logits"))
     name = next(
         value.name
         for value in program.outputs
         if value.dtype.is_floating_point and not value.name.startswith(PRESENT)
     )
-    return f"relative squared change of {name}", lambda run, batch: _change(
-        run(name, inputs_of(batch)).all(), whole(name, inputs_of(batch)).all()
-    )
+    return f"relative squared change of {name}", lambda run: map(_change, run(name), whole(name))
 
 
-def _runner(program: Program) -> Run:
-    return lambda output, batch: run_to_logits(program, batch, output)
+def _runner(program: Program, inputs: Sequence[Batch]) -> Run:
+    return lambda output: logits_of_all(program, inputs, output)
 
 
 @torch.no_grad()
-def _losses(run: Run, batches: Sequence[Batch], loss: Loss) -> Tensor:
+def _losses(run: Run, loss: Loss) -> Tensor:
     """Return the loss of every sample, ``[samples]``, float64."""
-    return torch.cat([loss(run, batch) for batch in batches]).double().cpu()
-
-
-def _cross_entropy(run: Run, batch: Batch) -> Tensor:
-    return sample_losses(run("logits", inputs_of(batch)), batch)
+    return torch.cat(list(loss(run))).double().cpu()
 
 
 def _divergence(found: Logits, whole: Logits) -> Tensor:
@@ -281,8 +278,9 @@ def _divergence(found: Logits, whole: Logits) -> Tensor:
     return each.reshape(found.shape[0], -1).mean(1)
 
 
-def _change(found: Tensor, whole: Tensor) -> Tensor:
-    return (found - whole).square().flatten(1).sum(1) / whole.square().flatten(1).sum(1)
+def _change(found: Logits, whole: Logits) -> Tensor:
+    after, before = found.all(), whole.all()
+    return (after - before).square().flatten(1).sum(1) / before.square().flatten(1).sum(1)
 
 
 # -- effects --------------------------------------------------------------------------------------

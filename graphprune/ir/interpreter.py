@@ -146,6 +146,8 @@ class Interpreter:
     last_uses
         Node -> the last one that reads it, after which its value is dropped; see `last_uses`.
         Nodes that it does not name stay.
+    device
+        Where values are made that are made of none; by default where `values` are.
     """
 
     def __init__(
@@ -153,11 +155,12 @@ class Interpreter:
         values: Values,
         hooks: Hooks | None = None,
         last_uses: Mapping[fx.Node, fx.Node] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.values = values
         self.hooks = hooks or Hooks()
         self.last_uses = last_uses or {}
-        self.device = device_of(values.values())
+        self.device = device or device_of(values.values())
 
     def run(self, nodes: Iterable[fx.Node]) -> None:
         """Compute `nodes`, which stand in the order of their graph."""

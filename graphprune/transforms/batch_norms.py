@@ -55,9 +55,9 @@ def reestimate(
     needed = ancestors(list(norms))
     batches = list(calibration)
     own = [batches[at] for at in own_batches(batches)]
-    executions = BatchExecution.of_all(program, own, among=needed)
+    nodes = [n for n in program.graph.nodes if n in needed and n.op != "placeholder"]
+    executions = BatchExecution.of_all(program, own, [[node] for node in nodes])
     found: dict[str, Tensor] = {}
-    nodes = [node for node in program.graph.nodes if node in needed]
     for node in track(nodes, "taking statistics of batch norms"):
         if node in norms:
             mean, variance = norms[node]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class Draws:
     Parameters
     ----------
     given
-        What to take instead of drawing, by number; None to draw.
+        Returns what to take instead of drawing, by number; None to draw.
 
     Attributes
     ----------
@@ -37,16 +37,20 @@ class Draws:
         What was drawn: values or factors, or None where it cannot be told from what they act on.
     """
 
-    def __init__(self, given: Sequence[Tensor | None] = ()) -> None:
+    def __init__(self, given: Callable[[int], Tensor | None] = lambda number: None) -> None:
         self.given = given
         self.made: list[Tensor | None] = []
+
+    def again(self, number: int) -> Tensor | None:
+        """Return what was drawn, for another run to take; None where nothing was yet."""
+        return self.made[number] if number < len(self.made) else None
 
     def compute(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the value of an operator, random or not."""
         if not is_random(node):
             return call(node, args, kwargs)
         number = len(self.made)
-        drawn = self.given[number] if number < len(self.given) else None
+        drawn = self.given(number)
         factor, values = name_of(node) in _FACTORS, name_of(node) in _VALUES
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(number)

@@ -10,6 +10,7 @@ from graphprune.ir.interpreter import run_part
 from graphprune.ir.program import Program
 from graphprune.plan.plan import Plan
 from graphprune.verification.narrow_weights import NarrowWeights
+from graphprune.weights.deferred import deferred
 
 
 def kept_norms(types: Types, plan: Plan) -> list[NormalizedWeight]:
@@ -28,11 +29,15 @@ def kept_norms(types: Types, plan: Plan) -> list[NormalizedWeight]:
 
 
 def narrow_weights(original: Program, plan: Plan, types: Types) -> NarrowWeights:
-    """Return what `plan` leaves of the weights of `original`, with norms of all units."""
+    """Return what `plan` leaves of the weights of `original`, with norms of all units.
+
+    Each is made anew where it is used.
+    """
     kept = kept_norms(types, plan)
     values = run_part(original, [each.result for each in kept], {})
     normalized = {each.name: value for each, value in zip(kept, values, strict=True)}
-    found = NarrowWeights({**original.weights, **normalized}, plan)
+    weights = {**original.weights, **normalized}
+    found = NarrowWeights({name: deferred(weight) for name, weight in weights.items()}, plan)
     for name in _without_use(original, kept):
         found.values.pop(name, None)
     return found

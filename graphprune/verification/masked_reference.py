@@ -16,6 +16,7 @@ units that went: by the values that weights had where these alone did it, else b
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -27,15 +28,15 @@ from graphprune.analysis.axes import Axis, Product
 from graphprune.analysis.index_maps import indices_by_unit
 from graphprune.analysis.inference import infer
 from graphprune.analysis.types import Types
-from graphprune.calibration.logits import Logits, run_to_logits
 from graphprune.ir.aten import is_mutating, is_random, random_nodes
-from graphprune.ir.interpreter import After, Hooks, call, run_program
+from graphprune.ir.interpreter import Compute, Hooks, call, run_program
 from graphprune.ir.nodes import argument_names
 from graphprune.ir.program import Program
 from graphprune.plan.plan import Plan
 from graphprune.verification.draws import Draws
 from graphprune.verification.kept_norms import kept_norms, narrow_weights
 from graphprune.verification.narrow_weights import NarrowWeights
+from graphprune.weights.deferred import made
 
 Left = tuple[int, Tensor, bool]
 """A dimension, its indices that are left, and whether a result has zeros at the others."""
@@ -71,6 +72,11 @@ class MaskedReference:
         The types of `original`, where they are known; inferred by default.
     narrow
         What the plan leaves of the weights, which the program must hold; by default as it says.
+
+    Attributes
+    ----------
+    weights
+        The edited weights, each made anew where it is used.
     """
 
     def __init__(
@@ -83,13 +89,12 @@ class MaskedReference:
         self.original = original
         types = types or infer(original)
         self.narrow = narrow or narrow_weights(original, plan, types)
-        self.normalized = {
+        self.weights = {name: self.narrow.widen(name) for name in original.weights}
+        self._normalized = {
             each.result: self.narrow.widen(each.name) for each in kept_norms(types, plan)
         }
-        self.weights = {name: self.narrow.widen(name) for name in original.weights}
         self.statistics: dict[fx.Node, list[Left]] = {}
         self.choices: dict[fx.Node, list[tuple[int, Tensor]]] = {}
-        self.draws = Draws()
         self._unmasked = _Unmasked(original)
         self._types = types
         self._kept = self._kept_units()
@@ -147,16 +152,18 @@ class MaskedReference:
         found = {dim: self._stays(*pair) for dim, pair in enumerate(pairs)}
         return {dim: left for dim, left in found.items() if left is not None}
 
-    def narrow_draws(self) -> list[Tensor | None]:
-        """Return what was drawn in the last run, of the units that stay."""
-        found = []
-        for drawn, node in zip(self.draws.made, random_nodes(self.original.graph), strict=False):
-            narrow: Tensor | None = drawn
-            if narrow is not None and self._kept:
-                for dim, left in self._stays_along(node, narrow.shape).items():
-                    narrow = narrow.index_select(dim, left.nonzero().flatten())
-            found.append(narrow)
-        return found
+    def narrowed(self, draws: Draws) -> Callable[[int], Tensor | None]:
+        """Return what gives, by number, what a run of the reference drew for units that stay."""
+        nodes = random_nodes(self.original.graph)
+
+        def narrow(number: int) -> Tensor | None:
+            drawn = draws.again(number)
+            if drawn is not None and self._kept:
+                for dim, left in self._stays_along(nodes[number], drawn.shape).items():
+                    drawn = drawn.index_select(dim, left.nonzero().flatten())
+            return drawn
+
+        return narrow
 
     def _kept_units(self) -> dict[Axis, Tensor]:
         """Return every atom that lost units -> a boolean mask of those that are left."""
@@ -171,32 +178,31 @@ class MaskedReference:
         """Run the reference as a program is run."""
         return self.run(inputs)
 
-    def run(self, inputs: Mapping[str, Tensor], after: After | None = None) -> dict[str, Tensor]:
-        """Run the reference with a hook that is shown the value of every node."""
-        self.draws = Draws()
-        hooks = Hooks(compute=self._compute, after=after)
-        return run_program(self.original, inputs, hooks, self._operands())
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run the reference on inputs by name."""
+        operands = self.original.as_operands(self.weights)
+        return run_program(self.original, inputs, Hooks(compute=self.computing()), operands)
 
-    def logits(self, output: str, inputs: Mapping[str, Tensor]) -> Logits:
-        """Run what one output needs; see `graphprune.calibration.logits.run_to_logits`."""
-        self.draws = Draws()
-        hooks = Hooks(compute=self._compute)
-        return run_to_logits(self.original, inputs, output, weights=self._operands(), hooks=hooks)
+    def computing(self, draws: Draws | None = None) -> Compute:
+        """Return what computes the nodes of one run of the original on `weights`.
 
-    def _operands(self) -> dict[str, Tensor]:
-        return self.original.as_operands(self.weights)
+        What it draws at random is kept in `draws`.
+        """
+        return functools.partial(self._compute, draws or Draws())
 
-    def _compute(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _compute(
+        self, draws: Draws, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Return what a node makes with statistics over what stays, and choices from it."""
-        if node in self.normalized:
-            return self.normalized[node]
+        if node in self._normalized:
+            return made(self._normalized[node])
         for dim, stays in self.choices.get(node, ()):
             shape = [1] * args[0].ndim
             shape[dim] = -1
             args = (args[0].masked_fill(~stays.view(shape), -torch.inf), *args[1:])
         if node in self.statistics:
             return _over_what_stays(node, self.statistics[node], *args, **kwargs)
-        result = self.draws.compute(node, args, kwargs)
+        result = draws.compute(node, args, kwargs)
         if not isinstance(result, Tensor) or is_mutating(node) or bool(result.isfinite().all()):
             return result
         return self._finite(node, args, kwargs, result)

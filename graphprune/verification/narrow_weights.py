@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -73,13 +73,22 @@ class NarrowWeights:
         if name not in self.values:
             return torch.ones(self._first[name].shape, dtype=torch.bool)
         found = torch.zeros(self._first[name].shape, dtype=torch.bool)
+        for dim, indices in self._untold(name):
+            found.index_fill_(dim, indices, True)
+        return found
+
+    def is_told(self, name: str) -> bool:
+        """Return whether later weights hold every element: `untold` is false everywhere."""
+        return name in self.values and not any(len(found) for _, found in self._untold(name))
+
+    def _untold(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """Yield dimensions with the indices along them that no later weight holds."""
         for dim, origin in self._dims(name):
             kept = origin.clamp(min=0)
             firsts = torch.full((int(kept.max()) + 1,), len(origin))
             firsts.scatter_reduce_(0, kept, torch.arange(len(origin)), "amin")
             later = (origin < 0) | (torch.arange(len(origin)) > firsts[kept])
-            found.index_fill_(dim, later.nonzero().flatten(), True)
-        return found
+            yield dim, later.nonzero().flatten()
 
     def _dims(self, name: str) -> list[tuple[int, Tensor]]:
         return [(dim, origin) for (other, dim), origin in self.origin.items() if other == name]

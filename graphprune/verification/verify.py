@@ -15,20 +15,19 @@ from torch import Tensor
 
 from graphprune.analysis.inference import infer
 from graphprune.analysis.types import Types
-from graphprune.errors import PROGRAMS, VerificationError, first_line, refuse_other
+from graphprune.errors import PROGRAMS, VerificationError, refuse_other
 from graphprune.ir.aten import random_nodes
 from graphprune.ir.compare import relative_error, tolerance_of
-from graphprune.ir.interpreter import Hooks, run_program
 from graphprune.ir.program import PRESENT, Program, caches_of
 from graphprune.ir.provenance import whereabouts
 from graphprune.ir.sample_inputs import continuation, random_inputs
 from graphprune.plan.plan import Plan
 from graphprune.verification.draws import Draws
-from graphprune.verification.first_difference import first_difference
 from graphprune.verification.kept_norms import narrow_weights
 from graphprune.verification.masked_reference import MaskedReference
 from graphprune.verification.narrow_weights import NarrowWeights
 from graphprune.verification.patterns import broken_patterns
+from graphprune.verification.walks import Walk, side_by_side
 from graphprune.weights.deferred import later, made
 
 
@@ -154,21 +153,24 @@ def verify(
     outputs: dict[str, float] = {}
     runs: list[str] = []
     moved = 0.0
-    wide, narrow = _Session(reference), _Session(_Redrawn(program, reference))
     layer = ""
+    caches: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
     for run, inputs in _runs(original, seed):
-        wanted = wide(inputs)
+        draws = Draws()
+        computing = Draws(reference.narrowed(draws)).compute
+        wide = Walk(
+            original, {**inputs, **caches[0]}, reference.weights, reference.computing(draws)
+        )
+        narrow = Walk(program, {**inputs, **caches[1]}, compute=computing)
+        layer = layer or side_by_side(wide, narrow, allowed)
         if not runs:
-            moved = _moved(reference, inputs, wanted, seed)
+            moved = _moved(reference, wide, draws, seed)
         runs.append(run)
-        try:
-            got = narrow(inputs)
-        except Exception as error:  # a wrong graph may fail in any way
-            raise VerificationError(f"the program does not run: {first_line(error)}") from error
-        for name, output in wanted.items():
-            outputs[name] = max(outputs.get(name, 0.0), _error(output, got.get(name), name))
-        if not layer and not all(error <= allowed for error in outputs.values()):
-            layer = first_difference(reference, program, inputs, allowed)
+        caches = caches_of(wide.outputs), caches_of(narrow.outputs)
+        for name, output in wide.outputs.items():
+            if not name.startswith(PRESENT):
+                error = _error(output, narrow.outputs.get(name), name)
+                outputs[name] = max(outputs.get(name, 0.0), error)
     for errors, kind in ((weights, "weight"), (outputs, "output")):
         worst = max(errors, key=errors.__getitem__, default=None)
         if worst is not None and not errors[worst] <= allowed:
@@ -232,25 +234,21 @@ def _check_draws(plan: Plan, original: Program, program: Program) -> None:
         )
 
 
-def _moved(
-    reference: MaskedReference,
-    inputs: Mapping[str, Tensor],
-    outputs: Mapping[str, Tensor],
-    seed: int,
-) -> float:
-    """Return how far `outputs` move when what goes or merges is random instead."""
-    original = reference.original
-    weights = original.as_operands(reference.weights)
+def _moved(reference: MaskedReference, wide: Walk, draws: Draws, seed: int) -> float:
+    """Return how far outputs of a run move when what goes or merges is random instead."""
+    original, weights = reference.original, dict(reference.weights)
     for number, (name, weight) in enumerate(original.operands.items()):
         if original.kinds[name] == "constant" or not weight.is_floating_point():
             continue
-        if bool(reference.narrow.untold(name).any()):
+        if not reference.narrow.is_told(name):
             change = _redrawn(reference.narrow, name, weight, seed + number)
             weights[name] = later(change, weights[name])
-    hooks = Hooks(compute=Draws(reference.draws.made).compute)
-    with torch.no_grad():
-        found = run_program(original, inputs, hooks, weights)
-    apart = (relative_error(output, found[name]) for name, output in outputs.items())
+    found = Walk(original, wide.inputs, weights, Draws(draws.again).compute).to_end()
+    apart = (
+        relative_error(output, found[name])
+        for name, output in wide.outputs.items()
+        if not name.startswith(PRESENT)
+    )
     return min(max(apart, default=0.0), 1.0)
 
 
@@ -261,25 +259,11 @@ def _redrawn(
 
     def changed(zeroed: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        scale = float(weight.double().std(correction=0)) or 1.0
+        scale = float(weight.float().std(correction=0)) or 1.0
         noise = torch.randn(zeroed.shape, generator=generator) * scale
         return torch.where(narrow.untold(name).to(zeroed.device), noise.to(zeroed), zeroed)
 
     return changed
-
-
-@dataclass
-class _Redrawn:
-    """The program, run with the draws of the reference's last run."""
-
-    program: Program
-    reference: MaskedReference
-
-    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
-        if not self.reference.draws.made:
-            return self.program(**inputs)
-        hooks = Hooks(compute=Draws(self.reference.narrow_draws()).compute)
-        return run_program(self.program, inputs, hooks)
 
 
 def _dtype(program: Program) -> torch.dtype:
@@ -292,20 +276,6 @@ def _runs(program: Program, seed: int) -> Iterator[tuple[str, dict[str, Tensor]]
     yield "full pass", inputs
     if program.is_decoder:
         yield "one more token on the cache", continuation(program, inputs, seed=seed + 1)
-
-
-@dataclass
-class _Session:
-    """A program run step by step on its own KV cache; what it returns are the other outputs."""
-
-    call: Any
-    cache: dict[str, Tensor] = field(default_factory=dict)
-
-    @torch.no_grad()
-    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        outputs = self.call(**inputs, **self.cache)
-        self.cache = caches_of(outputs)
-        return {k: v for k, v in outputs.items() if not k.startswith(PRESENT)}
 
 
 def _error(expected: Tensor, found: Tensor | None, name: str) -> float:

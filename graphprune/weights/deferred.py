@@ -89,6 +89,13 @@ def made(value: Any) -> Any:
     return value.made() if isinstance(value, Deferred) else value
 
 
+def deferred(weight: Tensor) -> Deferred:
+    """Return `weight` as a deferred tensor, so that what is made of it is made where it is used."""
+    if isinstance(weight, Deferred):
+        return weight
+    return Deferred(lambda: weight.detach(), weight.shape, weight.dtype, weight.device)
+
+
 def later(
     change: Callable[[Tensor], Tensor], weight: Tensor, shape: Sequence[int] | None = None
 ) -> Tensor:

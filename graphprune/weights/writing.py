@@ -43,12 +43,15 @@ def write_file(
         advance(_bytes(ordered))
         return
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as stream:
-        stream.write(header)
-        for tensor in ordered.values():
-            stream.write(_data(tensor))
-            advance(tensor.nbytes)
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as stream:
+            stream.write(header)
+            for tensor in ordered.values():
+                stream.write(data_of(tensor))
+                advance(tensor.nbytes)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_shards(
@@ -136,6 +139,7 @@ def _is_complete(path: Path, header: bytes, tensors: Mapping[str, Tensor]) -> bo
         return stream.read(len(header)) == header
 
 
-def _data(tensor: Tensor) -> memoryview:
+def data_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor, which are its own where it is contiguous and on the CPU."""
     whole = made(tensor.detach()).cpu().contiguous().reshape(-1)
     return memoryview(whole.view(torch.uint8).numpy())

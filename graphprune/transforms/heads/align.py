@@ -116,7 +116,8 @@ def align(
     ]
     batches = list(unpadded(calibration))
     own = [batches[at] for at in own_batches(batches)]
-    executions = BatchExecution.of_all(program, own)
+    parts = segments(program, parted)
+    executions = BatchExecution.of_all(program, own, [part.nodes for part in parts])
 
     def edit(change: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> None:
         for name, weight in change({**weights, **changed}).items():
@@ -124,7 +125,7 @@ def align(
 
     for execution in executions:
         execution.replace(changed)
-    for segment in track(segments(program, parted), "aligning heads"):
+    for segment in track(parts, "aligning heads"):
         inside = set(segment.nodes)
         here = [fit for fit in fits if fit.map.projections[3].node in inside]
         if here:

@@ -1,0 +1,176 @@
+"""What is needed again later lies on disk past a limit, and comes back bit by bit as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import inputs_of, program_of
+from torch import Tensor
+
+import graphprune as gp
+from graphprune.analysis.matrices import contractions
+from graphprune.calibration.data import Calibration
+from graphprune.calibration.kept import Kept
+from graphprune.calibration.layerwise import SegmentWeights, logits_of_all
+from graphprune.calibration.segments import segments
+from graphprune.calibration.statistics import observe, run_layerwise
+from graphprune.errors import CalibrationError, OutputError
+from graphprune.evaluation.ablation import sensitivity
+from graphprune.ir.program import Program
+from graphprune.weights.deferred import deferred
+from graphprune.weights.placement import Placement
+from graphprune.weights.scratch import FOLDER, ScratchFile
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.randn(3, 4, 5).transpose(0, 2),
+        torch.randn(3, 1, 5).expand(3, 4, 5),
+        torch.randn(6).bfloat16(),
+        torch.tensor(True),
+        torch.arange(12).view(3, 4)[:, 1],
+        torch.empty(2, 0),
+    ],
+)
+def test_a_tensor_comes_back_as_it_was_and_lies_as_it_did(value: Tensor) -> None:
+    kept: Kept[str] = Kept(0)
+    kept["a"] = value
+    assert kept.memory.bytes == 0
+    assert kept["a"].dtype is value.dtype and torch.equal(kept["a"], value)
+    if value._is_view() and value.numel() > 4:
+        assert kept["a"].stride() == value.stride()
+
+
+def test_room_on_disk_is_used_again(tmp_path: Path) -> None:
+    file = ScratchFile()
+    kept: Kept[int] = Kept(0, file=file)
+    for number in range(100):
+        kept[number % 3] = torch.full((10,), number)
+    assert file._end <= 4 * 80
+    assert [int(kept[at][0]) for at in range(3)] == [99, 97, 98]
+
+
+def test_only_what_does_not_fit_goes_to_disk() -> None:
+    kept: Kept[str] = Kept(100)
+    kept["a"], kept["b"], kept["c"] = torch.ones(10), torch.ones(10), 3
+    assert kept.memory.bytes == 80
+    kept["d"] = torch.ones(10)
+    assert kept.memory.bytes == 80 and kept["a"] is not kept["a"] and kept["b"] is kept["b"]
+    del kept["b"], kept["d"]
+    assert kept.memory.bytes == 0 and dict(kept).keys() == {"a", "c"}
+
+
+# -- walks of data --------------------------------------------------------------------------------
+
+
+def data_of(name: str) -> Calibration:
+    program = program_of(name)
+    made = [inputs_of(program, batch=2, length=7 + at, seed=at) for at in range(3)]
+    return Calibration.from_batches(made)
+
+
+def gram(program: Program) -> Any:
+    found = observe(program, contractions(program).matrices, data_of("llama-gqa"), "gram")
+    return {name: each.gram for name, each in found.items()}
+
+
+def edited(program: Program) -> Any:
+    def halve(_: Any, held: Any, __: Any) -> Mapping[str, Tensor]:
+        return {m.weight: program.weights[m.weight] / 2 for m in held}
+
+    matrices = contractions(program).matrices
+    return run_layerwise(program, matrices, data_of("t5"), edit=halve).weights
+
+
+def aligned(program: Program) -> Any:
+    pipeline = gp.Pipeline.parse("merge-kv-heads{groups=1 init=aligned}")
+    return pipeline.run(program, calibration=data_of("llama-gqa"), quiet=True).program.weights
+
+
+def norms(program: Program) -> Any:
+    pipeline = gp.Pipeline.parse("reestimate-norms")
+    return pipeline.run(program, calibration=data_of("resnet"), quiet=True).program.weights
+
+
+def logits(program: Program) -> Any:
+    weights = {name: deferred(weight) for name, weight in program.weights.items()}
+    batches = list(data_of("llama-gqa"))
+    found = logits_of_all(program, batches, weights=weights)
+    return {str(at): each.all() for at, each in enumerate(found)}
+
+
+def effects(program: Program) -> Any:
+    batches = list(data_of("llama-gqa"))
+    found = sensitivity(gp.analyze(program), batches, "ffn", blocks=2, keep_one=False)
+    rows = [[effect.difference for effect in row.removed] for row in found.rows]
+    return {"effects": torch.tensor(rows, dtype=torch.float64)}
+
+
+@pytest.mark.parametrize(
+    ("name", "work"),
+    [
+        ("llama-gqa", gram),
+        ("t5", edited),
+        ("llama-gqa", aligned),
+        ("resnet", norms),
+        ("llama-gqa", logits),
+        ("llama-gqa", effects),
+    ],
+)
+def test_a_limit_that_leaves_no_room_for_activations_changes_no_bit(
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    work: Callable[[Program], Mapping[str, Tensor]],
+) -> None:
+    free = work(program_of(name))
+    written: list[Tensor] = []
+    write = ScratchFile.write
+    monkeypatch.setattr(SegmentWeights, "room", lambda *_: 0)
+    monkeypatch.setattr(
+        ScratchFile, "write", lambda file, each: (written.append(each), write(file, each))[1]
+    )
+    tight = work(program_of(name))
+    assert written
+    assert tight.keys() == free.keys()
+    for key, expected in free.items():
+        assert torch.equal(tight[key], expected), key
+
+
+def limited(program: Program, beside: int) -> Program:
+    """Return the program with a limit that leaves so many bytes beside a segment's weights."""
+    roomy = dataclasses.replace(program, placement=Placement(memory=2**40))
+    parts = [part.nodes for part in segments(program, contractions(program).matrices)]
+    room = SegmentWeights(roomy).room(parts)
+    assert room is not None
+    return dataclasses.replace(program, placement=Placement(memory=2**40 - room + beside))
+
+
+def test_activations_between_layers_take_no_memory_past_the_limit() -> None:
+    program = program_of("llama-gqa")
+    matrices = contractions(program).matrices
+    batches = [inputs_of(program, batch=2, length=16, seed=at) for at in range(12)]
+    data = Calibration.from_batches(batches)
+    free = run_layerwise(program, matrices, data, edit=lambda *_: {})
+    tight = run_layerwise(limited(program, 1), matrices, data, edit=lambda *_: {})
+    one = Calibration.from_batches(batches[:1])
+    least = run_layerwise(program, matrices, one, edit=lambda *_: {})
+    assert tight.peak_bytes <= least.peak_bytes < free.peak_bytes
+
+
+def test_a_limit_below_one_segment_says_what_is_needed() -> None:
+    program = limited(program_of("llama-gqa"), 0)
+    with pytest.raises(CalibrationError, match=r"one layer take \S+ MiB, and \S+ MiB are allowed"):
+        observe(program, contractions(program).matrices, data_of("llama-gqa"))
+
+
+def test_a_full_disk_under_a_walk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = limited(program_of("llama-gqa"), 1)
+    monkeypatch.setenv(FOLDER, "/dev/full")
+    with pytest.raises(OutputError, match="the scratch folder /dev/full cannot be written"):
+        observe(program, contractions(program).matrices, data_of("llama-gqa"))
