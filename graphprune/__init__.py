@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from graphprune.pipeline.pipeline import Pipeline
     from graphprune.pipeline.report import Report
     from graphprune.plan.plan import Plan
+    from graphprune.search.compress import compress
     from graphprune.transforms.apply import apply_plan as apply
     from graphprune.verification.verify import verify
 
@@ -65,6 +66,7 @@ _HOMES = {
     "analyze": "graphprune.analysis.coupling:analyze",
     "apply": "graphprune.transforms.apply:apply_plan",
     "capture": "graphprune.frontend.capture:capture",
+    "compress": "graphprune.search.compress:compress",
     "load": "graphprune.backends.load:load",
     "perplexity": "graphprune.evaluation.perplexity:perplexity",
     "reference": "graphprune.io.reference",
@@ -99,6 +101,7 @@ __all__ = [
     "analyze",
     "apply",
     "capture",
+    "compress",
     "load",
     "perplexity",
     "reference",

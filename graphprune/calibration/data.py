@@ -169,6 +169,28 @@ class Calibration:
         found = self.text.drawn(-(-tokens // length), length, short=True)
         return dataclasses.replace(found, wanted=tokens)
 
+    def with_room(self, part: float) -> Calibration:
+        """Return these windows, of which there will be no more, or fewer of them.
+
+        Fewer where less than `part` of the text is beside them, and nobody counted them.
+        """
+        if self.text is None or not self.text.may_grow:
+            return self
+        length = self.length or LENGTH
+        most = max(int(len(self.text.stream.windows(length)) * (1 - part)), 1)
+        text = dataclasses.replace(self.text, may_grow=False)
+        return text.drawn(min(self.samples, most), length)
+
+    def further(self, tokens: int) -> tuple[Mapping[str, Tensor], ...]:
+        """Return windows of the same text that are neither among these nor held out, if any.
+
+        They are as long as these, and no more than `tokens` take.
+        """
+        if self.text is None or self.length is None:
+            return ()
+        beside = sum(map(_rows, self.held_out))
+        return self.text.windows(self.length, self.samples + beside, -(-tokens // self.length))
+
     @classmethod
     def from_batches(cls, batches: Sequence[Mapping[str, Tensor]]) -> Calibration:
         """Take batches that are ready: inputs of the program by name.
@@ -297,11 +319,8 @@ class _Text:
                 f"{self.source} has {len(self.stream.ids)} tokens; "
                 f"{samples} samples of {length} need {samples * (length - len(self.stream.first))}"
             )
-        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(self.seed))
-        batches, held_out = (
-            tuple(map(token_batch, self._divided(windows[at])))
-            for at in (order[:samples], order[samples : samples + spare])
-        )
+        batches = self.windows(length, 0, samples)
+        held_out = self.windows(length, samples, spare)
         return Calibration(
             batches,
             "text",
@@ -314,6 +333,12 @@ class _Text:
             tokenizer=self.stream.tokenizer,
             text=self,
         )
+
+    def windows(self, length: int, start: int, count: int) -> tuple[Mapping[str, Tensor], ...]:
+        """Return batches of up to `count` windows from number `start` on, in a random order."""
+        windows = self.stream.windows(length)
+        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(self.seed))
+        return tuple(map(token_batch, self._divided(windows[order[start : start + count]])))
 
     def _divided(self, windows: Tensor) -> Sequence[Tensor]:
         """Return windows in as few batches as will do, about equal ones."""

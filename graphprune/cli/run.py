@@ -180,7 +180,7 @@ def run(
             return
         files = write(session, result.program, result.plan, folder, found, dtype, shard_size)
         note_large_edits(folder, result.plan)
-        summary = _summary(session, program, result, folder, found, text, fitted, files)
+        summary = summary_of(session, program, result, folder, found, text, fitted, files)
         report = dataclasses.replace(result.report, summary=summary.to_dict())
         written = report.to_json().replace(f"{folder}{os.sep}", "")
         (folder / REPORT).write_text(written, encoding="utf-8")
@@ -309,7 +309,7 @@ class _FormFirst(Instrument):
             form_of(self.session, outcome.program, self.form)
 
 
-def _summary(
+def summary_of(
     session: Session,
     program: Program,
     result: Result,

@@ -20,10 +20,7 @@ from graphprune.analysis.attention.attentions import attentions_of
 from graphprune.analysis.coupling import Coupling
 from graphprune.analysis.groups import Group
 from graphprune.analysis.matrices import Matrix
-from graphprune.calibration.data import LABELS, inputs_of
-from graphprune.calibration.layerwise import logits_of_all
-from graphprune.calibration.logits import Logits
-from graphprune.calibration.losses import divergence, sample_losses
+from graphprune.calibration.data import inputs_of
 from graphprune.criteria import ScoringContext
 from graphprune.errors import EvaluationError, SelectionError, refuse_other
 from graphprune.evaluation.ablation_result import (
@@ -33,7 +30,7 @@ from graphprune.evaluation.ablation_result import (
     Sensitivity,
     Span,
 )
-from graphprune.evaluation.perplexity import why_not_causal
+from graphprune.evaluation.sample_measures import Batch, Run, measure_of, measured, runner
 from graphprune.io.progress import DisplayFactory, progress_bar
 from graphprune.ir.program import PAST, PRESENT, Program
 from graphprune.plan.plan import Plan
@@ -46,14 +43,6 @@ ALL_HEADS = "heads"
 
 SINGLES = 64
 """Units of a group that are removed one by one; those of a larger group go in so many runs."""
-
-Batch = Mapping[str, Tensor]
-
-Run = Callable[[str], Iterator[Logits]]
-"""Given the name of an output: that output for every batch."""
-
-Loss = Callable[[Run], Iterator[Tensor]]
-"""The loss of every sample, ``[samples]`` for every batch."""
 
 
 def sensitivity(
@@ -112,15 +101,15 @@ def sensitivity(
         raise EvaluationError("there are no batches to measure the loss on")
     parts = [(part, part.runs(blocks)) for part in _parts(coupling, target)]
     inputs = [inputs_of(batch) for batch in batches]
-    measure, loss = _loss(program, batches, inputs)
-    whole = _losses(_runner(program, inputs), loss)
+    measure, loss = measure_of(program, batches)
+    whole = measured(runner(program, inputs), loss)
     if not bool(torch.isfinite(whole).all()):
         raise EvaluationError("the loss of the whole program is not finite")
 
     def effects(part: _Part, runs: Sequence[Span], keep: bool) -> Iterator[tuple[Span, Tensor]]:
         for run in runs:
             lost = [(run[0] <= at < run[1]) != keep for at in range(part.total)]
-            yield run, _losses(part.without(lost, inputs), loss) - whole
+            yield run, measured(part.without(lost, inputs), loss) - whole
             advance(1)
 
     rows = []
@@ -202,7 +191,7 @@ class _Part:
             weight = program.weights[matrix.weight]
             clear = matrix.read(weight).masked_fill(gone[:, None], 0)
             cleared = program.with_weights({matrix.weight: matrix.write(weight, clear)})
-            return _runner(cleared, inputs)
+            return runner(cleared, inputs)
         units_of: dict[tuple[int, ...], list[int]] = {}
         for (*parents, unit), goes in zip(
             itertools.product(*map(range, self.shape)), lost, strict=True
@@ -240,47 +229,6 @@ def _by_attention(coupling: Coupling, group: Group) -> list[_Part]:
         return [_Part(coupling, group)]
     readers = ScoringContext(coupling.program, coupling, [group]).consumers(ALL_HEADS)[group.name]
     return [_Part(coupling, group, reader) for reader in readers]
-
-
-# -- losses ---------------------------------------------------------------------------------------
-
-
-def _loss(program: Program, batches: Sequence[Batch], inputs: Sequence[Batch]) -> tuple[str, Loss]:
-    """Return what the loss is called, and what takes it."""
-    is_task = all(LABELS in batch for batch in batches)
-    if is_task or ("decoder_input_ids" not in batches[0] and not why_not_causal(program)):
-        name = "cross entropy" if is_task else "next-token loss"
-        return name, lambda run: map(sample_losses, run("logits"), batches)
-    whole = _runner(program, inputs)
-    if any(value.name == "logits" for value in program.outputs):
-        return "divergence", lambda run: map(_divergence, run("logits"), whole("logits"))
-    name = next(
-        value.name
-        for value in program.outputs
-        if value.dtype.is_floating_point and not value.name.startswith(PRESENT)
-    )
-    return f"relative squared change of {name}", lambda run: map(_change, run(name), whole(name))
-
-
-def _runner(program: Program, inputs: Sequence[Batch]) -> Run:
-    return lambda output: logits_of_all(program, inputs, output)
-
-
-@torch.no_grad()
-def _losses(run: Run, loss: Loss) -> Tensor:
-    """Return the loss of every sample, ``[samples]``, float64."""
-    return torch.cat(list(loss(run))).double().cpu()
-
-
-def _divergence(found: Logits, whole: Logits) -> Tensor:
-    at = torch.arange(found.shape[:-1].numel(), device=found.device)
-    each = found.each(at, lambda logits, piece: divergence(whole.rows(piece), logits))
-    return each.reshape(found.shape[0], -1).mean(1)
-
-
-def _change(found: Logits, whole: Logits) -> Tensor:
-    after, before = found.all(), whole.all()
-    return (after - before).square().flatten(1).sum(1) / before.square().flatten(1).sum(1)
 
 
 # -- effects --------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def sweep(
         lacking = [each for each in pipeline.passes if each.requires_calibration]
         if lacking and draws[seed] is None:
             raise CalibrationError(f"recipe {recipe.name!r}: {uncalibrated(lacking[0])}")
-    journal = Journal(Path(folder))
+    journal = Journal(Path(folder), "sweep", MeasuredProgram.from_json)
     measured = perplexity(program, **vars(heldout), progress=progress or False)
     dense = MeasuredProgram.measured(program, measured.loss, measured.perplexity)
     weights, points = digest([program.weights]), list[SweepPoint]()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from graphprune.io.atomic import as_json
 from graphprune.ir.program import Program
@@ -44,6 +44,12 @@ class MeasuredProgram(ProgramSize):
         nonzero = sum(int(weight.count_nonzero()) for weight in parameters)
         size = ProgramSize.of(program)
         return cls(**vars(size), nonzero=nonzero, loss=loss, perplexity=perplexity)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> MeasuredProgram:
+        """Read what JSON kept of one, which has null for what is infinite."""
+        unbounded = {name: math.inf for name in ("loss", "perplexity") if data[name] is None}
+        return cls(**{**data, **unbounded})
 
 
 @dataclass(frozen=True)

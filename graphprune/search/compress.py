@@ -1,0 +1,230 @@
+"""Make a program smaller by the recipe that measures best on data that nothing was fitted to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from os import PathLike
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import cast
+
+from graphprune.analysis.coupling import analyze
+from graphprune.calibration.data import Calibration
+from graphprune.criteria import criterion
+from graphprune.errors import PROGRAMS, SelectionError, UsageError, refuse_other
+from graphprune.io.progress import DisplayFactory
+from graphprune.ir.program import Program
+from graphprune.passes.prune import Prune
+from graphprune.passes.verify import Verify
+from graphprune.pipeline.pass_base import Pass
+from graphprune.pipeline.pipeline import Pipeline
+from graphprune.search.bench import Bench, Tried, ranked
+from graphprune.search.candidates import DATA_FREE, Budgets, Candidate, candidates
+from graphprune.search.choice import choose
+from graphprune.search.draws import divide
+from graphprune.search.result import Compressed
+from graphprune.selection.cost import Cost
+
+CRITERIA = ("taylor", "obs", "wanda", DATA_FREE)
+"""The criteria that are tried."""
+
+SECONDS = 1800.0
+"""How long a search may take, where nobody says."""
+
+_REFITTED = 3
+"""Criteria whose best recipe is tried with a refit."""
+
+
+def compress(
+    program: Program,
+    *,
+    calibration: Calibration | None = None,
+    params: float | None = None,
+    macs: float | None = None,
+    kv_bytes: float | None = None,
+    targets: Sequence[str] = (),
+    criteria: Sequence[str] = CRITERIA,
+    seconds: float | None = SECONDS,
+    folder: str | PathLike[str] | None = None,
+    plain: bool = False,
+    seed: int = 0,
+    progress: DisplayFactory | None = None,
+) -> Compressed:
+    """Make `program` smaller by the recipe that measures best.
+
+    What is pruned, by which criterion, whether all layers lose the same, and whether what stays is
+    refitted: all of it is tried, and measured on data that nothing was fitted to. Many recipes are
+    measured on few samples first, and those that do best there, refitted, on all.
+
+    Parameters
+    ----------
+    program
+        What to start from; it is not changed.
+    calibration
+        Data to fit to and to choose by. Without it nothing can be measured, and units are scored by
+        their weights alone.
+    params, macs, kv_bytes
+        The part that is to go, in [0, 1): of the parameters, of the multiply-accumulates of a
+        prompt, of the KV cache. All that are given are met.
+    targets
+        What may be pruned, as in `Prune`; left out, FFN units, experts, channels and heads.
+    criteria
+        What units may be scored by.
+    seconds
+        How long it may take, looked at between candidates; None for any time. When it is over, the
+        best so far is taken. One recipe is always measured.
+    folder
+        Where what is measured is kept, so that a search that was interrupted goes on: a directory
+        that is empty, absent or of a search. None: nothing is kept.
+    plain
+        Whether all layers are to stay alike, in sizes that the config accepts.
+    seed
+        Of whatever is random. Given enough time, equal seeds give equal results.
+    progress
+        Makes a progress display.
+
+    Raises
+    ------
+    SelectionError
+        Before any work: when nothing meets the budgets, or a target matches nothing.
+    CalibrationError
+        Before any work: when there is too little data to hold some of it out, or it does not fit.
+    UsageError
+        For a budget outside of [0, 1), a time that is none, or an unknown criterion.
+    OutputError
+        When `folder` holds something else, or cannot be written.
+    """
+    refuse_other(program, than=Program, how=PROGRAMS)
+    budgets = _budgets(params=params, macs=macs, kv_bytes=kv_bytes)
+    if seconds is not None and not seconds > 0:
+        raise UsageError(f"seconds {seconds:g} is no time to search in")
+    if not criteria:
+        raise UsageError("there is no criterion to score units by")
+    for name in criteria:
+        criterion(name)  # refuses one that there is not
+    coupling = analyze(program)
+    starts = candidates(coupling, budgets, targets, plain=plain)
+    if calibration is None:
+        return _unmeasured(program, starts[0], seed)
+    calibration.check(program)
+    draw = divide(calibration, program)
+    with nullcontext(folder) if folder is not None else TemporaryDirectory() as kept:
+        pruned = {t: 0 for each in starts for p in each.passes for t in _targets(p)}
+        bench = Bench(
+            coupling, list(pruned), draw, Path(kept), seed=seed, limit=seconds, progress=progress
+        )
+        _search(bench, starts, criteria, plain=plain)
+        return _chosen(bench, seed)
+
+
+def _budgets(**given: float | None) -> Budgets:
+    """Return the budgets that are given."""
+    found: dict[Cost, float] = {}
+    for name, part in given.items():
+        if part is None:
+            continue
+        if not 0 < part < 1:
+            percent = f"; {part:g} % is {part / 100:g}" if 1 < part < 100 else ""
+            raise UsageError(f"{name} {part:g} is not in (0, 1){percent}")
+        found[cast(Cost, name)] = part
+    return found
+
+
+def _search(
+    bench: Bench, starts: Sequence[Candidate], names: Sequence[str], *, plain: bool
+) -> None:
+    """Measure more and more of what is promising, on more and more samples."""
+    few, samples = max(bench.draw.samples // 4, 1), bench.draw.samples
+    # Those that prune once share the scores of a criterion; the others take scores of their own.
+    single = [each for each in starts if each.prunings < 2] or list(starts)
+    screened = bench.measure(
+        [each.by(name) for name in names for each in single], few, "trying criteria and targets"
+    )
+    contenders = _contenders([each.candidate for each in screened])
+    best = [each.candidate for each in screened[:1]]
+    rest = [each.by(best[0].criterion) for each in starts if best and each not in single]
+    refitted = bench.measure(
+        [*best, *(each.refitted() for each in (*contenders, *rest))], samples, "refitting"
+    )
+    if not plain:
+        bench.measure(_elsewhere(bench, refitted), samples, "sharing out over layers")
+
+
+def _contenders(screened: Sequence[Candidate]) -> list[Candidate]:
+    """Return the best of each criterion, of the first few, and the runner-up of the best one.
+
+    A refit changes which criterion is best: so it is tried with several.
+    """
+    firsts: dict[str, Candidate] = {}
+    for each in screened:
+        firsts.setdefault(each.criterion, each)
+    of_best = [each for each in screened if each.criterion == screened[0].criterion]
+    return [*list(firsts.values())[:_REFITTED], *of_best[1:2]]
+
+
+def _elsewhere(bench: Bench, refitted: Sequence[Tried]) -> list[Candidate]:
+    """Return what takes units from wherever they are missed least.
+
+    By the scores themselves, where they say the same of every group, and by the loss.
+    """
+    able = [each.candidate for each in refitted]
+    able = [each for each in able if each.widths is not None and each.heads is None]
+    comparable = [each for each in able if criterion(each.criterion).comparable][:1]
+    found = [each.everywhere("none", names) for each in comparable for names in ((), bench.targets)]
+    for each in able[:1]:
+        if 2 * bench.seconds_by_loss <= bench.left:
+            found.append(each.everywhere("loss", bench.targets))
+        else:
+            bench.left_out.append(each.everywhere("loss", bench.targets))
+    return found
+
+
+def _chosen(bench: Bench, seed: int) -> Compressed:
+    """Return what the best candidate gives, made anew, as its text alone makes it."""
+    tried = list(bench.tried.values())
+    full = [each for each in ranked(tried) if len(_values(each)) == bench.draw.samples]
+    pool = full or ranked(tried)
+    if not pool:
+        raise SelectionError(f"no recipe could be measured: {tried[0].reason}")
+    whole = bench.whole(len(_values(pool[0])))
+    pool = [each for each in pool if len(_values(each)) == len(whole.values)]
+    alike = bench.program.source is not None
+    choice = choose(whole, pool, bench.measure_name, prefer_alike=alike)
+    pipeline = Pipeline([*choice.tried.candidate.passes, Verify()])
+    result = pipeline.run(
+        bench.program, calibration=bench.draw.fitted, seed=seed, quiet=bench.progress is None
+    )
+    notes = []
+    if not bench.draw.apart:
+        notes.append("what is reported was measured on the samples that the choice was made on")
+    if bench.left_out:
+        notes.append(f"there was no time for {len(bench.left_out)} recipes more")
+    return Compressed(
+        result,
+        pipeline,
+        choice.why,
+        bench.draw.fitted,
+        bench.measure_name,
+        whole,
+        (*pool, *(each for each in tried if each not in pool)),
+        tuple(notes),
+    )
+
+
+def _unmeasured(program: Program, start: Candidate, seed: int) -> Compressed:
+    """Return what can be done without data."""
+    pipeline = Pipeline([*start.passes, Verify()])
+    why = (
+        f"no calibration data was given, so nothing could be measured: {start}, with units scored "
+        f"by the size of their weights ({DATA_FREE})"
+    )
+    return Compressed(pipeline.run(program, seed=seed), pipeline, why)
+
+
+def _targets(pass_: Pass) -> Sequence[str]:
+    return pass_.target if isinstance(pass_, Prune) else ()
+
+
+def _values(tried: Tried) -> Sequence[float]:
+    return tried.figures.values if tried.figures else ()
