@@ -197,7 +197,7 @@ def search(
     name, measure = measure_of(program, batches)
 
     def judged(smaller: gp.Program) -> float:
-        return float(measured(runner(smaller), batches, measure).mean())
+        return float(measured(runner(smaller, batches), measure).mean())
 
     rows = {
         "(compress) " + str(found.pipeline): (

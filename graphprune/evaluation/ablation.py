@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from graphprune.analysis.coupling import Coupling
 from graphprune.analysis.groups import Group
 from graphprune.analysis.matrices import Matrix
 from graphprune.calibration.data import inputs_of
+from graphprune.calibration.layerwise import logits_of_all
 from graphprune.criteria import ScoringContext
 from graphprune.errors import EvaluationError, SelectionError, refuse_other
 from graphprune.evaluation.ablation_result import (
@@ -32,7 +33,7 @@ from graphprune.evaluation.ablation_result import (
 )
 from graphprune.evaluation.sample_measures import Batch, Run, measure_of, measured, runner
 from graphprune.io.progress import DisplayFactory, progress_bar
-from graphprune.ir.program import PAST, PRESENT, Program
+from graphprune.ir.program import PAST, Program
 from graphprune.plan.plan import Plan
 from graphprune.plan.steps import Cut, Step
 from graphprune.selection.targets import target_groups

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from graphprune.analysis.coupling import Coupling
+from graphprune.calibration.data import inputs_of
 from graphprune.criteria import ScoringContext, criterion
 from graphprune.criteria.score_cache import load_or_score
 from graphprune.errors import GraphPruneError, SelectionError, first_line
@@ -111,7 +112,7 @@ class Bench:
         self.targets = targets
         self.seed, self.limit, self.progress = seed, limit, progress
         self.journal = Journal(folder, "search", Figures.from_json)
-        self.measure_name, self._measure = measure_of(self.program, draw.choosing)
+        self.measure_name, _ = measure_of(self.program, draw.choosing)
         self._identity = {
             "graphprune": __version__,
             "program": self.program.fingerprint(),
@@ -173,7 +174,10 @@ class Bench:
         made = candidate.pipeline(scores).run(
             self.program, calibration=self.draw.fitted, seed=self.seed, quiet=self.progress is None
         )
-        values = measured(runner(made.program), self.draw.first(samples), self._measure)
+        batches = self.draw.first(samples)
+        _, measure = measure_of(self.program, batches)
+        run = runner(made.program, [inputs_of(batch) for batch in batches])
+        values = measured(run, measure)
         return Figures(
             tuple(values.tolist()),
             made.program.parameter_count(),
