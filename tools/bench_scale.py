@@ -2,12 +2,14 @@
 
     python tools/bench_scale.py make FOLDER [--shape 7b]
     python tools/bench_scale.py measure FOLDER [--row NAME ...]
+    python tools/bench_scale.py divide FOLDER [--rounds N]
 
 `make` writes a checkpoint with the shapes of Llama 2 7B in bfloat16 (13.5 GB of random numbers),
 shard by shard. `measure` runs the command line on it, each row in a process of its own, and
 writes ``tools/SCALE.md`` from all rows that FOLDER has figures of. Peak is anonymous memory, which
 mapped pages of files are not counted in. The limit beside a row that moves weights is the time in
-which the files are copied.
+which the files are copied. `divide` measures statistics by one process and by two that divide the
+data, in turns, on a small checkpoint that it makes.
 """
 
 from __future__ import annotations
@@ -15,19 +17,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
 
 from graphprune.weights.deferred import Deferred
 from graphprune.weights.writing import write_shards
+
+if TYPE_CHECKING:
+    from graphprune.calibration.data import Calibration
+    from graphprune.ir.program import Program
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -43,6 +50,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 80,
         "num_attention_heads": 64,
         "num_key_value_heads": 8,
+    },
+    "small": {
+        "vocab_size": 2048,
+        "hidden_size": 512,
+        "intermediate_size": 1376,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 512,
     },
     "tiny": {
         "vocab_size": 512,
@@ -195,7 +210,155 @@ def measure(
     size = sum(each.stat().st_size for each in (folder / "model").glob("*.safetensors"))
     cores, load = os.cpu_count(), os.getloadavg()[0]
     about = f"{size / 1e9:.1f} GB in bfloat16, on {cores} cores with {load:.0f} processes running"
-    TABLE.write_text(table(list(known.values()), about), encoding="utf-8")
+    write_part(table(list(known.values()), about))
+
+
+# -- dividing --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Divided:
+    """What statistics took one process, and two that divided them; medians over rounds.
+
+    Parameters
+    ----------
+    name
+        Which statistics.
+    alone, together
+        Seconds of the clock.
+    ratio
+        Of the clock, of a round.
+    processor_alone, processor_each
+        Seconds of processor time, of the one and of each of the two.
+    difference
+        The largest relative difference between what they made.
+    """
+
+    name: str
+    alone: float
+    together: float
+    ratio: float
+    processor_alone: float
+    processor_each: float
+    difference: float
+
+
+@app.command()
+def divide(folder: Path, rounds: int = 7, shape: str = "small") -> None:
+    """Measure statistics by one process and by two, and write their table."""
+    model = folder / f"divided-{shape}"
+    if not model.exists():
+        write_checkpoint(shape, model)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command = [*launcher, __file__, "divided-by-two", str(model), str(rounds)]
+    found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    figures = [Divided(**json.loads(line)) for line in found.splitlines()]
+    print(*figures, sep="\n")
+    write_part(divided_table(figures, rounds))
+
+
+@app.command(hidden=True)
+def divided_by_two(model: Path, rounds: int) -> None:
+    """Measure, in one of two processes; the first prints figures."""
+    import graphprune as gp
+    from graphprune import ranks
+    from graphprune.calibration.tokens import token_batch
+
+    with ranks.joined([]):
+        program = gp.load(model)
+        ids = torch.randint(0, 512, (16, 128), generator=torch.Generator().manual_seed(0))
+        data = gp.Calibration.from_batches([token_batch(each) for each in ids.split(2)])
+        for name, measure in measurements(program, data).items():
+            figure = compared(name, measure, rounds)
+            if ranks.is_first():
+                print(json.dumps(asdict(figure)), flush=True)
+
+
+Measurement = Callable[[], list[torch.Tensor]]
+
+
+def measurements(program: Program, data: Calibration) -> dict[str, Measurement]:
+    """Return what is measured: moments, products of pairs, and gradients of all matrices."""
+    import graphprune as gp
+    from graphprune.analysis.matrices import contractions
+    from graphprune.calibration.statistics import observe
+    from graphprune.criteria.base import ScoringContext
+    from graphprune.criteria.gradients import loss_gradients
+
+    matrices = contractions(program).matrices
+    context = ScoringContext(program, gp.analyze(program), (), data)
+
+    def moments() -> list[torch.Tensor]:
+        return [each.squares for each in observe(program, matrices, data).values()]
+
+    def products() -> list[torch.Tensor]:
+        found = observe(program, matrices, data, "gram").values()
+        return [each.gram for each in found if each.gram is not None]
+
+    def gradients() -> list[torch.Tensor]:
+        return [each for _, each in loss_gradients(context, [m.weight for m in matrices])]
+
+    return {"moments": moments, "products of pairs": products, "gradients": gradients}
+
+
+def compared(name: str, measure: Measurement, rounds: int) -> Divided:
+    """Measure by the first process alone and by both, in turns."""
+    from graphprune import ranks
+
+    def timed() -> tuple[list[torch.Tensor], float, float]:
+        clock, processor = time.perf_counter(), time.process_time()
+        found = measure()
+        return found, time.perf_counter() - clock, time.process_time() - processor
+
+    took: list[Divided] = []
+    for number in range(rounds + 1):
+        one: list[torch.Tensor] = []
+        alone = processor = 0.0
+        if ranks.is_first():
+            with ranks.alone():
+                one, alone, processor = timed()
+        ranks.agree(number, "they are in different rounds")
+        two, together, own = timed()
+        each = ranks.gathered(torch.tensor([own])).mean().item()
+        pairs = zip(one, two, strict=bool(one))
+        apart = [float((a - b).norm() / a.norm().clamp(min=1e-30)) for a, b in pairs]
+        ratio = together / alone if alone else 0.0
+        worst = max(apart, default=0.0)
+        took.append(Divided(name, alone, together, ratio, processor, each, worst))
+    figures = [field.name for field in fields(Divided) if field.name != "name"]
+    # The first round warms up.
+    medians = {key: statistics.median(getattr(each, key) for each in took[1:]) for key in figures}
+    return Divided(name, **medians)
+
+
+def divided_table(figures: list[Divided], rounds: int) -> str:
+    """Return the table as Markdown."""
+    lines = [
+        "## One process, and two that divide the data",
+        "",
+        "Written by `python tools/bench_scale.py divide`: statistics of all matrices of a Llama of",
+        f"6 layers, 512 wide, on 16 windows of 128 tokens, with one thread each; {rounds} rounds",
+        "in turns, medians. Seconds, of the clock and of the processor; the ratio is of the clock,",
+        "within a round, and the difference is the largest of any matrix, relative.",
+        "",
+        "| statistics | one | two | ratio | processor: one | each of two | difference |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {each.name} | {each.alone:.2f} | {each.together:.2f} | {each.ratio:.2f} "
+        f"| {each.processor_alone:.2f} | {each.processor_each:.2f} | {each.difference:.0e} |"
+        for each in figures
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def write_part(part: str) -> None:
+    """Write one of the tables, and keep the others."""
+    known = TABLE.read_text(encoding="utf-8") if TABLE.exists() else ""
+    head = part.startswith("# ")
+    first, mark, rest = known.partition("\n## ")
+    parts = [part, f"## {rest}" if mark else ""] if head else [first, part]
+    TABLE.write_text("\n".join(each.strip() + "\n" for each in parts if each), encoding="utf-8")
 
 
 @app.command()

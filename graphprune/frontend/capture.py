@@ -9,6 +9,7 @@ verification, rewriting and export. Models on the meta device are captured witho
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from graphprune.frontend.transformers_models import (
     is_transformers_model,
 )
 from graphprune.ir.program import Program
+from graphprune.weights.dispatched import gathered
+from graphprune.weights.placement import Placement
 
 
 def capture(
@@ -40,8 +43,9 @@ def capture(
     Parameters
     ----------
     model
-        A transformers model, or any `nn.Module`; may be on the meta device. It is captured in
-        evaluation mode and left as it was.
+        A transformers model, or any `nn.Module`; may be on the meta device, or spread over devices,
+        memory and disk by accelerate (``device_map``). It is captured in evaluation mode and left
+        as it was.
     example_inputs
         Positional (a sequence) or keyword (a mapping) inputs. Not needed for transformers models,
         for which they follow from the config.
@@ -65,14 +69,16 @@ def capture(
     model = _bare(model)
     follow = [export_along_example] if along_example else []
     try:
-        with evaluation_mode(model):
+        with gathered(model) as device, evaluation_mode(model):
             if example_inputs is not None:
-                return _capture_example(model, example_inputs, dynamic_shapes, follow)
-            if not is_transformers_model(model):
+                program = _capture_example(model, example_inputs, dynamic_shapes, follow)
+            elif is_transformers_model(model):
+                program = capture_transformers(model, cache, follow=follow)
+            else:
                 raise UsageError(
                     f"{type(model).__name__} is no transformers model: give example_inputs"
                 )
-            return capture_transformers(model, cache, follow=follow)
+        return program if device is None else replace(program, placement=Placement(device))
     except CaptureError as error:
         branches = isinstance(error.__cause__, GuardOnDataDependentSymNode)
         if along_example or not branches:

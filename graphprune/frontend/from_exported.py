@@ -11,7 +11,7 @@ from graphprune.frontend.canonicalize import canonicalize
 from graphprune.frontend.torch_export import Exported
 from graphprune.ir.program import Kind, Note, Program, value_of
 from graphprune.ir.provenance import Source, module_path
-from graphprune.weights.models import stored_weights
+from graphprune.weights.models import named_tensors, stored_weights
 
 
 def to_program(
@@ -42,8 +42,7 @@ def to_program(
     graph_module = exported.program.graph_module
     graph = graph_module.graph
     canonical, aliases = _ties(model)
-    originals: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    originals.update(model.named_buffers(remove_duplicate=False))
+    originals = named_tensors(model)
     stored, elsewhere = set(model.state_dict(keep_vars=True)), stored_weights(model)
     placeholders = {node.name: node for node in graph.find_nodes(op="placeholder")}
     weights: dict[str, Tensor] = {}
@@ -105,10 +104,6 @@ def _ties(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
     """Map every name of a tied weight to its first name; the second map lacks the first names."""
     first: dict[int, str] = {}
     canonical: dict[str, str] = {}
-    named = [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]
-    for name, tensor in named:
+    for name, tensor in named_tensors(model).items():
         canonical[name] = first.setdefault(id(tensor), name)
     return canonical, {name: to for name, to in canonical.items() if name != to}

@@ -46,6 +46,35 @@ def stored_weights(model: nn.Module) -> Mapping[str, Tensor]:
 
 
 @contextlib.contextmanager
+def zeros_lent(
+    model: nn.Module, stored: Mapping[str, Tensor], ties: Mapping[str, str] | None = None
+) -> Iterator[None]:
+    """Put zeros that take no memory in the place of what stands for `stored`, for a while.
+
+    The names of one tensor stay one weight, and so do names that `ties` maps to others.
+    """
+    ties = ties or {}
+    taken = {name: _place(model, name) for name in stored}
+    olds = {name: held[own] for name, (held, own) in taken.items()}
+    zeros: dict[int, Tensor] = {}
+    for name, (held, own) in taken.items():
+        first = olds[ties.get(name, name)]
+        if id(first) not in zeros:
+            made = light_zeros(first.shape, first.dtype)
+            zeros[id(first)] = nn.Parameter(made) if isinstance(first, nn.Parameter) else made
+        held[own] = zeros[id(first)]
+    if stored:
+        stand_for(model, stored)
+    try:
+        yield
+    finally:
+        for name, (held, own) in taken.items():
+            held[own] = olds[name]
+        if stored:
+            model.__dict__.pop(_STORED, None)
+
+
+@contextlib.contextmanager
 def values_lent(model: nn.Module) -> Iterator[None]:
     """Let `model` compute with the values of its weights, each read where it is used."""
     taken: list[tuple[dict[str, Any], str, Tensor]] = []
@@ -69,6 +98,14 @@ def fill(module: nn.Module) -> None:
             with torch.no_grad():
                 held[own].copy_(made(weight))
         model.__dict__.pop(_STORED, None)
+
+
+def named_tensors(model: nn.Module, recurse: bool = True) -> dict[str, Tensor]:
+    """Return the parameters and buffers of `model`, tied ones by all of their names."""
+    return {
+        **dict(model.named_parameters(recurse=recurse, remove_duplicate=False)),
+        **dict(model.named_buffers(recurse=recurse, remove_duplicate=False)),
+    }
 
 
 def light_zeros(shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -43,3 +43,19 @@ def test_what_passes_change_within_a_limit_is_what_they_change_without(
 def test_the_table_holds_every_row_that_was_measured() -> None:
     figure = bench_scale.Figure("inspect", 12.4, 11.6, 359_000_000)
     assert "| inspect | 12 | 12 | 0.36 |" in bench_scale.table([figure], "a model")
+
+
+def test_one_table_is_written_and_the_other_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_scale, "TABLE", tmp_path / "SCALE.md")
+    rows = [bench_scale.Figure("inspect", n, n, n) for n in (1, 2)]
+    divided = [bench_scale.Divided("moments", 2.0, 1.1, r, 2.0, 1.0, 1e-9) for r in (0.55, 0.5)]
+    for row, figure in zip(rows, divided, strict=True):
+        bench_scale.write_part(bench_scale.table([row], "a model"))
+        bench_scale.write_part(bench_scale.divided_table([figure], 7))
+        bench_scale.write_part(bench_scale.table([row], "a model"))
+    text = (tmp_path / "SCALE.md").read_text()
+    assert text.count("| inspect | 2 |") == text.count("# At size") == 1
+    assert "| moments | 2.00 | 1.10 | 0.50 | 2.00 | 1.00 | 1e-09 |" in text
+    assert text.count("| moments |") == 1 and text.endswith("|\n")
