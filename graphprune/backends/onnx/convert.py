@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
+import functools
 import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from graphprune.backends.onnx.dimension_names import check_dimensions, output_names
 from graphprune.backends.onnx.prepare import prepared
@@ -20,6 +23,7 @@ from graphprune.errors import BackendError, first_line
 from graphprune.ir.nodes import size_environment
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import module_path, source_line
+from graphprune.weights.models import light_zeros
 
 if TYPE_CHECKING:
     import onnx
@@ -30,6 +34,8 @@ _LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
 
 def convert(program: Program, opset: int) -> onnx_ir.Model:
     """Return `program` in ONNX's operators, as the exporter leaves it.
+
+    Its weights are made one by one, each time that they are used.
 
     Raises
     ------
@@ -48,9 +54,10 @@ def convert(program: Program, opset: int) -> onnx_ir.Model:
 
 
 def _converted(program: Program, opset: int, *, anew: bool = False) -> onnx_ir.Model:
+    hollow = _hollow(program)
     with _silence(), _sizes_kept(program), _translations_kept():
         converted = torch.onnx.export(
-            prepared(program, anew=anew),
+            prepared(hollow, anew=anew),
             (),
             dynamo=True,
             opset_version=opset,
@@ -62,7 +69,43 @@ def _converted(program: Program, opset: int, *, anew: bool = False) -> onnx_ir.M
             verbose=False,
         )
     assert converted is not None
+    _fill(converted.model, hollow, program)
     return converted.model
+
+
+def _hollow(program: Program) -> Program:
+    """Return `program` with zeros that take no memory for its parameters and buffers."""
+    zeros = {
+        name: light_zeros(weight.shape, program.compute_types[name])
+        for name, weight in program.weights.items()
+        if program.kinds[name] in ("parameter", "buffer") and not weight.is_complex()
+    }
+    return dataclasses.replace(program, weights={**program.weights, **zeros})
+
+
+def _fill(model: onnx_ir.Model, hollow: Program, program: Program) -> None:
+    """Let the initializers that are zeros of `hollow` be the weights, each made when it is used."""
+    import onnx_ir
+
+    names = {
+        weight.data_ptr(): name
+        for name, weight in hollow.weights.items()
+        if weight is not program.weights[name] and weight.numel()
+    }
+    for value in model.graph.initializers.values():
+        held: Any = value.const_value
+        name = names.get(held.raw.data_ptr()) if isinstance(held.raw, Tensor) else None
+        if name is not None:
+            value.const_value = onnx_ir.LazyTensor(
+                functools.partial(_made, type(held), program, name),
+                dtype=held.dtype,
+                shape=held.shape,
+                name=held.name,
+            )
+
+
+def _made(kind: Callable[[Tensor], Any], program: Program, name: str) -> Any:
+    return kind(program.take([name])[name].detach().cpu().contiguous())
 
 
 @contextlib.contextmanager
