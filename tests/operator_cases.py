@@ -763,7 +763,7 @@ CONTRACTIONS: dict[str, Case] = {
         2,
         weights=_gates(4, 6),
     ),
-    "lstm.input (projected)": frozen(
+    "lstm.input (projected)": keeps(
         lambda h, *w: A.lstm.input(
             h,
             [h.new_zeros(1, len(h), 3), h.new_zeros(1, len(h), 6)],
@@ -775,7 +775,7 @@ CONTRACTIONS: dict[str, Case] = {
             False,
             True,
         )[0],
-        "projects its hidden state",
+        8,
         weights=((24, 8), (24, 3), (3, 6)),
     ),
     "gru.input": keeps(

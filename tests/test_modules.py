@@ -712,11 +712,3 @@ def test_a_shuffle_that_does_not_fill_groups_evenly_is_frozen() -> None:
     assert "4 and 3 have no common factor" in coupling.explain("reduce.0.weight", 0)
     plan = random_plan(coupling)
     gp.verify(program, plan, gp.apply(program, plan))
-
-
-def test_a_projected_state_is_frozen_with_its_operator() -> None:
-    torch.manual_seed(0)
-    model = Recurrent(nn.LSTM, 3, proj_size=3)
-    coupling = gp.analyze(gp.capture(model, example_inputs=(torch.randn(TEXT),)))
-    explained = coupling.explain("cell.weight_hh_l0", 0)
-    assert "aten.lstm.input projects its hidden state" in explained

@@ -18,6 +18,14 @@ from graphprune.ir.aten import MOVES, PRODUCTS, is_view, plain_name
 from graphprune.ir.program import Program
 
 
+@dataclass(frozen=True)
+class Length:
+    """The parameter `name` that a weight has for its norm over the dimensions `dims`."""
+
+    name: str
+    dims: tuple[int, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class NormalizedWeight:
     """A weight that a graph divides by a norm of itself, or centers, before it uses it.
@@ -34,6 +42,9 @@ class NormalizedWeight:
         What the norm runs over: without some of their units the others would be scaled otherwise.
     foldable
         Whether `result` can take the place of `weight`: then the norm is that of all units.
+    length
+        What `result` has for its norm where that is a parameter, as in weight normalization
+        (Salimans and Kingma, 2016, equation 2): it can take over what the norm loses instead.
     """
 
     name: str
@@ -42,6 +53,7 @@ class NormalizedWeight:
     inside: frozenset[fx.Node]
     atoms: frozenset[Atom]
     foldable: bool
+    length: Length | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,8 +155,24 @@ class TypedGraph:
             if itself or values:
                 alone = len(ends) == 1 and self._could_replace(weight, ends[0]) and not values
                 inner, atoms = frozenset(inside), itself | values
-                found.append(NormalizedWeight(name, weight, ends[-1], inner, atoms, alone))
+                length = self._length(weight, ends[-1]) if alone else None
+                found.append(NormalizedWeight(name, weight, ends[-1], inner, atoms, alone, length))
         return tuple(found)
+
+    def _length(self, weight: fx.Node, result: fx.Node) -> Length | None:
+        """Return the length of `result`, where that is ``weight * (length / norm(weight))``."""
+        names = {node: name for name, node in self.program.weight_nodes()}
+        if plain_name(result) != "mul" or result.args[0] is not weight:
+            return None
+        scale: Any = result.args[1]
+        if not isinstance(scale, fx.Node) or plain_name(scale) != "div":
+            return None
+        length, norm = scale.args
+        if length not in names or len(length.users) > 1 or not isinstance(norm, fx.Node):  # type: ignore[union-attr]
+            return None
+        if plain_name(norm) != "linalg_vector_norm" or norm.args[:2] != (weight, 2):
+            return None
+        return Length(names[length], tuple(norm.args[2]))  # type: ignore[index,arg-type]
 
     @cached_property
     def _of_weights(self) -> dict[fx.Node, set[fx.Node]]:

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.frontend.complex_to_real import write_in_reals
-from graphprune.ir.aten import is_mutating, is_operator, is_random, is_view, name_of
+from graphprune.ir.aten import (
+    is_mutating,
+    is_operator,
+    is_random,
+    is_view,
+    name_of,
+    plain_name,
+)
 from graphprune.ir.nodes import arguments_of, made_from, valued
 
 _ATEN = torch.ops.aten
@@ -213,6 +220,34 @@ def _make_apart(graph: fx.Graph) -> None:
             user.replace_input_with(node, own)
 
 
+def write_to_copies(graph: fx.Graph) -> list[fx.Node]:
+    """Let what the graph writes to be a copy of its inputs and weights, which keep their values.
+
+    Returns the placeholders that were written to.
+    """
+    placeholders = graph.find_nodes(op="placeholder")
+    written = [node for node in placeholders if _is_changed(node)]
+    with graph.inserting_after(placeholders[-1]):
+        for node in written:
+            copy = made_from(node, _ATEN.clone.default, node)
+            node.replace_all_uses_with(copy, delete_user_cb=lambda user, own=copy: user is not own)
+            valued(copy)
+    return written
+
+
+def _is_changed(node: fx.Node) -> bool:
+    """Tell whether `node`, or a view of it, is written in place."""
+    return any(_writes(user, node) or (is_view(user) and _is_changed(user)) for user in node.users)
+
+
+def _writes(user: fx.Node, node: fx.Node) -> bool:
+    if plain_name(user) in ("batch_norm", "instance_norm"):  # whose schemas do not say so
+        given = arguments_of(user)
+        running = given["running_mean"], given["running_var"]
+        return node in running and bool(given.get("training", given.get("use_input_stats")))
+    return is_mutating(user) and user.args[0] is node
+
+
 def _is_written(node: fx.Node) -> bool:
     """Tell whether `node`, or a view of it, is written in place or leaves the graph."""
     for user in node.users:
@@ -226,7 +261,13 @@ def _is_written(node: fx.Node) -> bool:
 # -- sizes --------------------------------------------------------------------------------------
 
 
-_SPLITTING = {_ATEN.split.Tensor, _ATEN.split_with_sizes.default, _ATEN.chunk.default}
+_SPLITTING = {
+    _ATEN.split.Tensor,
+    _ATEN.split_with_sizes.default,
+    _ATEN.chunk.default,
+    _ATEN.tensor_split.sections,
+    _ATEN.tensor_split.indices,
+}
 
 
 def _spell_out(node: fx.Node, values: Values) -> None:

@@ -114,8 +114,11 @@ def _bare(model: nn.Module) -> nn.Module:
     name = type(model).__name__
     if isinstance(model, torch.export.ExportedProgram):
         raise CaptureError("an ExportedProgram is captured already: give the module it was made of")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise CaptureError(f"{name} is TorchScript: give the module that it was made of")
+    parts = model.named_modules() if isinstance(model, nn.Module) else ()
+    for path, part in parts:
+        if isinstance(part, torch.jit.ScriptModule):
+            what = f"{path} of {name}" if path else name
+            raise CaptureError(f"{what} is TorchScript: give the module that it was made of")
     if isinstance(model, fx.GraphModule) and "_guards_fn" in dict(model.named_children()):
         raise CaptureError(f"{name} is an exported graph: give the module that it was made of")
     refuse_other(model, than=nn.Module, how="give a model; graphprune.load(DIR) reads a checkpoint")

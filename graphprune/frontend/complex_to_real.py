@@ -30,13 +30,19 @@ _REAL_TYPES = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 def write_in_reals(graph: fx.Graph) -> None:
     """Replace every complex value of `graph` by two real ones, or none if one cannot be."""
-    inside = [node for node in graph.nodes if _is_complex(node)]
-    leaving = {user for node in inside for user in node.users if not _is_complex(user)}
+    given = [node for node in graph.find_nodes(op="placeholder") if _is_complex(node)]
+    inside = [node for node in graph.nodes if _is_complex(node) and node not in given]
+    leaving = {user for node in given + inside for user in node.users if not _is_complex(user)}
     if not inside or not all(map(_is_known, (*inside, *leaving))):
         return
     pairs: dict[fx.Node, Pair] = {}
+    with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
+        for node in given:
+            parts = valued(made_from(node, _ATEN.view_as_real.default, node))
+            pairs[node] = _halves(node, parts)
+    computed = {*inside, *leaving}
     for node in list(graph.nodes):
-        if node in leaving or _is_complex(node):
+        if node in computed:
             with graph.inserting_before(node):
                 made = _Parts(node, pairs).make()
             if isinstance(made, tuple):
@@ -44,8 +50,15 @@ def write_in_reals(graph: fx.Graph) -> None:
             else:
                 node.replace_all_uses_with(made)
     for node in reversed(list(graph.nodes)):
-        if node in leaving or node in pairs:
+        if node in computed:
             graph.erase_node(node)
+
+
+def _halves(origin: fx.Node, parts: object) -> Pair:
+    """Return what stands first and second in the last dimension of `parts`."""
+    select = _ATEN.select.int
+    real, imaginary = (valued(made_from(origin, select, parts, -1, at)) for at in (0, 1))
+    return real, imaginary
 
 
 def _is_complex(node: fx.Node) -> bool:
@@ -110,8 +123,7 @@ class _Parts:
         return real, imaginary
 
     def from_real(self) -> Pair:
-        source = self.node.args[0]
-        return tuple(self.call(_ATEN.select.int, source, -1, part) for part in (0, 1))  # type: ignore[return-value]
+        return _halves(self.node, self.node.args[0])
 
     def to_real(self) -> fx.Node:
         return self.call(_ATEN.stack.default, list(self.pair()), -1)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor, fx, nn
+from torch._ops import HigherOrderOperator
 from torch.export.graph_signature import InputKind
 
-from graphprune.frontend.canonicalize import canonicalize
+from graphprune.errors import CaptureError
+from graphprune.frontend.canonicalize import canonicalize, write_to_copies
 from graphprune.frontend.torch_export import Exported
+from graphprune.ir.aten import printed_name
 from graphprune.ir.program import Kind, Note, Program, value_of
-from graphprune.ir.provenance import Source, module_path
+from graphprune.ir.provenance import Source, module_path, source_line
 from graphprune.weights.models import named_tensors, stored_weights
 
 
@@ -22,6 +25,7 @@ def to_program(
     source: Source | None = None,
     notes: tuple[Note, ...] = (),
     stand_ins: Mapping[int, str] | None = None,
+    state: Collection[str] = (),
 ) -> Program:
     """Make a program of `exported` that shares the weights of `model`.
 
@@ -35,9 +39,17 @@ def to_program(
         For the graph's inputs, and its last outputs, in order; the outputs before them are dropped.
     source, notes, stand_ins
         As the program keeps them.
+    state
+        Buffers that the call replaces by others.
+
+    Raises
+    ------
+    CaptureError
+        When the graph holds something that is no operator, such as a loop or `torch.vmap`.
     """
     if exported.path:
         notes = (*notes, exported.path)
+    _refuse_regions(exported.program.graph_module.graph)
     signature, lifted_constants = exported.program.graph_signature, exported.program.constants
     graph_module = exported.program.graph_module
     graph = graph_module.graph
@@ -71,6 +83,11 @@ def to_program(
             kinds[name] = "buffer" if name in stored else "derived"
         else:
             kinds[name] = "constant"
+    written = write_to_copies(graph)
+    state = {*state, *(name for name, node in nodes.items() if node in written)}
+    if state:
+        said = ", ".join(sorted(state))
+        notes = (*notes, Note("state", f"what a call leaves in {said} is not kept for the next"))
     constants = {nodes[n]: weights[n] for n, kind in kinds.items() if kind == "constant"}
     lifted = canonicalize(graph, constants, stand_ins or {})
     for name in [n for n, kind in kinds.items() if kind == "constant" and not nodes[n].users]:
@@ -98,6 +115,19 @@ def to_program(
         notes=notes,
         stand_ins=stand_ins or {},
     )
+
+
+def _refuse_regions(graph: fx.Graph) -> None:
+    """Refuse what torch keeps as a graph of its own, or as a call that is no operator."""
+    for node in graph.nodes:
+        transforms = getattr(node.target, "__module__", "").startswith("torch._functorch")
+        if transforms or isinstance(node.target, HigherOrderOperator):
+            what = "torch.func" if transforms else printed_name(node.target)
+            where = " in ".join(filter(None, (source_line(node), module_path(node))))
+            raise CaptureError(
+                f"the model calls {what}, which a graph cannot be read through (at {where}): write "
+                "it with operators on whole tensors, or as Python's own loops and branches"
+            )
 
 
 def _ties(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from graphprune.errors import CaptureError
 from graphprune.frontend.example_inputs import configs
+from graphprune.ir.aten import RECURRENT
 
 # -- torch 2.13 ---------------------------------------------------------------------------------
 
@@ -135,6 +137,82 @@ def no_grad_regions() -> Iterator[None]:
                 setattr(kind, name, function)
             elif name in kind.__dict__:
                 delattr(kind, name)
+
+
+@contextlib.contextmanager
+def whole_recurrent_layers() -> Iterator[None]:
+    """Let the sizes of a recurrent layer follow from its arguments, whatever the length.
+
+    Torch finds them by running the layer token by token, as often as the example is long.
+    """
+    from torch._C import DispatchKey
+
+    layers = [getattr(torch.ops.aten, name).input for name in RECURRENT]
+    keys = (DispatchKey.Autograd, DispatchKey.CompositeImplicitAutograd)
+    before = [(layer, dict(layer.py_kernels)) for layer in layers]
+    for layer in layers:
+        layer.py_kernels.update(dict.fromkeys(keys, _sizes_of_recurrent_layer))
+        layer._dispatch_cache.clear()
+    try:
+        yield
+    finally:
+        for layer, kernels in before:
+            layer.py_kernels.clear()
+            layer.py_kernels.update(kernels)
+            layer._dispatch_cache.clear()
+
+
+def _sizes_of_recurrent_layer(
+    given: Tensor,
+    hx: Tensor | Sequence[Tensor],
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, ...]:
+    states = [hx] if isinstance(hx, Tensor) else hx
+    width = states[0].shape[-1] * (1 + bidirectional)
+    return given.new_empty((*given.shape[:-1], width)), *map(torch.empty_like, states)
+
+
+@contextlib.contextmanager
+def plain_branches() -> Iterator[None]:
+    """Let `torch.cond` be Python's ``if``: one branch on what is known, refused on data."""
+    before = torch.cond
+    torch.cond = lambda pred, true_fn, false_fn, operands=(): (
+        true_fn(*operands) if pred else false_fn(*operands)
+    )
+    try:
+        yield
+    finally:
+        torch.cond = before
+
+
+@contextlib.contextmanager
+def no_packed_sequences() -> Iterator[None]:
+    """Refuse sequences that are packed by their lengths, which only their values know.
+
+    `torch.export` fails where a layer looks at them, in words about its own tensors.
+    """
+    from torch.nn.utils import rnn
+
+    def refuse(*_: Any) -> None:
+        raise CaptureError(
+            "it packs sequences by their lengths: give the layer the padded batch, and let what "
+            "comes after the end of each sequence have no effect, which is the same for layers "
+            "of one direction"
+        )
+
+    functions, names = vars(rnn), ("_pack_padded_sequence", "_pad_packed_sequence")
+    before = functions["_VF"]
+    functions["_VF"] = SimpleNamespace(**dict.fromkeys(names, refuse))
+    try:
+        yield
+    finally:
+        functions["_VF"] = before
 
 
 # -- transformers 5.23 ---------------------------------------------------------------------------

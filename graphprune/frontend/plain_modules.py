@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,12 +17,20 @@ from torch.utils import _pytree as pytree
 from graphprune.errors import CaptureError, UsageError
 from graphprune.frontend.from_exported import to_program
 from graphprune.frontend.recurrences.replaced import loops_of
-from graphprune.frontend.sizes import LENGTHS, ROWS, conditions_of, limited, same, with_fixed
+from graphprune.frontend.sizes import (
+    LENGTHS,
+    ROWS,
+    conditions_of,
+    is_quick,
+    limited,
+    same,
+    with_fixed,
+)
 from graphprune.frontend.torch_export import Exported, Follow, export
 from graphprune.ir.nodes import size_of
 from graphprune.ir.program import Note, Program
 from graphprune.ir.provenance import Source
-from graphprune.weights.models import values_lent
+from graphprune.weights.models import buffers_kept, values_lent
 
 _CHECKED = 130
 """Up to this length a program is compared where it is not the code of the model that was traced."""
@@ -30,7 +39,8 @@ _CHECKED = 130
 class _Flat(nn.Module):
     """Calls `inner` on tensors rebuilt from a flat list, and flattens what comes back.
 
-    The outputs' names go to `record`, since export takes back what a forward does to its module.
+    The outputs' names go to `record`, with those of buffers that the call replaced, since export
+    takes back what a forward does to its module.
     """
 
     def __init__(
@@ -38,7 +48,7 @@ class _Flat(nn.Module):
         inner: nn.Module,
         spec: pytree.TreeSpec,
         keep: Callable[[str], bool],
-        record: Callable[[list[str]], None],
+        record: Callable[[tuple[list[str], list[str]]], None],
     ) -> None:
         super().__init__()
         self.inner = inner
@@ -48,14 +58,16 @@ class _Flat(nn.Module):
 
     def forward(self, *flat: Tensor) -> tuple[Tensor, ...]:
         args, kwargs = pytree.tree_unflatten(list(flat), self.spec)
+        before = dict(self.inner.named_buffers())
         names, leaves = _named_leaves(self.inner(*args, **kwargs), "output")
+        replaced = [n for n, b in self.inner.named_buffers() if b is not before.get(n)]
         chosen = [i for i, name in enumerate(names) if self.keep(name)]
-        self.record([names[i] for i in chosen])
+        self.record(([names[i] for i in chosen], replaced))
         return tuple(leaves[i] for i in chosen)
 
     def computed(self, *flat: Tensor) -> tuple[Tensor, ...]:
-        """Return what the module gives with the values of its weights."""
-        with values_lent(self.inner):
+        """Return what the module gives with the values of its weights, which it leaves alone."""
+        with values_lent(self.inner), buffers_kept(self.inner):
             result: tuple[Tensor, ...] = self(*flat)
         return result
 
@@ -111,10 +123,20 @@ class Call:
     checked: int = 0
 
     def limited(self) -> Program:
-        """Return the program, limited to the sizes for which it computes what the model does."""
+        """Return the program, limited to the sizes for which it computes what the model does.
+
+        Raises
+        ------
+        CaptureError
+            When it computes something else on the example itself.
+        """
         if self.program.limits or any(tensor.is_meta for tensor in self.example):
             return self.program
         conditions = conditions_of(self.exported, self.program)
+        example, seen = [tensor.clone() for tensor in self.example], conditions.seen
+        quick = is_quick(self.program, seen)
+        if quick and same(self.program, self.model, lambda _: example, seen) is False:
+            raise CaptureError("its graph computes something else than the model on the example")
         candidates = list(self._candidates(conditions.seen))
         made = self._inputs
         return limited(self.program, conditions, self.model, made, candidates, self.checked)
@@ -214,16 +236,17 @@ def capture_call(
     if not flat or not all(isinstance(leaf, Tensor) for leaf in flat):
         raise UsageError("example_inputs must hold tensors only (nested in tuples, lists, dicts)")
     names = _input_names(model, spec, len(flat))
-    recorded: list[list[str]] = []
+    recorded: list[tuple[list[str], list[str]]] = []
     wrapper = _Flat(model, spec, keep, recorded.append)
 
     def captured(example: Sequence[Tensor], dims: Sequence[Any]) -> Call:
         tensors, name = tuple(example), type(model).__name__
         exported = export(wrapper, tensors, (tuple(dims),), name, follow=follow)
-        if not recorded[-1]:
+        outputs, replaced = recorded[-1]
+        if not outputs:
             raise CaptureError(f"{name} returns no tensor in tuples, lists, dicts or dataclasses")
-        program = to_program(exported, model, names, recorded[-1], source, notes)
-        program = with_fixed(program, dims, wrapper, tensors)
+        program = to_program(exported, model, names, outputs, source, notes, state=replaced)
+        program = with_fixed(program, dims, wrapper.computed, tensors)
         checked = _CHECKED if loops_of(model) else 0
         return Call(program, exported, wrapper.computed, tensors, checked=checked)
 
@@ -270,6 +293,9 @@ def _with_most_dynamic(
         except CaptureError as error:
             failure = error
             continue
+        if shared := _shared_dims(call, dims):
+            with contextlib.suppress(CaptureError):
+                call = captured(several, shared)
         checked = replace(call, program=call.limited())
         if checked.takes(flat) and checked.is_wide():
             return checked
@@ -279,6 +305,22 @@ def _with_most_dynamic(
         raise failure
     call = captured(flat, [dict.fromkeys(dims, Dim.STATIC) for dims in rows])
     return replace(call, program=with_fixed(call.program, rows, call.model, call.example))
+
+
+def _shared_dims(call: Call, dims: Sequence[Any]) -> list[Any]:
+    """Return `dims` with one dynamic dimension for sizes that must be equal; none for no such."""
+    equal = conditions_of(call.exported, call.program).equal()
+    if not equal:
+        return []
+    shared = {first: Dim(f"shared_{first}", min=2) for first in equal.values()}
+    shapes = [value.shape for value in call.program.inputs]
+    return [
+        {
+            dim: shared.get(equal.get(str(shape[dim]), str(shape[dim])), how)
+            for dim, how in of.items()
+        }
+        for shape, of in zip(shapes, dims, strict=True)
+    ]
 
 
 def _is_leaf(tree: Any) -> bool:

@@ -63,6 +63,20 @@ class Conditions:
         """Return the conditions that `sizes` do not meet."""
         return frozenset(each for each in self.assumed if not _holds(each, sizes))
 
+    def equal(self) -> dict[str, str]:
+        """Return symbols that must be as large as another one, which they are mapped to.
+
+        A view says so of the number of its elements alone, and each keeps its symbol.
+        """
+        found: dict[str, str] = {}
+        for each in self.assumed:
+            if isinstance(each, sympy.Eq):
+                above, below = (each.lhs / each.rhs).as_numer_denom()
+                if above.is_Symbol and below.is_Symbol:
+                    first, other = (found.get(s.name, s.name) for s in (above, below))
+                    found |= {s: first for s in (other, *found) if found.get(s, s) == other}
+        return {symbol: first for symbol, first in found.items() if symbol != first}
+
 
 def conditions_of(exported: Exported, program: Program) -> Conditions:
     """Collect the conditions under which `exported` is what the code computes."""
@@ -156,7 +170,7 @@ def limited(
     # Fewest conditions first: what is wrong then says which of them matter.
     for broken, sizes in sorted(trials, key=lambda trial: (len(trial[0]), _work(trial[1]))):
         if not broken:
-            short = max(sizes.values(), default=0) <= checked and _is_quick(program, sizes)
+            short = max(sizes.values(), default=0) <= checked and is_quick(program, sizes)
             if short and same(program, model, inputs, sizes) is False:
                 said = ", ".join(f"{name} = {size}" for name, size in sizes.items())
                 raise CaptureError(f"its graph computes something else than the model for {said}")
@@ -260,7 +274,8 @@ def with_fixed(
     wanted
         The dimensions of each input that were to be dynamic.
     model, example
-        The call and its inputs: it is run with one more along all fixed dimensions of one size.
+        The call and its inputs: it is run with one more, and with twice as many, along all fixed
+        dimensions of one size.
     why
         The reason, and what to do, where it is not that the code takes another path.
     """
@@ -272,11 +287,10 @@ def with_fixed(
     ]
     notes = []
     for size in dict.fromkeys(size for *_, size in fixed):
-        tensors, dims = list(example), [(place, dim) for place, dim, of in fixed if of == size]
-        for place, dim in dims:
-            tensors[place] = torch.cat([tensors[place], tensors[place].narrow(dim, 0, 1)], dim)
-        known = any(dim == 0 for _, dim in dims) or tensors[0].is_meta
-        if known or _runs(model, tensors):
+        dims = [(place, dim) for place, dim, of in fixed if of == size]
+        known = any(dim == 0 for _, dim in dims) or example[0].is_meta
+        # Code that halves an image takes no odd sizes.
+        if known or any(_runs(model, _longer(example, dims, twice)) for twice in (False, True)):
             where = " and ".join(
                 f"dimension {dim} of {program.inputs[at].name}" for at, dim in dims
             )
@@ -284,11 +298,20 @@ def with_fixed(
     return replace(program, notes=(*program.notes, *notes))
 
 
+def _longer(
+    example: Sequence[Tensor], dims: Sequence[tuple[int, int]], twice: bool
+) -> list[Tensor]:
+    """Return `example` with one more, or twice as many, along dimensions (input, dimension)."""
+    tensors = list(example)
+    for place, dim in dims:
+        more = tensors[place].shape[dim] if twice else 1
+        tensors[place] = torch.cat([tensors[place], tensors[place].narrow(dim, 0, more)], dim)
+    return tensors
+
+
 def _runs(model: Callable[..., Any], inputs: Sequence[Tensor]) -> bool:
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model(*inputs)
+        _result(model, *inputs)
     except Exception:  # noqa: BLE001 - model code refuses sizes in any way
         return False
     return True
@@ -325,23 +348,30 @@ def same(
     sizes: Sizes,
 ) -> bool | None:
     """Tell whether program and model compute the same; None where the model takes no such size."""
-    if not _is_quick(program, sizes):
+    if not is_quick(program, sizes):
         return False
     given = inputs(sizes)
-    with torch.no_grad(), warnings.catch_warnings():
+    try:
+        expected = _result(model, *(tensor.clone() for tensor in given))
+    except Exception:  # noqa: BLE001 - model code refuses sizes in any way
+        return None
+    try:
+        found = _result(program.graph_module, *program.operands.values(), *given)
+        return all(map(_close, expected, found))
+    except Exception:  # noqa: BLE001 - so do operators
+        return False
+
+
+def _result(model: Callable[..., Any], *inputs: Tensor) -> Any:
+    """Return what `model` gives, with the same random draws each time."""
+    with torch.no_grad(), warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
-        try:
-            expected = model(*given)
-        except Exception:  # noqa: BLE001 - model code refuses sizes in any way
-            return None
-        try:
-            found = program.graph_module(*program.operands.values(), *given)
-        except Exception:  # noqa: BLE001 - so do operators
-            return False
-    return all(map(_close, expected, found))
+        torch.manual_seed(0)
+        return model(*inputs)
 
 
-def _is_quick(program: Program, sizes: Sizes) -> bool:
+def is_quick(program: Program, sizes: Sizes) -> bool:
+    """Tell whether a comparison at `sizes` takes some seconds at most."""
     return program.parameter_count() * _work(sizes) <= _WORK
 
 

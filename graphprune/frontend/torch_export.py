@@ -20,7 +20,10 @@ from graphprune.frontend.patches import (
     no_cache_of_sizes,
     no_grad_regions,
     no_moves_in_place,
+    no_packed_sequences,
+    plain_branches,
     quiet_export,
+    whole_recurrent_layers,
 )
 from graphprune.frontend.recurrences.replaced import loops_replaced
 from graphprune.ir.program import Note
@@ -93,8 +96,11 @@ def export_once(module: nn.Module, args: tuple[Any, ...], shapes: Any) -> Export
 def _all_patches(args: tuple[Any, ...]) -> Iterator[None]:
     device = pytree.tree_leaves(args)[0].device.type
     regions = no_autocast_regions(device), no_grad_regions()
-    quiet = quiet_export(), no_cache_of_sizes()
-    with quiet[0], quiet[1], no_moves_in_place(), explicit_masks(), regions[0], regions[1]:
+    layers = whole_recurrent_layers(), no_packed_sequences(), explicit_masks()
+    code = no_moves_in_place(), plain_branches()
+    with contextlib.ExitStack() as stack:
+        for patch in (quiet_export(), no_cache_of_sizes(), *code, *layers, *regions):
+            stack.enter_context(patch)
         yield
 
 

@@ -49,6 +49,9 @@ SPLITS = frozenset({"split", "split_with_sizes", "chunk", "unbind"})
 PRODUCTS = frozenset({"mm", "bmm", "matmul"})
 """Matrix products of two operands and nothing else."""
 
+RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
+"""Whole recurrent layers, of several levels and one or two directions."""
+
 LOOKUPS = frozenset({"embedding", "index", "index_select"})
 """Rows of the first operand picked by the values of another."""
 # fmt: on

@@ -66,6 +66,7 @@ NoteKind = Literal[
     "example-path",
     "full-loops",
     "optional-input",
+    "state",
     "no-source",
 ]
 
@@ -81,9 +82,8 @@ class Note:
         dynamic sizes are numbers. ``fixed-size``, ``least-size``, ``limited-size``: a size of an
         input that is fixed or limited. ``example-path``: of a branch on data, the path that the
         example takes. ``full-loops``: loops over what is found run over everything.
-        ``optional-input``: types of tokens may be left out, and are then zero.
-        ``no-source``: the transformers model behind it is unknown here. "" in archives from
-        before there were kinds.
+        ``optional-input``: types of tokens may be left out, and are then zero. ``state``: what a
+        call writes is not kept. ``no-source``: its transformers model is unknown. "": old archives.
     text
         One sentence.
     """

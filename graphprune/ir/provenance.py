@@ -106,6 +106,7 @@ def source_line(node: fx.Node) -> str:
     """``file:line`` of the code that made `node`, or "" when it is not known."""
     trace = node.meta.get("stack_trace") or ""
     lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
+    lines = [line for line in lines if "<eval_with_key>" not in line]  # code that torch makes
     if not lines:
         return ""
     path, line = lines[-1].split(", ")[:2]

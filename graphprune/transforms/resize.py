@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from graphprune.analysis.axes import Axis
 from graphprune.analysis.axis_cuts import AxisCut, AxisCuts, is_cut, kept_indices, kept_size
 from graphprune.analysis.operators.facts import MeanLiteral, Type
+from graphprune.analysis.typed_graph import Length
 from graphprune.analysis.types import Types
 from graphprune.errors import RewriteError
 from graphprune.ir.interpreter import run_part
@@ -21,7 +22,7 @@ from graphprune.ir.nodes import get_argument, set_argument
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import module_path, operator_of
 from graphprune.ir.shape_propagation import follow_size, with_graph
-from graphprune.weights.deferred import cut
+from graphprune.weights.deferred import cut, later
 
 RESCALE = "rescale"
 """Key in a node's meta: (new size, old size) of a mean whose divisor this multiplication keeps."""
@@ -105,10 +106,18 @@ class Resize:
     # -- norms of weights -----------------------------------------------------------------------
 
     def _fold_norms(self) -> None:
-        """Let weights whose norm would change be the normalized ones, so that it does not."""
+        """Let weights whose norm would change be the normalized ones, so that it does not.
+
+        Where a parameter is the length of the result, it is to take over what the norm loses.
+        """
         self.folded: dict[str, fx.Node] = {}
+        self.shortened: dict[str, Length] = {}
         for each in self.types.normalized_weights:
-            if each.foldable and not each.atoms.isdisjoint(self.cuts):
+            if not each.foldable or each.atoms.isdisjoint(self.cuts):
+                continue
+            if each.length is not None:
+                self.shortened[each.name] = each.length
+            else:
                 self.folded[each.name] = each.result
                 self.new[each.result].replace_all_uses_with(self.new[each.weight])
         dead = list(self.folded.values())
@@ -132,11 +141,29 @@ class Resize:
         if self.folded:
             values = run_part(self.types.program, [*self.folded.values()], self._given(weights))
             weights = {**weights, **dict(zip(self.folded, values, strict=True))}
-        return {
+        found = {
             name: self._gather(weights[name], self.types.axes_of[node])
             for name, node in self.types.program.weight_nodes()
             if node in self.new
         }
+        for name, length in self.shortened.items():
+            found[length.name] = self._shortened(
+                length, weights[length.name], weights[name], found[name]
+            )
+        return found
+
+    def _shortened(self, of: Length, length: Tensor, whole: Tensor, part: Tensor) -> Tensor:
+        """Return what is to the norm of `part` as `length` is to that of the `whole` weight."""
+        type_ = self.types.weight(of.name)
+
+        def norm(weight: Tensor, like: Tensor) -> Tensor:
+            return torch.linalg.vector_norm(weight, dim=of.dims, keepdim=True).reshape_as(like)
+
+        def shorter(part: Tensor) -> Tensor:
+            of_one = self._gather(length / norm(whole, length), type_)
+            return of_one * norm(part, of_one)
+
+        return later(shorter, part, self._gather(length, type_).shape)
 
     def _given(self, weights: Mapping[str, Tensor]) -> dict[fx.Node, Tensor]:
         return {node: weights[name] for name, node in self.types.program.weight_nodes()}

@@ -91,7 +91,9 @@ class MaskedReference:
         self.narrow = narrow or narrow_weights(original, plan, types)
         self.weights = {name: self.narrow.widen(name) for name in original.weights}
         self._normalized = {
-            each.result: self.narrow.widen(each.name) for each in kept_norms(types, plan)
+            each.result: self.narrow.widen(each.name)
+            for each in kept_norms(types, plan)
+            if each.length is None
         }
         self.statistics: dict[fx.Node, list[Left]] = {}
         self.choices: dict[fx.Node, list[tuple[int, Tensor]]] = {}

@@ -90,6 +90,23 @@ def values_lent(model: nn.Module) -> Iterator[None]:
             held[own] = zeros
 
 
+@contextlib.contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put back what `model` writes to its buffers, or puts in their place."""
+    before = [
+        (module._buffers, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for held, name, buffer, value in before:
+            held[name] = buffer
+            buffer.copy_(value)
+
+
 def fill(module: nn.Module) -> None:
     """Give the models in `module` the values of their weights for good."""
     for model in module.modules():

@@ -108,6 +108,20 @@ def test_later_steps_and_other_units_agree_with_the_masked_reference(kind: str) 
     verify(program, plan, apply_plan(program, plan))
 
 
+@pytest.mark.parametrize("kind", ["weight_norm", "weight_norm of all"])
+def test_the_length_of_a_weight_takes_over_what_its_norm_loses(kind: str) -> None:
+    program, group = captured(KEPT[kind])
+    pruned = apply_plan(program, without(program, group, (0, 7)))
+    assert set(pruned.weights) == set(program.weights)
+    smaller = Net(KEPT[kind])
+    smaller.first = nn.Linear(5, HIDDEN - 2)
+    vector = smaller.second.parametrizations.weight
+    vector.original1 = nn.Parameter(vector.original1[:, 2:])
+    smaller.load_state_dict(pruned.to_module().state_dict())
+    x = torch.randn(4, 5)
+    torch.testing.assert_close(smaller(x), pruned(x)["output"])
+
+
 def test_what_the_norm_does_not_run_over_leaves_it_in_place() -> None:
     program, _ = captured(KEPT["weight_norm"])
     group = next(g for g in gp.analyze(program).groups if "third.weight" in g.weights())

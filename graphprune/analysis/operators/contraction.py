@@ -220,40 +220,53 @@ def transposed_convolution(ctx: RuleContext) -> Type:
 
 @rule("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input", zero=ZeroRule.NEVER)
 def recurrent(ctx: RuleContext) -> list[Type | None]:
-    """Gates of (gate hidden) from the input and the hidden state; hidden units start from zero."""
+    """Gates of (gate cell) from input and state, which a projection may make smaller."""
     type_, result = ctx.type("input"), ctx.shapes(ctx.node)
     states, weights = ctx.arg("hx"), ctx.arg("params")
     states = states if isinstance(states, list | tuple) else [states]
-    each = 4 if ctx.arg("has_biases") else 2
     sides = 2 if ctx.arg("bidirectional") else 1
-    if len(weights) != each * sides * ctx.arg("num_layers"):
-        why = f"{ctx.node.target} projects its hidden state"
-        _all_frozen(ctx, why)
-        return [tuple(ctx.fixed(size, why) for size in shape) for shape in result]
+    each = len(weights) // (sides * ctx.arg("num_layers"))
+    biases = 2 if ctx.arg("has_biases") else 0
     time, batch = (1, 0) if ctx.arg("batch_first") else (0, 1)
     ctx.freeze(type_[time], "it is run over in time")
-    hidden = ctx.types[states[0]][2]
+    hidden, cell = ctx.types[states[0]][2], ctx.types[states[-1]][2]
     layers = ctx.fixed(result[1][0], "layers of a recurrent network")
-    for state in states:
-        for axis, other in zip(ctx.types[state], (layers, type_[batch], hidden), strict=True):
+    held = [(layers, type_[batch], width) for width in (hidden, cell)[: len(states)]]
+    for state, own in zip(states, held, strict=True):
+        for axis, other in zip(ctx.types[state], own, strict=True):
             ctx.unify(axis, other)
+    if each == 2 + biases:
+        ctx.unify(hidden, cell)
+    projections: list[fx.Node] = []
     out = ctx.axes.sum(*[hidden] * sides)
-    for at in range(0, len(weights), each):
-        source, node = (type_[2], ctx.arg("input")) if at < each * sides else (out, None)
-        first, second, *biases = weights[at : at + each]
-        (rows, columns), (again, back) = ctx.types[first], ctx.types[second]
-        gates = ctx.fixed(rows.size // hidden.size, "gates")
-        for axis in (rows, again, *(ctx.types[bias][0] for bias in biases)):
-            ctx.unify(axis, ctx.axes.product(gates, hidden))
-        ctx.unify(columns, source)
-        ctx.unify(back, hidden)
-        ctx.contract(columns, *(n for n in (node, first) if n is not None))
-        ctx.contract(back, second)
+
+    def multiply(matrix: fx.Node, rows: Axis, columns: Axis, *source: fx.Node) -> None:
+        ctx.unify(ctx.types[matrix][0], rows)
+        ctx.unify(ctx.types[matrix][1], columns)
+        ctx.contract(columns, *source, matrix)
         ctx.use("linear", columns)
-        ctx.use("linear", back)
+
+    for at in range(0, len(weights), each):
+        first, second, *others = weights[at : at + each]
+        gates = ctx.fixed(ctx.types[first][0].size // cell.size, "gates")
+        rows = ctx.axes.product(gates, cell)
+        if at < each * sides:
+            multiply(first, rows, type_[2], ctx.arg("input"))
+        else:
+            multiply(first, rows, out)
+        multiply(second, rows, hidden)
+        for bias in others[:biases]:
+            ctx.unify(ctx.types[bias][0], rows)
+        for projection in others[biases:]:
+            multiply(projection, hidden, cell)
+            projections.append(projection)
     # A unit whose weights are zero stays at what a part of its state is: zero, where it starts so.
-    ctx.zero_where(*((node,) for node in (*states, *weights)))
-    return [(*type_[:2], out), *((layers, type_[batch], hidden) for _ in states)]
+    # What projects it is zero wherever a row of the projection is.
+    if projections:
+        ctx.zero_where(*((projection, states[-1]) for projection in projections))
+    else:
+        ctx.zero_where(*((node,) for node in (*states, *weights)))
+    return [(*type_[:2], out), *held]
 
 
 @rule("lstm_cell.default", "gru_cell.default", zero=ZeroRule.NEVER)

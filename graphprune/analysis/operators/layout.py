@@ -61,6 +61,12 @@ def reshape_by_rank(ctx: RuleContext) -> Type:
     return result
 
 
+@rule("view_as_real.default", zero=ZeroRule.AS_FIRST)
+def parts_of_complex(ctx: RuleContext) -> Type:
+    """Adds an axis of the real and the imaginary part."""
+    return (*ctx.type("self"), ctx.fixed(2, "real and imaginary part"))
+
+
 @rule("unflatten.int", zero=ZeroRule.AS_FIRST)
 def unflatten(ctx: RuleContext) -> Type:
     """Splits one axis row-major; the sizes follow the axes."""

@@ -97,7 +97,9 @@ class Builder:
             try:
                 self._known[key] = sizes_of(self.model(changes))
             except Exception as error:  # noqa: BLE001 - model code may refuse sizes in any way
-                self._known[key] = last_line(error)
+                # Arithmetic that fails within a model says nothing of the sizes that it fails on.
+                sizes = ", ".join(f"{path} = {value}" for path, value in changes.items())
+                self._known[key] = last_line(error) + (f" (with {sizes})" if sizes else "")
         found = self._known[key]
         if isinstance(found, str):
             self.failure = found

@@ -114,6 +114,7 @@ UNREACHABLE = {
         "capture computes it, unless its size is dynamic",
     ),
     "lift_fresh.default": "capture makes a copy of it",
+    "view_as_real.default": "capture writes in reals what complex numbers compute: those are held",
     "unbind.int": "capture takes single positions one by one",
     "squeeze.dim": "capture writes down which dimensions are of size one",
     "squeeze.default": "capture writes down which dimensions are of size one",

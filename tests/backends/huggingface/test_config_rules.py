@@ -122,3 +122,11 @@ def test_the_reason_names_the_rule_and_what_would_do(program: Program) -> None:
     assert found.kind == "remote-code"
     assert "the config refuses num_attention_heads 6 and num_key_value_heads 6" in found.reason
     assert found.reason.endswith("num_attention_heads of 1, 2, 4, 8 would do")
+
+
+def test_arithmetic_that_fails_within_a_model_is_said_with_its_sizes() -> None:
+    one = {"num_encoder_blocks": 1, "depths": [1], "sr_ratios": [1], "hidden_sizes": [16]}
+    config = tf.SegformerConfig(**one, num_attention_heads=[2])
+    builder = Builder(config, tf.SegformerForImageClassification)
+    assert builder.sizes({"num_attention_heads.0": 32}) is None
+    assert builder.failure.endswith("(with num_attention_heads.0 = 32)")
