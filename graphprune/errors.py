@@ -21,6 +21,9 @@ class PipelineError(GraphPruneError):
 class CaptureError(GraphPruneError):
     """A model that `torch.export` cannot turn into a graph."""
 
+    at_all_sizes = False
+    """Whether it is known that it cannot, whichever sizes are dynamic."""
+
 
 class CheckpointError(GraphPruneError):
     """A directory or file that does not hold a loadable model."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Hashable, Iterator
 from typing import Any
 
@@ -25,6 +26,9 @@ _programs: dict[Hashable, Program] = {}
 OF_WEIGHTS = {"example-path", "full-loops"}
 """Notes of graphs that were found right for the weights that they were captured with."""
 
+NAMES = {"_name_or_path", "name_or_path", "architectures"}
+"""Fields of configs and models that say where they came from."""
+
 
 def captured(model: nn.Module) -> Program:
     """Capture `model` as `gp.capture` does, or share what was captured."""
@@ -34,7 +38,7 @@ def captured(model: nn.Module) -> Program:
 
 def remembered(model: nn.Module, cache: bool | None = None, **options: Any) -> Program:
     """Do what `capture_transformers` does, once for all models that agree."""
-    key = None if any(options.values()) else _key(model, cache)
+    key = None if options.get("follow") else _key(model, (cache, bool(options.get("fixed"))))
     if key in _programs:
         return _with_weights_of(_programs[key], model)
     program = capture_transformers(model, cache, **options)
@@ -64,9 +68,9 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _key(model: nn.Module, cache: bool | None) -> Hashable | None:
+def _key(model: nn.Module, options: Hashable) -> Hashable | None:
     """Return everything that a graph of `model` follows from; None where that cannot be told."""
-    parts: list[Hashable] = [cache, torch.export.export]  # tests replace functions
+    parts: list[Hashable] = [options, torch.export.export]  # tests replace functions
     for name, module in model.named_modules(remove_duplicate=False):
         if module._forward_hooks or module._forward_pre_hooks:
             return None
@@ -74,7 +78,7 @@ def _key(model: nn.Module, cache: bool | None) -> Hashable | None:
         parts += [
             (attribute, _content(value))
             for attribute, value in vars(module).items()
-            if not attribute.startswith("_")
+            if not attribute.startswith("_") and attribute not in NAMES
         ]
     first: dict[int, str] = {}
     for name, tensor in _tensors(model):
@@ -87,7 +91,9 @@ def _content(value: Any) -> Hashable:
     """Return what is equal for values that have the same effect on a graph."""
     if hasattr(value, "to_json_string"):  # a config
         implementation = getattr(value, "_attn_implementation", None)
-        return (type(value), value.to_json_string(use_diff=False), implementation)
+        fields = json.loads(value.to_json_string(use_diff=False))
+        told = json.dumps({name: fields[name] for name in fields if name not in NAMES})
+        return (type(value), told, implementation)
     if isinstance(value, functools.partial):
         return (value.func, _content(value.args), _content(value.keywords))
     if isinstance(value, list | tuple):

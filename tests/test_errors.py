@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,14 +20,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from byte_llama import byte_llama, byte_tokenizer, save_checkpoint
+from command_line import Run, command_line
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune import errors
 from graphprune.calibration.data import Calibration
-from graphprune.cli import console
-from graphprune.cli import main as cli
 from graphprune.errors import (
     CalibrationError,
     CaptureError,
@@ -254,6 +251,17 @@ COMMANDS: dict[str, Case] = {
         ["no criterion 'tailor'", "did you mean 'taylor'?"],
         run(passes="prune{target=ffn ratio=0.5 criterion=tailor}"),
     ),
+    "an option that is no number": Case(
+        PipelineError, ["ratio", "half"], run(passes="prune{target=ffn ratio=half}")
+    ),
+    "a multiple that leaves nothing to cut": Case(
+        NothingToPrune,
+        ["48", "64"],
+        run(passes="prune{target=ffn ratio=0.5 criterion=l2 round_to=64}"),
+    ),
+    "a pipeline of a file that is not there": Case(
+        PipelineError, ["absent.yaml"], run(passes="absent.yaml")
+    ),
     "a pipeline that breaks off": Case(
         PipelineError, ["column 6", "is not closed"], run(passes="prune{target=ffn")
     ),
@@ -300,6 +308,16 @@ COMMANDS: dict[str, Case] = {
         ["the plan was made for program", "this one is"],
         lambda at: ["apply", smaller := at.smaller(), smaller / "plan.json", "-o", at.out],
     ),
+    "a plan that is not there": Case(
+        PlanError,
+        ["gone.json does not exist"],
+        lambda at: ["apply", at.checkpoint, at.folder / "gone.json", "-o", at.out],
+    ),
+    "a plan that is no JSON": Case(
+        PlanError,
+        ["text.txt", "not a plan"],
+        lambda at: ["apply", at.checkpoint, at.text("no plan"), "-o", at.out],
+    ),
     "a plan that is none": Case(
         PlanError,
         ["text.txt", "not a plan"],
@@ -335,8 +353,13 @@ COMMANDS: dict[str, Case] = {
     ),
     "calibration that is missing": Case(
         CalibrationError,
-        ["pass 1", "needs calibration data"],
+        ["pass 1", "needs calibration data", "--calibration", "criterion=l2"],
         run(passes="prune{target=ffn ratio=0.5}"),
+    ),
+    "calibration that is not there": Case(
+        CalibrationError,
+        ["gone.txt does not exist"],
+        lambda at: [*run()(at), "--calibration", at.folder / "gone.txt"],
     ),
     "calibration that is too short": Case(
         CalibrationError, ["text.txt", "9 tokens", "need 640"], run(text="too short")
@@ -358,75 +381,29 @@ def unpruned_with_plan(at: Place) -> Path:
     return at.folder / "broken"
 
 
-class Done(NamedTuple):
-    status: int
-    out: str
-    err: str
-    error: BaseException | None
-
-
-_loaded: dict[str, Program] = {}
-
-
 @pytest.fixture
 def graphprune(
     place: Place, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[[list[object]], Done]:
-    """The command line in this process; the sound checkpoint is loaded once."""
-    from graphprune.backends import load as loading
-
-    load, fail, seen = loading.load, cli._fail, []
-
-    def remember(directory: str, **options: Any) -> Program:
-        if Path(directory) != place.checkpoint:
-            return load(directory, **options)
-        if directory not in _loaded:
-            _loaded[directory] = load(directory, **options)
-        return _loaded[directory]
-
-    def note(error: BaseException, message: str) -> None:
-        seen.append(error)
-        fail(error, message)
-
-    monkeypatch.setattr(loading, "load", remember)
-    monkeypatch.setattr(cli, "_fail", note)
-    monkeypatch.delenv(console.TRACEBACK, raising=False)
-    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS"):
-        monkeypatch.setenv(name, os.environ.get(name, "1" if "HUB" in name else "error"))
-
-    def invoke(arguments: list[object]) -> Done:
-        monkeypatch.setattr(sys, "argv", ["graphprune", *map(str, arguments)])
-        capfd.readouterr()
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            status = int(exit_.code or 0)
-        return Done(status, *capfd.readouterr(), seen[-1] if seen else None)
-
-    return invoke
+) -> Run:
+    return command_line(monkeypatch, capfd, place.checkpoint)
 
 
 @pytest.mark.parametrize("case", COMMANDS.values(), ids=COMMANDS)
-def test_a_command_is_refused_in_one_line(
-    case: Case, place: Place, graphprune: Callable[[list[object]], Done]
-) -> None:
+def test_a_command_is_refused_in_one_line(case: Case, place: Place, graphprune: Run) -> None:
     arguments = case.prepare(place)
     with nothing_changes(place):
-        done = graphprune(arguments)
+        done = graphprune(*arguments)
     assert done.error is not None, done
     assert_one_line(done.error, case.error, case.words)
     assert (done.status, done.out) == (1, "")
     assert done.err == f"graphprune: {' '.join(str(done.error).split())}\n"
 
 
-def test_a_sound_command_is_not_refused(
-    place: Place, graphprune: Callable[[list[object]], Done]
-) -> None:
-    done = graphprune(run()(place))
+def test_a_sound_command_is_not_refused(place: Place, graphprune: Run) -> None:
+    done = graphprune(*run()(place))
     assert (done.status, done.err) == (0, ""), done
     assert (place.out / "plan.json").is_file()
-    done = graphprune(["apply", place.checkpoint, place.plan(), "-o", place.folder / "again"])
+    done = graphprune("apply", place.checkpoint, place.plan(), "-o", place.folder / "again")
     assert (done.status, done.err) == (0, ""), done
 
 

@@ -46,8 +46,9 @@ _graphprune_setup() {
     if [ "$(cat "$venv/graphprune.stamp" 2>/dev/null)" != "$wanted" ]; then
         rm -f "$venv/graphprune.stamp"
         # torch alone first: the pin decides which build is taken before anything else can ask for another.
-        "$venv/bin/python" -m pip install -c "$root/tools/constraints.txt" torch==2.13.0 || return 1
-        "$venv/bin/python" -m pip install -c "$root/tools/constraints.txt" -e "$root[ort-gpu,dev]" || return 1
+        # Python compiles what is imported; pip would compile all of torch, for longer than the rest takes.
+        "$venv/bin/python" -m pip install --no-compile -c "$root/tools/constraints.txt" torch==2.13.0 || return 1
+        "$venv/bin/python" -m pip install --no-compile -c "$root/tools/constraints.txt" -e "$root[ort-gpu,dev]" || return 1
         echo "$wanted" > "$venv/graphprune.stamp"
     fi
     # shellcheck disable=SC1091

@@ -28,7 +28,12 @@ def export_with_all_found(
     here, and whoever takes the graph compares its outputs with the model's.
     """
     with _AllFound() as mode:
-        exported = export_once(module, args, shapes)
+        try:
+            exported = export_once(module, args, shapes)
+        except GuardOnDataDependentSymNode as again:
+            refused = CaptureError("it branches on data")
+            refused.at_all_sizes = not mode.looked  # no size decides what values are
+            raise refused from again
     if not mode.count:
         raise error
     text = "captured with loops over what is found, such as experts, running over everything"
@@ -41,12 +46,15 @@ class _AllFound(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
+        self.looked = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.Tensor.nonzero, torch.nonzero) and not kwargs.get("as_tuple"):
+        finds = func in (torch.Tensor.nonzero, torch.nonzero)
+        self.looked |= finds or (func is torch.where and len(args) == 1)
+        if finds and not kwargs.get("as_tuple"):
             (vector,) = args
             if vector.dim() == 1 and type(vector.shape[0]) is int:
                 self.count += 1

@@ -74,14 +74,17 @@ def export(
     except Exception as error:
         if follow:
             fill(module)  # which way it goes is for its values to say
+        refused = CaptureError(f"torch.export could not capture {name}: {line_and_place(error)}")
         for attempt in follow:
-            with contextlib.suppress(Exception):  # then the first error says more
+            try:
                 return attempt(module, args, shapes, error)
-        if fallback is not None:
-            return export(module, args, fallback, name, follow=follow)
-        raise CaptureError(
-            f"torch.export could not capture {name}: {line_and_place(error)}"
-        ) from error
+            except CaptureError as failed:
+                refused.at_all_sizes |= failed.at_all_sizes
+            except Exception:  # noqa: BLE001 - the first error says more
+                continue
+        if fallback is None or refused.at_all_sizes:
+            raise refused from error
+        return export(module, args, fallback, name, follow=follow)
 
 
 def export_once(module: nn.Module, args: tuple[Any, ...], shapes: Any) -> ExportedProgram:

@@ -222,8 +222,8 @@ def _capture_whole(
         likely = _likely_mask_dims(example.inputs, shapes, source)
         try:
             call = captured({**shapes, **likely}, notes)
-        except CaptureError:
-            if not likely:
+        except CaptureError as error:
+            if not likely or error.at_all_sizes:
                 raise
             call = captured(shapes, notes)
         if shared := _mask_dims(call.program):
@@ -236,8 +236,8 @@ def _capture_whole(
         said = (*notes, Note("fixed-size", why)) if why else notes
         try:
             call = captured_with_masks(shapes, said)
-        except CaptureError:
-            if shapes is fixed:
+        except CaptureError as error:
+            if shapes is fixed or error.at_all_sizes:
                 raise
             continue
         if all(_holds_for(call.program, *sizes) for sizes in ((3, 7), (2, 11))):

@@ -2,70 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from byte_llama import save_checkpoint
-from command_line import TEXT, Done, Run
+from command_line import TEXT, Run, command_line
 
 from graphprune.backends import capture_cache
-from graphprune.cli import console
-from graphprune.cli import main as cli
-
-_USUAL = {"dtype": "auto", "device": None, "memory": None}
-_loaded: dict[str, Any] = {}
-"""Programs by directory. They are never edited, and capturing one takes most of a verb's time."""
-
-
-@pytest.fixture
-def remembered(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
-    """The checkpoint is loaded once for all tests; what tests write is loaded as it is."""
-    from graphprune.backends import load as loading
-
-    load = loading.load
-
-    def remember(directory: str, **options: Any) -> Any:
-        if Path(directory) != checkpoint or options != _USUAL:
-            return load(directory, **options)
-        if directory not in _loaded:
-            _loaded[directory] = load(directory, **options)
-        return _loaded[directory]
-
-    monkeypatch.setattr(loading, "load", remember)
 
 
 @pytest.fixture
 def graphprune(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    remembered: None,
+    checkpoint: Path,
     captures: Path,
 ) -> Run:
     monkeypatch.setenv(capture_cache.FOLDER, str(captures))
-    monkeypatch.delenv(console.TRACEBACK, raising=False)
-    for name in (
-        "TRANSFORMERS_VERBOSITY",
-        "HF_HUB_DISABLE_PROGRESS_BARS",
-        "TOKENIZERS_PARALLELISM",
-    ):
-        monkeypatch.setenv(name, os.environ.get(name, "1" if "HUB" in name else "error"))
-
-    def invoke(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["graphprune", *map(str, arguments)])
-        capsys.readouterr()
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            status = int(exit_.code or 0)
-        return Done(status, *capsys.readouterr())
-
-    return invoke
+    return command_line(monkeypatch, capsys, checkpoint)
 
 
 @pytest.fixture(scope="session")

@@ -666,6 +666,20 @@ def test_a_branch_on_data_is_followed_as_the_example_does_and_said() -> None:
             assert getattr(value, "real_tensor", None) is None
 
 
+def test_a_branch_on_data_is_not_tried_with_one_choice_of_sizes_after_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = byte_llama(num_hidden_layers=1).eval()
+    mlp, calls, export = model.model.layers[0].mlp, [], torch.export.export
+    forward = mlp.forward
+    mlp.forward = lambda x: forward(x) if x.sum() > 0 else x
+    monkeypatch.setattr(torch.export, "export", lambda *a, **k: (calls.append(0), export(*a, **k)))
+    with pytest.raises(CaptureError) as caught:
+        capture_transformers(model)
+    assert caught.value.at_all_sizes
+    assert len(calls) == 4  # with a cache and without, as it is and with everything found
+
+
 @pytest.mark.slow
 def test_a_model_that_goes_two_ways_on_its_own_inputs_is_refused() -> None:
     class Fork(transformers.LlamaForCausalLM):
