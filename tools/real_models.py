@@ -155,7 +155,7 @@ def measure(
         with rows.open("a") as file:
             file.write(json.dumps([name, found[name]]) + "\n")
         print(name, found[name], flush=True)
-    write_table(found, f"{windows} windows of {length} tokens", heldout.numel(), folder)
+    write_table(found, f"{windows} windows of {length} tokens", heldout.numel())
 
 
 @app.command()
@@ -218,8 +218,7 @@ def search(
         "rows": rows,
         "search": found.to_dict(),
     }
-    (folder / f"searched-{model}.json").write_text(json.dumps(result, indent=1))
-    print("\n".join(search_lines(result)))
+    write_section(search_lines(result))
 
 
 def search_lines(found: dict[str, Any]) -> list[str]:
@@ -273,10 +272,8 @@ def loss_of(program: gp.Program, windows: Tensor) -> float:
     return statistics.fmean(losses)
 
 
-def write_table(
-    found: dict[str, tuple[float, int]], calibration: str, tokens: int, folder: Path
-) -> None:
-    """Write what was found, and what `search` left in `folder`, as Markdown beside this file."""
+def write_table(found: dict[str, tuple[float, int]], calibration: str, tokens: int) -> None:
+    """Write what was found as Markdown beside this file."""
     whole, size = found["unpruned"]
     lines = [
         "# A published model",
@@ -295,9 +292,22 @@ def write_table(
         if name != "unpruned":
             change = count / size - 1
             lines.append(f"| {name} | {change:+.1%} | {loss:.3f} | {loss - whole:+.3f} |")
-    for file in sorted(folder.glob("searched-*.json")):
-        lines += ["", *search_lines(json.loads(file.read_text()))]
-    TABLE.write_text("\n".join(lines).rstrip() + "\n")
+    _, *others = parts_of_table()
+    TABLE.write_text("\n".join(["\n".join(lines), "", *others]).rstrip() + "\n")
+
+
+def parts_of_table() -> list[str]:
+    """Return the table as it is: what `measure` wrote, then a section for each model searched."""
+    text = TABLE.read_text() if TABLE.exists() else ""
+    return re.split("(?m)^(?=## )", text)
+
+
+def write_section(lines: list[str]) -> None:
+    """Write what `search` found of a model in place of what it found of it before."""
+    head, *others = parts_of_table()
+    others = [each for each in others if not each.startswith(lines[0] + "\n")]
+    parts = sorted([*(each.strip() for each in others), "\n".join(lines).strip()])
+    TABLE.write_text("\n\n".join([head.strip(), *parts]).strip() + "\n")
 
 
 def config_of(model: Any) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from graphprune.calibration.data import Calibration
+from graphprune.calibration.data import Calibration, inputs_of
 from graphprune.calibration.statistics import tokens_for_gram
 from graphprune.errors import CalibrationError
 from graphprune.evaluation.sample_measures import Batch
@@ -80,7 +81,10 @@ def _of_batches(calibration: Calibration) -> Draw:
     if total < 2:
         raise CalibrationError("one sample is too little to hold some out: give more")
     fitted = Calibration.from_batches(_rows_of(batches, 0, count))
-    return Draw(fitted, tuple(_rows_of(batches, count, total)), False)
+    choosing = tuple(_rows_of(batches, count, total))
+    apart = bool(calibration.held_out)
+    held_out = calibration.held_out if apart else tuple(map(inputs_of, choosing))
+    return Draw(dataclasses.replace(fitted, held_out=held_out), choosing, apart)
 
 
 def _rows_of(batches: Sequence[Batch], start: int, stop: int) -> list[Mapping[str, Tensor]]:

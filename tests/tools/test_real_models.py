@@ -29,13 +29,26 @@ def test_what_is_absent_is_refused_plainly(tmp_path: Path) -> None:
         real_models.make(tmp_path / "out", tmp_path, tmp_path)
 
 
-def test_the_table_gives_what_each_recipe_adds(
+def test_the_table_gives_what_each_recipe_adds_and_keeps_what_searches_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(real_models, "TABLE", tmp_path / "table.md")
-    real_models.write_table(
-        {"unpruned": (2.0, 100), "taylor": (2.25, 90)}, "2 windows", 1024, tmp_path
-    )
+    tried = {"pipeline": "prune", "samples": 8, "added": 0.25}
+    found = {
+        "model": "tiny",
+        "command": "search",
+        "measure": "loss",
+        "original": 2.0,
+        "size": 100,
+        "rows": {"prune": (2.5, 90)},
+        "search": {"why": "It is best", "tried": [tried, {"pipeline": "x", "failed": "no"}]},
+    }
+    for rows in ({"prune": (2.5, 90)}, {"prune": (2.75, 90)}):
+        real_models.write_section(real_models.search_lines({**found, "rows": rows}))
+    real_models.write_table({"unpruned": (2.0, 100), "taylor": (2.25, 90)}, "2 windows", 1024)
     text = (tmp_path / "table.md").read_text()
     assert "| taylor | -10.0% | 2.250 | +0.250 |" in text
     assert "1,024 tokens" in text
+    assert text.count("## What compress finds: tiny") == 1
+    assert "| prune | -10.0% | +0.7500 |" in text and "+0.5000" not in text
+    assert "| prune | 8 | +0.2500 |" in text
