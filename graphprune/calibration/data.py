@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,11 +17,14 @@ from graphprune.calibration.tokens import (
     TokenizerLike,
     TokenStream,
     beyond_vocabulary,
+    text_inputs,
     token_batch,
     tokenize,
+    why_no_text,
 )
-from graphprune.errors import CalibrationError
+from graphprune.errors import CalibrationError, CheckpointError
 from graphprune.io.text_sources import read_documents
+from graphprune.weights.files import TensorFile
 from graphprune.weights.tensors import digest
 
 if TYPE_CHECKING:
@@ -37,6 +41,9 @@ LONG = 256
 
 _HELD_OUT = 2048
 """Tokens that are held out at most."""
+
+_HELD_OUT_SAMPLES = 256
+"""Samples of other inputs that are held out at most."""
 
 LABELS = "labels"
 """What is known of a sample beside the inputs of the program, for the loss."""
@@ -226,6 +233,71 @@ class Calibration:
             raise CalibrationError(f"{len(labels)} of {len(held)} calibration batches have labels")
         return cls(held, "batches", sha256, samples, length, labels=labels or None)
 
+    @classmethod
+    def from_tensors(
+        cls,
+        source: str | PathLike[str],
+        *,
+        samples: int | None = None,
+        batch_size: int = 8,
+        seed: int = 0,
+    ) -> Calibration:
+        """Draw samples from a safetensors file of inputs, such as images or sounds.
+
+        A tenth of what the file holds, at most 256 samples, is held out to measure on.
+
+        Parameters
+        ----------
+        source
+            Tensors by input name, the first dimension of each the samples; ``labels`` as
+            `from_batches` takes them.
+        samples
+            How many; all that are not held out if left out.
+        batch_size
+            Samples that a batch holds at most.
+        seed
+            Which samples, and their order.
+
+        Raises
+        ------
+        CalibrationError
+            When the file cannot be read, holds no samples, or fewer than are asked for.
+        """
+        held = _read_tensors(Path(source))
+        counts = {name: len(tensor) if tensor.ndim else 0 for name, tensor in held.items()}
+        (total, *others) = set(counts.values())
+        if others:
+            raise CalibrationError(f"{source} holds other numbers of samples by name: {counts}")
+        spare = min(total // 10, _HELD_OUT_SAMPLES)
+        wanted = total - spare if samples is None else samples
+        if not 1 <= wanted <= total:
+            raise CalibrationError(f"{source} holds {total} samples; {wanted} are asked for")
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+        chosen, held_out = (
+            [{name: tensor[at] for name, tensor in held.items()} for at in part.split(batch_size)]
+            for part in (order[:wanted], order[wanted : wanted + spare])
+        )
+        found = cls.from_batches(chosen)
+        inputs = tuple(inputs_of(batch) for batch in held_out if spare)
+        return dataclasses.replace(found, held_out=inputs, seed=seed)
+
+    def for_program(self, program: Program) -> Calibration:
+        """Return calibration of text with the inputs that `program` takes; batches as they are.
+
+        Raises
+        ------
+        CalibrationError
+            When it takes something that cannot be made of a text.
+        """
+        if self.kind != "text":
+            return self
+        check_takes_text(program)
+        batches, held_out = (
+            tuple(text_inputs(program, batch) for batch in each)
+            for each in (self.batches, self.held_out)
+        )
+        return dataclasses.replace(self, batches=batches, held_out=held_out)
+
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for batch in self.batches:
             yield dict(batch)
@@ -348,6 +420,26 @@ class _Text:
 def own_batches(batches: Sequence[Mapping[str, Tensor]]) -> range:
     """Return which of `batches` are run by this process, where several divide them."""
     return ranks.own([next(iter(batch.values())).numel() for batch in batches])
+
+
+def check_takes_text(program: Program) -> None:
+    """Raise `CalibrationError` for a program that takes what cannot be made of a text."""
+    if problem := why_no_text(program):
+        raise CalibrationError(
+            f"{problem}: give --calibration FILE.safetensors with inputs by name (in Python "
+            "Calibration.from_tensors or from_batches)"
+        )
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        file = TensorFile(path)
+        held = {name: file.read(name) for name in file.entries}
+    except CheckpointError as error:
+        raise CalibrationError(str(error)) from error
+    if not held:
+        raise CalibrationError(f"{path} holds no tensors")
+    return held
 
 
 def inputs_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,13 +10,16 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from graphprune.errors import CalibrationError, GraphPruneError, first_line
 from graphprune.io.text_sources import Document, Messages
+from graphprune.ir.program import PAST
 
 if TYPE_CHECKING:
     from graphprune.ir.program import Program
+
+_EMBEDDING = torch.ops.aten.embedding.default
 
 
 class Tokenizer(Protocol):
@@ -160,14 +163,49 @@ def token_batch(ids: Tensor) -> dict[str, Tensor]:
     return {"input_ids": ids.contiguous(), "attention_mask": torch.ones_like(ids)}
 
 
-def beyond_vocabulary(program: Program, ids: Tensor | None) -> str:
-    """Return what is wrong with `ids` if `program` has no logit for one of them, else ""."""
-    logits = next((value for value in program.outputs if value.name == "logits"), None)
-    if ids is None or logits is None or not isinstance(logits.shape[-1], int):
+def text_inputs(
+    program: Program, batch: Mapping[str, Tensor], error: type[GraphPruneError] = CalibrationError
+) -> dict[str, Tensor]:
+    """Return what `program` takes of a `token_batch`; an encoder and a decoder get the same tokens.
+
+    Raises
+    ------
+    GraphPruneError
+        Of the class `error`, when it takes something that cannot be made of a text, naming it.
+    """
+    if problem := why_no_text(program):
+        raise error(problem)
+    names = {value.name for value in program.inputs}
+    given = {name: tensor for name, tensor in batch.items() if name in names}
+    return given | {name: batch["input_ids"] for name in names if name.endswith("input_ids")}
+
+
+def why_no_text(program: Program) -> str:
+    """Say which input of `program` cannot be made of a text; "" where all can."""
+    names = [value.name for value in program.inputs if not value.name.startswith(PAST)]
+    missing = [name for name in names if not name.endswith(("_ids", "attention_mask"))]
+    if not missing and any(name.endswith("input_ids") for name in names):
         return ""
-    if (highest := int(ids.max())) < logits.shape[-1]:
+    return f"the program takes {(missing or names)[0]!r}, which cannot be made of a text"
+
+
+def beyond_vocabulary(program: Program, ids: Tensor | None) -> str:
+    """Return what is wrong with `ids` if `program` has no row for one of them, else ""."""
+    vocabulary = None if ids is None else _vocabulary(program)
+    if ids is None or vocabulary is None or (highest := int(ids.max())) < vocabulary:
         return ""
     return (
         f"the tokenizer does not belong to the model: it made token {highest}, "
-        f"the vocabulary has {logits.shape[-1]}"
+        f"the vocabulary has {vocabulary}"
     )
+
+
+def _vocabulary(program: Program) -> int | None:
+    """Return how many rows the table has that ``input_ids`` pick from; None if that is not told."""
+    for value, node in program.input_nodes():
+        if value.name != "input_ids":
+            continue
+        tables = (user.args[0] for user in node.users if user.target is _EMBEDDING)
+        sizes = [table.meta["val"].shape[0] for table in tables if isinstance(table, fx.Node)]
+        return min((size for size in sizes if isinstance(size, int)), default=None)
+    return None

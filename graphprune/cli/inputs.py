@@ -101,18 +101,18 @@ def read_calibration(
     directory: str,
     seed: int,
 ) -> tuple[Calibration | None, Calibration | None]:
-    """Read calibration text: the one that is named, or the packaged one for the packaged model.
+    """Read calibration data: what is named, or the packaged text for the packaged model.
 
-    Where nobody asks for a number of windows, there are as many as the pipelines need.
+    Where nobody asks for a number of windows of a text, there are as many as the pipelines need.
 
     Returns
     -------
-    text
-        The text, to measure on; None where there is none.
+    data
+        The text or tensors, to measure on; None where there are none.
     fitted
-        The text if it is to be fitted to: not where it is the packaged one and no pass needs any.
+        The same if it is to be fitted to: not where it is the packaged text and no pass needs any.
     """
-    from graphprune.calibration.data import Calibration
+    from graphprune.calibration.data import Calibration, check_takes_text
 
     is_fitted_to = options.calibration is not None or any(
         each.requires_calibration for pipeline in pipelines for each in pipeline.passes
@@ -122,6 +122,10 @@ def read_calibration(
         path = reference.calibration_text()
     if path is None:
         return None, None
+    if path.suffix == ".safetensors":
+        data = Calibration.from_tensors(path, samples=options.samples, seed=seed)
+        return data, data
+    check_takes_text(program)
     text = Calibration.from_text(
         path,
         resolve(options.tokenizer or directory),
@@ -129,7 +133,7 @@ def read_calibration(
         length=options.calibration_length,
         seed=seed,
         first_token=options.first_token,
-    )
+    ).for_program(program)
     if is_fitted_to:
         for pipeline in pipelines:
             text = pipeline.enough(text, program)

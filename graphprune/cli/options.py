@@ -111,7 +111,8 @@ CalibrationText = Annotated[
     typer.Option(
         "--calibration",
         metavar="FILE",
-        help="A text, JSON lines or NAME:SPLIT:COLUMN of a data set.",
+        help="A text, JSON lines or NAME:SPLIT:COLUMN of a data set; or inputs by name, such as "
+        "images, in a .safetensors file.",
         rich_help_panel=CALIBRATION,
     ),
 ]
@@ -119,7 +120,8 @@ Samples = Annotated[
     int | None,
     typer.Option(
         "--samples",
-        help="Windows of calibration text; as many as the passes need if left out.",
+        help="Windows of calibration text, as many as the passes need if left out; or samples of "
+        "other data, all of them if left out.",
         min=1,
         rich_help_panel=CALIBRATION,
     ),

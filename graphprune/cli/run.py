@@ -154,7 +154,7 @@ def run(
         runs = verify_each or calibration.calibration is not None or directory == reference.NAME
         runs = runs or any(each.runs_program for each in pipeline.passes)
         program = session.load_to_write(directory, loading, runs=runs)
-        text, fitted = read_calibration(calibration, [whole], program, directory, seed)
+        data, fitted = read_calibration(calibration, [whole], program, directory, seed)
         result = pipeline.run(
             program,
             calibration=fitted,
@@ -180,7 +180,7 @@ def run(
             return
         files = write(session, result.program, result.plan, folder, found, dtype, shard_size)
         note_large_edits(folder, result.plan)
-        summary = summary_of(session, program, result, folder, found, text, fitted, files)
+        summary = summary_of(session, program, result, folder, found, data, fitted, files)
         report = dataclasses.replace(result.report, summary=summary.to_dict())
         written = report.to_json().replace(f"{folder}{os.sep}", "")
         (folder / REPORT).write_text(written, encoding="utf-8")
@@ -315,14 +315,14 @@ def summary_of(
     result: Result,
     folder: Path,
     form: CheckpointForm,
-    text: Calibration | None,
+    data: Calibration | None,
     fitted: Calibration | None,
     files: list[str],
 ) -> Summary:
     """Sum up what the run comes to, of which `files` are the checkpoint."""
     from graphprune.evaluation.summary import Footprint, Summary, verified_error
 
-    predictions, why_not = compared(session, program, result.program, text)
+    predictions, why_not = compared(session, program, result.program, data)
     source = None if program.source is None else program.source.directory
     plan = plan_files(folder)
     others = {path.name for path in folder.iterdir()} - {*files, *plan}
@@ -333,6 +333,7 @@ def summary_of(
         why_not,
         verified_error(result.report.passes),
         0 if fitted is None else fitted.tokens,
+        0 if fitted is None else fitted.samples,
         form.kind,
         form.reason,
         {

@@ -143,16 +143,18 @@ def note_large_edits(folder: Path, plan: Plan) -> None:
 
 
 def compared(
-    session: Session, original: Program, smaller: Program, text: Calibration | None
+    session: Session, original: Program, smaller: Program, data: Calibration | None
 ) -> tuple[Comparison | None, str]:
-    """Compare predictions on the part of `text` that is held out; return why not if that fails."""
+    """Compare on the part of `data` that is held out; return why not if that fails."""
     from graphprune.evaluation.comparison import compare
 
-    if text is None:
-        return None, "there is no text: give --calibration"
-    if not text.held_out:
-        return None, "the calibration text is too short to hold a part of it out"
+    if data is None:
+        takes_text = any(value.name.endswith("input_ids") for value in original.inputs)
+        kind, file = ("text", "FILE") if takes_text else ("data", "FILE.safetensors")
+        return None, f"there is no {kind}: give --calibration {file}"
+    if not data.held_out:
+        return None, "the calibration data are too few to hold a part of them out"
     try:
-        return compare(original, smaller, text.held_out, session.progress), ""
+        return compare(original, smaller, data.held_out, session.progress), ""
     except GraphPruneError as error:
         return None, str(error)

@@ -22,6 +22,7 @@ from graphprune.analysis.groups import Group
 from graphprune.analysis.matrices import Matrix
 from graphprune.calibration.data import inputs_of
 from graphprune.calibration.layerwise import logits_of_all
+from graphprune.calibration.tokens import text_inputs
 from graphprune.criteria import ScoringContext
 from graphprune.errors import EvaluationError, SelectionError, refuse_other
 from graphprune.evaluation.ablation_result import (
@@ -33,7 +34,7 @@ from graphprune.evaluation.ablation_result import (
 )
 from graphprune.evaluation.sample_measures import Batch, Run, measure_of, measured, runner
 from graphprune.io.progress import DisplayFactory, progress_bar
-from graphprune.ir.program import PAST, Program
+from graphprune.ir.program import Program
 from graphprune.plan.plan import Plan
 from graphprune.plan.steps import Cut, Step
 from graphprune.selection.targets import target_groups
@@ -134,17 +135,8 @@ def text_batches(program: Program, windows: Tensor, batch_size: int) -> list[dic
     EvaluationError
         When it takes something that cannot be made of them, naming it.
     """
-    ids = [value.name for value in program.inputs if value.name.endswith("input_ids")]
-    batches = [dict.fromkeys(ids, chunk) for chunk in windows.split(batch_size)]
-    missing = [
-        value.name
-        for value in program.inputs
-        if not value.name.startswith(PAST) and not value.name.endswith(("_ids", "attention_mask"))
-    ]
-    if missing or not ids:
-        wanted = (missing or [value.name for value in program.inputs])[0]
-        raise EvaluationError(f"the program takes {wanted!r}, which cannot be made of a text")
-    return batches
+    chunks = windows.split(batch_size)
+    return [text_inputs(program, {"input_ids": chunk}, EvaluationError) for chunk in chunks]
 
 
 # -- which units go -------------------------------------------------------------------------------

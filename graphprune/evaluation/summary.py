@@ -64,14 +64,16 @@ class Summary:
     before, after
         What the original and the result take.
     predictions
-        Both compared on text that nothing was fitted to, or None.
+        Both compared on data that nothing was fitted to, or None.
     why_not_compared
         Why there is no comparison; empty where there is one.
     verified
         The largest relative error that the last pass `verify` found, or None where the result was
         not verified.
     calibration_tokens
-        Tokens that were calibrated with.
+        Tokens that were calibrated with; 0 where samples were of something else.
+    calibration_samples
+        Samples that were calibrated with.
     form
         The kind of checkpoint: ``plain``, ``remote-code`` or ``none`` (an archive).
     reason
@@ -86,6 +88,7 @@ class Summary:
     why_not_compared: str
     verified: float | None
     calibration_tokens: int
+    calibration_samples: int
     form: str
     reason: str
     written: Mapping[str, Sequence[str]]
@@ -117,15 +120,18 @@ class Summary:
             if found.loss_before is not None and found.loss_after is not None:
                 grown = f"{found.loss_after:.4f} ({found.loss_after - found.loss_before:+.4f})"
                 table.add_row("loss, nats/token", f"{found.loss_before:.4f}", grown)
-            table.add_row("agreement with the original", "", f"{found.agreement:.1%}")
-            table.add_row("KL from the original, nats", "", f"{found.kl:.4f}")
+            if found.agreement is not None and found.kl is not None:
+                table.add_row("agreement with the original", "", f"{found.agreement:.1%}")
+                table.add_row("KL from the original, nats", "", f"{found.kl:.4f}")
+            for name, distance in found.distances.items():
+                table.add_row(f"1 - cosine of {name}", "", f"{distance:.4f}")
         return table
 
     def lines(self) -> list[str]:
         """Return what the table does not say, in sentences."""
         found = self.predictions
         compared = (
-            f"compared on {found.predictions:,} predictions of text that nothing was fitted to"
+            f"compared on {found.predictions:,} {_rows_of(found)} that nothing was fitted to"
             if found is not None
             else f"not compared with the original: {self.why_not_compared}"
         )
@@ -137,9 +143,15 @@ class Summary:
         calibrated = (
             f"calibrated with {self.calibration_tokens:,} tokens"
             if self.calibration_tokens
-            else "no calibration text was used"
+            else f"calibrated with {self.calibration_samples:,} samples"
+            if self.calibration_samples
+            else "no calibration data were used"
         )
         return [compared, proven, calibrated]
+
+
+def _rows_of(found: Comparison) -> str:
+    return "rows of outputs" if found.loss_before is None else "predictions of text"
 
 
 def verified_error(passes: Sequence[PassRecord]) -> float | None:

@@ -104,9 +104,19 @@ class Pipeline:
         return Pipeline(changing)
 
     def enough(self, calibration: Calibration, program: Program) -> Calibration:
-        """Return as much calibration text as the passes need, where its size was left open."""
+        """Return as much calibration text as the passes need, where its size was left open.
+
+        It has the inputs that the program takes.
+
+        Raises
+        ------
+        CalibrationError
+            When the program takes something that cannot be made of a text.
+        """
         tokens = max((each.calibration_tokens(program) for each in self.passes), default=0)
-        return calibration.enough_for(tokens, program.context_length) if tokens else calibration
+        if tokens:
+            calibration = calibration.enough_for(tokens, program.context_length)
+        return calibration.for_program(program)
 
     def run(
         self,

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from byte_llama import byte_llama, byte_tokenizer
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 import graphprune as gp
 import graphprune.calibration.data as calibration_module
@@ -443,3 +445,90 @@ def test_a_loss_in_pieces_is_the_loss(monkeypatch: pytest.MonkeyPatch, labels: b
     whole = loss_and_gradient()
     monkeypatch.setattr(logits_module, "_AT_ONCE", 50)
     torch.testing.assert_close(loss_and_gradient(), whole)
+
+
+# -- inputs that are no text, and programs that take text in another way ---------------------------
+
+
+def images(path: Path, count: int = 20) -> Path:
+    labels = torch.arange(count) % 3
+    save_file({"pixel_values": torch.arange(count).float().view(count, 1), "labels": labels}, path)
+    return path
+
+
+def test_samples_of_tensors_are_drawn_and_a_tenth_is_held_out(tmp_path: Path) -> None:
+    path = images(tmp_path / "images.safetensors")
+    found = Calibration.from_tensors(path, batch_size=8)
+    drawn = torch.cat([batch["pixel_values"] for batch in found]).flatten().tolist()
+    held_out = torch.cat([batch["pixel_values"] for batch in found.held_out]).flatten().tolist()
+    assert (found.samples, len(held_out)) == (18, 2)
+    assert sorted(drawn + held_out) == list(range(20))
+    assert drawn != sorted(drawn)
+    assert found.labels is not None
+    assert torch.cat(found.labels).tolist() == [each % 3 for each in drawn]
+    assert all(batch.keys() == {"pixel_values"} for batch in found.held_out)
+    few = Calibration.from_tensors(path, samples=4, seed=1)
+    assert (few.samples, few.seed, len(few.held_out)) == (4, 1, 1)
+    assert few.sha256 != Calibration.from_tensors(path, samples=4).sha256
+
+
+@pytest.mark.parametrize(
+    ("name", "samples", "message"),
+    [
+        ("gone.safetensors", None, "is missing"),
+        ("text.safetensors", None, "text.safetensors"),
+        ("none.safetensors", None, "holds no tensors"),
+        ("uneven.safetensors", None, r"numbers of samples by name: .*'a': 2"),
+        ("images.safetensors", 21, "holds 20 samples; 21 are asked for"),
+        ("images.safetensors", 0, "holds 20 samples; 0 are asked for"),
+    ],
+)
+def test_a_file_of_tensors_that_cannot_be_used_is_refused_in_a_line(
+    tmp_path: Path, name: str, samples: int | None, message: str
+) -> None:
+    (tmp_path / "text.safetensors").write_text("a text")
+    save_file({}, tmp_path / "none.safetensors")
+    save_file({"a": torch.zeros(2), "b": torch.zeros(3)}, tmp_path / "uneven.safetensors")
+    images(tmp_path / "images.safetensors")
+    with pytest.raises(CalibrationError, match=message) as caught:
+        Calibration.from_tensors(tmp_path / name, samples=samples)
+    assert "\n" not in str(caught.value)
+
+
+class Pair(nn.Module):
+    """An encoder and a decoder of tokens that give three classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up, self.down = nn.Embedding(300, 4), nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, input_ids: Tensor, decoder_input_ids: Tensor) -> Tensor:
+        both = self.embed(input_ids).mean(1) + self.embed(decoder_input_ids).mean(1)
+        return self.down(self.up(both).relu())
+
+
+def test_encoder_and_decoder_get_the_same_windows_and_a_vocabulary_is_no_list_of_classes(
+    text: Path, tokenizer: Any
+) -> None:
+    ids = torch.zeros(2, 6, dtype=torch.int64)
+    program = gp.capture(Pair(), example_inputs=(ids, ids))
+    data = Calibration.from_text(text, tokenizer, samples=4, length=6).for_program(program)
+    data.check(program)
+    for batch in (*data, *data.held_out):
+        assert batch.keys() == {"input_ids", "decoder_input_ids"}
+        assert torch.equal(batch["input_ids"], batch["decoder_input_ids"])
+    result = gp.Pipeline.parse("prune{target=ffn ratio=0.5 criterion=wanda}").run(
+        program, calibration=Calibration.from_text(text, tokenizer, samples=4, length=6)
+    )
+    assert result.program.parameter_count() < program.parameter_count()
+
+
+def test_text_for_a_program_of_images_is_refused_with_what_to_give(
+    text: Path, tokenizer: Any
+) -> None:
+    program = gp.capture(nn.Linear(4, 2), example_inputs=(torch.ones(2, 4),))
+    data = Calibration.from_text(text, tokenizer)
+    with pytest.raises(CalibrationError, match=r"'input', which cannot be .* FILE.safetensors"):
+        gp.Pipeline.parse("prune{target=* ratio=0.5 criterion=wanda}").run(
+            program, calibration=data
+        )

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from architectures import build
 from command_line import PRUNE, Run, assert_refused
+from safetensors.torch import save_file
 
 TAYLOR = "prune{target=ffn ratio=0.25},verify"
 
@@ -39,8 +42,30 @@ def test_what_is_not_known_of_a_result_is_said(
 ) -> None:
     done = graphprune("run", checkpoint, "--passes", PRUNE, "-o", tmp_path / "out")
     assert "not verified" in done.out
-    assert "no calibration text was used" in done.out
+    assert "no calibration data were used" in done.out
     assert "not compared with the original: there is no text" in done.out
+
+
+def test_what_predicts_no_tokens_is_compared_by_its_outputs(
+    graphprune: Run, text: Path, tmp_path: Path
+) -> None:
+    model, images, out = tmp_path / "vit", tmp_path / "images.safetensors", tmp_path / "out"
+    build("vit").save_pretrained(model)
+    save_file({"pixel_values": torch.randn(20, 3, 16, 16)}, images)
+    passes = "prune{target=ffn ratio=0.25 criterion=wanda}"
+    options = ["--passes", passes, "-o", out, "--calibration"]
+    assert_refused(graphprune("run", model, *options, text), "'pixel_values'", "FILE.safetensors")
+    done = graphprune("run", model, *options, images)
+    assert done.status == 0, done
+    for words in ("agreement", "1 - cosine of logits", "on 2 rows", "with 18 samples"):
+        assert words in done.out
+    found = json.loads((out / "report.json").read_text())["summary"]["predictions"]
+    assert found["loss_after"] is None
+    assert 0 < found["distances"]["logits"] < 1
+    without = ["--passes", PRUNE, "-o", out, "--overwrite"]
+    assert "there is no data: give --calibration FILE.safetensors" in (
+        graphprune("run", model, *without).out
+    )
 
 
 def test_json_is_the_report_and_nothing_else(
