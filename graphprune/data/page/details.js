@@ -136,7 +136,7 @@ function showStart() {
   panel(showStart, null,
     make("h2", {}, "Coupled groups"),
     make("p", { class: "note" }, "Each strip is an axis of a weight; its width grows with the square root of its size. What has one color loses its units together. Point at a strip or at a node of the graph, or click it."),
-    plan ? planned() : null,
+    plan ? planned() : null, plan ? make("h3", {}, "All groups") : null,
     make("table", {}, make("tr", {}, ...["role", "groups", "units", "removal is"].map((text, at) => make("th", { class: at === 1 || at === 2 ? "n" : null }, text))),
       ...[...roles].map(([role, found]) => make("tr", {}, make("td", {}, found.length === 1 ? groupLink(found[0])
         : make("details", { style: { margin: 0 } }, make("summary", {}, role), make("ul", {}, ...found.slice(0, 400).map(at => make("li", {}, groupLink(at)))))),
@@ -156,13 +156,19 @@ function planned() {
     const path = weights[index].n.match(/^(?:.*?\.)?\d+(?=\.)/)?.[0] ?? weights[index].n.split(".").slice(0, -1).join(".");
     layers.set(path, [...(layers.get(path) ?? []), [+index, after]]);
   }
+  const alike = new Map();  // layers that lose the same are one line
+  for (const [path, rows] of layers) {
+    const key = JSON.stringify(rows.map(([index, after]) => [weights[index].n.slice(path.length), weights[index].s, after]));
+    alike.set(key, [...(alike.get(key) ?? []), [path, rows]]);
+  }
+  const title = found => found.length === 1 ? found[0][0] : `${found[0][0]} to ${found.at(-1)[0].split(".").at(-1)} (${found.length} alike)`;
   return make("div", {}, make("h3", {}, "The plan"),
     make("p", {}, `Parameters ${number(doc.costs.params)} → `, make("b", {}, number(plan.costs.params)),
       ` (${share(plan.costs.params, doc.costs.params)})`, doc.costs.kv_bytes ? `; KV bytes per token ${number(doc.costs.kv_bytes)} → ` : "",
       doc.costs.kv_bytes ? make("b", {}, number(plan.costs.kv_bytes)) : ""),
     kind ? make("p", { class: "note" }, words[kind] + (why ? `: ${why}` : "")) : null,
-    ...[...layers].map(([path, rows]) => make("details", { style: { margin: 0 } }, make("summary", {}, `${path} (${rows.length})`),
-      make("table", {}, ...rows.map(([index, after]) => make("tr", {}, make("td", {}, weightLink(index)),
+    ...[...alike.values()].map(found => make("details", { style: { margin: 0 } }, make("summary", {}, `${title(found)}: ${found[0][1].length} weights`),
+      make("table", {}, ...found[0][1].map(([index, after]) => make("tr", {}, make("td", {}, weightLink(index)),
         make("td", { class: "n" }, weights[index].s.join(" × "), make("br"), make("span", { class: "to" }, `→ ${after.join(" × ")}`))))))));
 }
 

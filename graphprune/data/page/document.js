@@ -24,6 +24,9 @@ function make(tag, attributes = {}, ...children) {
   return node;
 }
 
+/* A name that may be broken after dots and underscores. */
+const breakable = name => name.split(/(?<=[._])/).flatMap((part, at) => at ? [make("wbr"), part] : [part]);
+
 const count = shape => shape.reduce((product, size) => product * size, 1);
 
 /* What is left of a group's units: "704", or "704 → 616" with a plan that takes some. */

@@ -8,8 +8,7 @@ function views(root) {
   const add = (label, module) => { if (module.count >= 2 && module.count <= 60) found.push({ label, module }); };
   const visit = module => {
     for (const run of runsOf(module)) {
-      if (run.length > 1) add(`${run[0].path} (and ${run.length - 1} more like it)`, run[0]);
-      else add(run[0].path, run[0]);
+      add(run.length > 1 ? `${run[0].path} (${run.length} alike)` : run[0].path, run[0]);
       visit(run[0]);
     }
   };
@@ -58,7 +57,8 @@ function drawGraph(box, module) {
   };
   const sides = [used.filter(group => !isLocal(group)), used.filter(isLocal)];
   const width = Math.max(300, box.clientWidth), narrow = width < 640;
-  const columns = narrow ? [0, .33, .68] : [0, .34, .72], widths = narrow ? [.24, .26, .32] : [.2, .26, .28];
+  box.classList.toggle("narrow", narrow);
+  const columns = narrow ? [0, .32, .77] : [0, .34, .72], widths = narrow ? [.23, .35, .23] : [.2, .26, .28];
   const tops = new Map(sides.flatMap(side => { const found = spread(side, wanted, indices.length); return side.map((group, at) => [group, found[at]]); }));
   const rows = Math.max(indices.length, ...[...tops.values()].map(top => top + 1));
   const y = row => 26 + row * ROW, x = column => columns[column] * width, end = column => x(column) + widths[column] * width;
@@ -69,6 +69,7 @@ function drawGraph(box, module) {
     return NODE * (all.indexOf(group) + 1) / (all.length + 1);
   };
   const prefix = module.path ? `${module.path}.` : "";
+  const named = name => narrow ? name.split(".").at(-1) : name;  // what tells one from another is at the end
   const paths = edges.map(edge => {
     const [group, row, dims] = edge, left = sides[0].includes(group);
     const [from, to] = left ? [end(0), x(1)] : [end(1), x(2)];
@@ -84,22 +85,22 @@ function drawGraph(box, module) {
   const picture = make("div", { class: "edges" });
   picture.innerHTML = `<svg width="${width}" height="${y(rows)}" aria-hidden="true">${paths.join("")}</svg>`;
   box.style.setProperty("height", `${y(rows) + 4}px`);
-  box.replaceChildren(picture, head("wide groups", 0), head(narrow ? "weights" : "weights, and which dimensions", 1), head("groups of this part", 2),
+  box.replaceChildren(picture, head("wide groups", 0), head(narrow ? "weights" : "weights, and which dimensions", 1), head(narrow ? "own groups" : "groups of this part", 2),
     ...indices.map((index, row) => {
       const own = edges.filter(edge => edge[1] === row).map(edge => edge[0]), after = plan?.shapes[index];
       return node(1, row, { class: own.length ? "of-weight" : "of-weight bare", "data-w": index, "data-gs": own.join(" "), title: `${weights[index].n} ${weights[index].x}` },
-        make("b", {}, weights[index].n.slice(prefix.length).replace(/\.weight$/, "")),
+        make("b", {}, named(weights[index].n.slice(prefix.length).replace(/\.weight$/, ""))),
         make("small", {}, narrow && after ? "" : weights[index].s.join(" × "), after ? make("span", { class: "to" }, ` → ${after.join(" × ")}`) : null));
     }),
     ...used.map(group => node(sides[0].includes(group) ? 0 : 2, tops.get(group), { class: `of-group ${groups[group].x}`, "data-g": group, "data-gs": group,
       style: { "--h": hue(group) }, title: `${groups[group].n}: ${units(group)} units, ${groups[group].x}` },
-      make("b", {}, groups[group].r), make("small", {}, `${units(group)}${groups[group].x === "exact" ? "" : `, ${groups[group].x}`}`))));
+      make("b", {}, groups[group].r), make("small", {}, `${units(group)}${narrow || groups[group].x === "exact" ? "" : `, ${groups[group].x}`}`))));
 }
 
 function graphOf(root) {
   const all = views(root);
   if (!groups.length || !all.length) return null;
-  const first = all.find(view => view.label.endsWith("more like it)")) ?? all.find(({ module: { count } }) => count > 3 && count <= 16) ?? all[0];
+  const first = all.find(view => view.label.endsWith("alike)")) ?? all.find(({ module: { count } }) => count > 3 && count <= 16) ?? all[0];
   const box = make("div", { class: "graph" });
   const chosen = make("select", { "aria-label": "block" }, ...all.map((view, at) =>
     make("option", { value: at, selected: view === first }, view.label)));

@@ -35,16 +35,19 @@ $("theme").addEventListener("click", () => {
 function legend() {
   const entry = (look, text) => make("span", {}, make("span", { class: `sample ${look}` }, look.includes("lost") ? make("span", { class: "gone" }) : null), text);
   return make("p", { class: "legend", "aria-label": "legend" }, entry("held", "can be pruned"), entry("frozen", "frozen"), weights.some(weight => weight.s.includes(1)) ? entry("fixed", "of size 1") : null,
-    plan ? entry("held lost", "goes by the plan") : null);
+    plan ? entry("held lost", "goes by the plan") : null,
+    ...["rescaled", "approximate"].filter(each => groups.some(group => group.x === each)).map(each => entry(`of-group ${each}`, `removal is ${each}`)));
 }
 
 /* -- start --------------------------------------------------------------------------------------- */
 
 $("title").textContent = doc.class ? `${doc.title}: ${doc.class}` : doc.title;
 if (doc.costs) {
-  const facts = [["parameters", doc.costs.params], [`MACs, ${doc.tokens} tokens`, doc.costs.macs], ["KV bytes per token", doc.costs.kv_bytes],
+  const { params, macs, kv_bytes } = doc.costs, after = plan?.costs ?? {};
+  const facts = [["parameters", params, after.params], [`MACs, ${doc.tokens} tokens`, macs], ["KV bytes per token", kv_bytes, after.kv_bytes],
     ["groups", groups.length]].filter(fact => fact[1]);
-  $("facts").append(...facts.map(([what, value]) => make("span", { class: "fact" }, make("b", {}, number(value)), ` ${what}`)));
+  $("facts").append(...facts.map(([what, value, left = value]) => make("span", { class: "fact" }, make("b", {}, number(value)),
+    left === value ? null : make("b", { class: "to" }, ` → ${number(left)}`), ` ${what}`)));
 }
 const root = tree();
 if (doc.problem) $("model").append(make("p", { class: "problem", role: "alert" }, doc.problem));

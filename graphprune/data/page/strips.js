@@ -70,11 +70,11 @@ function dimension(weight, dim) {
   return bar;
 }
 
-function weightRow(index, leaf) {
+function weightRow(index, leaf, depth) {
   const { s: shape, k: kind } = weights[index];
   const after = plan?.shapes[index];
-  return make("div", { class: "weight", "data-w": index },
-    make("button", { title: weights[index].n, on: { click: () => showWeight(index) } }, leaf,
+  return make("div", { class: "weight", "data-w": index, style: { "--depth": depth } },
+    make("button", { title: weights[index].n, on: { click: () => showWeight(index) } }, ...breakable(leaf),
       make("small", {}, `${shape.join(" × ") || "scalar"}${kind === "parameter" ? "" : `, ${kind}`}`,
         after ? make("span", { class: "to" }, ` → ${after.join(" × ")}`) : null)),
     make("span", { class: "dims" }, ...shape.map((_, dim) => dimension(index, dim))));
@@ -131,10 +131,10 @@ function runsOf(module) {
   return runs;
 }
 
-function inside(module) {
-  return [...module.leaves.map(([leaf, index]) => weightRow(index, leaf)), ...runsOf(module).flatMap(run => {
+function inside(module, depth = 0) {
+  return [...module.leaves.map(([leaf, index]) => weightRow(index, leaf, depth)), ...runsOf(module).flatMap(run => {
     const plain = run.length === 1 && run[0].children.size === 0 && run[0].leaves.length <= 2;
-    return plain ? run[0].leaves.map(([leaf, index]) => weightRow(index, `${run[0].name}.${leaf}`)) : block(run);
+    return plain ? run[0].leaves.map(([leaf, index]) => weightRow(index, `${run[0].name}.${leaf}`, depth)) : block(run, depth + 1);
   })];
 }
 
@@ -148,13 +148,13 @@ function parametersOf(run) {
 }
 
 const blocks = new Map();  // path of a module -> how to open it
-function block(run) {
+function block(run, depth) {
   const [first, last] = [run[0], run.at(-1)];
   const name = run.length > 1 ? `${first.name}–${last.name}` : first.name;
   const body = make("div");
   let shown = null;
-  const show = index => { shown = index; body.replaceChildren(chooser(), ...inside(run[index])); fitSoon(); };
-  const showAll = () => { shown = -1; body.replaceChildren(chooser(), ...run.map(each => block([each]))); fitSoon(); };
+  const show = index => { shown = index; body.replaceChildren(chooser(), ...inside(run[index], depth)); fitSoon(); };
+  const showAll = () => { shown = -1; body.replaceChildren(chooser(), ...run.map(each => block([each], depth + 1))); fitSoon(); };
   function chooser() {
     if (run.length === 1) return "";
     const field = make("input", { type: "number", min: first.name, max: last.name, "aria-label": "block",
@@ -170,8 +170,8 @@ function block(run) {
       make("span", { class: "count" }, parametersOf(run))),
     body);
   run.forEach((each, index) => blocks.set(each.path, () => open(index)));
-  const depth = first.path.split(".").length;
-  if (depth <= (run.length > 1 ? 4 : 2) || (run.length === 1 && first.count <= 8)) { show(0); details.open = true; }
+  const level = first.path.split(".").length;
+  if (level <= (run.length > 1 ? 4 : 2) || (run.length === 1 && first.count <= 8)) { show(0); details.open = true; }
   return details;
 }
 
