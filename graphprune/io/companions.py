@@ -1,8 +1,10 @@
-"""Files beside a checkpoint's weights that do not depend on sizes: tokenizer, templates."""
+"""Files beside a checkpoint's weights that do not depend on sizes: tokenizer, templates, licenses."""
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 _COMPANIONS = (
@@ -16,15 +18,39 @@ _COMPANIONS = (
     "*.tiktoken",
     "*preprocessor_config.json",
     "processor_config.json",
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_*_config.json",
+    "LICENSE*",
+    "NOTICE*",
 )
 """Files of a checkpoint that do not depend on the sizes of the model."""
 
 
 def copy_companions(source: Path | None, directory: Path) -> None:
-    """Copy tokenizer, templates and processors of the checkpoint at `source`, if there is one."""
+    """Copy tokenizer, templates, processors and licenses of the checkpoint at `source`, if any.
+
+    What comes after the model, as ``modules.json`` of sentence-transformers lists it, goes along:
+    it takes what the model gives, whose size stays.
+    """
     if source is None:
         return
     for pattern in _COMPANIONS:
         for file in sorted(source.glob(pattern)):
             if file.is_file():
                 shutil.copyfile(file, directory / file.name)
+    for module in _modules_after(source):
+        shutil.copytree(source / module, directory / module, dirs_exist_ok=True)
+
+
+def _modules_after(source: Path) -> Iterator[str]:
+    """Yield the directories of the modules that ``modules.json`` lists, where it lists any."""
+    try:
+        listed = json.loads((source / "modules.json").read_text(encoding="utf-8"))
+        paths = [str(module["path"]) for module in listed]
+    except (OSError, ValueError, TypeError, KeyError):
+        return
+    for path in paths:
+        inside = Path(path).name == path  # a name, neither empty nor one that leads elsewhere
+        if path and inside and (source / path).is_dir():
+            yield path

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from graphprune.ir.devices import RUNTIMES
+from graphprune.ir.provenance import module_path
 from graphprune.selection.kernel_sizes import speed_hints
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 _NUMBER = re.compile(r"(?<![A-Za-z0-9_])\d+(?![A-Za-z0-9_])")
 """A number that stands alone between dots, as those of layers do."""
+
+_REASONS = 5
+"""Reasons of frozen axes that the overview shows."""
 
 
 def overview(title: str, program: Program, coupling: Coupling) -> RenderableType:
@@ -45,6 +49,7 @@ def overview(title: str, program: Program, coupling: Coupling) -> RenderableType
         group_table(program, coupling),
         *_reasons(coupling),
         *_unruled(program, coupling),
+        *_frozen(coupling),
         "",
         *_hints(coupling),
         "",
@@ -166,6 +171,23 @@ def _reasons(coupling: Coupling) -> Iterator[Text]:
     inexact = {(layer_pattern(g.name), layer_pattern(g.why)): g for g in coupling.groups if g.why}
     for group in reversed(inexact.values()):
         yield Text(f"{group.name} is {group.exactness}: {group.why}")
+
+
+def _frozen(coupling: Coupling) -> Iterator[Text]:
+    """Return why axes are frozen, the reasons that hold most weights first."""
+    held: dict[tuple[str, str], tuple[set[str], dict[str, None]]] = {}
+    for weight, _, reason in coupling.frozen():
+        place = module_path(reason.node)
+        weights, places = held.setdefault((reason.why, layer_pattern(place)), (set(), {}))
+        weights.add(weight)
+        places[place] = None
+    rows = sorted(held.items(), key=lambda row: -len(row[1][0]))
+    for (why, _), (weights, places) in rows[:_REASONS]:
+        count = f"{len(weights)} weights" if len(weights) > 1 else next(iter(weights))
+        where = collapse_names(places)
+        yield Text(f"frozen in {count}: {why}" + (f" ({where})" if where else ""))
+    if rows[_REASONS:]:
+        yield Text(f"and {len(rows) - _REASONS} more reasons: 'explain' says them weight by weight")
 
 
 def _hints(coupling: Coupling) -> Iterator[Text]:
