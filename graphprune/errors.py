@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -88,8 +89,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     --------
     >>> nearest("prun", ["prune", "print", "verify"])
     "; did you mean 'prune'?"
+    >>> nearest("ffn", ["model:residual", "model.layers.0.mlp:ffn"])  # a part of a longer name
+    "; did you mean 'model.layers.0.mlp:ffn'?"
     """
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    names = list(known)
+    matches = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    matches += [each for each in names if name in re.split(r"[.:]", each)]
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 

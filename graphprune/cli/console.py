@@ -17,11 +17,15 @@ TRACEBACK = "GRAPHPRUNE_TRACEBACK"
 
 
 def console() -> Console:
-    """Return the console of standard output; of fixed width where that is no terminal."""
+    """Return the console of standard output.
+
+    Where that is no terminal it has the width that ``COLUMNS`` says, or else a fixed one.
+    """
     from rich.console import Console
 
     found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=WIDTH)
+    known = found.is_terminal or os.environ.get("COLUMNS", "").isdecimal()
+    return found if known else Console(highlight=False, width=WIDTH)
 
 
 def show(what: RenderableType) -> None:

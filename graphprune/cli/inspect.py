@@ -44,22 +44,34 @@ def inspect(
 ) -> None:
     """Print what can be pruned: the coupled groups and the axis types of the weights."""
     from graphprune.analysis.coupling import analyze
+    from graphprune.report.coupling_paths import explanation_json
+    from graphprune.report.coupling_text import group_data
     from graphprune.report.overview import module_tree, overview, overview_json
 
+    parts = {"--group": group, "--weight": weight, "--tree": tree}
     if html is not None or picture is not None:
         _page_and_plot(session, directory, html, plan, scores, picture)
         return
     if plan is not None or scores is not None:
         raise typer.BadParameter("'page' and 'plot' show a plan, and 'plot' draws scores")
     format = Format.json if as_json else format
+    part = next((name for name, of in parts.items() if of), None)
+    if sum(map(bool, parts.values())) > 1 or (part == "--tree" and format is not Format.text):
+        raise typer.BadParameter("give one of --group, --weight and --tree; a tree is text")
+    if part and format not in (Format.text, Format.json):
+        raise typer.BadParameter(f"{part} is printed as text or json")
     program = session.look(directory, cache=not no_cache)
     with session.working("analyzing"):
         coupling = analyze(program)
     if group is not None:
-        print(coupling.group(group))
+        found = coupling.group(group)
+        print(json.dumps(group_data(found), indent=1) if format is Format.json else found)
     elif weight is not None:
-        for dim in range(program.weight(weight).ndim):
-            print(coupling.explain(weight, dim))
+        dims = range(program.weight(weight).ndim)
+        if format is Format.json:
+            print(json.dumps([explanation_json(coupling, weight, dim) for dim in dims], indent=1))
+        else:
+            print(*(coupling.explain(weight, dim) for dim in dims), sep="\n")
     elif tree:
         show(module_tree(directory, program, coupling))
     elif format is Format.text:

@@ -1,4 +1,4 @@
-"""Files beside a checkpoint's weights that do not depend on sizes: tokenizer, templates, licenses."""
+"""Files beside a checkpoint's weights that do not depend on sizes, such as its tokenizer."""
 
 from __future__ import annotations
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from graphprune.analysis.coupling import Coupling
+from graphprune.analysis.groups import Group
 from graphprune.ir.provenance import whereabouts
 
 
@@ -12,28 +14,7 @@ def to_json(coupling: Coupling, indent: int | None = 1) -> str:
     """Return groups, types of weights and reasons to freeze as JSON text."""
     document = {
         "fingerprint": coupling.program.fingerprint(),
-        "groups": [
-            {
-                "name": group.name,
-                "size": group.size,
-                "role": group.role,
-                "exactness": group.exactness,
-                "why": group.why,
-                "parents": list(group.parents),
-                "members": [
-                    {
-                        "weight": m.weight,
-                        "dim": m.dim,
-                        "offset": m.offset,
-                        "width": m.width,
-                        "outer": [list(loop) for loop in m.outer],
-                        "owner": m.owner,
-                    }
-                    for m in group.members
-                ],
-            }
-            for group in coupling.groups
-        ],
+        "groups": [group_data(group) for group in coupling.groups],
         "weights": {
             name: {"shape": list(weight.shape), "type": str(coupling.type_of(name))}
             for name, weight in coupling.program.weights.items()
@@ -44,6 +25,29 @@ def to_json(coupling: Coupling, indent: int | None = 1) -> str:
         ],
     }
     return json.dumps(document, indent=indent)
+
+
+def group_data(group: Group) -> dict[str, Any]:
+    """Return a group with its members as plain data."""
+    return {
+        "name": group.name,
+        "size": group.size,
+        "role": group.role,
+        "exactness": group.exactness,
+        "why": group.why,
+        "parents": list(group.parents),
+        "members": [
+            {
+                "weight": member.weight,
+                "dim": member.dim,
+                "offset": member.offset,
+                "width": member.width,
+                "outer": [list(loop) for loop in member.outer],
+                "owner": member.owner,
+            }
+            for member in group.members
+        ],
+    }
 
 
 def to_dot(coupling: Coupling) -> str:

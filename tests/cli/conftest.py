@@ -22,6 +22,7 @@ def graphprune(
     captures: Path,
 ) -> Run:
     monkeypatch.setenv(capture_cache.FOLDER, str(captures))
+    monkeypatch.delenv("COLUMNS", raising=False)
     return command_line(monkeypatch, capsys, checkpoint)
 
 

@@ -141,6 +141,31 @@ def test_inspect_prints_one_group_one_weight_or_a_tree(graphprune: Run, checkpoi
     assert_refused(
         graphprune("inspect", checkpoint, "--group", "model.mlp"), "no group 'model.mlp'"
     )
+    near = "did you mean 'model.layers.0.mlp:ffn'?"
+    assert_refused(graphprune("inspect", checkpoint, "--group", "ffn"), near)
+
+
+def test_parts_of_what_inspect_prints_are_data_too(graphprune: Run, checkpoint: Path) -> None:
+    def printed(*options: str) -> Any:
+        return json.loads(graphprune("inspect", checkpoint, "--json", *options).out)
+
+    group = printed("--group", "model.layers.0.mlp:ffn")
+    assert group in printed()["groups"]
+    weight = printed("--weight", "model.layers.0.mlp.up_proj.weight")
+    assert [each["groups"][0]["name"] for each in weight] == [group["name"], "residual"]
+    for odd in (["--json", "--tree"], ["--group", "x", "--weight", "y"]):
+        assert graphprune("inspect", checkpoint, *odd).status == 2
+
+
+def test_columns_say_how_wide_tables_are(
+    graphprune: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def widest() -> int:
+        return max(map(len, graphprune("inspect", checkpoint).out.splitlines()))
+
+    assert 80 < widest() <= 100
+    monkeypatch.setenv("COLUMNS", "70")
+    assert widest() <= 70
 
 
 def test_inspect_writes_a_page_and_never_over_a_file(
