@@ -17,10 +17,10 @@ from graphprune.calibration.tokens import (
     TokenizerLike,
     TokenStream,
     beyond_vocabulary,
+    check_takes_text,
     text_inputs,
     token_batch,
     tokenize,
-    why_no_text,
 )
 from graphprune.errors import CalibrationError, CheckpointError
 from graphprune.io.text_sources import read_documents
@@ -265,9 +265,11 @@ class Calibration:
         """
         held = _read_tensors(Path(source))
         counts = {name: len(tensor) if tensor.ndim else 0 for name, tensor in held.items()}
-        (total, *others) = set(counts.values())
-        if others:
-            raise CalibrationError(f"{source} holds other numbers of samples by name: {counts}")
+        first, total = next(iter(counts.items()))
+        if other := next((name for name, count in counts.items() if count != total), None):
+            raise CalibrationError(
+                f"{source} holds {total} samples of {first!r} and {counts[other]} of {other!r}"
+            )
         spare = min(total // 10, _HELD_OUT_SAMPLES)
         wanted = total - spare if samples is None else samples
         if not 1 <= wanted <= total:
@@ -420,15 +422,6 @@ class _Text:
 def own_batches(batches: Sequence[Mapping[str, Tensor]]) -> range:
     """Return which of `batches` are run by this process, where several divide them."""
     return ranks.own([next(iter(batch.values())).numel() for batch in batches])
-
-
-def check_takes_text(program: Program) -> None:
-    """Raise `CalibrationError` for a program that takes what cannot be made of a text."""
-    if problem := why_no_text(program):
-        raise CalibrationError(
-            f"{problem}: give --calibration FILE.safetensors with inputs by name (in Python "
-            "Calibration.from_tensors or from_batches)"
-        )
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -189,6 +189,15 @@ def why_no_text(program: Program) -> str:
     return f"the program takes {(missing or names)[0]!r}, which cannot be made of a text"
 
 
+def check_takes_text(program: Program) -> None:
+    """Raise `CalibrationError` for a program that takes what cannot be made of a text."""
+    if problem := why_no_text(program):
+        raise CalibrationError(
+            f"{problem}: give --calibration FILE.safetensors with inputs by name (in Python "
+            "Calibration.from_tensors or from_batches)"
+        )
+
+
 def beyond_vocabulary(program: Program, ids: Tensor | None) -> str:
     """Return what is wrong with `ids` if `program` has no row for one of them, else ""."""
     vocabulary = None if ids is None else _vocabulary(program)

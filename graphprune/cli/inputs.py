@@ -112,7 +112,8 @@ def read_calibration(
     fitted
         The same if it is to be fitted to: not where it is the packaged text and no pass needs any.
     """
-    from graphprune.calibration.data import Calibration, check_takes_text
+    from graphprune.calibration.data import Calibration
+    from graphprune.calibration.tokens import check_takes_text
 
     is_fitted_to = options.calibration is not None or any(
         each.requires_calibration for pipeline in pipelines for each in pipeline.passes

@@ -112,8 +112,10 @@ def compare(
         }
     count, means = found[_LOGITS if of_classes else names[0]]
     distances = {name: of[0] for name, (_, of) in found.items()}
-    scores = means[1:] if of_classes else (None, None)
-    return Comparison(count, None, None, *scores, distances=distances)
+    if not of_classes:
+        return Comparison(count, None, None, None, None, distances)
+    agreement, kl = means[1:]
+    return Comparison(count, None, None, agreement, kl, distances)
 
 
 class _NextTokenLosses:

@@ -122,7 +122,7 @@ class _Document:
             "title": title,
             "class": source.model_class.__name__ if source else "",
             "costs": costs,
-            "tokens": TOKENS,
+            "tokens": TOKENS if any(v.name.endswith("input_ids") for v in program.inputs) else 0,
             "notes": notes_of(program),
             "weights": weights,
             "groups": groups,
@@ -178,7 +178,7 @@ class _Document:
         key = (
             ("no parameter holds it", "")
             if reason is None
-            else (reason.why, whereabouts(reason.node))
+            else (reason.why, "" if reason.node.op == "placeholder" else whereabouts(reason.node))
         )
         return {"f": self.reasons.setdefault(key, len(self.reasons)), "s": axis.size}
 

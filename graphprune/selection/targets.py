@@ -24,19 +24,15 @@ TARGETS: dict[str, tuple[Role, ...]] = {
 """Name of a pruning target -> the roles that it means."""
 
 _NAMES: dict[str, tuple[Role, ...]] = {
-    **{role: (role,) for role in LABELS},
+    **{name: (role,) for role in LABELS for name in (role, f"{role}s")},
     **{name.removesuffix("s"): roles for name, roles in TARGETS.items()},
     **TARGETS,
-    "query-slots": ("query-slot",),
-    "rope-pairs": ("rope-pair",),
     "rope-dims": ("rope-pair",),
-    "head-dims": ("head-dim",),
-    "expert-units": ("expert-unit",),
 }
 
 
 def roles_of(target: str) -> tuple[Role, ...]:
-    """Return the roles that a target means, by its name, in the singular, or by a role itself.
+    """Return the roles that a target means, by its name or by a role, in singular or plural.
 
     Examples
     --------

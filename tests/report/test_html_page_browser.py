@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from architectures import coupling_of, random_plan
+from torch import nn
 
 import graphprune as gp
+from graphprune.plan.plan import Plan
+from graphprune.plan.steps import Step
 from graphprune.report.html_page import bare_page, page
 
 pytestmark = pytest.mark.browser
@@ -66,6 +70,32 @@ def panel(browser: Any) -> str:
 
 def strip_of(browser: Any, label: str) -> Any:
     return next(each for each in all_of(browser, ".seg[data-g]") if each.text.startswith(label))
+
+
+def test_what_goes_is_hatched_to_the_end_however_much_is_in_pieces(opened: Any) -> None:
+    module = nn.Sequential(nn.Linear(4, 2000), nn.ReLU(), nn.Linear(2000, 3))
+    coupling = gp.analyze(gp.capture(module, (torch.ones(2, 4),)))
+    (group,) = coupling.groups
+    cut = group.cut({(): tuple(range(0, 2000, 2))})
+    plan = Plan((Step(coupling.program.fingerprint(), (cut,)),))
+    browser = opened(page(coupling, "wide", plan))
+    mask = all_of(browser, ".gone[data-gs]")[0].value_of_css_property("mask-image")
+    assert mask.count("%") == 4 * 1000
+    assert "99.9" in mask
+
+
+def test_weights_can_be_told_apart_in_a_narrow_window(opened: Any, browser: Any) -> None:
+    browser.set_window_size(400, 900)
+    try:
+        opened(page(coupling_of("llama-gqa"), "tiny"))
+        labels = all_of(browser, ".graph .of-weight b")
+        assert len({each.text for each in labels}) == len(labels)
+        projections = [each for each in labels if each.text.endswith("_proj")]
+        cut = "return arguments[0].scrollWidth > arguments[0].clientWidth"
+        assert projections
+        assert not any(browser.execute_script(cut, each) for each in projections)
+    finally:
+        browser.set_window_size(1400, 1000)
 
 
 def test_clicking_a_strip_shows_its_group_and_why_it_is_coupled(opened: Any) -> None:

@@ -25,7 +25,7 @@ function showGroup(index) {
   const group = groups[index], { costs } = doc;
   const members = [...new Set(group.m.map(member => member[0]))];
   const least = group.l ?? 1;
-  const rows = [["parameters", group.c[0], costs.params], [`multiply-accumulates, ${doc.tokens} tokens`, group.c[1], costs.macs],
+  const rows = [["parameters", group.c[0], costs.params], [`multiply-accumulates${perTokens}`, group.c[1], costs.macs],
     ["bytes of KV cache per token", group.c[2], costs.kv_bytes]].filter(row => row[2]);
   panel(() => showGroup(index), ofGroup(index),
     make("h2", {}, make("span", { class: "swatch", style: { "--h": hue(index) } }), group.n),
@@ -145,7 +145,7 @@ function showStart() {
         make("td", {}, several(found, at => groups[at].x))))),
     reasons.length ? make("h3", {}, "What is frozen, and why") : null,
     make("ul", {}, ...[...new Map(reasons.map((reason, at) => [`${reason.w} ${operatorAt(reason)}`, at]))].slice(0, 60).map(([, at]) =>
-      make("li", {}, link(reasons[at].w, () => showReason(at)), " ", make("code", { class: "fact" }, operatorAt(reasons[at]))))));
+      make("li", {}, link(reasons[at].w, () => showReason(at)), " ", reasons[at].a ? make("code", { class: "fact" }, operatorAt(reasons[at])) : null))));
 }
 
 function planned() {

@@ -29,6 +29,8 @@ const breakable = name => name.split(/(?<=[._])/).flatMap((part, at) => at ? [ma
 
 const count = shape => shape.reduce((product, size) => product * size, 1);
 
+const perTokens = doc.tokens ? `, ${doc.tokens} tokens` : "";
+
 /* What is left of a group's units: "704", or "704 → 616" with a plan that takes some. */
 const gone = group => plan?.units[group] ?? 0;
 function units(group) {

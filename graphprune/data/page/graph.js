@@ -69,7 +69,11 @@ function drawGraph(box, module) {
     return NODE * (all.indexOf(group) + 1) / (all.length + 1);
   };
   const prefix = module.path ? `${module.path}.` : "";
-  const named = name => narrow ? name.split(".").at(-1) : name;  // what tells one from another is at the end
+  const names = indices.map(index => weights[index].n.slice(prefix.length).replace(/\.weight$/, ""));
+  // In a narrow window only the end of a name that tells it from all others.
+  const ends = name => name.split(".").map((_, at, parts) => parts.slice(-1 - at).join("."));
+  const isOnly = end => names.filter(name => `.${name}`.endsWith(`.${end}`)).length === 1;
+  const labels = narrow ? names.map(name => ends(name).find(isOnly) ?? name) : names;
   const paths = edges.map(edge => {
     const [group, row, dims] = edge, left = sides[0].includes(group);
     const [from, to] = left ? [end(0), x(1)] : [end(1), x(2)];
@@ -89,7 +93,7 @@ function drawGraph(box, module) {
     ...indices.map((index, row) => {
       const own = edges.filter(edge => edge[1] === row).map(edge => edge[0]), after = plan?.shapes[index];
       return node(1, row, { class: own.length ? "of-weight" : "of-weight bare", "data-w": index, "data-gs": own.join(" "), title: `${weights[index].n} ${weights[index].x}` },
-        make("b", {}, named(weights[index].n.slice(prefix.length).replace(/\.weight$/, ""))),
+        make("b", {}, make("bdi", {}, labels[row])),
         make("small", {}, narrow && after ? "" : weights[index].s.join(" × "), after ? make("span", { class: "to" }, ` → ${after.join(" × ")}`) : null));
     }),
     ...used.map(group => node(sides[0].includes(group) ? 0 : 2, tops.get(group), { class: `of-group ${groups[group].x}`, "data-g": group, "data-gs": group,

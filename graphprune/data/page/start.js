@@ -44,7 +44,7 @@ function legend() {
 $("title").textContent = doc.class ? `${doc.title}: ${doc.class}` : doc.title;
 if (doc.costs) {
   const { params, macs, kv_bytes } = doc.costs, after = plan?.costs ?? {};
-  const facts = [["parameters", params, after.params], [`MACs, ${doc.tokens} tokens`, macs], ["KV bytes per token", kv_bytes, after.kv_bytes],
+  const facts = [["parameters", params, after.params], [`MACs${perTokens}`, macs], ["KV bytes per token", kv_bytes, after.kv_bytes],
     ["groups", groups.length]].filter(fact => fact[1]);
   $("facts").append(...facts.map(([what, value, left = value]) => make("span", { class: "fact" }, make("b", {}, number(value)),
     left === value ? null : make("b", { class: "to" }, ` → ${number(left)}`), ` ${what}`)));
@@ -57,4 +57,6 @@ showStart();
 document.body.classList.add("lowered");  // in a narrow window the model comes first
 fit($("model"));
 new ResizeObserver(fitSoon).observe($("model"));
+const header = document.querySelector("header");
+new ResizeObserver(() => document.documentElement.style.setProperty("--header", `${header.offsetHeight}px`)).observe(header);
 $("lower").addEventListener("click", () => document.body.classList.toggle("lowered"));

@@ -53,6 +53,16 @@ function piecesOf(axis, start = 0) {
   });
 }
 
+/* What shows the runs of indices that begin in a piece of an axis, however many there are; "" for none. */
+function maskOf(runs, start, length) {
+  const stops = [];
+  for (let at = 0; at < runs.length; at += 2) {
+    const from = 100 * (runs[at] - start) / length, to = from + Math.max(.15, 100 * runs[at + 1] / length);
+    if (0 <= from && from < 100) stops.push(`#0000 ${from.toFixed(3)}%, #000 ${from.toFixed(3)}% ${to.toFixed(3)}%, #0000 ${to.toFixed(3)}%`);
+  }
+  return stops.length ? `linear-gradient(90deg, ${stops.join(", ")})` : "";
+}
+
 /* Strips are scaled by what can be pruned: a vocabulary would leave nothing of the rest. */
 const prunable = weights.flatMap(weight => weight.s.filter((_, dim) => groupsIn(weight.t[dim]).length));
 const largest = Math.max(1, ...(prunable.length ? prunable : weights.flatMap(weight => weight.s)));
@@ -62,10 +72,10 @@ function dimension(weight, dim) {
   const axis = weights[weight].t[dim], pieces = piecesOf(axis);
   const bar = make("span", { class: size > largest ? "dim long" : "dim", style: { width: `${share}%` } }, strip(axis));
   const runs = plan?.gone[weight]?.[dim] ?? [];
-  for (let at = 0; at < Math.min(runs.length, 600); at += 2) {
-    const piece = pieces.find(([start, length]) => runs[at] < start + length);
-    bar.append(make("span", { class: "gone", "data-gs": piece[2].join(" "), style: {
-      left: `${100 * runs[at] / size}%`, width: `${Math.max(.15, 100 * runs[at + 1] / size)}%` } }));
+  for (const [start, length, found] of pieces) {
+    const mask = maskOf(runs, start, length);
+    if (mask) bar.append(make("span", { class: "gone", "data-gs": found.join(" "), style: {
+      left: `${100 * start / size}%`, right: `${100 - 100 * (start + length) / size}%`, "mask-image": mask } }));
   }
   return bar;
 }
