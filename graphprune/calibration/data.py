@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -22,9 +21,9 @@ from graphprune.calibration.tokens import (
     token_batch,
     tokenize,
 )
-from graphprune.errors import CalibrationError, CheckpointError
+from graphprune.errors import CalibrationError
+from graphprune.io.tensor_sources import draw_samples
 from graphprune.io.text_sources import read_documents
-from graphprune.weights.files import TensorFile
 from graphprune.weights.tensors import digest
 
 if TYPE_CHECKING:
@@ -41,9 +40,6 @@ LONG = 256
 
 _HELD_OUT = 2048
 """Tokens that are held out at most."""
-
-_HELD_OUT_SAMPLES = 256
-"""Samples of other inputs that are held out at most."""
 
 LABELS = "labels"
 """What is known of a sample beside the inputs of the program, for the loss."""
@@ -263,24 +259,9 @@ class Calibration:
         CalibrationError
             When the file cannot be read, holds no samples, or fewer than are asked for.
         """
-        held = _read_tensors(Path(source))
-        counts = {name: len(tensor) if tensor.ndim else 0 for name, tensor in held.items()}
-        first, total = next(iter(counts.items()))
-        if other := next((name for name, count in counts.items() if count != total), None):
-            raise CalibrationError(
-                f"{source} holds {total} samples of {first!r} and {counts[other]} of {other!r}"
-            )
-        spare = min(total // 10, _HELD_OUT_SAMPLES)
-        wanted = total - spare if samples is None else samples
-        if not 1 <= wanted <= total:
-            raise CalibrationError(f"{source} holds {total} samples; {wanted} are asked for")
-        order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-        chosen, held_out = (
-            [{name: tensor[at] for name, tensor in held.items()} for at in part.split(batch_size)]
-            for part in (order[:wanted], order[wanted : wanted + spare])
-        )
-        found = cls.from_batches(chosen)
-        inputs = tuple(inputs_of(batch) for batch in held_out if spare)
+        chosen, held_out = draw_samples(source, samples, seed)
+        found = cls.from_batches(_split(chosen, batch_size))
+        inputs = tuple(inputs_of(batch) for batch in _split(held_out, batch_size))
         return dataclasses.replace(found, held_out=inputs, seed=seed)
 
     def for_program(self, program: Program) -> Calibration:
@@ -424,15 +405,10 @@ def own_batches(batches: Sequence[Mapping[str, Tensor]]) -> range:
     return ranks.own([next(iter(batch.values())).numel() for batch in batches])
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        file = TensorFile(path)
-        held = {name: file.read(name) for name in file.entries}
-    except CheckpointError as error:
-        raise CalibrationError(str(error)) from error
-    if not held:
-        raise CalibrationError(f"{path} holds no tensors")
-    return held
+def _split(samples: Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]:
+    """Divide samples into batches of `size` at most."""
+    parts = (slice(at, at + size) for at in range(0, _rows(samples), size))
+    return [{name: tensor[part] for name, tensor in samples.items()} for part in parts]
 
 
 def inputs_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
