@@ -152,7 +152,7 @@ def compress(
         report = dataclasses.replace(result.report, summary=summary.to_dict())
         written = report.to_json().replace(f"{folder}{os.sep}", "")
         (folder / REPORT).write_text(written, encoding="utf-8")
-        again = _command(directory, found, calibration, seed)
+        again = _command(directory, found, calibration, seed, dtype)
         told = {**found.to_dict(), "command": again}
         (folder / SEARCH).write_text(json.dumps(told, indent=2), encoding="utf-8")
     if session.quiet:
@@ -192,7 +192,13 @@ def seconds_of(text: str) -> float:
     return seconds
 
 
-def _command(directory: str, found: Compressed, options: CalibrationOptions, seed: int) -> str:
+def _command(
+    directory: str,
+    found: Compressed,
+    options: CalibrationOptions,
+    seed: int,
+    dtype: StoredType,
+) -> str:
     """Return the command line that makes the same model without a search."""
     words = ["graphprune", "run", directory, "--passes", str(found.pipeline)]
     data = found.calibration
@@ -204,4 +210,6 @@ def _command(directory: str, found: Compressed, options: CalibrationOptions, see
         words += ["--tokenizer", options.tokenizer]
     if not options.first_token:
         words.append("--no-first-token")
+    if dtype is not None:
+        words += ["--dtype", str(dtype)]
     return shlex.join([*words, "--seed", str(seed), "-o", "OUT"])

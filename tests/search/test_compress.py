@@ -12,9 +12,16 @@ import torch
 from byte_llama import byte_llama, byte_tokenizer
 
 import graphprune as gp
+from graphprune import ranks
 from graphprune.analysis.coupling import analyze
 from graphprune.calibration.data import Calibration
-from graphprune.errors import CalibrationError, OutputError, SelectionError, UsageError
+from graphprune.errors import (
+    CalibrationError,
+    OutputError,
+    ProcessError,
+    SelectionError,
+    UsageError,
+)
 from graphprune.evaluation.journal import POINTS
 from graphprune.io import reference
 from graphprune.ir.program import Program
@@ -217,6 +224,12 @@ def test_what_cannot_be_searched_for_is_refused_before_any_work(
     monkeypatch.setattr(gp.Pipeline, "run", None)
     with pytest.raises(error, match=words):
         run(**options)
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    with pytest.raises(ProcessError, match="without torchrun"):
+        run()
 
 
 def test_too_little_to_hold_out_is_refused(tmp_path: Path) -> None:
