@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from types import CodeType, FunctionType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from graphprune.backends.huggingface.config_search import needed_sizes, sizes_of
 from graphprune.backends.huggingface.trial import Trial
@@ -64,8 +64,8 @@ def of_layers(program: Program, model: nn.Module, changed: Collection[str]) -> A
 
 
 def _of_layer(module: nn.Module, literals: Mapping[str, Any]) -> dict[str, Any]:
-    held = module._parameters.get("weight")
-    weight = tuple(held.shape) if held is not None else ()
+    held = module._parameters.get("weight", getattr(module, "weight", None))  # or parametrized
+    weight = tuple(held.shape) if isinstance(held, Tensor) else ()
     if isinstance(module, nn.Linear):
         return {"in_features": weight[1], "out_features": weight[0]}
     if isinstance(module, nn.Embedding):

@@ -11,8 +11,10 @@ import pytest
 import torch
 import transformers as tf
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from graphprune.backends.huggingface import model as hf_model
+from graphprune.backends.huggingface.attribute_search import of_layers
 from graphprune.backends.huggingface.layered import pruned_class
 from graphprune.backends.huggingface.model import difference
 from graphprune.backends.huggingface.save import save_pretrained
@@ -180,3 +182,10 @@ def test_outputs_within_outputs_are_found() -> None:
     assert hf_model._output(held, "inner.scores") is held["inner"]["scores"]
     assert hf_model._output(held, "mems.7") is None
     assert hf_model._output(held, "absent.0") is None
+
+
+def test_a_layer_whose_weight_is_computed_says_its_sizes() -> None:
+    model = nn.Sequential(parametrizations.weight_norm(nn.Conv1d(4, 6, 3)))
+    program = capture(model, (torch.randn(2, 4, 8),))
+    model[0].out_channels = 9
+    assert of_layers(program, model, {"0.bias"}) == {"0": {"out_channels": 6}}
