@@ -204,8 +204,10 @@ def _command(
     data = found.calibration
     if options.calibration is not None:
         words += ["--calibration", str(options.calibration)]
+    if data is not None:
+        words += ["--samples", str(data.samples)]
     if data is not None and data.kind == "text":
-        words += ["--samples", str(data.samples), "--calibration-length", str(data.length)]
+        words += ["--calibration-length", str(data.length)]
     if options.tokenizer is not None:
         words += ["--tokenizer", options.tokenizer]
     if not options.first_token:

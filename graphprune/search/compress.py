@@ -112,6 +112,7 @@ def compress(
     starts = candidates(coupling, budgets, targets, plain=plain)
     if calibration is None:
         return _unmeasured(program, starts[0], seed)
+    calibration = calibration.for_program(program)
     calibration.check(program)
     draw = divide(calibration, program)
     with nullcontext(folder) if folder is not None else TemporaryDirectory() as kept:

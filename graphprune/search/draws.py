@@ -10,6 +10,7 @@ from torch import Tensor
 
 from graphprune.calibration.data import Calibration, inputs_of
 from graphprune.calibration.statistics import tokens_for_gram
+from graphprune.calibration.tokens import text_inputs
 from graphprune.errors import CalibrationError
 from graphprune.evaluation.sample_measures import Batch
 from graphprune.ir.program import Program
@@ -64,13 +65,14 @@ def divide(calibration: Calibration, program: Program) -> Draw:
     if calibration.text is None:
         return _of_batches(calibration)
     tokens = tokens_for_gram(program)
-    fitted = calibration.enough_for(tokens, program.context_length).with_room(1 - _FITTED)
+    enough = calibration.enough_for(tokens, program.context_length)
+    fitted = enough.with_room(1 - _FITTED).for_program(program)
     if not fitted.held_out:
         raise CalibrationError(
             f"the text is too short to hold some of it out: {fitted.samples} windows of "
             f"{fitted.length} tokens are fitted to, and none is left; give more, or fewer --samples"
         )
-    more = fitted.further(CHOOSING)
+    more = tuple(text_inputs(program, batch) for batch in fitted.further(CHOOSING))
     apart = sum(map(_rows, more)) >= sum(map(_rows, fitted.held_out))
     return Draw(fitted, more if apart else fitted.held_out, apart)
 
