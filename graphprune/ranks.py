@@ -91,6 +91,8 @@ def joined(arguments: Sequence[str]) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or not all(map(os.environ.get, _ENVIRONMENT)):
         yield
         return
+    # Read when torch is imported: it would warn, in many lines, of connections to who has ended.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch.distributed as dist
 
     previous = signal.signal(signal.SIGTERM, _terminated)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -14,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch.distributed import TCPStore
 
 PATIENCE = 120.0
 """Seconds after which processes that wait for each other are ended."""
@@ -30,11 +31,13 @@ class Ended:
 
 
 def together(work: Callable[[], Any], count: int = 2) -> list[Ended]:
-    """Run `work` in `count` processes that find each other; a rank is told by its environment."""
-    with socket.socket() as found, tempfile.TemporaryDirectory() as folder:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-        found.close()
+    """Run `work` in `count` processes that find each other; a rank is told by its environment.
+
+    What they find each other by is kept here, as torchrun does, so that it outlives them.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port = store.port
+    with tempfile.TemporaryDirectory() as folder:
         places = [Path(folder, str(rank)) for rank in range(count)]
         children = [_forked(work, rank, count, port, place) for rank, place in enumerate(places)]
         try:
@@ -70,6 +73,7 @@ def _forked(work: Callable[[], Any], rank: int, count: int, port: int, place: Pa
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "GLOO_SOCKET_IFNAME": "lo",
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
         (place / "result").write_bytes(pickle.dumps(work()))
         status = 0
