@@ -56,6 +56,7 @@ class _Group:
 
 
 _group: _Group | None = None
+_told_to_end = False
 
 
 def size() -> int:
@@ -141,18 +142,39 @@ def _join() -> _Group:
 
 def _terminated(number: int, frame: object) -> None:
     """End as after an interrupt, so that what is half-written is taken back."""
+    global _told_to_end
+    _told_to_end = True
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise SystemExit(TERMINATED)
+
+
+def told_to_end() -> bool:
+    """Return whether this process was told to end; code that it runs may take that for an error."""
+    return _told_to_end
 
 
 def speaks() -> bool:
     """Return whether this process is the first to fail, and so the one that says why."""
     if _group is None:
         return True
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending
     try:
         return int(_group.store.add("failed", 1)) == 1
     except RuntimeError:  # who keeps the count is gone
         return is_first()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Be told to end only afterwards: what is half-written is then taken back whole."""
+    if _group is None:
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -354,8 +376,11 @@ def _waited(work: Any) -> None:
         When one of them is gone.
     """
     try:
-        while not work.is_completed():
+        while not work.is_completed() and not _told_to_end:
             time.sleep(_GLANCE)
+        if _told_to_end:
+            raise SystemExit(TERMINATED)
         work.wait()
     except RuntimeError as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending
         raise ProcessError("another of the processes has ended before its work was done") from error

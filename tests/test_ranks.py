@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -286,3 +287,15 @@ def test_every_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) 
     assert device_of("cpu") == torch.device("cpu")
     with pytest.raises(UsageError, match="cpu:0 would be the device of every process: say cpu"):
         device_of("cpu:0")
+
+
+def test_one_that_took_its_end_for_an_error_does_not_speak_of_that() -> None:
+    def called() -> None:
+        signal.signal(signal.SIGTERM, ranks._terminated)
+        with contextlib.suppress(SystemExit):  # as code may do that is run
+            signal.raise_signal(signal.SIGTERM)
+        sys.argv = ["graphprune", "inspect", "/nowhere"]
+        main()
+
+    (ended,) = together(called, 1)
+    assert ended.status == 1 and "told to end" in ended.errors and "nowhere" not in ended.errors

@@ -22,6 +22,8 @@ from graphprune.cli.console import note, wants_traceback
 from graphprune.errors import GraphPruneError
 from graphprune.io.version import __version__
 
+_TOLD = "told to end, perhaps because another of the processes has ended"
+
 INTERRUPTED = 130
 """Exit status after Ctrl-C, by the custom of shells."""
 
@@ -59,7 +61,7 @@ def main() -> None:
         if status.code == INTERRUPTED:  # typer swallows the interrupt and says nothing
             _interrupted()
         if status.code == ranks.TERMINATED and ranks.speaks():
-            note("told to end, perhaps because another of the processes has ended")
+            note(_TOLD)
         raise
     except Exception as error:  # noqa: BLE001 - whatever else it is, a user gets one line
         reason = f"{type(error).__name__}: {error}".rstrip(": ")
@@ -105,7 +107,7 @@ def _fail(error: BaseException, message: str) -> None:
     if wants_traceback():
         raise error
     if ranks.speaks():
-        note(message)
+        note(_TOLD if ranks.told_to_end() else message)
     sys.exit(1)
 
 

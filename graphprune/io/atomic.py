@@ -181,7 +181,8 @@ def _staged(path: str | os.PathLike[str], parent: Path, name: str, key: str = ""
         try:
             yield staged
         finally:
-            shutil.rmtree(staged, ignore_errors=True)
+            with ranks.undisturbed():
+                shutil.rmtree(staged, ignore_errors=True)
     except BaseException:
         for folder in reversed(made):
             with contextlib.suppress(OSError):
