@@ -14,6 +14,7 @@ from graphprune.backends.huggingface.model import quiet
 from graphprune.backends.huggingface.read import read, read_structure, read_unrun, shapes_of
 from graphprune.backends.onnx.weights import weights_beside
 from graphprune.errors import CaptureError, CheckpointError, UsageError, first_line
+from graphprune.io.paths import path_of
 from graphprune.ir.program import Program
 from graphprune.weights.placement import Placement, device_of, memory_of
 
@@ -64,7 +65,7 @@ def load(
         When there is no such device, or `memory` is no size or less than a weight takes.
     """
     placement = Placement(device_of(device), memory_of(memory))
-    path = Path(directory_or_name)
+    path = path_of(directory_or_name, CheckpointError)
     if path.is_file():
         raise CheckpointError(f"{path} is a file: give the directory that it is in")
     if path.is_dir():
@@ -103,7 +104,7 @@ def load_unrun(
     CheckpointError, UsageError
         As `load` does.
     """
-    path = Path(directory_or_name)
+    path = path_of(directory_or_name, CheckpointError)
     if not (path / "config.json").is_file() or archive.is_archive(path):
         return None
     try:
@@ -131,7 +132,7 @@ def look(directory_or_name: str | PathLike[str], *, cache: bool = True) -> Progr
     CheckpointError, CaptureError
         As `load` does.
     """
-    path = Path(directory_or_name)
+    path = path_of(directory_or_name, CheckpointError)
     if not path.is_dir() or archive.is_archive(path) or not (path / "config.json").is_file():
         return load(directory_or_name)
     file = cache_file(path) if cache else None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.errors import CalibrationError, GraphPruneError, first_line
+from graphprune.io.paths import path_of
 from graphprune.io.text_sources import Document, Messages
 from graphprune.ir.program import PAST
 
@@ -152,6 +153,7 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
+    path_of(directory, error)
     try:
         return AutoTokenizer.from_pretrained(str(directory))
     except Exception as cause:

@@ -11,6 +11,7 @@ from graphprune.cli.console import note
 from graphprune.cli.options import CalibrationOptions, Form
 from graphprune.errors import CalibrationError, GraphPruneError, PlanError
 from graphprune.io import reference
+from graphprune.io.paths import path_of
 
 if TYPE_CHECKING:
     from graphprune.calibration.data import Calibration
@@ -73,7 +74,7 @@ def require_text(path: Path | None, error: type[GraphPruneError]) -> None:
     GraphPruneError
         Of the class `error`. Data sets and fields, which have a colon, are left to their reader.
     """
-    if path is not None and not path.exists() and ":" not in str(path):
+    if path is not None and not path_of(path, error).exists() and ":" not in str(path):
         raise error(f"{path} does not exist")
 
 
@@ -87,7 +88,7 @@ def read_plan(path: Path) -> Plan:
     """
     from graphprune.plan.plan import Plan
 
-    if path.is_dir():
+    if path_of(path, PlanError).is_dir():
         path = path / "plan.json"
     if not path.is_file():
         raise PlanError(f"{path} does not exist")

@@ -20,6 +20,7 @@ from typing import Any
 
 from graphprune import ranks
 from graphprune.errors import OutputError
+from graphprune.io.paths import path_of
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 """Failures of the place rather than of whoever writes to it."""
@@ -68,7 +69,7 @@ def staged_directory(
         with TemporaryDirectory() as folder:
             yield Path(folder)
         return
-    target = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(path_of(path, OutputError)))
     with writing(path):
         if target.exists() and not target.is_dir():
             raise OutputError(f"{path} is a file, not a directory")
@@ -124,7 +125,7 @@ def staged_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
     ...     print(Path(folder, "plan.json").read_text())
     {}
     """
-    target = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(path_of(path, OutputError)))
     if not ranks.is_first():
         with TemporaryDirectory() as folder:
             yield Path(folder, target.name)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from graphprune.errors import CalibrationError, first_line
+from graphprune.io.paths import path_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +37,7 @@ def draw_samples(
     """
     import torch
 
-    held = _read(Path(source))
+    held = _read(path_of(source, CalibrationError))
     counts = {name: len(tensor) if tensor.ndim else 0 for name, tensor in held.items()}
     first, total = next(iter(counts.items()))
     if other := next((name for name, count in counts.items() if count != total), None):

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from graphprune.errors import CalibrationError, GraphPruneError, first_line
+from graphprune.io.paths import path_of
 
 FIELDS = ("text", "messages")
 """The fields of JSON lines that are read where none is named: the first that a line has."""
@@ -56,13 +57,13 @@ def read_documents(
         Of the class `error`, when the source is missing, empty or not what its name says.
     """
     text = str(source)
-    if not Path(source).exists():
+    path = path_of(source, error)
+    if not path.exists():
         file, colon, field = text.rpartition(":")
         if colon and _is_lines(Path(file)):
             return _taken(_records(Path(file), (field,), error), text, most, error)
         if text.count(":") in (2, 3):
             return _taken(_rows(text, error), text, most, error)
-    path = Path(source)
     if _is_lines(path):
         return _taken(_records(path, FIELDS, error), text, most, error)
     return _taken(_whole(path, most, error), text, most, error)

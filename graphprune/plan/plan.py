@@ -12,7 +12,6 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from graphprune.errors import PlanError
 from graphprune.io.atomic import staged_file
+from graphprune.io.paths import path_of
 from graphprune.plan.checks import check_step
 from graphprune.plan.drawn import drawn_text
 from graphprune.plan.edits import Edits, edits_beside
@@ -179,7 +179,7 @@ class Plan:
             When the file is missing or holds no plan.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = path_of(path, PlanError).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"{path}: cannot be read: {error}") from error
         try:
