@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from graphprune.errors import CaptureError
+from graphprune.frontend.patches import values_of_parameters
 from graphprune.frontend.torch_export import Exported, export_once, place_of
 from graphprune.ir.program import Note
 
@@ -81,7 +82,7 @@ def export_along_example(
     """Export the path that the values of `args` take where `error` met a branch on data."""
     if not isinstance(error, GuardOnDataDependentSymNode):
         raise error
-    with functorch.patch(fake_tensor_propagate_real_tensors=True):
+    with functorch.patch(fake_tensor_propagate_real_tensors=True), values_of_parameters():
         exported = export_once(module, args, shapes)
     for node in exported.graph.nodes:
         for value in pytree.tree_leaves(node.meta.get("val")):

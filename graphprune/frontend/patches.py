@@ -179,6 +179,22 @@ def _sizes_of_recurrent_layer(
 
 
 @contextlib.contextmanager
+def values_of_parameters() -> Iterator[None]:
+    """Let an export that follows values know those of parameters, too.
+
+    Torch copies them from plain tensors alone, and leaves what memory held for all others.
+    """
+    from torch._subclasses import meta_utils
+
+    copy = meta_utils._safe_copy
+    meta_utils._safe_copy = lambda to, of: copy(to, of.data if isinstance(of, nn.Parameter) else of)
+    try:
+        yield
+    finally:
+        meta_utils._safe_copy = copy
+
+
+@contextlib.contextmanager
 def plain_branches() -> Iterator[None]:
     """Let `torch.cond` be Python's ``if``: one branch on what is known, refused on data."""
     before = torch.cond

@@ -23,6 +23,7 @@ from torch.export import Dim
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from graphprune.errors import CaptureError
+from graphprune.frontend.patches import plain_branches
 from graphprune.frontend.torch_export import Exported
 from graphprune.ir.nodes import size_environment
 from graphprune.ir.program import Note, Program
@@ -364,7 +365,8 @@ def same(
 
 def _result(model: Callable[..., Any], *inputs: Tensor) -> Any:
     """Return what `model` gives, with the same random draws each time."""
-    with torch.no_grad(), warnings.catch_warnings(), torch.random.fork_rng():
+    quiet, same_draws = warnings.catch_warnings(), torch.random.fork_rng()
+    with torch.no_grad(), quiet, same_draws, plain_branches():  # without a compiler
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         return model(*inputs)
