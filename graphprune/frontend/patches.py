@@ -187,7 +187,11 @@ def values_of_parameters() -> Iterator[None]:
     from torch._subclasses import meta_utils
 
     copy = meta_utils._safe_copy
-    meta_utils._safe_copy = lambda to, of: copy(to, of.data if isinstance(of, nn.Parameter) else of)
+
+    def of_parameters_too(dst: Tensor, src: Tensor | None) -> None:
+        copy(dst, src.data if isinstance(src, nn.Parameter) else src)
+
+    meta_utils._safe_copy = of_parameters_too
     try:
         yield
     finally:
