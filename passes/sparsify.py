@@ -185,8 +185,9 @@ class Sparsify(Pass):
 
     def _new(
         self, program: Program, matrices: Sequence[Matrix], work: _Work, context: Context
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    ) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
         """Return the sparse weights, and what finding them took."""
+        from graphprune.calibration.layerwise import ChangedWeights
         from graphprune.calibration.statistics import (
             load_or_observe,
             observe,
@@ -194,8 +195,11 @@ class Sparsify(Pass):
             statistics_bytes,
         )
 
+        changed = ChangedWeights(program)
         if not self._looks:
-            return dict(work((), matrices, {})), {}
+            for held in context.track(self.together(matrices), "setting zeros"):
+                changed.store(work((), held, {}))
+            return changed.weights, {}
         data, track = context.calibration, context.track
         bound = None if self.memory is None else int(self.memory * 2**20)
         needed = {"statistics bytes": statistics_bytes(matrices, work.kind)}
@@ -203,23 +207,22 @@ class Sparsify(Pass):
             read = "read from" if Path(self.statistics).exists() else "written to"
             given = self.statistics, program, matrices, data, work.kind, track, bound
             seen = load_or_observe(*given)
-            new: dict[str, Tensor] = {}
-            for held in track(self._together(matrices), "setting zeros"):
-                new |= work((), held, seen)
-            return new, {**needed, "statistics": f"{read} {self.statistics}"}
+            for held in track(self.together(matrices), "setting zeros"):
+                changed.store(work((), held, seen))
+            return changed.weights, {**needed, "statistics": f"{read} {self.statistics}"}
         assert data is not None, "the pass manager has asked for it"
         if self.scope == "global":
             seen = observe(program, matrices, data, work.kind, track, bound)
-            return dict(work((), matrices, seen)), needed
+            return work((), matrices, seen), needed
         layerwise = run_layerwise(
             program, matrices, data, work.kind, work, track, replay=self.sequential, memory=bound
         )
-        return dict(layerwise.weights), {
+        return layerwise.weights, {
             "calibration bytes": layerwise.peak_bytes,
             "statistics bytes": layerwise.statistics_bytes,
         }
 
-    def _together(self, matrices: Sequence[Matrix]) -> list[list[Matrix]]:
+    def together(self, matrices: Sequence[Matrix]) -> list[list[Matrix]]:
         """Group the matrices that are compared with each other or lie in one weight."""
         found: dict[str, list[Matrix]] = {}
         for matrix in matrices:
@@ -290,55 +293,67 @@ class _Work:
     """Makes new weights of matrices and their statistics; notes what no data was seen for."""
 
     def __init__(self, options: Sparsify, program: Program, pattern: Pattern, seed: int) -> None:
-        self.options, self.program, self.pattern, self.seed = options, program, pattern, seed
+        import torch
+
+        self.options, self.program, self.pattern = options, program, pattern
         self.kind: Literal["moments", "gram"] = (
             "gram" if options.criterion == "sparsegpt" else "moments"
         )
         self.unseen: list[str] = []
+        self._drawn = torch.Generator().manual_seed(seed)
 
     def __call__(
         self, nodes: Sequence[Node], matrices: Sequence[Matrix], statistics: Statistics
     ) -> Mapping[str, Tensor]:
-        weights = self.program.take({matrix.weight for matrix in matrices})
-        values = [matrix.read(weights[matrix.weight]) for matrix in matrices]
-        changed = self._sparse(matrices, values, statistics)
-        new: dict[str, Tensor] = {}
-        for matrix, value in zip(matrices, changed, strict=True):
-            weight = new.get(matrix.weight, weights[matrix.weight])
-            new[matrix.weight] = matrix.write(weight, value)
-        return new
+        from graphprune.transforms.sparsity import SparseGpt
 
-    def _sparse(
-        self, matrices: Sequence[Matrix], values: Sequence[Tensor], statistics: Statistics
-    ) -> list[Tensor]:
-        import torch
-
-        from graphprune.transforms.sparsity import (
-            SparseGpt,
-            wanda_scores,
-            zeros_by_score,
-            zeros_by_share,
-        )
-
-        seen = [statistics[matrix.name] for matrix in matrices] if statistics else []
-        for matrix, each in zip(matrices, seen, strict=bool(seen)):
-            parts = (each.count == 0).nonzero().flatten().tolist()
+        for matrix in matrices if statistics else ():
+            parts = (statistics[matrix.name].count == 0).nonzero().flatten().tolist()
             self.unseen += [f"{matrix.name}, part {part}" for part in parts]
         if self.options.criterion == "sparsegpt":
-            pairs = list(zip(values, seen, strict=True))
-            return ranks.each_once(pairs, lambda pair: SparseGpt()(*pair, self.pattern)[0])
-        if seen:
-            scores = [wanda_scores(value, each) for value, each in zip(values, seen, strict=True)]
+
+            def solve(matrix: Matrix) -> Tensor:
+                seen = statistics[matrix.name]
+                return SparseGpt()(self._read(matrix), seen, self.pattern)[0]
+
+            return self._written(matrices, ranks.each_once(matrices, solve))
+        new: dict[str, Tensor] = {}
+        for held in self.options.together(matrices):
+            values = [self._read(matrix) for matrix in held]
+            for value, zero in zip(values, self._zeros(held, values, statistics), strict=True):
+                value.masked_fill_(zero, 0)
+            new |= self._written(held, values)
+        return new
+
+    def _read(self, matrix: Matrix) -> Tensor:
+        return matrix.read(self.program.take([matrix.weight])[matrix.weight])
+
+    def _written(self, matrices: Sequence[Matrix], values: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return the weights of `matrices` with other values."""
+        new: dict[str, Tensor] = {}
+        for matrix, value in zip(matrices, values, strict=True):
+            name = matrix.weight
+            weight = new[name] if name in new else self.program.take([name])[name]
+            new[name] = matrix.write(weight, value)
+        return new
+
+    def _zeros(
+        self, matrices: Sequence[Matrix], values: Sequence[Tensor], statistics: Statistics
+    ) -> list[Tensor]:
+        """Return which elements go of matrices that are compared with each other."""
+        import torch
+
+        from graphprune.transforms.sparsity import wanda_scores, zeros_by_score, zeros_by_share
+
+        if statistics:
+            pairs = zip(matrices, values, strict=True)
+            scores = [wanda_scores(value, statistics[matrix.name]) for matrix, value in pairs]
         elif self.options.criterion == "random":
-            generator = torch.Generator().manual_seed(self.seed)
-            scores = [
-                torch.rand(value.shape, generator=generator).to(value.device) for value in values
-            ]
+            drawn = [torch.rand(value.shape, generator=self._drawn) for value in values]
+            scores = [each.to(value.device) for each, value in zip(drawn, values, strict=True)]
         else:
             scores = [value.float().abs() for value in values]
         if self.options.criterion == "wanda-variant":
-            gone = [zeros_by_share(score, self.pattern.ratio) for score in scores]
-        else:
-            scope = self.options.scope or ("row" if seen else "layer")
-            gone = zeros_by_score(scores, self.pattern, scope)
-        return [value.masked_fill(zero, 0) for value, zero in zip(values, gone, strict=True)]
+            return [zeros_by_share(score, self.pattern.ratio) for score in scores]
+        scope = self.options.scope or ("row" if statistics else "layer")
+        return zeros_by_score(scores, self.pattern, scope)

@@ -29,6 +29,8 @@ from graphprune.ir.interpreter import (
 )
 from graphprune.ir.program import Program
 from graphprune.weights.deferred import Deferred, made
+from graphprune.weights.overlay import overlaid
+from graphprune.weights.placement import Placement
 from graphprune.weights.scratch import ScratchFile
 
 
@@ -57,9 +59,8 @@ class SegmentWeights:
         missing = [self.names[node] for node in wanted if node not in self._held]
         held = {node: self._held[node] for node in wanted if node in self._held}
         self._held = {}  # what is not wanted any more goes before more is read
-        taken = {name: self._replaced[name] for name in missing if name in self._replaced}
-        unread = {name: self._weights[name] for name in missing if name not in taken}
-        taken |= {n: made(weight) for n, weight in self._program.as_operands(unread).items()}
+        unread = {name: self._replaced.get(name, self._weights[name]) for name in missing}
+        taken = {n: made(weight) for n, weight in self._program.as_operands(unread).items()}
         for node in wanted:
             if node not in held:
                 held[node] = taken[self.names[node]].detach()
@@ -67,10 +68,8 @@ class SegmentWeights:
         return held
 
     def replace(self, weights: Mapping[str, Tensor]) -> None:
-        """Go on with other weights."""
-        device = self._program.device
-        for name, weight in weights.items():
-            self._replaced[name] = weight.detach().to(device, self._program.compute_types[name])
+        """Go on with other weights, which are held as they are given."""
+        self._replaced |= weights
         self._held = {n: w for n, w in self._held.items() if self.names[n] not in weights}
 
     def room(self, parts: Sequence[Iterable[fx.Node]]) -> int | None:
@@ -96,6 +95,50 @@ class SegmentWeights:
                 f"{limit / 2**20:.4g} MiB are allowed"
             )
         return limit - needed
+
+
+class ChangedWeights:
+    """The weights that a walk through a program has changed, as they are stored.
+
+    They lie on disk where they, the weights of one part and what else is counted would together go
+    past the program's limit of memory.
+
+    Parameters
+    ----------
+    program
+        The program.
+    parts
+        The nodes that the walk advances by.
+    memory
+        Counts what else is to stay within the limit.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        parts: Sequence[Iterable[fx.Node]] = (),
+        memory: Memory | None = None,
+    ) -> None:
+        self._program, self._memory = program, memory or Memory()
+        self._room = SegmentWeights(program).room(parts)
+        self.weights: dict[str, Tensor] = {}
+
+    def store(self, new: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Take more of them, and return them as they are stored.
+
+        Raises
+        ------
+        UsageError
+            When a value is too large for the type in which it is stored.
+        OutputError
+            When there is no room on the disk.
+        """
+        room = None if self._room is None else self._room - self._memory.bytes
+        every = {**self._program.weights, **self.weights}
+        every = overlaid(every, new, Placement(memory=room))
+        stored = {name: every[name] for name in new}
+        self.weights |= stored
+        return stored
 
 
 class BatchExecution:

@@ -23,7 +23,7 @@ from graphprune.analysis.matrices import Matrix, Use, contractions
 from graphprune.calibration.cache import read_cache, write_cache
 from graphprune.calibration.data import Calibration, own_batches
 from graphprune.calibration.input_statistics import InputStatistics, Kind, over_ranks
-from graphprune.calibration.layerwise import BatchExecution, not_run, unpadded
+from graphprune.calibration.layerwise import BatchExecution, ChangedWeights, not_run, unpadded
 from graphprune.calibration.segments import segments
 from graphprune.errors import CalibrationError
 from graphprune.io.atomic import staged_file
@@ -50,7 +50,8 @@ class LayerwiseResult:
     Parameters
     ----------
     weights
-        The weights that were changed, by name.
+        The weights that were changed, by name, as they are stored: past the program's limit of
+        memory they lie on disk.
     statistics
         Those of every matrix; empty where they were used up on the way.
     peak_bytes
@@ -160,7 +161,7 @@ def run_layerwise(
         memory=account,
         computes=itertools.repeat(not_run(looked_at - needed)),
     )
-    changed: dict[str, Tensor] = {}
+    changed = ChangedWeights(program, [part.nodes for part in parts], account)
     statistics: Statistics = {}
     for segment, divided in track(list(zip(parts, shares, strict=True)), "running layer by layer"):
         again = edit is not None and replay and bool(divided[0])
@@ -185,13 +186,17 @@ def run_layerwise(
                 statistics |= found
                 continue
             if share:
+                for execution in executions[:1]:
+                    execution.weights.of(())  # the old ones go before the new ones come
                 new |= edit(segment.nodes, share, found)
             account.reserve(-statistics_bytes(share, kind))
-        changed |= new
         for execution in executions if again else ():
             execution.replace(new)
             execution.advance(segment.nodes)
-    return LayerwiseResult(changed, statistics, account.peak, most)
+        stored = changed.store(new)
+        for execution in executions[:1] if again else ():  # they share their weights
+            execution.replace(stored)
+    return LayerwiseResult(changed.weights, statistics, account.peak, most)
 
 
 def _counting(matrices: Iterable[Matrix], found: Statistics) -> Before:

@@ -90,17 +90,15 @@ def refit(
     for matrix in matrices:
         check_values(matrix.name, program.weights[matrix.weight], moved=True)
     names = {node: name for name, node in program.weight_nodes()}
-    done: dict[str, Tensor] = {}
+    done: set[str] = set()
+    biases: dict[str, Tensor] = {}
     refitted: list[str] = []
 
     def edit(
         nodes: Sequence[fx.Node], held: Sequence[Matrix], statistics: Statistics
     ) -> Mapping[str, Tensor]:
         used = {names[other] for n in nodes for other in n.all_input_nodes if other in names}
-        new = {
-            name: weights[name].masked_fill(gone[name], 0)
-            for name in used & gone.keys() - done.keys()
-        }
+        new = {name: weights[name].masked_fill(gone[name], 0) for name in used & gone.keys() - done}
 
         def solve(matrix: Matrix) -> tuple[Tensor, Tensor]:
             dense = matrix.read(weights[matrix.weight]).double()
@@ -112,9 +110,10 @@ def refit(
             bias = bias_of(program, matrix)
             new[matrix.weight] = matrix.write(weight, best).masked_fill(gone[matrix.weight], 0)
             if bias:
-                old = new.get(bias, done.get(bias, weights[bias]))
+                old = new.get(bias, biases.get(bias, weights[bias]))
                 moved = (old.double() + shift.reshape(old.shape)).to(old.dtype)
-                new[bias] = moved.masked_fill(gone[bias], 0) if bias in gone else moved
+                biases[bias] = moved.masked_fill(gone[bias], 0) if bias in gone else moved
+                new[bias] = biases[bias]
             refitted.append(matrix.name)
         done.update(new)
         return new

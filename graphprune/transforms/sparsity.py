@@ -115,7 +115,7 @@ def wanda_scores(weight: Tensor, statistics: InputStatistics) -> Tensor:
         ``[parts, out, in]``, float32.
     """
     norm = torch.where(statistics.count[:, None] > 0, statistics.norm, 1.0)
-    return weight.float().abs() * norm[:, None].float()
+    return weight.float().abs().mul_(norm[:, None].float())
 
 
 def zeros_by_score(scores: Sequence[Tensor], pattern: Pattern, scope: Scope) -> list[Tensor]:
@@ -153,11 +153,23 @@ def zeros_by_score(scores: Sequence[Tensor], pattern: Pattern, scope: Scope) -> 
     ]
 
 
+_AT_ONCE = 2**20
+"""Elements that are ordered together, which takes several times the room of their scores."""
+
+
 def _lowest(rows: Tensor, count: int) -> Tensor:
     """Return a boolean mask of the `count` lowest of each row; of equal ones the first."""
     found = torch.zeros_like(rows, dtype=torch.bool)
-    chosen = rows.argsort(dim=1, stable=True)[:, :count]
-    return found.scatter_(1, chosen, True)
+    if not count:
+        return found
+    together = max(1, _AT_ONCE // rows.shape[1])
+    for part, gone in zip(rows.split(together), found.split(together), strict=True):
+        part = part.masked_fill(part.isnan(), torch.inf)
+        bar = part.kthvalue(count, dim=1, keepdim=True).values
+        torch.lt(part, bar, out=gone)
+        equal = part == bar
+        gone |= equal & (equal.cumsum(1) <= count - gone.sum(1, keepdim=True))
+    return found
 
 
 def zeros_by_share(scores: Tensor, ratio: float) -> Tensor:

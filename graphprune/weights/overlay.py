@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from graphprune.errors import UsageError
-from graphprune.weights.deferred import Deferred
+from graphprune.weights.deferred import Deferred, converted
 from graphprune.weights.files import is_finite
 from graphprune.weights.placement import Placement
 from graphprune.weights.scratch import spill
@@ -20,7 +19,8 @@ def overlaid(
 ) -> dict[str, Tensor]:
     """Return `weights` with those `changed` in their place, of the types and devices of the old.
 
-    They go to a scratch file where all that is held would go past the limit of memory.
+    Where all that is held would go past the limit of memory, they go to a scratch file; those that
+    are deferred stay so.
 
     Raises
     ------
@@ -29,12 +29,11 @@ def overlaid(
     OutputError
         When there is no room for a scratch file.
     """
-    given = {
-        name: _stored(name, new, weights[name].dtype).to(weights[name].device)
-        for name, new in changed.items()
-    }
+    given = {name: _stored(name, new, weights[name]) for name, new in changed.items()}
     if placement.memory is not None and held_bytes({**weights, **given}) > placement.memory:
-        given = spill(given)
+        held = {name: new for name, new in given.items() if not isinstance(new, Deferred)}
+        for name, new in spill(held).items() if held else ():
+            given[name] = converted(new, new.dtype, weights[name].device)
     return {**weights, **given}
 
 
@@ -43,11 +42,13 @@ def held_bytes(weights: Mapping[str, Tensor]) -> int:
     return sum(w.nbytes for w in weights.values() if not isinstance(w, Deferred))
 
 
-def _stored(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `weight` in the type in which it is stored, where that can hold it."""
+def _stored(name: str, weight: Tensor, old: Tensor) -> Tensor:
+    """Return `weight` on the device and in the type of the `old` one, where that can hold it."""
+    dtype = old.dtype
     if weight.dtype is dtype:
-        return weight
-    found = weight.to(dtype)
+        deferred = isinstance(weight, Deferred)
+        return converted(weight, dtype, old.device) if deferred else weight.to(old.device)
+    found = weight.to(old.device, dtype)
     if found.is_floating_point() and not is_finite(found) and is_finite(weight):
         short = type_name(dtype)
         raise UsageError(f"{name} has values that are too large for {short}, which it is stored in")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import graphprune as gp
 from graphprune.analysis.matrices import contractions
 from graphprune.calibration.data import Calibration
 from graphprune.calibration.kept import Kept
-from graphprune.calibration.layerwise import SegmentWeights, logits_of_all
+from graphprune.calibration.layerwise import ChangedWeights, SegmentWeights, logits_of_all
 from graphprune.calibration.segments import segments
 from graphprune.calibration.statistics import observe, run_layerwise
 from graphprune.errors import CalibrationError, OutputError
@@ -161,6 +162,43 @@ def test_activations_between_layers_take_no_memory_past_the_limit() -> None:
     one = Calibration.from_batches(batches[:1])
     least = run_layerwise(program, matrices, one, edit=lambda *_: {})
     assert tight.peak_bytes <= least.peak_bytes < free.peak_bytes
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [
+        "sparsify{pattern=0.5 criterion=wanda}",
+        "sparsify{pattern=0.5 criterion=sparsegpt}",
+        "sparsify{pattern=0.5 criterion=magnitude}",
+        "merge-kv-heads{groups=1 init=aligned}",
+        "prune{target=ffn ratio=0.5 criterion=l2},reconstruct",
+    ],
+)
+def test_past_the_limit_no_layer_that_was_changed_is_held_while_the_next_one_is(
+    monkeypatch: pytest.MonkeyPatch, passes: str
+) -> None:
+    whole = program_of("llama-gqa")
+    short = {name: weight.bfloat16() for name, weight in whole.weights.items()}
+    free = dataclasses.replace(whole, weights=short)
+    changed: list[weakref.ref[Tensor]] = []
+    held: list[int] = []
+    store = ChangedWeights.store
+
+    def watched(weights: ChangedWeights, new: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        held.append(sum(each() is not None for each in changed))
+        stored = store(weights, new)
+        changed.extend(weakref.ref(each) for each in new.values())
+        changed.extend(weakref.ref(each) for each in stored.values() if type(each) is Tensor)
+        return stored
+
+    pipeline, data = gp.Pipeline.parse(passes), data_of("llama-gqa")
+    expected = pipeline.run(free, calibration=data, quiet=True).program.weights
+    monkeypatch.setattr(SegmentWeights, "room", lambda *_: 0)
+    monkeypatch.setattr(ChangedWeights, "store", watched)
+    found = pipeline.run(free, calibration=data, quiet=True).program.weights
+    assert len(changed) > 3 and sum(held) == 0
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
 
 
 def test_a_limit_below_one_segment_says_what_is_needed() -> None:

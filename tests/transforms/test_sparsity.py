@@ -10,6 +10,7 @@ from torch import Tensor
 
 from graphprune.calibration.input_statistics import InputStatistics
 from graphprune.errors import SelectionError
+from graphprune.transforms import sparsity
 from graphprune.transforms.sparsity import (
     Pattern,
     SparseGpt,
@@ -110,6 +111,19 @@ def test_every_block_keeps_exactly_its_highest(kept: int, of: int) -> None:
 def test_of_equal_scores_the_first_go() -> None:
     (gone,) = zeros_by_score([torch.ones(1, 1, 6)], Pattern(0.5), "row")
     assert gone.flatten().tolist() == [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 11])
+def test_the_lowest_are_those_of_a_stable_order_however_few_are_looked_at_together(
+    monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    rows = torch.randint(0, 6, (9, 12), generator=torch.Generator().manual_seed(0)).float()
+    rows[3, 2:10] = torch.inf
+    rows[4, :8] = torch.nan
+    monkeypatch.setattr(sparsity, "_AT_ONCE", 30)
+    order = rows.argsort(dim=1, stable=True)[:, :count]
+    expected = torch.zeros_like(rows, dtype=torch.bool).scatter_(1, order, True)
+    assert torch.equal(sparsity._lowest(rows, count), expected)
 
 
 def test_rows_that_lose_an_equal_share_lose_unlike_many() -> None:

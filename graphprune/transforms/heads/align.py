@@ -18,10 +18,10 @@ from torch import Tensor, fx
 from graphprune.analysis.matrices import contractions
 from graphprune.analysis.types import Types
 from graphprune.calibration.data import Calibration, own_batches
-from graphprune.calibration.layerwise import BatchExecution, unpadded
+from graphprune.calibration.layerwise import BatchExecution, ChangedWeights, unpadded
 from graphprune.calibration.segments import segments
 from graphprune.io.progress import Progress, no_progress
-from graphprune.ir.interpreter import Segment
+from graphprune.ir.interpreter import Memory, Segment
 from graphprune.ir.program import Program
 from graphprune.plan.steps import Permutation
 from graphprune.transforms.heads.attention_fit import AttentionFit
@@ -97,7 +97,7 @@ def align(
     calibration.check(program)
     held, weights = contractions(program), program.operands
     maps: list[HeadMap] = []
-    changed: dict[str, Tensor] = {}
+    changed: dict[str, Tensor] = {}  # until their segment is done
     reordering: dict[str, tuple[Permutation, ...]] = {}
     notes: dict[str, str] = {}
     for heads in chosen:
@@ -117,10 +117,14 @@ def align(
     batches = list(unpadded(calibration))
     own = [batches[at] for at in own_batches(batches)]
     parts = segments(program, parted)
-    executions = BatchExecution.of_all(program, own, [part.nodes for part in parts])
+    nodes, memory = [part.nodes for part in parts], Memory()
+    executions = BatchExecution.of_all(program, own, nodes, memory=memory)
+    done = ChangedWeights(program, nodes, memory)
+    names = {node: name for name, node in program.weight_nodes()}
 
     def edit(change: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> None:
-        for name, weight in change({**weights, **changed}).items():
+        stored = program.as_operands(done.weights)
+        for name, weight in change({**weights, **stored, **changed}).items():
             changed[name] = weight.to(program.device)
 
     for execution in executions:
@@ -141,13 +145,17 @@ def align(
                 execution.replace(changed)
         for execution in executions:
             execution.advance(segment.nodes)
+        used = {names[n] for each in segment.nodes for n in each.all_input_nodes if n in names}
+        stored = done.store({name: changed.pop(name) for name in used & changed.keys()})
+        for execution in executions[:1]:  # they share their weights
+            execution.replace(stored)
     for fit in fits:
         name = fit.map.heads.name
         reordering[name] = fit.reordering
         if fit.notes:
             notes[name] = "; ".join(fit.notes)
     errors = {fit.map.heads.name: fit.errors for fit in fits}
-    return Aligned(program.with_weights(changed), reordering, errors, notes)
+    return Aligned(program.with_weights({**done.weights, **changed}), reordering, errors, notes)
 
 
 def _observe(
