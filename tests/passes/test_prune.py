@@ -312,8 +312,10 @@ def test_what_cannot_be_scored_is_refused() -> None:
 # -- in steps, and with layers protected -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("scope", ["local", "global"])
-@pytest.mark.parametrize(("ratio", "steps"), [(0.5, 3), (0.3, 4), (0.25, 100)])
+@pytest.mark.parametrize(
+    ("scope", "ratio", "steps"),
+    [("local", 0.5, 3), ("local", 0.25, 100), ("global", 0.5, 3), ("global", 0.3, 4)],
+)
 def test_steps_end_where_one_step_does(scope: Any, ratio: float, steps: int) -> None:
     options = {"criterion": "l1", "scope": scope}
     once = run(program_of("llama-gqa"), Prune("ffn", ratio, **options))

@@ -83,7 +83,7 @@ passes = st.builds(
 
 @given(pipeline=st.builds(Pipeline, st.lists(passes, min_size=1, max_size=3)))
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_every_pipeline_reads_back(pipeline: Pipeline) -> None:
     assert Pipeline.parse(pipeline.to_text()) == pipeline
