@@ -273,11 +273,9 @@ def _hardware(matrices: Sequence[Matrix], weights: Mapping[str, Tensor]) -> dict
         if any(use.node.target is not linear for use in matrix.uses)
     }
     found = SemiStructured.of(
-        {
-            matrix.name: weights[matrix.weight].to(torch.bfloat16)
-            for matrix in matrices
-            if matrix.name not in others
-        }
+        (matrix.name, weights[matrix.weight].to(torch.bfloat16))
+        for matrix in matrices
+        if matrix.name not in others
     )
     return {
         "note": "stored as dense zeros; graphprune.backends.semi_structured.to_semi_structured "

@@ -8,7 +8,7 @@ later: twice the dense rate in theory; Mishra et al. 2104.08378, sections 3 and 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -44,23 +44,25 @@ class SemiStructured:
     bytes: int
 
     @classmethod
-    def of(cls, weights: Mapping[str, Tensor]) -> SemiStructured:
-        """Look at weights ``[out, in]`` by name.
+    def of(cls, weights: Iterable[tuple[str, Tensor]]) -> SemiStructured:
+        """Look at names and weights ``[out, in]``, of which one is held at a time.
 
         Examples
         --------
         >>> weight = torch.tensor([0.0, 1, 0, 2], dtype=torch.float16).repeat(64, 16)
-        >>> found = SemiStructured.of({"up": weight, "down": weight.mT})
+        >>> found = SemiStructured.of({"up": weight, "down": weight.mT}.items())
         >>> found.layers, found.others, found.bytes / found.dense_bytes
         (('up',), {'down': 'it is not 2:4 along its inputs'}, 0.5625)
         """
-        reasons = {name: why_not(weight) for name, weight in weights.items()}
-        layers = tuple(name for name, reason in reasons.items() if not reason)
-        others = {name: reason for name, reason in reasons.items() if reason}
-        held = [weights[name] for name in layers]
-        # Half the values, and two bits for each of them.
-        small = sum(weight.nbytes // 2 + weight.numel() // 8 for weight in held)
-        return cls(layers, others, sum(weight.nbytes for weight in held), small)
+        layers, others, dense, small = [], {}, 0, 0
+        for name, weight in weights:
+            if reason := why_not(weight):
+                others[name] = reason
+                continue
+            layers.append(name)
+            dense += weight.nbytes
+            small += weight.nbytes // 2 + weight.numel() // 8  # two bits for each value kept
+        return cls(tuple(layers), others, dense, small)
 
 
 def why_not(weight: Tensor) -> str:
@@ -113,7 +115,7 @@ def to_semi_structured(model: nn.Module) -> SemiStructured:
     linears = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     shared = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     alone = {name: m.weight for name, m in linears.items() if shared[id(m.weight)] == 1}
-    found = SemiStructured.of({name: weight.detach() for name, weight in alone.items()})
+    found = SemiStructured.of((name, weight.detach()) for name, weight in alone.items())
     others = {**found.others, **dict.fromkeys(linears.keys() - alone.keys(), "it is tied")}
     if not found.layers:
         name, reason = next(iter(others.items()), ("the model", "it has no linear layer"))

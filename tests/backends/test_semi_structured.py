@@ -54,12 +54,12 @@ def test_three_of_one_block_are_too_many_and_one_is_not() -> None:
 
 
 def test_bytes_are_half_the_values_and_two_bits_for_each() -> None:
-    found = SemiStructured.of({"a": two_of_four(32, 64), "b": torch.ones(32, 64).half()})
+    found = SemiStructured.of({"a": two_of_four(32, 64), "b": torch.ones(32, 64).half()}.items())
     assert found.layers == ("a",)
     assert found.dense_bytes == 32 * 64 * 2
     values = 32 * 64 // 2
     assert found.bytes == values * 2 + values * 2 // 8
-    quantised = SemiStructured.of({"a": torch.zeros(32, 128, dtype=torch.int8)})
+    quantised = SemiStructured.of({"a": torch.zeros(32, 128, dtype=torch.int8)}.items())
     assert quantised.bytes * 8 == quantised.dense_bytes * 5
 
 
