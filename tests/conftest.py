@@ -24,7 +24,10 @@ os.environ["GRAPHPRUNE_CACHE"] = ""  # graphs that an earlier run kept are not l
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
-ENTRY = "graphprune.frontend.capture.capture_transformers"
+ENTRIES = (
+    "graphprune.frontend.capture.capture_transformers",
+    "graphprune.backends.huggingface.read.capture_transformers",
+)
 
 run_passes = PassManager.run
 
@@ -44,7 +47,8 @@ def run_verified(manager: PassManager, context: Context) -> Result:
 def shared_and_verified() -> Iterator[None]:
     """Share what is captured between tests, and verify every pass that any of them runs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ENTRY, captures.remembered)
+        for entry in ENTRIES:
+            patch.setattr(entry, captures.remembered)
         patch.setattr(PassManager, "run", run_verified)
         yield
 
@@ -53,7 +57,8 @@ def shared_and_verified() -> Iterator[None]:
 def as_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Take either back for tests of that itself."""
     if request.node.get_closest_marker("captures_anew"):
-        monkeypatch.setattr(ENTRY, captures.capture_transformers)
+        for entry in ENTRIES:
+            monkeypatch.setattr(entry, captures.capture_transformers)
     if request.node.get_closest_marker("unverified"):
         monkeypatch.setattr(PassManager, "run", run_passes)
 
