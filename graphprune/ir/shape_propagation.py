@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Hashable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from fractions import Fraction
 from typing import Any
 
@@ -105,8 +105,7 @@ class _Values:
         values = (node.meta.get("val") for node in graph.nodes)
         # A graph that was kept for looking into has tensors on the meta device.
         modes = (value.fake_mode for value in values if isinstance(value, FakeTensor))
-        self.mode: AbstractContextManager[object] = next(modes, nullcontext())
-        self._empty: dict[Hashable, Tensor] = {}
+        self.mode: FakeTensorMode | nullcontext[None] = next(modes, nullcontext())
 
     def update(self, shapes: Mapping[fx.Node, Shape | list[Shape]]) -> None:
         for node in list(self.graph.nodes):
@@ -128,11 +127,10 @@ class _Values:
     def _resized(self, old: Any, shape: Any) -> Any:
         if isinstance(old, list | tuple):
             return [self._resized(part, one) for part, one in zip(old, shape, strict=True)]
-        key = (*map(_expression, shape), old.dtype, old.device)
-        if key not in self._empty:
-            with self.mode:
-                self._empty[key] = torch.empty(shape, dtype=old.dtype, device=old.device)
-        return self._empty[key]
+        empty = torch.empty(shape, dtype=old.dtype, device="meta")
+        if isinstance(self.mode, FakeTensorMode):  # in half the time of making it under the mode
+            return FakeTensor(self.mode, empty, old.device)
+        return empty.to(old.device)
 
     def _derive(self, node: fx.Node) -> None:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda other: other.meta["val"])
