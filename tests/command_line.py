@@ -49,7 +49,7 @@ def command_line(monkeypatch: pytest.MonkeyPatch, capture: Any, checkpoint: Path
 
     monkeypatch.setattr(loading, "load", remember)
     monkeypatch.setattr(cli, "_fail", note)
-    monkeypatch.delenv(console.TRACEBACK, raising=False)
+    monkeypatch.setenv(console.TRACEBACK, "")  # and back, whatever a command line sets
     for name in (
         "TRANSFORMERS_VERBOSITY",
         "HF_HUB_DISABLE_PROGRESS_BARS",

@@ -90,7 +90,7 @@ def _moments(program: Program, name: str, values: Sequence[Tensor]) -> tuple[Ten
     rows = [value.double().movedim(1, -1).flatten(0, -2) for value in values]
     channels = program.weights[name].numel()
     start = torch.zeros(channels, dtype=torch.float64, device=program.device)
-    count = start.new_tensor([sum(map(len, rows))])
+    count = torch.tensor([sum(map(len, rows))], dtype=start.dtype, device=program.device)
     total = sum((each.sum(0) for each in rows), start)
     ranks.sum_of([total, count])
     if count < 2:

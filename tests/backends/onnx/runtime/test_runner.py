@@ -483,7 +483,7 @@ def test_the_command_line_refuses_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.delenv(console.TRACEBACK, raising=False)
+    monkeypatch.setenv(console.TRACEBACK, "")
     assert invoke(monkeypatch, packages("shared"), *arguments) == status
     out, err = capsys.readouterr()
     assert out == ""
