@@ -6,6 +6,7 @@ any of them shows.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 import re
@@ -174,6 +175,15 @@ def inputs_to(model: nn.Module, path: str, batch: dict[str, Tensor]) -> Tensor:
         model(**{key: value for key, value in batch.items() if "past" not in key})
     handle.remove()
     return torch.cat(seen)
+
+
+def renamed_outputs(program: Program, names: dict[str, str]) -> Program:
+    """The program with other names for some of its outputs."""
+    outputs = (
+        dataclasses.replace(value, name=names.get(value.name, value.name))
+        for value in program.outputs
+    )
+    return dataclasses.replace(program, outputs=tuple(outputs))
 
 
 def cache_after(outputs: dict[str, Tensor]) -> dict[str, Tensor]:

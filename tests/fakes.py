@@ -8,7 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import pytest
+
 from graphprune.pipeline.pass_base import Analysis, Context, Outcome, Pass
+from graphprune.pipeline.pipeline import Pipeline
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,3 +137,16 @@ class Counting:
     def compute(self, program: Any) -> str:
         self.count += 1
         return program.graph
+
+
+def pipelines_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The texts of the pipelines that are run from here on, in their order."""
+    ran: list[str] = []
+    run = Pipeline.run
+
+    def counted(pipeline: Pipeline, *args: Any, **options: Any) -> Any:
+        ran.append(str(pipeline))
+        return run(pipeline, *args, **options)
+
+    monkeypatch.setattr(Pipeline, "run", counted)
+    return ran

@@ -77,7 +77,7 @@ def why_not(weight: Tensor) -> str:
         return "it is no matrix"
     if weight.dtype not in MULTIPLES:
         kinds = ", ".join(type_name(dtype) for dtype in MULTIPLES)
-        return f"it is {str(weight.dtype).removeprefix('torch.')}, not one of {kinds}"
+        return f"it is {type_name(weight.dtype)}, not one of {kinds}"
     rows, columns = MULTIPLES[weight.dtype]
     if weight.shape[0] % rows or weight.shape[1] % columns:
         shape = "x".join(map(str, weight.shape))

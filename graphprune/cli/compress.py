@@ -15,12 +15,12 @@ import typer
 from graphprune.cli.console import note, show
 from graphprune.cli.inputs import read_calibration, require_text
 from graphprune.cli.options import (
-    RESULT,
     AsJson,
     CalibrationOptions,
     Checkpoint,
     Form,
     LoadToWriteOptions,
+    NeededOutput,
     Overwrite,
     PlainForm,
     Seed,
@@ -101,16 +101,7 @@ def compress(
         ),
     ] = None,
     seed: Seed = 0,
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="OUT",
-            help="A directory to make; it appears whole.",
-            rich_help_panel=RESULT,
-        ),
-    ],
+    output: NeededOutput,
     overwrite: Overwrite = False,
     form: PlainForm = Form.any,
     dtype: StoredType = None,

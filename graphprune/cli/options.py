@@ -49,16 +49,15 @@ Checkpoint = Annotated[
         "small model that comes with graphprune.",
     ),
 ]
-Output = Annotated[
-    Path | None,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="OUT",
-        help="A directory to make; it appears whole.",
-        rich_help_panel=RESULT,
-    ),
-]
+_OUTPUT = typer.Option(
+    "--output",
+    "-o",
+    metavar="OUT",
+    help="A directory to make; it appears whole.",
+    rich_help_panel=RESULT,
+)
+Output = Annotated[Path | None, _OUTPUT]
+NeededOutput = Annotated[Path, _OUTPUT]
 Overwrite = Annotated[
     bool,
     typer.Option(

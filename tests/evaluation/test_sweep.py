@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from byte_llama import byte_llama, byte_tokenizer
+from fakes import pipelines_run
 from rich.console import Console
 
 import graphprune as gp
@@ -189,14 +190,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
     journal = folder / POINTS
     whole = journal.read_text()
     journal.write_text(whole.splitlines(keepends=True)[0] + whole.splitlines()[1][:40])
-    ran: list[str] = []
-    pipeline_run = gp.Pipeline.run
-
-    def counted(pipeline: gp.Pipeline, *args: Any, **options: Any) -> Any:
-        ran.append(str(pipeline))
-        return pipeline_run(pipeline, *args, **options)
-
-    monkeypatch.setattr(gp.Pipeline, "run", counted)
+    ran = pipelines_run(monkeypatch)
     again = run(folder, FFN)
     assert ran == [FFN.replace("{ratio}", "0.5")]
     assert again == first

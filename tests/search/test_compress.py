@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from byte_llama import byte_llama, byte_tokenizer
+from fakes import pipelines_run
 
 import graphprune as gp
 from graphprune import ranks
@@ -95,14 +96,7 @@ def test_a_search_goes_on_where_it_stopped(
     journal = folder / POINTS
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(lines[:-1]))
-    ran: list[str] = []
-    pipeline_run = gp.Pipeline.run
-
-    def counted(pipeline: gp.Pipeline, *args: Any, **options: Any) -> Any:
-        ran.append(str(pipeline))
-        return pipeline_run(pipeline, *args, **options)
-
-    monkeypatch.setattr(gp.Pipeline, "run", counted)
+    ran = pipelines_run(monkeypatch)
     again = run(folder)
     missing = json.loads(lines[-1])["identity"]["pipeline"]
     assert [each.partition(" scores=")[0] for each in ran[:1]] == [

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import build, coupling_of, program_of, random_plan
+from architectures import build, coupling_of, program_of, random_plan, renamed_outputs
 from torch import Tensor, nn
 
 import graphprune as gp
@@ -298,11 +298,7 @@ def test_heads_that_are_spread_over_the_wrong_queries_are_refused(
 def test_a_cache_that_is_mixed_up_is_refused() -> None:
     program, plan, smaller = pruned()
     swapped = {"present.0.key": "present.1.key", "present.1.key": "present.0.key"}
-    outputs = tuple(
-        dataclasses.replace(value, name=swapped.get(value.name, value.name))
-        for value in smaller.outputs
-    )
-    wrong = dataclasses.replace(smaller, outputs=outputs)
+    wrong = renamed_outputs(smaller, swapped)
     ids = torch.arange(3, 12)[None]
     assert torch.equal(wrong(input_ids=ids)["logits"], smaller(input_ids=ids)["logits"])
     refused(program, plan, wrong, "output logits")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from architectures import coupling_of, program_of, random_plan
+from architectures import coupling_of, program_of, random_plan, renamed_outputs
 from torch import Tensor, fx
 
 import graphprune as gp
@@ -89,11 +89,7 @@ def test_the_layer_of_a_weight_that_is_off_is_named(layer: int, written: list[Te
 def test_the_layer_is_named_where_only_a_filled_cache_shows_it() -> None:
     program, plan, smaller = pruned()
     swapped = {"present.1.key": "present.1.value", "present.1.value": "present.1.key"}
-    outputs = tuple(
-        dataclasses.replace(value, name=swapped.get(value.name, value.name))
-        for value in smaller.outputs
-    )
-    wrong = dataclasses.replace(smaller, outputs=outputs)
+    wrong = renamed_outputs(smaller, swapped)
     with pytest.raises(VerificationError, match=r"first layer that differs is model.layers.1$"):
         gp.verify(program, plan, wrong)
 
