@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import random_plan
-from test_modules import conv
+from plain_modules import conv
 from tiny_models import perturb
 from torch import Tensor, nn
 from torch.export import Dim

@@ -17,8 +17,17 @@ from typing import Annotated
 import typer
 
 from graphprune import ranks
-from graphprune.cli import compare, compress, evaluate, inspect, listing, run
 from graphprune.cli.console import note, wants_traceback
+from graphprune.cli.verbs import (
+    apply,
+    compare,
+    compress,
+    evaluate,
+    generate,
+    inspect,
+    listing,
+    run,
+)
 from graphprune.errors import GraphPruneError
 from graphprune.io.version import __version__
 
@@ -37,8 +46,8 @@ app = typer.Typer(
 
 for _title, _verbs in {
     "Look into a model": (inspect.inspect, inspect.explain, inspect.page, inspect.plot),
-    "Make it smaller": (compress.compress, run.run, run.apply, compare.verify, compare.diff),
-    "Measure": (evaluate.evaluate, evaluate.sensitivity, evaluate.sweep, evaluate.generate),
+    "Make it smaller": (compress.compress, run.run, apply.apply, compare.verify, compare.diff),
+    "Measure": (evaluate.evaluate, evaluate.sensitivity, evaluate.sweep, generate.generate),
     "List": (listing.passes, listing.operators),
 }.items():
     for _verb in _verbs:

@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING
 
 from graphprune.cli.console import note
 from graphprune.cli.inputs import resolve
-from graphprune.cli.options import Form
+from graphprune.cli.options import Form, LoadOptions
 from graphprune.cli.session import Session
-from graphprune.errors import BackendError, GraphPruneError, OutputError
+from graphprune.errors import BackendError, OutputError
 from graphprune.plan.edits import edits_beside
 
 if TYPE_CHECKING:
     from graphprune.backends.huggingface.save import CheckpointForm
-    from graphprune.calibration.data import Calibration
-    from graphprune.evaluation.comparison import Comparison
     from graphprune.ir.program import Program
     from graphprune.pipeline.report import Report
     from graphprune.plan.plan import Plan
@@ -73,6 +71,33 @@ def form_of(session: Session, program: Program, wanted: Form) -> CheckpointForm:
             )
         note(f"the result becomes {KINDS[found.kind]}: {found.reason}")
     return found
+
+
+def writable(
+    session: Session,
+    program: Program,
+    smaller: Program,
+    directory: str,
+    loading: LoadOptions,
+    plan: Plan,
+) -> tuple[Program, Program]:
+    """Return a program and what `plan` makes of it, such as can be written.
+
+    A graph that is not to be run takes a fraction of the time and memory, and shows for most
+    models that a config gives the result. Where it does not, the program is loaded to be run.
+    """
+    from graphprune.backends.huggingface.save import checkpoint_form
+    from graphprune.transforms.apply import apply_plan
+
+    if not program.stand_ins:
+        return program, smaller
+    with session.working("looking for a config"):
+        kind = checkpoint_form(smaller).kind
+    if kind != "none":
+        return program, smaller
+    program = session.load(directory, loading)
+    with session.working("applying the plan"):
+        return program, apply_plan(program, plan)
 
 
 def write(
@@ -140,21 +165,3 @@ def note_large_edits(folder: Path, plan: Plan) -> None:
             f"to {len(plan.edits.weights)} weights, for 'apply' and 'verify'; the checkpoint loads "
             "without it"
         )
-
-
-def compared(
-    session: Session, original: Program, smaller: Program, data: Calibration | None
-) -> tuple[Comparison | None, str]:
-    """Compare on the part of `data` that is held out; return why not if that fails."""
-    from graphprune.evaluation.comparison import compare
-
-    if data is None:
-        takes_text = any(value.name.endswith("input_ids") for value in original.inputs)
-        kind, file = ("text", "FILE") if takes_text else ("data", "FILE.safetensors")
-        return None, f"there is no {kind}: give --calibration {file}"
-    if not data.held_out:
-        return None, "the calibration data are too few to hold a part of them out"
-    try:
-        return compare(original, smaller, data.held_out, session.progress), ""
-    except GraphPruneError as error:
-        return None, str(error)

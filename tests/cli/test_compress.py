@@ -10,7 +10,7 @@ import pytest
 from command_line import Run, assert_refused
 from safetensors.torch import load_file
 
-from graphprune.cli.compress import SEARCH
+from graphprune.cli.verbs.compress import SEARCH
 
 ONLY = ("--target", "ffn", "--criterion", "wanda", "--params", 0.1)
 

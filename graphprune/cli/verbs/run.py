@@ -1,4 +1,4 @@
-"""Verbs that write a smaller model: `run`, `apply`."""
+"""`run`: passes over a model, and what came of it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,10 +16,8 @@ from graphprune.cli.inputs import (
     in_form,
     read_calibration,
     read_pipeline,
-    read_plan,
     refuse_uncalibrated,
     require_text,
-    resolve,
 )
 from graphprune.cli.options import (
     CALIBRATION,
@@ -29,26 +26,24 @@ from graphprune.cli.options import (
     CalibrationOptions,
     Checkpoint,
     Form,
-    LoadOptions,
     LoadToWriteOptions,
     Output,
     Overwrite,
     PlainForm,
-    PlanFile,
     Seed,
     ShardSize,
     StoredType,
 )
 from graphprune.cli.session import Session, verb
+from graphprune.cli.summary import summary_of
 from graphprune.cli.writing import (
     KINDS,
     REPORT,
-    compared,
     destination,
     form_of,
     note_large_edits,
     note_other_sizes,
-    plan_files,
+    writable,
     write,
 )
 from graphprune.errors import CalibrationError
@@ -57,12 +52,9 @@ from graphprune.pipeline.instruments import Instrument, PassPosition
 
 if TYPE_CHECKING:
     from graphprune.backends.huggingface.save import CheckpointForm
-    from graphprune.calibration.data import Calibration
-    from graphprune.evaluation.summary import Summary
     from graphprune.ir.program import Program
     from graphprune.pipeline.pass_base import Context, Outcome
     from graphprune.pipeline.pass_manager import Result
-    from graphprune.plan.plan import Plan
 
 _WATCHING = "Watching the passes"
 
@@ -169,7 +161,7 @@ def run(
         if not ranks.is_first():
             return
         stack.enter_context(ranks.alone())
-        program, smaller = _written_by(
+        program, smaller = writable(
             session, program, result.program, directory, loading, result.plan
         )
         result = dataclasses.replace(result, program=smaller)
@@ -195,88 +187,6 @@ def run(
         print(line)
     names = (name for names in summary.written.values() for name in names)
     print(f"{output}: {KINDS[found.kind]}: {', '.join(names)}")
-
-
-@verb("graphprune apply DIR OUT/plan.json -o COPY")
-def apply(
-    session: Session,
-    directory: Checkpoint,
-    plan: PlanFile,
-    output: Output,
-    overwrite: Overwrite = False,
-    form: PlainForm = Form.any,
-    dtype: StoredType = None,
-    shard_size: ShardSize = None,
-    *,
-    loading: LoadToWriteOptions,
-    as_json: AsJson = False,
-) -> None:
-    """Apply a plan to a fresh copy of the model that it was made for.
-
-    Weights are read, cut and written one at a time. After a kill the same command goes on where it
-    ended.
-    """
-    from graphprune.plan.drawn import drawn_text
-    from graphprune.transforms.apply import apply_plan
-
-    chosen = read_plan(plan)
-    key = _work_key(directory, chosen, dtype, shard_size)
-    with destination(output, directory, overwrite=overwrite, key=key) as folder:
-        program = session.load_to_write(directory, loading, runs=False)
-        with session.working("applying the plan"):
-            smaller = apply_plan(program, chosen)
-        program, smaller = _written_by(session, program, smaller, directory, loading, chosen)
-        found = form_of(session, smaller, form)
-        written = write(session, smaller, chosen, folder, found, dtype, shard_size)
-        files = [*written, *plan_files(folder)]
-    if session.quiet:
-        return
-    counts = program.parameter_count(), smaller.parameter_count()
-    if as_json:
-        parameters = dict(zip(("before", "after"), counts, strict=True))
-        data = {"parameters": parameters, "form": found.kind, "written": files}
-        print(json.dumps({**data, "calibration": chosen.calibration}))
-        return
-    if chosen.calibration:
-        print(f"planned on {drawn_text(chosen.calibration)}")
-    print(f"parameters {counts[0]:,} -> {counts[1]:,}")
-    print(f"{output}: {KINDS[found.kind]}: {', '.join(files)}")
-
-
-def _written_by(
-    session: Session,
-    program: Program,
-    smaller: Program,
-    directory: str,
-    loading: LoadOptions,
-    plan: Plan,
-) -> tuple[Program, Program]:
-    """Return a program and what `plan` makes of it, such as can be written.
-
-    A graph that is not to be run takes a fraction of the time and memory, and shows for most
-    models that a config gives the result. Where it does not, the program is loaded to be run.
-    """
-    from graphprune.backends.huggingface.save import checkpoint_form
-    from graphprune.transforms.apply import apply_plan
-
-    if not program.stand_ins:
-        return program, smaller
-    with session.working("looking for a config"):
-        kind = checkpoint_form(smaller).kind
-    if kind != "none":
-        return program, smaller
-    program = session.load(directory, loading)
-    with session.working("applying the plan"):
-        return program, apply_plan(program, plan)
-
-
-def _work_key(directory: str, plan: Plan, *options: object) -> str:
-    """Return what tells one piece of work from another, by the files that it reads."""
-    import hashlib
-
-    files = sorted(Path(resolve(directory)).glob("*.safetensors"))
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr((stats, plan.to_json(), options)).encode()).hexdigest()[:12]
 
 
 class _Spinner(Instrument):
@@ -307,42 +217,6 @@ class _FormFirst(Instrument):
         later = [each for each in position.pipeline[position.number :] if not each.required]
         if position.pass_.resizes and later and not any(each.resizes for each in later):
             form_of(self.session, outcome.program, self.form)
-
-
-def summary_of(
-    session: Session,
-    program: Program,
-    result: Result,
-    folder: Path,
-    form: CheckpointForm,
-    data: Calibration | None,
-    fitted: Calibration | None,
-    files: list[str],
-) -> Summary:
-    """Sum up what the run comes to, of which `files` are the checkpoint."""
-    from graphprune.evaluation.summary import Footprint, Summary, verified_error
-
-    predictions, why_not = compared(session, program, result.program, data)
-    source = None if program.source is None else program.source.directory
-    plan = plan_files(folder)
-    others = {path.name for path in folder.iterdir()} - {*files, *plan}
-    return Summary(
-        Footprint.of(program, source),
-        Footprint.of(result.program, folder),
-        predictions,
-        why_not,
-        verified_error(result.report.passes),
-        0 if fitted is None else fitted.tokens,
-        0 if fitted is None else fitted.samples,
-        form.kind,
-        form.reason,
-        {
-            "checkpoint": files,
-            "by passes": sorted(others),
-            "plan": plan,
-            "report": [REPORT],
-        },
-    )
 
 
 def _show_plan(session: Session, result: Result, form: CheckpointForm, as_json: bool) -> None:

@@ -27,8 +27,8 @@ from graphprune.cli.options import (
     ShardSize,
     StoredType,
 )
-from graphprune.cli.run import summary_of
 from graphprune.cli.session import Session, verb
+from graphprune.cli.summary import summary_of
 from graphprune.cli.writing import (
     KINDS,
     REPORT,
