@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from graphprune.errors import UsageError
 from graphprune.pipeline.pass_base import COUPLING, Baseline, Context, Outcome, Pass
@@ -11,6 +11,7 @@ from graphprune.transforms.apply import apply_plan
 
 if TYPE_CHECKING:
     from graphprune.ir.program import Program
+    from graphprune.plan.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,20 @@ class Reconstruct(Pass):
 
         down[64, 84]  refitted; its bias, where it has one, takes up the mean of what went
 
+    With ``method=gradient`` every residual branch (an attention or an MLP, with its norms and its
+    nonlinearity) that lost something is then trained as a whole, one after the other, so that the
+    stream after it comes near to what the original has there. That serves zeros of `sparsify`,
+    which stay zero, and merged KV heads too.
+
     Options
     -------
+    method
+        What finds the weights: least-squares in closed form, matrix by matrix; gradient trains
+        from there, and keeps of a branch what is better on calibration data held out from it.
+    steps
+        Of gradient: steps of the optimizer for each branch.
+    lr
+        Of gradient: the highest learning rate, as a part of each weight's root mean square.
     damp
         What is added to the diagonal of the inputs' second moments, as a part of its mean. None:
         of 0.01 to 1 what predicts best on calibration data that a fit did not see.
@@ -41,7 +54,8 @@ class Reconstruct(Pass):
 
     Requires
     --------
-    Calibration data; passes before it that pruned, since the last one that edited values.
+    Calibration data; passes before it that pruned, since the last one that edited values; for
+    gradient, passes before it that changed anything.
 
     Preserves
     ---------
@@ -49,14 +63,16 @@ class Reconstruct(Pass):
 
     Refuses
     -------
-    Heads that were merged, and units whose removal is no zeroing of weights: the residual width,
-    experts (`PlanError`); weights that are integers or not finite (`SelectionError`); a memory
-    too small for one matrix (`CalibrationError`).
+    Heads that were merged, but by gradient, and units whose removal is no zeroing of weights: the
+    residual width, experts (`PlanError`); weights that are integers or not finite
+    (`SelectionError`); a memory too small for one matrix (`CalibrationError`); for gradient a
+    single sample (`TrainingError`).
 
     Reference
     ---------
     Least squares of a layer's output on what is left of its input, as in channel pruning (He et al.
-    1707.06168, equation 2), in closed form on second moments, layer after layer.
+    1707.06168, equation 2), in closed form on second moments, layer after layer. Training each
+    attention and MLP to its dense output: 2510.14444.
 
     Example
     -------
@@ -67,15 +83,21 @@ class Reconstruct(Pass):
     name: ClassVar[str] = "reconstruct"
     resizes: ClassVar[bool] = False
 
+    method: Literal["least-squares", "gradient"] = "least-squares"
+    steps: int = 60
+    lr: float = 0.01
     damp: float | None = None
     memory: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.damp is not None and not self.damp > 0:
-            raise UsageError(f"reconstruct: damp {self.damp:g} is not positive")
-        if self.memory is not None and not self.memory > 0:
-            raise UsageError(f"reconstruct: memory {self.memory:g} is not positive")
+        for name in ("damp", "memory", "steps", "lr"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"reconstruct: {name} {value:g} is not positive")
+        given = [name for name in ("steps", "lr") if name in self.values()]
+        if given and self.method != "gradient":
+            raise UsageError(f"reconstruct: {given[0]} is of method=gradient")
 
     @property
     def requires_calibration(self) -> bool:
@@ -83,34 +105,80 @@ class Reconstruct(Pass):
         return True
 
     def calibration_tokens(self, program: Program) -> int:
-        """Return what least squares need."""
+        """Return what least squares need, and twice that to train on."""
         from graphprune.calibration.statistics import tokens_for_gram
 
-        return tokens_for_gram(program)
+        return tokens_for_gram(program) * (2 if self.method == "gradient" else 1)
 
     def run(self, program: Program, context: Context) -> Outcome:
-        """Refit the program before the cuts, then cut it."""
+        """Refit the program before the cuts, then cut it; train what came of it."""
+        before, plan = context.since_baseline()
+        trains = self.method == "gradient"
+        if not plan and not (trains and program is not context.original):
+            return Outcome(program, details={"note": "nothing was pruned before: nothing to refit"})
+        if not trains:
+            smaller, fitted, details = self._refitted(before, plan, context)
+            steps = context.baseline.steps if context.baseline else 0
+            baseline = Baseline(fitted, steps)
+            return Outcome(smaller, None, details, edited=True, baseline=baseline)
+        details, start = {}, program
+        if plan and all(step.cuts and not step.merges for step in plan.steps):
+            smaller, _, details = self._refitted(before, plan, context)
+            start = program.with_weights(smaller.weights)
+        return self._trained(program, start, context, details)
+
+    def _refitted(
+        self, before: Program, plan: Plan, context: Context
+    ) -> tuple[Program, Program, dict[str, Any]]:
+        """Return the refitted program, cut and at its first size, and what there is to say."""
         from graphprune.transforms.refit import refit
 
-        before, plan = context.since_baseline()
-        if not plan:
-            return Outcome(program, details={"note": "nothing was pruned before: nothing to refit"})
         assert context.calibration is not None, "the pass manager has asked for it"
-        coupling = COUPLING.compute(before)
         fitted, names, layerwise = refit(
             before,
-            coupling,
+            COUPLING.compute(before),
             plan,
             context.calibration,
             damp=self.damp,
             track=context.track,
             memory=None if self.memory is None else int(self.memory * 2**20),
         )
-        details = {
-            "refitted": names,
-            "calibration bytes": layerwise.peak_bytes,
-            "statistics bytes": layerwise.statistics_bytes,
+        return (
+            apply_plan(fitted, plan),
+            fitted,
+            {
+                "refitted": names,
+                "calibration bytes": layerwise.peak_bytes,
+                "statistics bytes": layerwise.statistics_bytes,
+            },
+        )
+
+    def _trained(
+        self, program: Program, start: Program, context: Context, details: dict[str, Any]
+    ) -> Outcome:
+        """Train every branch from what least squares gave."""
+        from graphprune.training.local import train_locally
+
+        assert context.calibration is not None, "the pass manager has asked for it"
+        trained = train_locally(
+            start,
+            context.original,
+            context.calibration,
+            steps=self.steps,
+            lr=self.lr,
+            seed=context.seed,
+            track=context.track,
+        )
+        peak = max(details.get("calibration bytes", 0), trained.account.peak)
+        details |= {
+            "held-out error": {
+                name: [float(f"{each:.4g}") for each in errors]
+                for name, errors in trained.errors.items()
+            },
+            "calibration bytes": peak,
         }
-        steps = context.baseline.steps if context.baseline else 0
-        smaller, baseline = apply_plan(fitted, plan), Baseline(fitted, steps)
-        return Outcome(smaller, None, details, edited=True, baseline=baseline)
+        if trained.shared:
+            details["shared with other branches"] = trained.shared
+        if start is program and not trained.weights:
+            return Outcome(program, details=details)
+        return Outcome(start.with_weights(trained.weights), None, details, edited=True)

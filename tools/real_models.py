@@ -3,6 +3,7 @@
     python tools/real_models.py make FOLDER --packages DIR --debs DIR
     python tools/real_models.py measure FOLDER
     python tools/real_models.py search FOLDER MODEL --params 0.066
+    python tools/real_models.py compare FOLDER MODEL --recipe 'prune{target=ffn ratio=0.25}'
 
 `make` writes Gemma 3 270M as a bfloat16 directory, all-MiniLM-L6-v2, and two texts into FOLDER.
 DIR are where these were put before, by pip and apt, none of them into the environment::
@@ -14,6 +15,7 @@ DIR are where these were put before, by pip and apt, none of them into the envir
 `measure` prunes Gemma by several recipes and writes the losses on the held-out text to
 ``tools/REAL_MODELS.md``. `search` lets `compress` find a recipe for a model of the folder, or for
 the packaged one, and judges it beside single recipes on the held-out text, which it never saw.
+`compare` judges single recipes so, over several draws of the calibration text.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import shlex
 import shutil
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -175,11 +178,7 @@ def search(
     ] = None,
 ) -> None:
     """Let compress find a recipe, and judge it on the held-out text beside single ones."""
-    packaged = model == reference.NAME
-    place = reference.checkpoint_dir() if packaged else need(folder / model, "run `make` first")
-    fit, judge = folder / CALIBRATE, folder / HELD_OUT
-    if packaged:
-        fit, judge = reference.calibration_text(), reference.heldout_text()
+    place, fit, judge = places(folder, model)
     program = gp.load(place, dtype="float32")  # held so: a search reads weights many times
     drawn = Calibration.from_text(fit, place, samples=windows, length=length)
     found = gp.compress(
@@ -193,12 +192,7 @@ def search(
         plain=plain,
     )
     print(found.why, flush=True)
-    batches = Calibration.from_text(judge, place, samples=held_out, length=256, seed=1).batches
-    name, measure = measure_of(program, batches)
-
-    def judged(smaller: gp.Program) -> float:
-        return float(measured(runner(smaller, batches), measure).mean())
-
+    name, judged = judge_of(program, judge, place, held_out)
     rows = {
         "(compress) " + str(found.pipeline): (
             judged(found.program),
@@ -211,7 +205,7 @@ def search(
         rows[str(pipeline)] = judged(made), made.parameter_count()
     result = {
         "model": model,
-        "command": shlex.join(sys.argv[1:]).replace(str(folder), "FOLDER"),
+        "command": command_of(folder),
         "measure": name,
         "original": judged(program),
         "size": program.parameter_count(),
@@ -219,6 +213,67 @@ def search(
         "search": found.to_dict(),
     }
     write_section(search_lines(result))
+
+
+@app.command()
+def compare(
+    folder: Annotated[Path, typer.Argument(help="What `make` wrote.")],
+    model: Annotated[str, typer.Argument(help="gemma, minilm, or reference: the packaged one.")],
+    recipe: Annotated[list[str], typer.Option(help="A pipeline to judge.")],
+    windows: Annotated[int, typer.Option(help="Windows of calibration text.")] = 16,
+    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
+    held_out: Annotated[int, typer.Option(help="Windows of 256 tokens to judge on.")] = 16,
+    draws: Annotated[int, typer.Option(help="Draws of the calibration text.")] = 1,
+) -> None:
+    """Judge recipes on the held-out text, over several draws of the calibration text."""
+    place, fit, judge = places(folder, model)
+    program = gp.load(place, dtype="float32")
+    name, judged = judge_of(program, judge, place, held_out)
+    original, size = judged(program), program.parameter_count()
+    lines = [
+        f"## Recipes: {model}",
+        "",
+        f"`python tools/real_models.py {command_of(folder)}`",
+        "",
+        f"Added to the {name} ({original:.4f} of the original), {held_out} windows of 256 tokens;",
+        f"over draws of {windows} windows of {length} tokens to calibrate with: {draws}.",
+        "",
+        "| recipe | parameters | added |",
+        "|---|---|---|",
+    ]
+    for text in recipe:
+        added = []
+        for seed in range(draws):
+            drawn = Calibration.from_text(fit, place, samples=windows, length=length, seed=seed)
+            pipeline = gp.Pipeline.parse(text)
+            made = pipeline.run(program, calibration=drawn, seed=seed, quiet=True).program
+            added.append(judged(made) - original)
+            print(text, seed, added[-1], flush=True)
+        spread = f" ± {statistics.stdev(added):.4f}" if draws > 1 else ""
+        share = made.parameter_count() / size - 1
+        lines.append(f"| {text} | {share:+.1%} | {statistics.fmean(added):+.4f}{spread} |")
+    write_section([*lines, ""])
+
+
+def places(folder: Path, model: str) -> tuple[Path, Path, Path]:
+    """Return where a model lies, the text to fit to, and the text to judge on."""
+    if model == reference.NAME:
+        return reference.checkpoint_dir(), reference.calibration_text(), reference.heldout_text()
+    return need(folder / model, "run `make` first"), folder / CALIBRATE, folder / HELD_OUT
+
+
+def judge_of(
+    program: gp.Program, text: Path, place: Path, windows: int
+) -> tuple[str, Callable[[gp.Program], float]]:
+    """Return what a program is measured by, and what measures others so, on held-out windows."""
+    batches = Calibration.from_text(text, place, samples=windows, length=256, seed=1).batches
+    name, measure = measure_of(program, batches)
+    return name, lambda other: float(measured(runner(other, batches), measure).mean())
+
+
+def command_of(folder: Path) -> str:
+    """Return what was asked for, without the place of the folder."""
+    return shlex.join(sys.argv[1:]).replace(str(folder), "FOLDER")
 
 
 def search_lines(found: dict[str, Any]) -> list[str]:

@@ -1,1 +1,1 @@
-"""Trains a program: objective, samples, loop, LoRA."""
+"""Trains a program: objective, samples, loop, LoRA; or its branches one by one."""

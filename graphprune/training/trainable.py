@@ -57,7 +57,7 @@ class AllWeights:
         self.parameters = {name: master(self._held[name]) for name in names}
         for name, zero in (zeros or {}).items():
             if name in self.parameters:
-                self.parameters[name].register_hook(_without(zero))
+                self.parameters[name].register_hook(without(zero))
 
     def logits(self, batch: Batch, output: str, training: bool) -> Logits:
         """Return an output; a captured program has no dropout of its own."""
@@ -81,7 +81,8 @@ def master(weight: Tensor) -> Tensor:
     return weight.detach().to(dtype, copy=True).contiguous().requires_grad_()
 
 
-def _without(zero: Tensor) -> Callable[[Tensor], Tensor]:
+def without(zero: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return a hook of a parameter that leaves the elements `zero` of its gradient out."""
     return lambda gradient: gradient.masked_fill(zero, 0)
 
 

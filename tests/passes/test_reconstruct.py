@@ -15,7 +15,9 @@ from graphprune.passes import reconstruct
 from graphprune.passes.merge_kv_heads import MergeKvHeads
 from graphprune.passes.prune import Prune
 from graphprune.passes.reconstruct import Reconstruct
+from graphprune.passes.sparsify import Sparsify
 from graphprune.passes.verify import Verify
+from graphprune.pipeline.pass_base import Pass
 from graphprune.pipeline.pass_manager import Result
 from graphprune.pipeline.pipeline import Pipeline
 from graphprune.plan.plan import Plan
@@ -193,3 +195,57 @@ def test_with_less_memory_the_fit_is_the_same(name: str) -> None:
         run(name, passes[0], Reconstruct(memory=memory / 100))
     with pytest.raises(UsageError, match="memory 0 is not positive"):
         Reconstruct(memory=0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [
+        ("qwen3", MergeKvHeads(1, init="mean")),  # queries and keys have norms
+        ("llama-gqa", Sparsify(pattern="2:4", criterion="magnitude")),
+        ("resnet", Prune("channels", 0.25, "l2")),
+    ],
+)
+def test_branches_are_trained_after_any_change(name: str, before: Pass) -> None:
+    program = program_of(name)
+    batch = inputs_of(program, batch=24, length=24)
+    calibration = Calibration.from_batches([batch])
+    trained = run(name, before, Reconstruct("gradient", 24, 0.03), calibration=calibration)
+    bare = run(name, before, calibration=calibration).program
+    details = trained.report.passes[-1].details
+    assert all(after <= first for first, after in details["held-out error"].values())
+    assert any(after < 0.9 * first for first, after in details["held-out error"].values())
+    other = inputs_of(program, batch=8, length=24, seed=1)
+    main = program.outputs[0].name
+    expected, worse, better = (p(**other)[main] for p in (program, bare, trained.program))
+    assert (better - expected).norm() < (worse - expected).norm()
+    again = gp.apply(program, trained.plan)
+    for key, weight in trained.program.weights.items():
+        assert torch.equal(again.weights[key], weight), key
+        if isinstance(before, Sparsify):
+            assert torch.equal(weight == 0, bare.weights[key] == 0), key
+
+
+def test_training_starts_from_least_squares() -> None:
+    prune = Prune("ffn", 0.25, "l2")
+    fitted = run("llama-gqa", prune, Reconstruct())
+    trained = run("llama-gqa", prune, Reconstruct("gradient", 1, 1e3))
+    details = trained.report.passes[-1].details
+    assert details["refitted"] == fitted.report.passes[-1].details["refitted"]
+    assert list(details["held-out error"]) == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    for key, weight in fitted.program.weights.items():
+        assert torch.equal(trained.program.weights[key], weight), key
+
+
+def test_training_needs_something_to_train_and_steps_of_some_length() -> None:
+    result = run("llama-gqa", Reconstruct("gradient"))
+    assert "nothing to refit" in result.report.passes[-1].details["note"]
+    with pytest.raises(PlanError, match="is no zeroing"):
+        run("llama-gqa", Prune("hidden", 0.25, "l2"), Reconstruct("gradient"))
+    for options, message in (
+        ({"method": "gradient", "steps": 0}, "steps 0 is not positive"),
+        ({"method": "gradient", "lr": -1.0}, "lr -1 is not positive"),
+        ({"steps": 7}, "steps is of method=gradient"),
+        ({"lr": 0.1}, "lr is of method=gradient"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            Reconstruct(**options)
