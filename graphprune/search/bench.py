@@ -20,10 +20,12 @@ from graphprune.evaluation.sample_measures import measure_of, measured, runner
 from graphprune.io.progress import DisplayFactory, progress_bar
 from graphprune.io.version import __version__
 from graphprune.passes.prune import Prune
+from graphprune.passes.reconstruct import Reconstruct
 from graphprune.search.candidates import Candidate
 from graphprune.search.draws import Draw
 from graphprune.selection.allocation import LEVELS
 from graphprune.selection.targets import target_groups
+from graphprune.training.local import samples_of_a_step
 from graphprune.weights.tensors import digest
 
 
@@ -232,8 +234,19 @@ class Bench:
         """Return about what it takes to measure the loss of ever less of each group."""
         found = (g for name in self.targets for g in target_groups(self.coupling, name))
         runs = LEVELS * len({group.name for group in found})
+        return self._seconds_of_a_sample * self.draw.fitted.samples * runs
+
+    @property
+    def seconds_by_training(self) -> float:
+        """Return about what it takes to train the branches of a program one after the other."""
+        samples = samples_of_a_step(map(inputs_of, self.draw.choosing))
+        # Backwards it takes twice as long as forwards.
+        return self._seconds_of_a_sample * samples * Reconstruct.steps * 3
+
+    @property
+    def _seconds_of_a_sample(self) -> float:
         whole = self.whole(self.draw.samples)
-        return whole.seconds / len(whole.values) * self.draw.fitted.samples * runs
+        return whole.seconds / len(whole.values)
 
     def _again(self) -> float:
         """Return the seconds that it takes to make the best so far anew, scores included."""

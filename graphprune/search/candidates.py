@@ -27,6 +27,8 @@ DATA_FREE = "l2"
 
 Form = Literal["plain"] | None
 
+Refit = Literal["none", "least-squares", "gradient"]
+
 Budgets = Mapping[Cost, float]
 """What is to go, as a part of all there is."""
 
@@ -42,20 +44,23 @@ class Candidate:
     widths
         What prunes to meet the rest of the budgets; None where there is no rest.
     refit
-        Whether what stays is refitted.
+        How what stays is refitted: not at all, by least squares, or its branches trained as well.
     """
 
     heads: Prune | MergeKvHeads | None
     widths: Prune | None
-    refit: bool = False
+    refit: Refit = "none"
 
     @property
     def passes(self) -> tuple[Pass, ...]:
         """The passes, in the order in which they run."""
         pruned = [each for each in (self.heads, self.widths) if isinstance(each, Prune)]
-        refitted = [Reconstruct()] if self.refit and pruned else []
         merged = [self.heads] if isinstance(self.heads, MergeKvHeads) else []
-        return (*pruned, *refitted, *merged)
+        trained = [Reconstruct("gradient")] if self.refit == "gradient" else []
+        if not merged and trained:
+            return (*pruned, *trained)
+        refitted = [Reconstruct()] if self.refit != "none" and pruned else []
+        return (*pruned, *refitted, *merged, *trained)
 
     @property
     def prunings(self) -> int:
@@ -84,7 +89,11 @@ class Candidate:
 
     def refitted(self) -> Candidate:
         """Return the same with what stays refitted."""
-        return dataclasses.replace(self, refit=True)
+        return dataclasses.replace(self, refit="least-squares")
+
+    def trained(self) -> Candidate:
+        """Return the same with its branches trained as well."""
+        return dataclasses.replace(self, refit="gradient")
 
     def everywhere(
         self, normalize: Literal["none", "loss"], targets: Sequence[str] = ()
@@ -120,7 +129,7 @@ def candidates(
     """Return the ways to meet `budgets` in which all layers lose the same.
 
     Units are scored by `DATA_FREE`; what else is tried follows from these
-    (`Candidate.by`, `Candidate.refitted`, `Candidate.everywhere`).
+    (`Candidate.by`, `Candidate.refitted`, `Candidate.trained`, `Candidate.everywhere`).
 
     Parameters
     ----------

@@ -55,8 +55,9 @@ def compress(
     """Make `program` smaller by the recipe that measures best.
 
     What is pruned, by which criterion, whether all layers lose the same, and whether what stays is
-    refitted: all of it is tried, and measured on data that nothing was fitted to. Many recipes are
-    measured on few samples first, and those that do best there, refitted, on all.
+    refitted or trained: all of it is tried, and measured on data that nothing was fitted to. Many
+    recipes are measured on few samples first, and those that do best there, refitted, on all; the
+    best of these is trained.
 
     Parameters
     ----------
@@ -153,8 +154,22 @@ def _search(
     refitted = bench.measure(
         [*best, *(each.refitted() for each in (*contenders, *rest))], samples, "refitting"
     )
+    shared: list[Tried] = []
     if not plain:
-        bench.measure(_elsewhere(bench, refitted), samples, "sharing out over layers")
+        shared = bench.measure(_elsewhere(bench, refitted), samples, "sharing out over layers")
+    bench.measure(_trained(bench, [*refitted, *shared]), samples, "training branches")
+
+
+def _trained(bench: Bench, tried: Sequence[Tried]) -> list[Candidate]:
+    """Return the best, and the best whose layers stay alike, with their branches trained."""
+    best = [each.candidate for each in ranked(tried)]
+    alike = [each for each in best if each.alike]
+    found = list(dict.fromkeys(each.trained() for each in (*best[:1], *alike[:1])))
+    # It is trained to be measured, and once more when it is chosen.
+    if 2 * bench.seconds_by_training <= bench.left:
+        return found
+    bench.left_out.extend(found)
+    return []
 
 
 def _contenders(screened: Sequence[Candidate]) -> list[Candidate]:

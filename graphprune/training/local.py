@@ -9,7 +9,7 @@ is differentiated at a time, and what crosses lies on disk past the limit of mem
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os.path import commonprefix
 
@@ -157,6 +157,12 @@ def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
     return (difference / size.clamp(min=max(float(size.mean()) / 100, 1e-30))).mean()
 
 
+def samples_of_a_step(batches: Iterable[Batch]) -> int:
+    """Return how many samples a step takes, of those like the longest of `batches`."""
+    longest = max(tensor.shape[1:2].numel() for batch in batches for tensor in batch.values())
+    return max(1, TOKENS // longest)
+
+
 def _divided(calibration: Calibration) -> tuple[list[Batch], list[Batch]]:
     """Return batches to train on, a step each, and batches to measure on."""
     rows = [
@@ -166,8 +172,7 @@ def _divided(calibration: Calibration) -> tuple[list[Batch], list[Batch]]:
     ]
     if len(rows) < 2:
         raise TrainingError("one sample is too little to train on some and hold some out")
-    longest = max(tensor.shape[1:2].numel() for row in rows for tensor in row.values())
-    together = max(1, TOKENS // longest)
+    together = samples_of_a_step(rows)
     count = max(1, len(rows) // HELD_OUT)
     return Samples(rows[:-count]).all(together), Samples(rows[-count:]).all(together)
 

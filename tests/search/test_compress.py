@@ -68,6 +68,7 @@ def test_the_best_of_what_was_tried_is_taken_and_its_text_gives_the_same_weights
     assert "prune{target=ffn criterion=wanda scope=local params=0.1}" in texts
     assert "prune{target=ffn criterion=l2 scope=local params=0.1},reconstruct" in texts
     assert any("scope=global normalize=loss" in each for each in texts)
+    assert any(each.endswith("},reconstruct{method=gradient}") for each in texts)
     full = [each for each in found.tried if each.figures and len(each.figures.values) > 16]
     assert full and all(found.added(full[0]) <= found.added(each) for each in full)
     assert found.program.parameter_count() <= 0.9 * program().parameter_count()
@@ -144,6 +145,16 @@ def test_labels_are_what_is_measured_where_there_are_some() -> None:
 
 
 # -- what is tried ------------------------------------------------------------------------------
+
+
+def test_branches_are_trained_last_and_from_least_squares() -> None:
+    prune, merge = Prune("ffn", 0.25), MergeKvHeads(1)
+    told = [str(Candidate(heads, prune).trained()) for heads in (None, merge)]
+    assert told == [
+        "prune{target=ffn ratio=0.25},reconstruct{method=gradient}",
+        "prune{target=ffn ratio=0.25},reconstruct,merge-kv-heads{groups=1},"
+        "reconstruct{method=gradient}",
+    ]
 
 
 def texts(budgets: Any, targets: Any = (), **options: Any) -> list[str]:
