@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from graphprune.errors import UsageError
 from graphprune.pipeline.pass_base import COUPLING, Baseline, Context, Outcome, Pass
-from graphprune.transforms.apply import apply_plan
+from graphprune.transforms.apply import apply_plan, apply_step
 
 if TYPE_CHECKING:
     from graphprune.ir.program import Program
@@ -63,10 +64,10 @@ class Reconstruct(Pass):
 
     Refuses
     -------
-    Heads that were merged, but by gradient, and units whose removal is no zeroing of weights: the
-    residual width, experts (`PlanError`); weights that are integers or not finite
-    (`SelectionError`); a memory too small for one matrix (`CalibrationError`); for gradient a
-    single sample (`TrainingError`).
+    Heads that were merged, but by gradient, branches that went after units did, and units whose
+    removal is no zeroing of weights: the residual width, experts (`PlanError`); weights that are
+    integers or not finite (`SelectionError`); a memory too small for one matrix
+    (`CalibrationError`); for gradient a single sample (`TrainingError`).
 
     Reference
     ---------
@@ -113,12 +114,15 @@ class Reconstruct(Pass):
     def run(self, program: Program, context: Context) -> Outcome:
         """Refit the program before the cuts, then cut it; train what came of it."""
         before, plan = context.since_baseline()
+        steps = context.baseline.steps if context.baseline else 0
+        while plan.steps and plan.steps[0].branches:  # what went whole leaves nothing to refit
+            before, steps = apply_step(before, plan.steps[0]), steps + 1
+            plan = dataclasses.replace(plan, steps=plan.steps[1:])
         trains = self.method == "gradient"
         if not plan and not (trains and program is not context.original):
             return Outcome(program, details={"note": "nothing was pruned before: nothing to refit"})
         if not trains:
             smaller, fitted, details = self._refitted(before, plan, context)
-            steps = context.baseline.steps if context.baseline else 0
             baseline = Baseline(fitted, steps)
             return Outcome(smaller, None, details, edited=True, baseline=baseline)
         details, start = {}, program

@@ -172,15 +172,18 @@ class UnitOwnership:
         inlets = [n for each in (0, unit) for n in (*entries[each].selects, *entries[each].stacked)]
         return Frozen(axis, why, max(inlets, key=self.order.__getitem__))
 
-    def without(self, units: Collection[UnitEntries]) -> Removal:
-        """Return what is left without all of `units`, in time linear in their branches."""
+    def without(self, units: Collection[UnitEntries], unasked: Collection[fx.Node] = ()) -> Removal:
+        """Return what is left without all of `units`, in time linear in their branches.
+
+        `unasked` are outputs of the graph that nobody asks for any more.
+        """
         selects = [node for entries in units for node in entries.selects]
         stacked: dict[fx.Node, set[int]] = {}
         for entries in units:
             for node, found in entries.stacked.items():
                 stacked.setdefault(node, set()).update(found)
         flow = _ZeroFlow(self, selects)
-        dead = self._dead(selects, flow.absorbed, stacked)
+        dead = self._dead(selects, flow.absorbed, stacked, unasked)
         stuck = flow.stuck or self._first_alive(selects, flow, dead)
         return Removal(flow.absorbed, stacked, dead, stuck)
 
@@ -189,6 +192,7 @@ class UnitOwnership:
         selects: Iterable[fx.Node],
         absorbed: Mapping[fx.Node, fx.Node],
         stacked: Mapping[fx.Node, Collection[int]],
+        unasked: Collection[fx.Node],
     ) -> set[fx.Node]:
         """Return the nodes that nothing uses once branches have ended where they are absorbed."""
         dead: set[fx.Node] = set()
@@ -199,9 +203,13 @@ class UnitOwnership:
             if user in stacked:
                 tensors: Any = user.args[0]
                 return any(t is node for i, t in enumerate(tensors) if i not in stacked[user])
-            return True
+            return user.op != "output" or node not in unasked
 
-        pending = [*selects, *(other for node in absorbed for other in node.all_input_nodes)]
+        pending = [
+            *selects,
+            *unasked,
+            *(other for node in absorbed for other in node.all_input_nodes),
+        ]
         pending += [other for node in stacked for other in node.all_input_nodes]
         while pending:
             node = pending.pop()

@@ -158,13 +158,13 @@ def _residual(types: Types, atoms: Collection[Atom]) -> set[Atom]:
             continue
         early, late = sorted(operands, key=order.__getitem__)
         for atom in (types.atoms_of.get(node, frozenset()) & groups) - found:
-            around = _reaches(late, early, order, types, None)
-            if around and not _reaches(late, early, order, types, atom):
+            around = reaches(late, early, order, types, None)
+            if around and not reaches(late, early, order, types, atom):
                 found.add(atom)
     return found
 
 
-def _reaches(
+def reaches(
     late: fx.Node, early: fx.Node, order: dict[fx.Node, int], types: Types, atom: Atom | None
 ) -> bool:
     """Return whether `late` is computed from `early` (through values that hold `atom` only)."""

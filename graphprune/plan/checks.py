@@ -8,7 +8,7 @@ from collections.abc import Iterable, MutableMapping
 
 from graphprune.errors import PlanError
 from graphprune.plan.index_map import IndexMap
-from graphprune.plan.steps import Cut, Merge, Step, WeightDim
+from graphprune.plan.steps import Branch, Cut, Merge, Step, WeightDim
 
 
 def check_change(change: Cut | Merge) -> None:
@@ -42,8 +42,10 @@ def check_step(step: Step, sizes: MutableMapping[WeightDim, int]) -> None:
         Naming the group or weight.
     """
     _check_extents(step.cuts, sizes)
+    _check_branches(step.branches, sizes)
     for at, lost in step.removed().items():
-        sizes[at] -= len(lost)
+        if at in sizes:  # what goes with a branch is forgotten
+            sizes[at] -= len(lost)
     _check_extents(step.merges, sizes)
     _check_permutations(step, sizes)
     for merge in step.merges:
@@ -93,6 +95,18 @@ def _check_extents(changes: Iterable[Cut | Merge], sizes: MutableMapping[WeightD
             if (size := sizes.get((m.weight, m.dim))) != m.extent:
                 found = f"dimension {m.dim} of {m.weight} is {size}, not {m.extent}"
                 raise PlanError(f"{change.group}: {found}")
+
+
+def _check_branches(branches: Iterable[Branch], sizes: MutableMapping[WeightDim, int]) -> None:
+    """Refuse branches whose weights are not there or of other sizes, and forget these."""
+    for branch in branches:
+        for name, shape in branch.weights.items():
+            found = {dim: size for (other, dim), size in sizes.items() if other == name}
+            if found != dict(enumerate(shape)):
+                now = f"of shape {tuple(found.values())}" if found else "missing"
+                raise PlanError(f"{branch.name}: {name} is {now}, not of shape {shape}")
+            for dim in found:
+                del sizes[name, dim]
 
 
 def _check_permutations(step: Step, sizes: MutableMapping[WeightDim, int]) -> None:

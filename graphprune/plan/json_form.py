@@ -14,10 +14,10 @@ from graphprune.errors import PlanError
 from graphprune.plan.checks import check_change
 from graphprune.plan.edits import Edit, Edits
 from graphprune.plan.index_map import IndexMap
-from graphprune.plan.steps import Cut, Merge, Permutation, Step
+from graphprune.plan.steps import Branch, Cut, Merge, Permutation, Step
 
-_FORMAT, _WITH_EDITS = 1, 2
-"""A plan without edits is of the first format, so that every release reads it."""
+_FORMAT, _WITH_EDITS, _WITH_BRANCHES = 1, 2, 3
+"""A plan is of the first format that holds it, so that as many releases as can read it do."""
 
 _MEMBERS = [
     {
@@ -48,7 +48,9 @@ _MERGE = {
     "orders": _PERMUTATIONS,
     "moves": _PERMUTATIONS,
 }
-_STEPS = [{"fingerprint": str, "cuts": [_CUT], "merges": [_MERGE]}]
+_BRANCHES = [{"name": str, "weights": [{"name": str, "shape": [int]}], "caches": [str]}]
+_STEPS = [{"fingerprint": str, "cuts": [_CUT], "merges": [_MERGE], "branches": _BRANCHES}]
+_ABSENT: dict[str, Any] = {"owner": None, "branches": []}
 _EDITS = [{"pass": str, "weights": [str], "patterns": [[str]], "graph": bool}]
 
 _UNTOLD: dict[str, Any] = {
@@ -74,16 +76,11 @@ def to_data(
     calibration: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return what a plan holds, but for the values of weights, as JSON data."""
+    steps = tuple(steps)
+    told = _WITH_BRANCHES if any(step.branches for step in steps) else _FORMAT
     data: dict[str, Any] = {
-        "format": _FORMAT if edits is None else _WITH_EDITS,
-        "steps": [
-            {
-                "fingerprint": step.fingerprint,
-                "cuts": [_cut_to_data(cut) for cut in step.cuts],
-                "merges": [_merge_to_data(merge) for merge in step.merges],
-            }
-            for step in steps
-        ],
+        "format": told if edits is None else max(told, _WITH_EDITS),
+        "steps": [_step_to_data(step) for step in steps],
     }
     if edits is not None:
         data["edits"] = [_edit_to_data(edit) for edit in edits.made]
@@ -102,11 +99,14 @@ def from_data(data: Any) -> tuple[tuple[Step, ...], Edits | None, dict[str, Any]
         When the data is no plan.
     """
     try:
-        if data["format"] not in (_FORMAT, _WITH_EDITS):
-            raise PlanError(f"plan format {data['format']} is not {_FORMAT} or {_WITH_EDITS}")
+        if data["format"] not in (_FORMAT, _WITH_EDITS, _WITH_BRANCHES):
+            raise PlanError(
+                f"plan format {data['format']} is none of {_FORMAT} to {_WITH_BRANCHES}"
+            )
         _conform(data["steps"], _STEPS, "steps")
         steps = tuple(map(_step_from_data, data["steps"]))
-        edits = _edits_from_data(data) if data["format"] == _WITH_EDITS else None
+        edited = data["format"] == _WITH_EDITS or "edits" in data
+        edits = _edits_from_data(data) if edited else None
         calibration = data.get("calibration")
         if calibration is not None:
             _conform({**_UNTOLD, **calibration}, _CALIBRATION, "calibration")
@@ -123,8 +123,9 @@ def _conform(data: Any, form: Any, where: str) -> None:
     """Refuse JSON data that is not of a form: a dict of forms, a list of one, or a type."""
     if isinstance(form, dict):
         for key, inner in form.items():
-            # Plans of earlier releases name no owners.
-            _conform(data.get(key) if key == "owner" else data[key], inner, f"{where}.{key}")
+            # Plans of earlier releases name no owners and no branches.
+            held = data.get(key, _ABSENT[key]) if key in _ABSENT else data[key]
+            _conform(held, inner, f"{where}.{key}")
     elif isinstance(form, list):
         if type(data) is not list:
             raise TypeError(f"{where} is no list")
@@ -134,6 +135,22 @@ def _conform(data: Any, form: Any, where: str) -> None:
         return
     elif not isinstance(data, form) or isinstance(data, bool) or (type(data) is int and data < 0):
         raise TypeError(f"{where} is {data!r}")
+
+
+def _step_to_data(step: Step) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "fingerprint": step.fingerprint,
+        "cuts": [_cut_to_data(cut) for cut in step.cuts],
+        "merges": [_merge_to_data(merge) for merge in step.merges],
+    }
+    if step.branches:
+        data["branches"] = [_branch_to_data(branch) for branch in step.branches]
+    return data
+
+
+def _branch_to_data(branch: Branch) -> dict[str, Any]:
+    weights = [{"name": name, "shape": list(shape)} for name, shape in branch.weights.items()]
+    return {"name": branch.name, "weights": weights, "caches": list(branch.caches)}
 
 
 def _cut_to_data(cut: Cut) -> dict[str, Any]:
@@ -186,8 +203,17 @@ def _edits_from_data(data: dict[str, Any]) -> Edits:
 
 
 def _step_from_data(data: dict[str, Any]) -> Step:
-    cuts, merges = map(_cut_from_data, data["cuts"]), map(_merge_from_data, data["merges"])
-    return Step(data["fingerprint"], tuple(cuts), tuple(merges))
+    return Step(
+        data["fingerprint"],
+        tuple(map(_cut_from_data, data["cuts"])),
+        tuple(map(_merge_from_data, data["merges"])),
+        tuple(map(_branch_from_data, data.get("branches", ()))),
+    )
+
+
+def _branch_from_data(data: dict[str, Any]) -> Branch:
+    weights = {each["name"]: tuple(each["shape"]) for each in data["weights"]}
+    return Branch(data["name"], weights, tuple(data["caches"]))
 
 
 def _cut_from_data(data: dict[str, Any]) -> Cut:

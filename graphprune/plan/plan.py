@@ -210,6 +210,9 @@ class Plan:
                 moved = ", reordered" if merge.reordering else ""
                 share = f"{merge.size:>6} into {merge.groups}"
                 lines.append(f"  merge {share} KV heads of {merge.group}{moved}")
+            for branch in step.branches:
+                held = f"{len(branch.weights)} weights"
+                lines.append(f"  remove the branch {branch.name}, with {held}")
         for edit in self.edits.made if self.edits else ():
             lines.append(f"other values in {len(edit.weights)} weights, by {edit.by}")
         if self.calibration:

@@ -119,15 +119,37 @@ class Merge:
 
 
 @dataclass(frozen=True)
-class Step:
-    """Cuts and merges that one pass decided, in the coordinates of the program it was given.
+class Branch:
+    """A residual branch that goes: what it adds to the residual stream is zero from then on.
 
-    Merges come after the cuts, and count what those leave.
+    Parameters
+    ----------
+    name
+        Where its matrices lie.
+    weights
+        Name -> shape of every weight that nothing else uses, once the branches before it in the
+        step are gone.
+    caches
+        The parts of the KV cache that nothing else reads, such as ``3.key``.
+    """
+
+    name: str
+    weights: Mapping[str, tuple[int, ...]]
+    caches: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one pass decided, in the coordinates of the program that it was given.
+
+    Merges come after the cuts, and count what those leave. Branches go by themselves: no cut or
+    merge stands beside them in a step.
     """
 
     fingerprint: str
     cuts: tuple[Cut, ...] = ()
     merges: tuple[Merge, ...] = ()
+    branches: tuple[Branch, ...] = ()
 
     @property
     def permutations(self) -> tuple[Permutation, ...]:
@@ -139,17 +161,33 @@ class Step:
         """The permutations of interleaved weights between cuts and merges, each once."""
         return tuple(dict.fromkeys(p for merge in self.merges for p in merge.deinterleaving))
 
+    @property
+    def whole(self) -> list[str]:
+        """The weights that go as a whole, with units or branches that own them."""
+        owned = [name for cut in self.cuts for name in cut.whole]
+        return [*owned, *(name for branch in self.branches for name in branch.weights)]
+
     def removed(self) -> dict[WeightDim, set[int]]:
-        """Return the indices that the cuts remove, as the program before the step counts them."""
+        """Return the indices that go, as the program before the step counts them.
+
+        Of a weight that goes with a branch these are all along its first dimension.
+        """
         found: dict[WeightDim, set[int]] = defaultdict(set)
         for cut in self.cuts:
             for weight, dim, indices in cut.indices():
                 found[weight, dim].update(indices)
+        for name, size in self._branch_extents().items():
+            found[name].update(range(size))
         return found
+
+    def _branch_extents(self) -> dict[WeightDim, int]:
+        weights = (pair for branch in self.branches for pair in branch.weights.items())
+        return {(name, 0): shape[0] for name, shape in weights if shape}
 
     def extents(self) -> dict[WeightDim, int]:
         """Return the size of every dimension that the step changes, before it."""
         # A merge beside cuts counts what they leave, so that theirs come last.
         changes: tuple[Cut | Merge, ...] = (*self.merges, *self.cuts)
         sizes = {(p.weight, p.dim): len(p.sources) for p in self.permutations}
-        return sizes | {(m.weight, m.dim): m.extent for change in changes for m in change.members}
+        sizes |= {(m.weight, m.dim): m.extent for change in changes for m in change.members}
+        return sizes | self._branch_extents()

@@ -256,8 +256,8 @@ class _Document:
             for name, shape in shapes.items()
             if name in self.numbers_of_weights and shape != list(program.weights[name].shape)
         }
-        for cut in self.plan.steps[0].cuts if self.plan.steps else ():
-            changed |= {self.numbers_of_weights[name]: [0] for name in cut.whole}
+        for name in self.plan.steps[0].whole if self.plan.steps else ():
+            changed[self.numbers_of_weights[name]] = [0]
         return {
             "shapes": changed,
             "units": self._units_that_go(),

@@ -15,6 +15,7 @@ from graphprune.calibration.layerwise import logits_of_all
 from graphprune.calibration.losses import task_loss
 from graphprune.criteria import Scores, ScoringContext
 from graphprune.errors import SelectionError
+from graphprune.ir.interpreter import Compute, call
 from graphprune.ir.program import Program
 from graphprune.plan.plan import Plan
 from graphprune.plan.steps import Step
@@ -63,13 +64,13 @@ def loss_margins(
                 f"{group.name} ({group.role}, {group.exactness}): its removal is no zeroing of "
                 "weights, so its loss cannot be measured by masking"
             )
-    losses, fingerprint = [_loss(program, data)], program.fingerprint()
+    losses, fingerprint = [mean_loss(program, data)], program.fingerprint()
     runs = [(group, count) for group in context.groups for count in _counts(group, levels)]
     for group, count in context.track(runs, "measuring the loss of groups"):
         cut = group.cut(lowest_units(scores[group.name], count))
         plan = Plan((Step(fingerprint, (cut,)),))
         masked = program.with_weights(plan.masked(program.weights))
-        losses.append(_loss(masked, data))
+        losses.append(mean_loss(masked, data))
     measured = torch.tensor(losses, dtype=torch.float64)
     ranks.sum_of([measured])
     whole, *others = measured.tolist()
@@ -85,11 +86,20 @@ def _counts(group: Group, levels: int) -> Sequence[int]:
     return sorted({round(most * level / levels) for level in range(1, levels + 1)} - {0})
 
 
-def _loss(program: Program, data: Calibration) -> float:
-    """Return the mean loss over the samples of `data`, as far as this process runs them."""
+def mean_loss(program: Program, data: Calibration, compute: Compute = call) -> float:
+    """Return the mean loss over the samples of `data`, as far as this process runs them.
+
+    Parameters
+    ----------
+    program, data
+        What is run, on what.
+    compute
+        Makes the values of nodes.
+    """
     total, labeled = 0.0, list(data.labeled())
     batches = [labeled[at] for at in own_batches(labeled)]
-    every = logits_of_all(program, [inputs_of(batch) for batch in batches])
+    inputs = [inputs_of(batch) for batch in batches]
+    every = logits_of_all(program, inputs, compute=lambda: compute)
     for batch, logits in zip(batches, every, strict=True):
         with torch.no_grad():
             total += task_loss(logits, batch).item() * len(next(iter(batch.values())))

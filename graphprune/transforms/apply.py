@@ -17,11 +17,13 @@ from graphprune.analysis.axes import Axis
 from graphprune.analysis.axis_cuts import AxisCut
 from graphprune.analysis.coupling import Coupling, analyze
 from graphprune.analysis.groups import Group
+from graphprune.analysis.residual.branches import Branches
 from graphprune.errors import PROGRAMS, PlanError, refuse_other
 from graphprune.ir.program import Program
 from graphprune.plan.checks import check_change
 from graphprune.plan.plan import Plan
 from graphprune.plan.steps import Cut, Step
+from graphprune.transforms.branches import remove_branches
 from graphprune.transforms.heads.merge import merge_heads
 from graphprune.transforms.resize import Resize
 
@@ -49,6 +51,9 @@ def apply_step(program: Program, step: Step, coupling: Coupling | None = None) -
         program = _remove(program, step.cuts, coupling or analyze(program))
     if step.merges:
         program = merge_heads(program, step.merges)
+    if step.branches:
+        types = (coupling or analyze(program)).types
+        program = remove_branches(program, step.branches, Branches(types))
     return program
 
 

@@ -50,7 +50,7 @@ def refit(
     coupling
         Its analysis.
     plan
-        Cuts of groups whose removal equals zeroing; no merges.
+        Cuts of groups whose removal equals zeroing; no merges, and no branches.
     calibration
         Batches to run it on.
     damp
@@ -69,7 +69,7 @@ def refit(
     Raises
     ------
     PlanError
-        When the plan merges, or cuts units whose removal is no zeroing.
+        When the plan merges, takes branches, or cuts units whose removal is no zeroing.
     SelectionError
         When a matrix that is to be refitted holds integers, or values that are not finite.
     CalibrationError
@@ -130,6 +130,8 @@ def refit(
 def _check(coupling: Coupling, plan: Plan) -> None:
     if any(step.merges for step in plan.steps):
         raise PlanError("merged heads cannot be refitted: refit before merging")
+    if any(step.branches for step in plan.steps):
+        raise PlanError("what branches went after cannot be refitted: refit before prune-depth")
     for cut in (cut for step in plan.steps for cut in step.cuts):
         group = coupling.group(cut.group)
         if not group.is_zeroing:

@@ -22,6 +22,7 @@ from graphprune.ir.nodes import get_argument, set_argument
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import module_path, operator_of
 from graphprune.ir.shape_propagation import follow_size, with_graph
+from graphprune.transforms.removal import take_out
 from graphprune.weights.deferred import cut, later
 
 RESCALE = "rescale"
@@ -92,11 +93,7 @@ class Resize:
             tensors: Any = self.new[node].args[0]
             kept = [each for at, each in enumerate(tensors) if at not in gone_at]
             self.new[node].args = (kept, *self.new[node].args[1:])
-        for node in removal.absorbed:
-            self.new[node].replace_all_uses_with(self.new[removal.instead(node)])
-        order = self.types.unit_ownership.order
-        for node in sorted({*removal.absorbed, *removal.dead}, key=order.__getitem__, reverse=True):
-            self.graph.erase_node(self.new.pop(node))
+        take_out(self.graph, self.new, removal)
         for select in self.types.facts.unit_selects:
             if select.node in self.new and self.touched((select.axis,)):
                 index = kept_indices(self.axes, select.axis, self.cuts).index(select.index)

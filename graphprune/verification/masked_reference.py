@@ -2,7 +2,8 @@
 
 It is made from the plan's index maps and the original graph alone; nothing of the rewriter's
 slicing is shared. Removing zeroes; where units are chosen at run time, as experts are, those that
-went are never chosen, since their logits are minus infinity. Merging replaces every head of a run
+went are never chosen, since their logits are minus infinity. A residual branch that went adds
+zeros. Merging replaces every head of a run
 by the run's mean. Where a normalization's statistics run over an axis that lost units (LayerNorm
 over the residual stream), they are taken over what stays; a plain mean (RMSNorm) keeps its old
 divisor, which zeroing does by itself. Norms of weights are those of all units.
@@ -27,6 +28,7 @@ from torch import Tensor, fx
 from graphprune.analysis.axes import Axis, Product
 from graphprune.analysis.index_maps import indices_by_unit
 from graphprune.analysis.inference import infer
+from graphprune.analysis.residual.branches import Branches
 from graphprune.analysis.types import Types
 from graphprune.ir.aten import is_mutating, is_random, random_nodes
 from graphprune.ir.interpreter import Compute, Hooks, call, run_program
@@ -99,6 +101,9 @@ class MaskedReference:
         self.choices: dict[fx.Node, list[tuple[int, Tensor]]] = {}
         self._unmasked = _Unmasked(original)
         self._types = types
+        gone = [branch.name for step in plan.steps for branch in step.branches]
+        branches = Branches(types) if gone else None
+        self._absent = {branches.named(name).term for name in gone} if branches else set()
         self._kept = self._kept_units()
         if self._kept:
             self._find_what_stays()
@@ -198,6 +203,8 @@ class MaskedReference:
         """Return what a node makes with statistics over what stays, and choices from it."""
         if node in self._normalized:
             return made(self._normalized[node])
+        if node in self._absent:
+            return torch.zeros_like(call(node, args, kwargs))
         for dim, stays in self.choices.get(node, ()):
             shape = [1] * args[0].ndim
             shape[dim] = -1

@@ -44,7 +44,7 @@ class NarrowWeights:
         self.origin: dict[WeightDim, Tensor] = {}
         for step in plan.steps:
             self._follow(step)
-        self.gone = {name for step in plan.steps for cut in step.cuts for name in cut.whole}
+        self.gone = {name for step in plan.steps for name in step.whole}
         for name in self.gone:
             self.values.pop(name, None)
         # What goes with its unit as a whole says nothing about the units of its own axes.

@@ -36,7 +36,12 @@ from graphprune.backends.huggingface.model import (
     model_of,
     quiet,
 )
-from graphprune.backends.huggingface.renumber import renumbered
+from graphprune.backends.huggingface.shorter_lists import (
+    Kept,
+    depth_changes,
+    renumbered,
+    shortened,
+)
 from graphprune.backends.huggingface.trial import Trial
 from graphprune.errors import BackendError
 from graphprune.ir.compare import graph_difference
@@ -115,20 +120,25 @@ def _chosen(program: Program) -> ChosenForm:
     base_class = getattr(source.model_class, "graphprune_base", source.model_class)
     builder = Builder(source.config, base_class)
     with quiet():
-        program = renumbered(program, builder.sizes({}) or ())
+        names = builder.sizes({}) or ()
+        kept = shortened(names, {*program.weights, *program.aliases})
+        program = renumbered(program, names)
     try:
         folded, norms = fold(program)
     except BackendError as error:
         return ChosenForm(CheckpointForm("none", str(error)), program)
     with quiet():
-        return _FormSearch(folded, norms, builder).take()
+        return _FormSearch(folded, norms, builder, kept).take()
 
 
 class _FormSearch:
     """Tries plain configs first, then a config for each layer; keeps the first reason of each."""
 
-    def __init__(self, program: Program, norms: tuple[Folded, ...], builder: Builder) -> None:
+    def __init__(
+        self, program: Program, norms: tuple[Folded, ...], builder: Builder, kept: Kept
+    ) -> None:
         self.program = program
+        self.kept = kept
         self.norms = norms
         self.builder = builder
         self.base_class = builder.model_class
@@ -140,18 +150,22 @@ class _FormSearch:
         self.notes = (only,) if self.sizes_only else ()
 
     def take(self) -> ChosenForm:
-        chosen, reason = self._plain()
-        if chosen is not None:
-            return chosen
-        chosen, other = self._layered(reason)
+        reason, bases = "", list(itertools.islice(depth_changes(self.builder, self.kept), _TRIES))
+        for base in bases:
+            chosen, why = self._plain(base)
+            if chosen is not None:
+                return chosen
+            reason = reason or why
+        chosen, other = self._layered(reason, bases[0])
         chosen = chosen or self._resized(reason)
         if chosen is not None:
             return chosen
         return ChosenForm(CheckpointForm("none", other or reason), self.program)
 
-    def _plain(self) -> tuple[ChosenForm | None, str]:
+    def _plain(self, base: Changes) -> tuple[ChosenForm | None, str]:
+        """Try configs of equal layers; `base` gives the model as many of them."""
         reason = ""
-        search = Search(self.builder, self.target, {}, self._unit_sizes)
+        search = Search(self.builder, self.target, base, self._unit_sizes)
         for changes in itertools.islice(search.solutions(), _TRIES):
             epsilon, why = self._epsilon(changes)
             if epsilon is None:
@@ -167,12 +181,12 @@ class _FormSearch:
         rule = "" if reason else broken_rule(self.builder, self.target)
         return None, reason or rule or search.reason
 
-    def _layered(self, reason: str) -> tuple[ChosenForm | None, str]:
+    def _layered(self, reason: str, base: Changes) -> tuple[ChosenForm | None, str]:
         if not self.base_class.__module__.startswith("transformers."):
             return None, reason
         first = ""
         search = LayerSearch(
-            self.builder, needed_sizes(self.program, derived=False), self._unit_sizes
+            self.builder, needed_sizes(self.program, derived=False), base, self._unit_sizes
         )
         for changes, layers in itertools.islice(search.solutions(), _TRIES):
             epsilon, _ = self._epsilon(changes)
@@ -262,7 +276,7 @@ class _FormSearch:
         return model_of(self.program, config, pruned_class(self.base_class))
 
     def _as_before(self, found: CheckpointForm, model: Any) -> dict[str, dict[str, float]]:
-        before = _numbers(self.builder.model({}))
+        before = _numbers(self.builder.model(found.changes if self.kept else {}))
         attributes = {path: dict(inner) for path, inner in found.attributes.items()}
         for (path, name), value in _numbers(model).items():
             old = before.get((path, name), value)

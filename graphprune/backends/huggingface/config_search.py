@@ -66,6 +66,11 @@ class Builder:
         classes: tuple[Any, Any] = (type(config), model_class)
         self._known = _known_sizes(*classes, fields, checked)
 
+    @property
+    def fields(self) -> Mapping[str, Any]:
+        """The fields of the config as they are stored, those of inner configs as dicts."""
+        return self._fields
+
     def unchecked(self) -> Builder:
         """Return a builder of the same models whose configs are not validated."""
         return Builder(self._source, self.model_class, checked=False)
@@ -416,4 +421,5 @@ class Search:
 
 
 def _frozen(changes: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    return tuple(sorted(changes.items()))
+    plain = {path: repr(v) if isinstance(v, list) else v for path, v in changes.items()}
+    return tuple(sorted(plain.items()))

@@ -163,17 +163,22 @@ class LayerSearch:
         Builds the whole model, with the sizes that all layers share.
     target
         The sizes to reach.
-    unit_sizes
+    base, unit_sizes
         As for `Search`.
     """
 
     def __init__(
-        self, builder: Builder, target: Sizes, unit_sizes: Callable[[WeightDim], Collection[int]]
+        self,
+        builder: Builder,
+        target: Sizes,
+        base: Changes,
+        unit_sizes: Callable[[WeightDim], Collection[int]],
     ) -> None:
         self.builder = builder
         self.target = target
+        self.base = base
         self.unit_sizes = unit_sizes
-        self.paths = layer_paths(builder.model({}))
+        self.paths = layer_paths(builder.model(base))
         self.reason = ""
 
     def solutions(self) -> Iterator[tuple[Changes, dict[str, Changes]]]:
@@ -181,7 +186,7 @@ class LayerSearch:
 
         Where one config gives all layers their sizes, it comes first.
         """
-        search = Search(self.builder, self.target, {}, self.unit_sizes)
+        search = Search(self.builder, self.target, self.base, self.unit_sizes)
         for changes in search.solutions():
             yield changes, {}
         outside = {
@@ -189,7 +194,7 @@ class LayerSearch:
             for name, shape in self.target.items()
             if not any(name.startswith(f"{path}.") for path in self.paths)
         }
-        search = Search(self.builder, outside, {}, self.unit_sizes)
+        search = Search(self.builder, outside, self.base, self.unit_sizes)
         for changes in itertools.islice(search.solutions(), 3):
             for layers in self._layers(changes):
                 yield changes, layers

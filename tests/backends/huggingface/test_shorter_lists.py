@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.backends.huggingface.renumber import renumbered
+from graphprune.backends.huggingface.shorter_lists import renumbered
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import module_path
 

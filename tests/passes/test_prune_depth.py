@@ -1,0 +1,220 @@
+"""Blocks and branches that go: which ones, exactly, and what of the checkpoint follows."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import build, inputs_of, program_of, relative_error
+from torch import Tensor, nn
+
+import graphprune as gp
+from graphprune.backends.huggingface.save import checkpoint_form
+from graphprune.errors import PlanError, SelectionError, VerificationError
+from graphprune.ir.program import PAST, Program
+from graphprune.passes.prune_depth import PruneDepth
+from graphprune.pipeline.pass_manager import Result
+from graphprune.pipeline.pipeline import Pipeline
+from graphprune.plan.plan import Plan
+
+
+def tokens(rows: int = 3, length: int = 12) -> dict[str, Tensor]:
+    ids = torch.randint(0, 60, (rows, length), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def calibration() -> gp.Calibration:
+    return gp.Calibration.from_batches([tokens()])
+
+
+def run(name: str, *passes: Any) -> Result:
+    return Pipeline(passes).run(program_of(name), calibration=calibration(), quiet=True)
+
+
+def removed(result: Result) -> list[str]:
+    names: list[str] = result.report.passes[0].details["removed"]
+    return names
+
+
+# -- which ones go: references that share nothing but transformers ---------------------------------
+
+
+def without(model: nn.Module, parts: tuple[str, ...]) -> nn.Module:
+    """A model in which modules give zeros."""
+    model = copy.deepcopy(model)
+    for part in parts:
+        model.get_submodule(part).register_forward_hook(lambda _, __, out: torch.zeros_like(out))
+    return model
+
+
+def loss_of(model: nn.Module) -> float:
+    batch = tokens()
+    with torch.no_grad():
+        logits = model(**batch).logits[:, :-1]
+    ids = batch["input_ids"][:, 1:]
+    return nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).item()
+
+
+def test_branches_go_greedily_by_loss() -> None:
+    model = build("gemma3")
+    ends = {"self_attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
+    named = {
+        f"model.layers.{layer}.{name}": f"model.layers.{layer}.{end}"
+        for layer, (name, end) in itertools.product(range(3), ends.items())
+    }
+    gone: list[str] = []
+    losses = [loss_of(model)]
+    for _ in range(2):
+        measured = {
+            name: loss_of(without(model, tuple(named[each] for each in (*gone, name))))
+            for name in named
+            if name not in gone
+        }
+        gone.append(min(measured, key=measured.__getitem__))
+        losses.append(measured[gone[-1]])
+    result = run("gemma3", PruneDepth(count=2, unit="branch"))
+    assert removed(result)[0] == gone[0]
+    told = result.report.passes[0].details["loss, before and after each"]
+    assert told[:2] == pytest.approx(losses[:2], abs=2e-4)
+    assert told[2] == pytest.approx(
+        loss_of(without(model, tuple(named[each] for each in removed(result)))), abs=2e-4
+    )
+
+
+def test_blocks_go_by_how_far_they_turn_the_stream() -> None:
+    model = build("gemma3")
+    with torch.no_grad():
+        states = model.model(**tokens(), output_hidden_states=True).hidden_states
+        states = list(states)[:3]  # the last one is normalized
+        seen: list[Tensor] = []
+        model.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        model.model(**tokens())
+    states.append(seen[0])
+    turned = [
+        (1 - nn.functional.cosine_similarity(one, other, dim=-1)).mean().item()
+        for one, other in itertools.pairwise(states)
+    ]
+    result = run("gemma3", PruneDepth(count=1, criterion="cosine"))
+    assert removed(result) == [f"model.layers.{turned.index(min(turned))}"]
+
+
+# -- what is left ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gemma3", "opt"])
+def test_the_result_is_the_model_without_the_block(name: str) -> None:
+    result = run(name, PruneDepth(count=1, skip=("*.layers.1",)))
+    (gone,) = removed(result)
+    model = copy.deepcopy(build(name))
+    layers = model.get_submodule(gone.rpartition(".")[0])
+    del layers[int(gone.rpartition(".")[2])]
+    for config in (model.config, model.get_submodule(gone.partition(".")[0]).config):
+        config.num_hidden_layers = len(layers)
+    with torch.no_grad():
+        expected = model(**tokens(), use_cache=False).logits
+    assert relative_error(expected, result.program(**tokens())["logits"]) < 1e-5
+    caches = [value.name for value in result.program.inputs if value.name.startswith(PAST)]
+    assert caches == [f"{PAST}{i}.{part}" for i in range(len(layers)) for part in ("key", "value")]
+
+
+def test_a_plan_applies_again_and_to_no_other_program() -> None:
+    result = run("gemma3", PruneDepth(ratio=0.34))
+    assert "remove the branch model.layers." in str(result.plan)
+    again = Plan.from_json(result.plan.to_json())
+    assert again == result.plan and '"format": 3' in again.to_json()
+    smaller = gp.apply(program_of("gemma3"), again)
+    assert smaller.fingerprint() == result.program.fingerprint()
+    with pytest.raises(PlanError, match="the plan was made for program"):
+        gp.apply(program_of("llama-gqa"), again)
+    wrong = again.to_json().replace("self_attn.q_norm", "self_attn.q_normal")
+    with pytest.raises(PlanError, match=r"the plan's branches and the program's differ"):
+        gp.apply(program_of("gemma3"), Plan.from_json(wrong))
+    with pytest.raises(VerificationError):
+        gp.verify(program_of("gemma3"), again, program_of("gemma3"))
+
+
+def test_it_follows_and_precedes_other_cuts() -> None:
+    text = "prune{target=ffn ratio=0.25 criterion=l2},prune-depth{count=1 unit=branch}"
+    program, data = program_of("gemma3"), calibration()
+    result = Pipeline.parse(text).run(program, calibration=data, quiet=True)
+    assert [bool(step.branches) for step in result.plan.steps] == [False, True]
+    turned = ",".join(reversed(text.replace(",", ", ").split(", ")))
+    result = Pipeline.parse(f"{turned},reconstruct").run(program, calibration=data, quiet=True)
+    assert [bool(step.branches) for step in result.plan.steps] == [True, False]
+    with pytest.raises(PlanError, match="refit before prune-depth"):
+        Pipeline.parse(f"{text},reconstruct").run(program, calibration=data, quiet=True)
+
+
+# -- checkpoints ----------------------------------------------------------------------------------
+
+
+def reloaded(program: Program, folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    program.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def test_a_checkpoint_has_fewer_layers_and_generates_the_same(tmp_path: Path) -> None:
+    result = run("gemma3", PruneDepth(count=1, skip=("model.layers.2",)))
+    (gone,) = removed(result)
+    assert checkpoint_form(result.program).kind == "plain"
+    model = reloaded(result.program, tmp_path)
+    before = build("gemma3")
+    types = list(before.config.layer_types)
+    del types[int(gone[-1])]
+    assert model.config.num_hidden_layers == 2 and model.config.layer_types == types
+    ids = tokens(1, 6)["input_ids"]
+    found = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    expected = ids
+    for _ in range(6):
+        logits = result.program(input_ids=expected)["logits"]
+        expected = torch.cat([expected, logits[:, -1:].argmax(-1)], 1)
+    assert found.tolist() == expected.tolist()
+
+
+# -- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"count": 3}, "3 of 3 cannot go, only 2: all of the 6 residual branches would go"),
+        ({"count": 3, "unit": "branch", "skip": ("*.mlp",)}, "nothing would be left in the KV"),
+        ({"count": 1, "skip": ("*.attn",)}, r"skip pattern '\*.attn' matches no block"),
+        ({"ratio": 0.1}, "nothing to prune: 0.1 of 3 blocks is less than one"),
+    ],
+)
+def test_what_cannot_go_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SelectionError, match=message):
+        run("gemma3", PruneDepth(criterion="cosine", **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give one of ratio and count"),
+        ({"ratio": 0.5, "count": 1}, "give one of ratio and count"),
+        ({"ratio": 25.0}, r"ratio 25 is not in \[0, 1\); 25 % is 0.25"),
+        ({"count": -1}, "count -1 is negative"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SelectionError, match=message):
+        PruneDepth(**options)
+
+
+def test_layers_that_normalize_their_sums_cannot_go_as_a_whole() -> None:
+    program = program_of("bert")
+    data = gp.Calibration.from_batches([inputs_of(program)])
+    with pytest.raises(SelectionError, match=r"keeps .*LayerNorm.bias, which is used without its"):
+        Pipeline([PruneDepth(count=1)]).run(program, calibration=data, quiet=True)
+
+
+def test_nothing_goes_without_a_budget() -> None:
+    result = run("llama-gqa", PruneDepth(ratio=0))
+    assert not result.plan and result.program is program_of("llama-gqa")
