@@ -218,10 +218,11 @@ def each_once(
     jobs: Sequence[J],
     solve: Callable[[J], T],
     track: Callable[[Sequence[J]], Iterable[J]] = iter,
-) -> list[T]:
-    """Return what `solve` gives for every job, each done by one process and sent to all.
+) -> Iterator[T]:
+    """Yield what `solve` gives for every job, each done by one process and sent to all.
 
-    It is pickled on the way; tensors keep their kind of device.
+    It is pickled on the way; tensors keep their kind of device. One process alone does a job when
+    it is asked for what that gives.
 
     Parameters
     ----------
@@ -233,12 +234,13 @@ def each_once(
         Wraps the loop over those of this process in a progress bar.
     """
     if size() == 1:
-        return [solve(job) for job in track(jobs)]
+        yield from (solve(job) for job in track(jobs))
+        return
     done = [solve(job) for job in track(jobs[rank() :: size()])]
     found: list[Any] = [None] * len(jobs)
     for owner in range(min(size(), len(jobs))):
         found[owner :: size()] = _sent(owner, done)
-    return found
+    yield from found
 
 
 def of_first(make: Callable[[], T]) -> T:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -198,7 +199,7 @@ class Sparsify(Pass):
         changed = ChangedWeights(program)
         if not self._looks:
             for held in context.track(self.together(matrices), "setting zeros"):
-                changed.store(work((), held, {}))
+                changed.store_all(work((), held, {}))
             return changed.weights, {}
         data, track = context.calibration, context.track
         bound = None if self.memory is None else int(self.memory * 2**20)
@@ -208,12 +209,13 @@ class Sparsify(Pass):
             given = self.statistics, program, matrices, data, work.kind, track, bound
             seen = load_or_observe(*given)
             for held in track(self.together(matrices), "setting zeros"):
-                changed.store(work((), held, seen))
+                changed.store_all(work((), held, seen))
             return changed.weights, {**needed, "statistics": f"{read} {self.statistics}"}
         assert data is not None, "the pass manager has asked for it"
         if self.scope == "global":
             seen = observe(program, matrices, data, work.kind, track, bound)
-            return work((), matrices, seen), needed
+            changed.store_all(work((), matrices, seen))
+            return changed.weights, needed
         layerwise = run_layerwise(
             program, matrices, data, work.kind, work, track, replay=self.sequential, memory=bound
         )
@@ -302,9 +304,10 @@ class _Work:
 
     def __call__(
         self, nodes: Sequence[Node], matrices: Sequence[Matrix], statistics: Statistics
-    ) -> Mapping[str, Tensor]:
+    ) -> Iterator[Mapping[str, Tensor]]:
         from graphprune.transforms.sparsity import SparseGpt
 
+        groups = self.options.together(matrices)
         for matrix in matrices if statistics else ():
             parts = (statistics[matrix.name].count == 0).nonzero().flatten().tolist()
             self.unseen += [f"{matrix.name}, part {part}" for part in parts]
@@ -314,19 +317,17 @@ class _Work:
                 seen = statistics[matrix.name]
                 return SparseGpt()(self._read(matrix), seen, self.pattern)[0]
 
-            return self._written(matrices, ranks.each_once(matrices, solve))
-        new: dict[str, Tensor] = {}
-        for held in self.options.together(matrices):
-            values = [self._read(matrix) for matrix in held]
-            for value, zero in zip(values, self._zeros(held, values, statistics), strict=True):
-                value.masked_fill_(zero, 0)
-            new |= self._written(held, values)
-        return new
+            solved = ranks.each_once([m for held in groups for m in held], solve)
+            for held in groups:
+                yield self._written(held, itertools.islice(solved, len(held)))
+            return
+        for held in groups:
+            yield self._with_zeros(held, self._zeros(held, statistics))
 
     def _read(self, matrix: Matrix) -> Tensor:
         return matrix.read(self.program.take([matrix.weight])[matrix.weight])
 
-    def _written(self, matrices: Sequence[Matrix], values: Sequence[Tensor]) -> dict[str, Tensor]:
+    def _written(self, matrices: Sequence[Matrix], values: Iterable[Tensor]) -> dict[str, Tensor]:
         """Return the weights of `matrices` with other values."""
         new: dict[str, Tensor] = {}
         for matrix, value in zip(matrices, values, strict=True):
@@ -335,23 +336,35 @@ class _Work:
             new[name] = matrix.write(weight, value)
         return new
 
-    def _zeros(
-        self, matrices: Sequence[Matrix], values: Sequence[Tensor], statistics: Statistics
-    ) -> list[Tensor]:
+    def _with_zeros(self, matrices: Sequence[Matrix], zeros: Iterable[Tensor]) -> dict[str, Tensor]:
+        """Return the weights of `matrices`, as they are stored, with zeros."""
+        from graphprune.weights.deferred import made
+
+        new: dict[str, Tensor] = {}
+        for matrix, zero in zip(matrices, zeros, strict=True):
+            name = matrix.weight
+            weight = new[name] if name in new else made(self.program.weights[name])
+            new[name] = matrix.write(weight, matrix.read(weight).masked_fill_(zero, 0))
+        return new
+
+    def _zeros(self, matrices: Sequence[Matrix], statistics: Statistics) -> list[Tensor]:
         """Return which elements go of matrices that are compared with each other."""
-        import torch
+        from graphprune.transforms.sparsity import zeros_by_score, zeros_by_share
 
-        from graphprune.transforms.sparsity import wanda_scores, zeros_by_score, zeros_by_share
-
-        if statistics:
-            pairs = zip(matrices, values, strict=True)
-            scores = [wanda_scores(value, statistics[matrix.name]) for matrix, value in pairs]
-        elif self.options.criterion == "random":
-            drawn = [torch.rand(value.shape, generator=self._drawn) for value in values]
-            scores = [each.to(value.device) for each, value in zip(drawn, values, strict=True)]
-        else:
-            scores = [value.float().abs() for value in values]
+        scores = [self._scores(matrix, statistics) for matrix in matrices]
         if self.options.criterion == "wanda-variant":
             return [zeros_by_share(score, self.pattern.ratio) for score in scores]
         scope = self.options.scope or ("row" if statistics else "layer")
         return zeros_by_score(scores, self.pattern, scope)
+
+    def _scores(self, matrix: Matrix, statistics: Statistics) -> Tensor:
+        import torch
+
+        from graphprune.transforms.sparsity import wanda_scores
+
+        if statistics:
+            return wanda_scores(self._read(matrix), statistics[matrix.name])
+        if self.options.criterion == "random":
+            device = self.program.weights[matrix.weight].device
+            return torch.rand(matrix.shape, generator=self._drawn).to(device)
+        return self._read(matrix).float().abs()

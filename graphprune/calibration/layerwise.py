@@ -140,6 +140,16 @@ class ChangedWeights:
         self.weights |= stored
         return stored
 
+    def store_all(self, made: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Take more of them as they are made, and return them as they are stored.
+
+        Raises
+        ------
+        UsageError, OutputError
+            As `store`.
+        """
+        return {name: weight for new in made for name, weight in self.store(new).items()}
+
 
 class BatchExecution:
     """One batch on its way through a program's graph, a segment at a time.

@@ -38,9 +38,10 @@ _WHAT, _AND = "statistics", "\n"
 Statistics = dict[str, InputStatistics]
 """Name of a matrix -> the statistics of its inputs; one object where the inputs are the same."""
 
-Edit = Callable[[Sequence[fx.Node], Sequence[Matrix], Statistics], Mapping[str, Tensor]]
-"""Given the nodes of a segment, matrices in it and their statistics: new weights by name. All
-matrices of a weight come in one call; those of a segment may come in several."""
+Edit = Callable[[Sequence[fx.Node], Sequence[Matrix], Statistics], Iterable[Mapping[str, Tensor]]]
+"""Given the nodes of a segment, matrices in it and their statistics: new weights by name, a few at
+a time, each stored before the next are made. All matrices of a weight come in one call; those of a
+segment may come in several."""
 
 
 @dataclass(frozen=True)
@@ -188,14 +189,11 @@ def run_layerwise(
             if share:
                 for execution in executions[:1]:
                     execution.weights.of(())  # the old ones go before the new ones come
-                new |= edit(segment.nodes, share, found)
+                new |= changed.store_all(edit(segment.nodes, share, found))
             account.reserve(-statistics_bytes(share, kind))
         for execution in executions if again else ():
             execution.replace(new)
             execution.advance(segment.nodes)
-        stored = changed.store(new)
-        for execution in executions[:1] if again else ():  # they share their weights
-            execution.replace(stored)
     return LayerwiseResult(changed.weights, statistics, account.peak, most)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -96,7 +96,7 @@ def refit(
 
     def edit(
         nodes: Sequence[fx.Node], held: Sequence[Matrix], statistics: Statistics
-    ) -> Mapping[str, Tensor]:
+    ) -> Iterator[Mapping[str, Tensor]]:
         used = {names[other] for n in nodes for other in n.all_input_nodes if other in names}
         new = {name: weights[name].masked_fill(gone[name], 0) for name in used & gone.keys() - done}
 
@@ -116,7 +116,7 @@ def refit(
                 new[bias] = biases[bias]
             refitted.append(matrix.name)
         done.update(new)
-        return new
+        yield new
 
     layerwise = run_layerwise(program, matrices, calibration, "gram", edit, track, memory=memory)
     rest = {

@@ -77,17 +77,25 @@ def zeros_lent(
 @contextlib.contextmanager
 def values_lent(model: nn.Module) -> Iterator[None]:
     """Let `model` compute with the values of its weights, each read where it is used."""
+    stored = stored_weights(model)
+    zeros = named_tensors(model) if stored else {}
+    with lent(model, {n: converted(w, zeros[n].dtype, zeros[n].device) for n, w in stored.items()}):
+        yield
+
+
+@contextlib.contextmanager
+def lent(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put `weights` in the place of those of `model` that have their names, for a while."""
     taken: list[tuple[dict[str, Any], str, Tensor]] = []
-    for name, weight in stored_weights(model).items():
+    for name, weight in weights.items():
         held, own = _place(model, name)
-        zeros = held[own]
-        taken.append((held, own, zeros))
-        held[own] = converted(weight, zeros.dtype, zeros.device)
+        taken.append((held, own, held[own]))
+        held[own] = weight
     try:
         yield
     finally:
-        for held, own, zeros in taken:
-            held[own] = zeros
+        for held, own, before in taken:
+            held[own] = before
 
 
 @contextlib.contextmanager

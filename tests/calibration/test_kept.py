@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,9 @@ def gram(program: Program) -> Any:
 
 
 def edited(program: Program) -> Any:
-    def halve(_: Any, held: Any, __: Any) -> Mapping[str, Tensor]:
-        return {m.weight: program.weights[m.weight] / 2 for m in held}
+    def halve(_: Any, held: Any, __: Any) -> Iterator[dict[str, Tensor]]:
+        for m in held:
+            yield {m.weight: program.weights[m.weight] / 2}
 
     matrices = contractions(program).matrices
     return run_layerwise(program, matrices, data_of("t5"), edit=halve).weights

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +137,10 @@ def test_an_edit_is_seen_by_the_layers_after_it_and_not_by_its_own() -> None:
     dense = observe(program, matrices, calibration)
     met: Statistics = {}
 
-    def edit(_: object, held: Sequence[Matrix], found: Statistics) -> Mapping[str, Tensor]:
+    def edit(_: object, held: Sequence[Matrix], found: Statistics) -> Iterator[dict[str, Tensor]]:
         met.update(found)
         names = [m.weight for m in held if "down_proj" in m.weight]
-        return {name: torch.zeros_like(program.weights[name]) for name in names}
+        yield {name: torch.zeros_like(program.weights[name]) for name in names}
 
     found = run_layerwise(program, matrices, calibration, edit=edit)
     changed = program.with_weights(found.weights)
@@ -163,7 +163,7 @@ def test_layerwise_execution_without_edits_computes_what_running_does(name: str)
     once = observe(program, matrices, calibration)
     seen: Statistics = {}
 
-    def edit(_: object, __: object, found: Statistics) -> Mapping[str, Tensor]:
+    def edit(_: object, __: object, found: Statistics) -> dict[str, Tensor]:
         seen.update(found)
         return {}
 
@@ -267,10 +267,11 @@ def test_matrices_with_the_same_inputs_share_them(tmp_path: Path) -> None:
 def recording(program: Any, scale: float, calls: list[list[str]], seen: Statistics) -> Any:
     """An edit that scales every weight and notes what it was given."""
 
-    def edit(_: object, held: Sequence[Matrix], found: Statistics) -> Mapping[str, Tensor]:
+    def edit(_: object, held: Sequence[Matrix], found: Statistics) -> Iterator[dict[str, Tensor]]:
         calls.append([matrix.name for matrix in held])
         seen.update(found)
-        return {m.weight: program.weights[m.weight] * scale for m in held}
+        for m in held:
+            yield {m.weight: program.weights[m.weight] * scale}
 
     return edit
 

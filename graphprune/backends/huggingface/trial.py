@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,6 +22,8 @@ from graphprune.errors import first_line
 from graphprune.ir.nodes import copy_of
 from graphprune.ir.program import PRESENT, Program
 from graphprune.ir.sample_inputs import random_inputs
+from graphprune.weights.deferred import Deferred, converted
+from graphprune.weights.models import lent, named_tensors
 
 _TOLERANCE = 1e-4
 """Parts of many models compute in float32 whatever their weights are in."""
@@ -88,7 +92,9 @@ class Trial:
 
     def _outputs(self, program: Program) -> dict[str, Tensor]:
         device = program.device
-        weights = {name: weight.to(device) for name, weight in self._weights.items()}
+        weights = {
+            n: converted(weight, weight.dtype, device) for n, weight in self._weights.items()
+        }
         inputs = {name: tensor.to(device) for name, tensor in self._inputs.items()}
         with torch.no_grad():
             outputs = program.run(weights, inputs)
@@ -103,23 +109,15 @@ class Trial:
     @contextlib.contextmanager
     def _lent(self, model: nn.Module) -> Iterator[None]:
         """Let `model` have the drawn weights for a while, and all else in the trial's type."""
-        named = [
-            *model.named_parameters(remove_duplicate=False),
-            *model.named_buffers(remove_duplicate=False),
-        ]
-        before = [(tensor, tensor.data) for _, tensor in named]
-        try:
-            for name, tensor in named:
-                name = self.program.aliases.get(name, name)
-                drawn = self._weights.get(name)
-                if drawn is not None and drawn.shape == tensor.shape:
-                    tensor.data = drawn
-                elif tensor.is_floating_point():
-                    tensor.data = tensor.data.to(self._types[0])
+        weights = {}
+        for name, tensor in named_tensors(model).items():
+            drawn = self._weights.get(self.program.aliases.get(name, name))
+            if drawn is not None and drawn.shape == tensor.shape:
+                weights[name] = drawn
+            elif tensor.is_floating_point():
+                weights[name] = tensor.detach().to(self._types[0])
+        with lent(model, weights):
             yield
-        finally:
-            for tensor, data in before:
-                tensor.data = data
 
 
 def _is_about_types(error: Exception) -> bool:
@@ -147,19 +145,27 @@ def _in_type(program: Program, dtype: torch.dtype) -> Program:
 def _drawn(program: Program, dtype: torch.dtype, scale: float | None) -> Mapping[str, Tensor]:
     """Weights of the sizes of the program's, on the CPU; buffers and single numbers are its own.
 
-    A matrix keeps the magnitude of what goes in, so that scores of attention differ by about one.
+    Those in the place of weights that lie in files are drawn where they are used, each time alike.
     """
-    generator = torch.Generator().manual_seed(0)
     drawn = {}
     for name, weight in program.weights.items():
-        shape = tuple(weight.shape)
         if not weight.is_floating_point():
             drawn[name] = weight.detach().cpu()
-        elif program.kinds[name] != "parameter" or not shape or scale is None:
-            drawn[name] = weight.detach().cpu().to(dtype)
-        elif len(shape) == 1:
-            drawn[name] = torch.rand(shape, generator=generator).to(dtype) + 0.5
+        elif program.kinds[name] != "parameter" or not weight.shape or scale is None:
+            drawn[name] = converted(weight, dtype, torch.device("cpu"))
         else:
-            normal = torch.randn(shape, generator=generator).to(dtype)
-            drawn[name] = normal * (scale / max(shape[1:]) ** 0.5)
+            draw = functools.partial(_draw, name, tuple(weight.shape), dtype, scale)
+            later = isinstance(weight, Deferred)
+            drawn[name] = Deferred(draw, weight.shape, dtype) if later else draw()
     return drawn
+
+
+def _draw(name: str, shape: tuple[int, ...], dtype: torch.dtype, scale: float) -> Tensor:
+    """Draw the weight called `name`.
+
+    A matrix keeps the magnitude of what goes in, so that scores of attention differ by about one.
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    if len(shape) == 1:
+        return torch.rand(shape, generator=generator, dtype=dtype).add_(0.5)
+    return torch.randn(shape, generator=generator, dtype=dtype).mul_(scale / max(shape[1:]) ** 0.5)

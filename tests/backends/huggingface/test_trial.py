@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -11,12 +12,14 @@ import pytest
 import torch
 import transformers as tf
 from architectures import relative_error
-from torch import nn
+from torch import Tensor, nn
 
+from graphprune.backends.huggingface import trial
 from graphprune.backends.huggingface.layered import pruned_class
 from graphprune.backends.huggingface.model import difference
-from graphprune.backends.huggingface.save import save_pretrained
+from graphprune.backends.huggingface.save import checkpoint_form, save_pretrained
 from graphprune.backends.huggingface.trial import Trial
+from graphprune.backends.load import load
 from graphprune.frontend.capture import capture
 from graphprune.ir.program import Program
 from graphprune.ir.sample_inputs import random_inputs
@@ -112,11 +115,11 @@ def test_a_trial_tells_apart_what_the_weights_of_now_do_not() -> None:
     program = pruned("bert")
     quiet_weights = {n: w * 0.01 for n, w in program.weights.items() if ".query." in n}
     program = program.with_weights(quiet_weights)
-    trial = Trial(program)
+    runs = Trial(program)
     right, wrong = (_with_heads(program, heads) for heads in (2, 1))
     assert difference(program, right) == difference(program, wrong) == ""
-    assert trial.difference(right) == ""
-    assert "differ by" in trial.difference(wrong)
+    assert runs.difference(right) == ""
+    assert "differ by" in runs.difference(wrong)
     # The model has its own weights again.
     name = "bert.encoder.layer.0.attention.self.query.weight"
     assert torch.equal(right.get_parameter(name), program.weights[name])
@@ -136,3 +139,26 @@ def _with_heads(program: Program, heads: int) -> Any:
         if last in held._parameters:
             held._parameters[last] = nn.Parameter(weight)
     return model
+
+
+def test_weights_that_lie_in_files_are_drawn_one_operator_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    MODELS["bert"]().save_pretrained(tmp_path)
+    pipeline = Pipeline.parse("prune{target=ffn ratio=0.5 criterion=l2}")
+    program = pipeline.run(load(tmp_path), quiet=True).program
+    drawn: list[weakref.ref[Tensor]] = []
+    held: list[int] = []
+    draw = trial._draw
+
+    def watched(*arguments: Any) -> Tensor:
+        held.append(sum(each() is not None for each in drawn))
+        found = draw(*arguments)
+        drawn.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(trial, "_draw", watched)
+    assert checkpoint_form(program).kind == "plain"
+    parameters = sum(kind == "parameter" for kind in program.kinds.values())
+    assert len(drawn) >= 2 * parameters
+    assert max(held) == 1  # a layer has a matrix and a bias
