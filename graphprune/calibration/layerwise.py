@@ -241,7 +241,7 @@ class BatchExecution:
 
         With `before`, a hook that may look at all values, they are dropped when all are computed.
         """
-        values, weights = self._started(nodes)
+        values = self._started(nodes)
         inside = set(nodes)
         for node in dict.fromkeys(other for each in nodes for other in each.all_input_nodes):
             if node in self.values and self._last.get(node) in inside:
@@ -252,18 +252,17 @@ class BatchExecution:
         left = {
             node: value
             for node, value in values.data.items()
-            if node not in weights
+            if node not in values.weights
             and self._last.get(node) not in inside
             and (written or node not in self.values)
         }
         values.clear()
         self.values.update(left)
-        self.values.memory.let_go(weights.values())
 
     @torch.no_grad()
     def trial(self, segment: Segment, before: Before | None = None) -> Values:
         """Compute a segment without moving on; the values take memory until they are cleared."""
-        values, _ = self._started(segment.nodes)
+        values = self._started(segment.nodes)
         if any(map(is_mutating, segment.nodes)):
             for node in segment.inputs:
                 if node in self.values and isinstance(values[node], Tensor):
@@ -271,13 +270,9 @@ class BatchExecution:
         Interpreter(values, Hooks(before, self._compute), None, self._device).run(segment.nodes)
         return values
 
-    def _started(self, nodes: Sequence[fx.Node]) -> tuple[Values, Mapping[fx.Node, Tensor]]:
-        """Return the weights that `nodes` read, and values that begin with them."""
-        values = _Inside(self.values)
-        weights = self.weights.of(nodes)
-        self.values.memory.set_aside(weights.values())
-        values.update(weights)
-        return values, weights
+    def _started(self, nodes: Sequence[fx.Node]) -> _Inside:
+        """Return values that begin with the weights that `nodes` read."""
+        return _Inside(self.values, self.weights.of(nodes))
 
     def replace(self, weights: Mapping[str, Tensor]) -> None:
         """Go on with other weights, as do all batches of the same program."""
@@ -285,11 +280,22 @@ class BatchExecution:
 
 
 class _Inside(Values):
-    """The values inside a segment; those before it are read when they are asked for."""
+    """The values inside a segment; those before it are read when they are asked for.
 
-    def __init__(self, before: Kept[fx.Node]) -> None:
-        self._before = before
+    Its `weights` are not counted, and are held until it is cleared.
+    """
+
+    def __init__(self, before: Kept[fx.Node], weights: Mapping[fx.Node, Tensor]) -> None:
+        self._before, self.weights = before, weights
+        before.memory.set_aside(weights.values())
         super().__init__({}, before.memory)
+        self.update(weights)
+
+    def clear(self) -> None:
+        """Let all go."""
+        super().clear()
+        self._before.memory.let_go(self.weights.values())
+        self.weights = {}
 
     def __missing__(self, node: fx.Node) -> Any:
         self[node] = self._before[node]

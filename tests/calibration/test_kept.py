@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ import pytest
 import torch
 from architectures import inputs_of, program_of
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import graphprune as gp
-from graphprune.analysis.matrices import contractions
+from graphprune.analysis.matrices import Matrix, contractions
 from graphprune.calibration.data import Calibration
 from graphprune.calibration.kept import Kept
 from graphprune.calibration.layerwise import ChangedWeights, SegmentWeights, logits_of_all
@@ -213,3 +214,29 @@ def test_a_full_disk_under_a_walk_is_one_line(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv(FOLDER, "/dev/full")
     with pytest.raises(OutputError, match="the scratch folder /dev/full cannot be written"):
         observe(program, contractions(program).matrices, data_of("llama-gqa"))
+
+
+def test_the_weights_that_a_layer_was_tried_with_go_before_others_come() -> None:
+    whole = program_of("llama-gqa")
+    short = {name: weight.bfloat16() for name, weight in whole.weights.items()}
+    program = dataclasses.replace(whole, weights=short)
+    tried: list[StorageWeakRef] = []
+    of = SegmentWeights.of
+
+    def edit(_: object, held: Sequence[Matrix], __: object) -> Iterator[dict[str, Tensor]]:
+        assert tried and all(each.expired() for each in tried)
+        yield {m.weight: program.weights[m.weight] / 2 for m in held}
+
+    with pytest.MonkeyPatch.context() as patch:
+
+        def watched(weights: SegmentWeights, nodes: Any) -> Any:
+            found = of(weights, nodes)
+            tried[:] = [
+                StorageWeakRef(tensor.untyped_storage())
+                for node, tensor in found.items()
+                if short.get(weights.names[node]) is not tensor
+            ] or tried
+            return found
+
+        patch.setattr(SegmentWeights, "of", watched)
+        run_layerwise(program, contractions(program).matrices, data_of("llama-gqa"), edit=edit)
