@@ -37,15 +37,15 @@ from graphprune.weights.deferred import made
 HELD_OUT = 8
 """One of so many samples is not trained on: what is measured on them decides what is kept."""
 
-TOKENS = 1024
-"""Tokens of a step, or as many elements of another input."""
+TOKENS, OF_ANOTHER = 1024, 128
+"""Tokens of a step, and how many a sample without tokens counts for."""
 
 LOOKS = 4
 """How often a piece is measured while it is trained."""
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedPieces:
     """What a local training made.
 
     Parameters
@@ -77,7 +77,7 @@ def train_locally(
     lr: float,
     seed: int = 0,
     track: Progress = no_progress,
-) -> Trained:
+) -> TrainedPieces:
     """Train every piece of `program` in which a weight is not what it was in `original`.
 
     A piece is a residual branch, or what else lies between two places that a single value crosses
@@ -121,7 +121,7 @@ def train_locally(
     own = own_batches(batches)
     runs = _Run.of_all(program, original, branches, {at: batches[at] for at in own}, account)
     changed = ChangedWeights(program, [each.piece.nodes for each in branches], account)
-    result = Trained(changed.weights, account)
+    result = TrainedPieces(changed.weights, account)
     settings = _Settings(steps, lr, seed, len(fit), len(batches))
     for branch in track(branches, "training piece by piece"):
         for run in runs.values():
@@ -159,8 +159,9 @@ def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
 
 def samples_of_a_step(batches: Iterable[Batch]) -> int:
     """Return how many samples a step takes, of those like the longest of `batches`."""
-    longest = max(tensor.shape[1:2].numel() for batch in batches for tensor in batch.values())
-    return max(1, TOKENS // longest)
+    inputs = (each for batch in batches for each in batch.values())
+    sizes = (each.shape[1] for each in inputs if each.ndim == 2 and not each.is_floating_point())
+    return max(1, TOKENS // max(sizes, default=OF_ANOTHER))
 
 
 def _divided(calibration: Calibration) -> tuple[list[Batch], list[Batch]]:
@@ -250,9 +251,9 @@ class _Branch:
         self, program: Program, original: Program, found: Sequence[Piece], at: int
     ) -> None:
         self.program, self.piece, self.at = program, found[at], at
-        inside = set(self.piece.nodes)
+        nodes = self.piece.nodes
         elsewhere = {node for piece in found if piece is not found[at] for node in piece.nodes}
-        self._read = list(dict.fromkeys(n for each in inside for n in each.all_input_nodes))
+        self._read = list(dict.fromkeys(n for each in nodes for n in each.all_input_nodes))
         self.names = {n: name for name, n in program.weight_nodes() if n in set(self._read)}
         self.differs = any(_differ(program, original, name) for name in self.names.values())
         self.shared = [n for n in self.names if not elsewhere.isdisjoint(n.users)]
@@ -260,6 +261,7 @@ class _Branch:
             node
             for node, name in self.names.items()
             if self.differs
+            and self.piece.goals
             and node not in self.shared
             and program.kinds[name] == "parameter"
             and program.weights[name].is_floating_point()
@@ -300,16 +302,18 @@ class _Branch:
             for group in optimizer.param_groups:
                 group["lr"] = group["most"] * settings.rate(step)
             if number in runs:
-                with torch.enable_grad(), mixed_precision(self.program):
-                    self._error(runs[number], {**held, **masters}).backward()
+                with torch.enable_grad():
+                    error = self._error(runs[number], {**held, **masters})
+                if error.requires_grad:
+                    error.backward()
             self._add_up(masters.values())
             optimizer.step()
             optimizer.zero_grad()
             if settings.looks(step + 1):
                 now = {node: self._stored(node, each) for node, each in masters.items()}
-                error = self._measured(runs, settings, {**held, **now})
-                if error < best:
-                    best, new = error, {self.names[node]: each for node, each in now.items()}
+                reached = self._measured(runs, settings, {**held, **now})
+                if reached < best:
+                    best, new = reached, {self.names[node]: each for node, each in now.items()}
         return new, (before, best)
 
     def _add_up(self, masters: Collection[Tensor]) -> None:
@@ -326,8 +330,7 @@ class _Branch:
         total = torch.zeros(2, dtype=torch.float64)
         for number, run in runs.items():
             if number >= settings.fitted:
-                with mixed_precision(self.program):
-                    error = float(self._error(run, weights))
+                error = float(self._error(run, weights))
                 total += torch.tensor([error * run.rows, run.rows], dtype=torch.float64)
         ranks.sum_of([total])
         return float(total[0] / total[1])
@@ -340,7 +343,8 @@ class _Branch:
             if node not in weights and node not in inside and node in run.program.values:
                 value = run.program.values[node]
                 values[node] = value.clone() if writes and isinstance(value, Tensor) else value
-        Interpreter(values, device=self.program.device).run(self.piece.nodes)
+        with mixed_precision(self.program):
+            Interpreter(values, device=self.program.device).run(self.piece.nodes)
         errors = [
             relative_error(values[node], run.original.values[other])
             for node, other in self.piece.goals.items()
@@ -349,18 +353,17 @@ class _Branch:
 
     def _stored(self, node: fx.Node, weight: Tensor) -> Tensor:
         """Return `weight` as it comes back when it is stored."""
-        stored = self.program.weights[self.names[node]].dtype
-        return (
-            weight.detach().to(stored, copy=True).to(self.program.compute_types[self.names[node]])
-        )
+        name = self.names[node]
+        stored = weight.detach().to(self.program.weights[name].dtype, copy=True)
+        return stored.to(self.program.compute_types[name])
 
 
 def _differ(program: Program, original: Program, name: str) -> bool:
     """Return whether a weight is not what it was."""
     new, old = program.weights[name], original.weights.get(name)
-    if new is old or old is None:
-        return old is None
-    return new.shape != old.shape or not torch.equal(made(new), made(old).to(new.device))
+    if old is None or new.shape != old.shape:
+        return True
+    return new is not old and not torch.equal(made(new), made(old).to(new.device))
 
 
 def _size(weight: Tensor) -> float:

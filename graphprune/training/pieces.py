@@ -55,7 +55,7 @@ def pieces(program: Program, original: Program) -> list[Piece]:
     found: list[Piece] = []
     start = model_start = 0
     for end in _cuts(program, ours, pairs):
-        new = [node for node in ours.live[end] if ours.at(node) >= start]
+        new = sorted((n for n in ours.live[end] if ours.at(n) >= start), key=ours.at)
         goals = {node: pairs[node] for node in new if _is_smooth(node)}
         model_end = max((theirs.at(node) + 1 for node in goals.values()), default=0)
         if model_end <= model_start or not _is_left(theirs, goals.values(), model_end):

@@ -18,7 +18,7 @@ from graphprune.pipeline.pass_manager import Result
 from graphprune.training.local import relative_error, train_locally
 from graphprune.weights.placement import Placement
 
-ROWS, LENGTH, WIDTH, UNITS = 12, 4, 6, 16
+ROWS, LENGTH, WIDTH, UNITS = 9, 4, 6, 16
 
 
 class Branch(nn.Module):
