@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from graphprune.errors import UsageError
 from graphprune.pipeline.pass_base import COUPLING, Analysis, Context, Outcome, Pass
 
 if TYPE_CHECKING:
+    from graphprune.backends.onnx.weights.quantize import Quantization
     from graphprune.ir.program import Program
 
 
@@ -40,9 +41,23 @@ class ExportOnnx(Pass):
     logits
         Of which tokens a decoder gives logits: all, or each row's last one, which is all that
         generating text needs.
+    weights
+        What matrices become, for the targets "cpu" and "cuda": "int4" or "int8" (weight-only, by
+        ONNX Runtime's own quantizers); without it they stay as they are.
+    block
+        How many numbers of a row of a quantized matrix share a scale; it divides every row.
+    algorithm
+        "default" (rounding), "hqq" or "k-quant".
+    head, embedding
+        What these become: "int4", "int8" or "float". By default the head becomes what the other
+        matrices do; embeddings stay, but one that is the head's matrix as well is what that is.
+    activations
+        "float", or "int8": rounded too where they meet quantized weights, faster on a CPU.
     check
         Whether to check the file with `onnx.checker` once it is written, and to run it in ONNX
-        Runtime; a directory by the whole protocol of `graphprune.backends.onnx.parity`.
+        Runtime; a directory by the whole protocol of `graphprune.backends.onnx.parity`. A quantized
+        model is compared with the values that its weights stand for; what quantizing costs is
+        measured on text of the calibration that nothing was fitted to.
 
     Requires
     --------
@@ -56,7 +71,8 @@ class ExportOnnx(Pass):
     -------
     A program that cannot be exported, a type that the target has no kernels for (`BackendError`), a
     file that exists, a directory in use, what cannot be written (`OutputError`), an empty path, an
-    opset below 18 (the first that torch's exporter writes).
+    opset below 18 (the first that torch's exporter writes). Quantized weights for another target,
+    and what ONNX Runtime has no quantizer or no operators for (`UsageError`, `BackendError`).
 
     Reference
     ---------
@@ -76,6 +92,12 @@ class ExportOnnx(Pass):
     target: Literal["portable", "cpu", "cuda", "tensorrt"] | None = None
     opset: int | None = None
     logits: Literal["all", "last"] = "all"
+    weights: Literal["int4", "int8"] | None = None
+    block: int = 32
+    algorithm: Literal["default", "hqq", "k-quant"] = "default"
+    head: Literal["int4", "int8", "float"] | None = None
+    embedding: Literal["int4", "int8", "float"] | None = None
+    activations: Literal["float", "int8"] = "float"
     check: bool = True
 
     def __post_init__(self) -> None:
@@ -84,6 +106,15 @@ class ExportOnnx(Pass):
             raise UsageError("export-onnx: the path is empty")
         if self.opset is not None and self.opset < 18:
             raise UsageError(f"export-onnx: opset {self.opset} is below 18")
+        if self.weights is not None:
+            self._quantization(self.weights)
+        elif given := [name for name in _OF_WEIGHTS if getattr(self, name) != _default(name)]:
+            raise UsageError(f"export-onnx: {given[0]} is of quantized weights: say weights=int4")
+
+    def _quantization(self, weights: Literal["int4", "int8"]) -> Quantization:
+        from graphprune.backends.onnx.weights.quantize import Quantization
+
+        return Quantization(weights, **{name: getattr(self, name) for name in _OF_WEIGHTS})
 
     def run(self, program: Program, context: Context) -> Outcome:
         """Write the file, and return `program` as it is."""
@@ -96,12 +127,28 @@ class ExportOnnx(Pass):
             "logits": self.logits,
             "check": self.check,
         }
+        if self.weights is not None:
+            options["quantization"] = self._quantization(self.weights)
         with context.bar(f"exporting {self.path}"):
             if path.suffix == ".onnx":
                 report = program.export_onnx(path, **options)
             else:
+                if self.weights is not None and (data := context.calibration) is not None:
+                    options["samples"] = data.held_out or data.batches
+                    options["original"] = context.original
                 report = write_package(program, path, plan=context.plan_of(program), **options)
         details: dict[str, Any] = {"path": self.path, "opset": report.opset}
         if self.target is not None:
             details |= {"target": self.target, "attention": dict(report.attention)}
+        if report.quantized:
+            details["quantized"] = dict(report.quantized)
+            details["notes"] = list(report.notes)
         return Outcome(program, details=details)
+
+
+_OF_WEIGHTS = ("block", "algorithm", "head", "embedding", "activations")
+"""Options that say how weights are quantized."""
+
+
+def _default(name: str) -> Any:
+    return next(field.default for field in fields(ExportOnnx) if field.name == name)

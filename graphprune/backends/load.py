@@ -12,7 +12,7 @@ from graphprune.backends.archive import archive
 from graphprune.backends.capture_cache import cache_file, read_capture, write_capture
 from graphprune.backends.huggingface.model import quiet
 from graphprune.backends.huggingface.read import read, read_structure, read_unrun, shapes_of
-from graphprune.backends.onnx.weights import weights_beside
+from graphprune.backends.onnx.weights.held import weights_beside
 from graphprune.errors import CaptureError, CheckpointError, UsageError, first_line
 from graphprune.io.paths import path_of
 from graphprune.ir.program import Program

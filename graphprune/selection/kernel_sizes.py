@@ -8,6 +8,8 @@ The facts, for half precision on `cuda` and `tensorrt` and for float32 on `cpu`:
 - ONNX Runtime packs matrices for its CPU kernels in panels of 16 columns, filled up with zeros
   (MLAS, `MlasSgemmCopyPackB`), and convolutions run on blocks of 8 or 16 channels
   (`MlasNchwcGetBlockSize`).
+- Quantized matrices (MatMulNBits) share a scale among 32 numbers of a row, or as many as one says,
+  which divide the row: docs/ContribOperators.md, and graphprune.backends.onnx.weights.quantizers.
 - GroupQueryAttention takes keys and values of one size, a multiple of 8, and of 16 where the rotary
   embedding is inside: ONNX Runtime, docs/ContribOperators.md and the checks of the operator.
 - On CUDA its flash attention ends at a head size of 256, and its fastest kernel for decoding (XQA)
@@ -45,6 +47,9 @@ MATRICES: dict[Runtime, Width] = {
     "tensorrt": Width(64, 8),
 }
 """Runtime -> what FFN widths, hidden sizes, channels and expert widths are best multiples of."""
+
+BLOCK = 32
+"""Numbers of a row that share a scale once weights are quantized: widths are rounded to it too."""
 
 HEADS = Width(16, 8)
 """What head sizes are best multiples of: of 8 attention is fused, of 16 rotation with it."""
@@ -114,6 +119,8 @@ def _step(group: Group, runtime: Runtime) -> int:
         return 1
     per_unit = 2 if group.role == "rope-pair" else 1
     step = max(width.best for width in wanted) // per_unit
+    if group.role in _NOUNS:
+        step = max(step, BLOCK)
     least = max(width.minimum for width in wanted) // per_unit
     while step > least and group.size < CHOICES * step:
         step //= 2

@@ -69,6 +69,7 @@ def test_runtimes_are_the_targets_of_the_back_end_and_of_the_passes() -> None:
         ("tensorrt", 300, [64, 128, 192, 256]),
         ("portable", 256, [64, 128, 192, 256]),
         ("cpu", 80, [16, 32, 48, 64, 80]),
+        ("cpu", 160, [32, 64, 96, 128, 160]),  # blocks of quantized weights divide them
         ("cuda", 255, list(range(32, 256, 32))),  # too small for four multiples of 64
         ("cuda", 48, [8, 16, 24, 32, 40, 48]),
         ("cuda", 16, [8, 16]),

@@ -2,7 +2,8 @@
 
 A program goes through `torch.onnx.export` as it is, or for a target with attention lowered to one
 operator. Inputs and outputs keep their names, weights their dotted ones (a tied weight is stored
-once), and dynamic sizes get names that people know.
+once, one that is only read transposed is stored so, as ``NAME.transposed``), and dynamic sizes get
+names that people know.
 """
 
 from __future__ import annotations
@@ -23,6 +24,15 @@ from graphprune.backends.onnx.last_logits import last_only
 from graphprune.backends.onnx.lower_attention import lower_attention
 from graphprune.backends.onnx.parity import QUICK, Parity, Protocol, compare
 from graphprune.backends.onnx.session import check_opset
+from graphprune.backends.onnx.weights.as_used import write_as_used
+from graphprune.backends.onnx.weights.blocks import with_activations
+from graphprune.backends.onnx.weights.held import with_held
+from graphprune.backends.onnx.weights.quantize import (
+    Quantization,
+    quantize,
+    same_bytes,
+    shared_bytes,
+)
 from graphprune.errors import BackendError, UsageError, first_line
 from graphprune.io.atomic import staged_file
 from graphprune.io.progress import DisplayFactory, display_factory, progress_bar
@@ -67,6 +77,8 @@ class OnnxReport:
         How often each operator stands in the graph.
     parity
         The largest relative error of each check in ONNX Runtime.
+    quantized
+        Every weight that was quantized, with the length of what that changed over its own length.
     """
 
     path: str
@@ -81,6 +93,7 @@ class OnnxReport:
     attention: Mapping[str, str] = field(default_factory=dict)
     operators: Mapping[str, int] = field(default_factory=dict)
     parity: Mapping[str, float] = field(default_factory=dict)
+    quantized: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON takes them."""
@@ -95,6 +108,7 @@ def export(
     opset: int | None = None,
     logits: Literal["all", "last"] = "all",
     check: bool | Protocol = True,
+    quantization: Quantization | None = None,
     external_data: bool | None = None,
     overwrite: bool = False,
     progress: bool | DisplayFactory = False,
@@ -125,9 +139,12 @@ def export(
         batches of three and one. The model goes through `onnx.checker` in any case. What is fused
         and changes outputs by more than is allowed, or fails, is written as for no target, and the
         report says so.
+    quantization
+        How weights are quantized, for the targets "cpu" and "cuda". What the model is compared with
+        then is the program with the values that quantized weights stand for.
     external_data
         Whether weights go to a file of their own; by default they do where one file cannot hold
-        them (2 GB).
+        them (2 GB), or where two operators read the same quantized bytes.
     overwrite
         Whether an existing file may be replaced.
     progress
@@ -153,6 +170,8 @@ def export(
     if opset < 18:
         raise UsageError(f"opset {opset} is below 18, the first that can be written")
     check_target(program, target, opset)
+    if quantization is not None:
+        quantization.check(target)
     if program.lacks_values:
         raise BackendError(
             "the program's weights are on the meta device: there is nothing to write"
@@ -169,6 +188,7 @@ def export(
     tried: list[frozenset[str]] = []
     failed: list[str] = []
     undone: tuple[AttentionForm, ...] = ()
+    distances: Mapping[str, float] = {}
     with (
         staged_file(path, overwrite=overwrite) as staged,
         progress_bar(show, "ONNX", stages) as advance,
@@ -185,6 +205,9 @@ def export(
             tried.append(fused)
             try:
                 model = _written(form, program, names, opset, "norms" in fused)
+                if quantization is not None:
+                    distances = quantize(model, quantization, program.weights)
+                write_as_used(model)
                 advance(1)
                 _save(model, staged, external_data)
                 _check(staged)
@@ -193,7 +216,14 @@ def export(
                 if check:
                     counts = any(choice.form == "gqa" for choice in choices)
                     protocol = QUICK if check is True else check
-                    ran = compare(program, staged, names, counts=counts, protocol=protocol)
+                    ran = compare(
+                        with_held(program, staged) if distances else program,
+                        staged,
+                        names,
+                        counts=counts,
+                        protocol=protocol,
+                        quantized=bool(distances),
+                    )
                 break
             except BackendError as error:
                 failed.append(str(error))
@@ -207,6 +237,8 @@ def export(
             choices = tuple(
                 AttentionForm(c.module, "decomposed", f"{c.form} failed") for c in undone
             )
+        if quantization is not None and quantization.activations == "int8":
+            _round_activations(staged)
         notes += _limits(choices)
         size = sum(entry.stat().st_size for entry in staged.parent.iterdir())
     operators = Counter(
@@ -225,6 +257,7 @@ def export(
         attention={choice.module: str(choice) for choice in choices},
         operators=dict(sorted(operators.items())),
         parity=dict(ran.errors),
+        quantized=distances,
     )
 
 
@@ -279,7 +312,22 @@ def _save(model: onnx_ir.Model, path: Path, external_data: bool | None) -> None:
     if external_data is False and size > _LARGEST:
         raise BackendError(f"{size / 1e9:.1f} GB of weights need external data: a file holds 2 GB")
     external = size > _LARGEST if external_data is None else external_data
-    onnx_ir.save(model, path, external_data=f"{path.name}.data" if external else None)
+    shared = shared_bytes(model)
+    if external or (shared and external_data is None):
+        for value in shared:
+            value.const_value = None
+        onnx_ir.external_data.unload_from_model(
+            model, path.parent, f"{path.name}.data", size_threshold_bytes=256, alignment=4096
+        )
+        for value, same in shared.items():
+            value.const_value = same_bytes(value, same)
+    onnx_ir.save(model, path)
+
+
+def _round_activations(path: Path) -> None:
+    import onnx
+
+    onnx.save(with_activations(path, "int8"), path)
 
 
 def _check(path: Path) -> None:

@@ -9,11 +9,15 @@
 ``plan.json``
     What was removed and merged, if anything was.
 ``parity.json``
-    The target, the form of every attention, versions, and how exact the model is.
+    The target, the form of every attention, versions, and how exact the model is; of quantized
+    weights how far they are from what they were, and what that costs.
+``quality.safetensors``
+    What that was measured on, where there was text or other samples.
 ``program.json``, ``graph.json``, ``weights.safetensors``
     The program itself as the archive back end has it, but for the weights that lie in the
     model under their own names: `graphprune.load` takes the directory, and parity can be proven
-    again wherever the model is to run.
+    again wherever the model is to run. Of a quantized model it is the program with the values that
+    its weights stand for.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ import dataclasses
 import json
 import platform
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from os import PathLike
@@ -40,9 +44,11 @@ from graphprune.backends.onnx.dimension_names import dimension_names
 from graphprune.backends.onnx.export import OnnxReport, export
 from graphprune.backends.onnx.last_logits import last_only
 from graphprune.backends.onnx.parity import FULL, SHARED, Parity, compare
+from graphprune.backends.onnx.quality import check_quality, keep, measure
 from graphprune.backends.onnx.runtime.genai_config import genai_config
 from graphprune.backends.onnx.session import CPU, provider_name
-from graphprune.backends.onnx.weights import MODEL, held_weights, weights_beside
+from graphprune.backends.onnx.weights.held import MODEL, held_weights, weights_beside
+from graphprune.backends.onnx.weights.quantize import Quantization
 from graphprune.errors import BackendError, CheckpointError, ParityError, first_line
 from graphprune.io.atomic import as_json, staged_directory
 from graphprune.ir.compare import tolerance_of
@@ -84,6 +90,9 @@ class Package:
         Every module that attends with the form it is written in, and why not in a better one.
     parity
         The largest relative error of each check, as it was written; empty when it was not run.
+    quantization
+        How weights were quantized, how far each is from what it was, and the quality of the model;
+        None where none is.
     """
 
     directory: Path
@@ -94,6 +103,7 @@ class Package:
     shares_buffers: bool
     attention: Mapping[str, str]
     parity: Mapping[str, float]
+    quantization: Mapping[str, Any] | None = None
 
     @property
     def model(self) -> Path:
@@ -123,6 +133,7 @@ def read_package(directory: str | PathLike[str]) -> Package:
         if (record["format"], record["version"]) != (_FORMAT, _VERSION):
             raise CheckpointError(f"{folder / PARITY} is not of a package that this release reads")
         fields = {field.name for field in dataclasses.fields(Package)} - {"directory"}
+        record.setdefault("quantization", None)
         return Package(folder, **{name: record[name] for name in fields})
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / PARITY} is damaged: {first_line(error)}") from error
@@ -136,6 +147,9 @@ def write_package(
     target: Target | None = None,
     logits: Literal["all", "last"] = "all",
     check: bool = True,
+    quantization: Quantization | None = None,
+    samples: Sequence[Mapping[str, torch.Tensor]] = (),
+    original: Program | None = None,
     **options: Any,
 ) -> OnnxReport:
     """Write `program` as a package.
@@ -152,6 +166,12 @@ def write_package(
         As for `export`; the program that the package holds has the same logits as its model. With
         `check`, the whole protocol of `graphprune.backends.onnx.parity` is run in ONNX Runtime on
         the CPU, whatever the target, and what changes outputs there is not fused.
+    quantization
+        How weights are quantized; the package's program has the values that they stand for.
+    samples
+        Batches that the quality of a quantized model is measured on.
+    original
+        The program before pruning, whose loss on them is measured too.
 
     Raises
     ------
@@ -170,12 +190,23 @@ def write_package(
             staged / MODEL,
             target=target,
             check=FULL if check else False,
+            quantization=quantization,
             **options,
         )
-        describe(staged, _not_in_model(program, staged / MODEL))
+        describe(staged, _not_in_model(program, staged / MODEL, report.quantized))
         notes = [*report.notes, *_write_config(program, staged)]
         forms = {form.partition(":")[0] for form in report.attention.values()}
         # Where it was not run, it is known by its form: one operator keeps every cache.
+        quantized, said = None, None
+        if quantization is not None:
+            quantized = {**quantization.to_dict(), "distances": dict(report.quantized)}
+            said = measure(program, staged / MODEL, samples, original) if check else None
+        if quantized is not None and said is not None:
+            keep(said[1], staged)
+            quantized["quality"] = said[0].to_dict()
+            notes.append(str(said[0]))
+        elif quantized is not None:
+            notes.append("what quantizing costs was not measured: there are no samples")
         shares = SHARED in report.parity if report.parity else forms == {"gqa"}
         genai, why = genai_config(program, shares_buffers=shares, target=target)
         if genai is None:
@@ -196,6 +227,7 @@ def write_package(
             "attention": dict(report.attention),
             "operators": dict(report.operators),
             "parity": dict(report.parity),
+            "quantization": quantized,
             "tolerance": tolerance_of(program.outputs[0].dtype),
             "versions": _versions(),
             "notes": notes,
@@ -236,12 +268,34 @@ def verify_package(directory: str | PathLike[str], *, provider: str | None = Non
     program = archive.load(package.directory, weights_beside(package.directory))
     names, provider = dimension_names(program), provider or CPU
     counts = package.padding == "right"
+    quantized = package.quantization
     try:
-        return compare(
-            program, package.model, names, counts=counts, protocol=FULL, provider=provider
+        ran = compare(
+            program,
+            package.model,
+            names,
+            counts=counts,
+            protocol=FULL,
+            provider=provider,
+            quantized=quantized is not None,
         )
     except ParityError as error:
         raise ParityError(f"{error}; {_without_fused(program, names, provider)}") from error
+    if quantized is None:
+        return ran
+    notes = [_distances_said(quantized["distances"])]
+    if "quality" in quantized and ran.version is not None:
+        notes.append(check_quality(quantized["quality"], program, package.model, provider))
+    return dataclasses.replace(ran, notes=(*ran.notes, *notes))
+
+
+def _distances_said(distances: Mapping[str, float]) -> str:
+    """Say how far quantized weights are from what they were."""
+    worst = max(distances, key=distances.__getitem__)
+    return (
+        f"{len(distances)} weights are quantized: relative to its length, {worst} was changed the "
+        f"most, by {distances[worst]:.1e}"
+    )
 
 
 def _without_fused(program: Program, names: Mapping[str, str], provider: str) -> str:
@@ -256,9 +310,11 @@ def _without_fused(program: Program, names: Mapping[str, str], provider: str) ->
         return f"without fused operators the largest error is {ran.max_relative_error or 0:.1e}"
 
 
-def _not_in_model(program: Program, model: Path) -> dict[str, torch.Tensor]:
-    """Return the weights of `program` that its model does not hold as they are."""
-    missing = dict(program.weights)
+def _not_in_model(
+    program: Program, model: Path, quantized: Collection[str]
+) -> dict[str, torch.Tensor]:
+    """Return the weights of `program` that its model holds neither as they are nor `quantized`."""
+    missing = {n: weight for n, weight in program.weights.items() if n not in quantized}
     for name, tensor in held_weights(model):
         weight = missing.get(name)
         if weight is None or program.compute_types[name] != tensor.dtype:

@@ -106,6 +106,7 @@ def compare(
     counts: bool = False,
     protocol: Protocol = QUICK,
     provider: str = CPU,
+    quantized: bool = False,
 ) -> Parity:
     """Run the ONNX model at `path` and `program` on the same random inputs.
 
@@ -124,6 +125,9 @@ def compare(
         How much a decoder is run.
     provider
         The execution provider.
+    quantized
+        Whether the model has quantized weights, whose values `program` has too; activations are
+        taken as they are, whatever the model lets be done to them.
 
     Raises
     ------
@@ -145,7 +149,7 @@ def compare(
     if drawing := random_nodes(program.graph):
         note = f"not compared: {whereabouts(drawing[0])} draws at random"
         return Parity(None, version, (note,))
-    pair = Pair(program, open_session(path, provider))
+    pair = Pair(program, open_session(path, provider, whole_activations=quantized))
     notes: tuple[str, ...] = ()
     if program.is_decoder and {"sequence", "past_sequence"} <= set(names.values()):
         notes = _DecoderParity(pair, names, protocol, counts).compare()

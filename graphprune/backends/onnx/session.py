@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from graphprune.backends.onnx.dimension_names import output_names
+from graphprune.backends.onnx.weights.blocks import with_activations
 from graphprune.errors import BackendError, ParityError, first_line
 from graphprune.ir.compare import relative_error, tolerance_of
 from graphprune.ir.program import PAST, PRESENT, Program
@@ -18,6 +19,9 @@ from graphprune.ir.sample_inputs import sizes_near_example, table_rows
 _LENGTHS = (7, 11, 13, 17, 19)
 _SPARE = 4
 """Rows of a position table left unused: some models start counting at 2."""
+
+_BESIDE = "session.model_external_initializers_file_folder_path"
+"""Where external data lies of a model that is given as bytes: ONNX Runtime's own name of it."""
 
 CPU = "CPUExecutionProvider"
 
@@ -38,6 +42,8 @@ def open_session(
     provider: str = CPU,
     threads: int | None = None,
     provider_options: Mapping[str, str] | None = None,
+    *,
+    whole_activations: bool = False,
 ) -> Any:
     """Return a session of ONNX Runtime on the model at `path`.
 
@@ -51,6 +57,9 @@ def open_session(
         Threads of the CPU provider; by default as many as torch has.
     provider_options
         Options of `provider`, as ONNX Runtime names them.
+    whole_activations
+        Whether products with quantized weights take activations as they are, also where the model
+        lets them be rounded.
 
     Raises
     ------
@@ -76,7 +85,11 @@ def open_session(
     try:
         chosen = (provider, dict(provider_options or {}))
         providers = [chosen] if provider == CPU else [chosen, (CPU, {})]
-        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        given: str | bytes = str(path)
+        if whole_activations:
+            given = with_activations(path, "float").SerializeToString()
+            options.add_session_config_entry(_BESIDE, str(path.parent))
+        session = onnxruntime.InferenceSession(given, options, providers=providers)
     except Exception as error:  # its exceptions share no base but Exception
         raise BackendError(
             f"ONNX Runtime {onnxruntime.__version__} refuses the model: {first_line(error)}"

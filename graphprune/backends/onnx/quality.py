@@ -1,0 +1,198 @@
+"""What quantizing costs, measured: quantized weights give other outputs, so parity is no question.
+
+A causal language model is judged by its loss on text, before pruning, after it, and quantized;
+anything else by how far its first output turns (1 - cosine). What it was measured on stays with the
+package, so that it can be measured again where the model is to run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from graphprune.backends.onnx.session import CPU, Pair, open_session
+from graphprune.calibration.layerwise import logits_of_all
+from graphprune.calibration.losses import next_token_loss
+from graphprune.errors import ParityError
+from graphprune.ir.program import Program
+from graphprune.weights.files import TensorFile
+from graphprune.weights.writing import write_file
+
+Batch = Mapping[str, Tensor]
+
+KEPT = "quality.safetensors"
+"""In a package: what its quality was measured on."""
+
+_ROWS = 32
+"""Samples that are measured, at most."""
+
+_WORSE = 0.02
+"""The part by which a measure may grow on another machine, whose kernels round otherwise."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What a quantized model gives on samples, and what it came from gives.
+
+    Parameters
+    ----------
+    measure
+        "loss", the mean negative log-likelihood of a next token in nats, or "distance", 1 - cosine
+        to the first output before weights were quantized.
+    samples
+        How many samples were measured.
+    quantized
+        Of the model.
+    pruned
+        Of the program whose weights were quantized; None where distances are measured.
+    original
+        Of the program before pruning; None where it was not, or distances are measured.
+    """
+
+    measure: Literal["loss", "distance"]
+    samples: int
+    quantized: float
+    pruned: float | None = None
+    original: float | None = None
+
+    def __str__(self) -> str:
+        if self.measure == "distance":
+            return f"quantizing turns the first output by {self.quantized:.2e} (1 - cosine)"
+        before = f"{self.original:.4f} before pruning, " if self.original is not None else ""
+        return (
+            f"loss on {self.samples} windows: {before}{self.pruned:.4f} before quantizing, "
+            f"{self.quantized:.4f} quantized"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields by name."""
+        return dataclasses.asdict(self)
+
+
+def measure(
+    program: Program, path: Path, batches: Sequence[Batch], original: Program | None = None
+) -> tuple[Quality, tuple[Batch, ...]] | None:
+    """Measure the quantized model at `path` on samples of `batches`; returns them as well.
+
+    Parameters
+    ----------
+    program
+        The program whose weights were quantized.
+    path
+        The model.
+    batches
+        Inputs of the program by name.
+    original
+        The program before pruning.
+
+    Returns
+    -------
+    tuple or None
+        None where there is nothing to measure: no samples, or logits of the last token alone.
+    """
+    names = {value.name for value in program.inputs}
+    rows = [
+        {name: tensor[row : row + 1] for name, tensor in batch.items() if name in names}
+        for batch in batches
+        for row in range(len(next(iter(batch.values()))))
+    ]
+    samples = tuple(islice(rows, _ROWS))
+    if not samples:
+        return None
+    if not program.is_decoder:
+        distances = _distances(program, path, samples)
+        return Quality("distance", len(samples), distances), samples
+    if program.outputs[0].shape[1] == 1:
+        return None
+    before = None if original is None or original is program else _loss(original, samples)
+    quantized = _quantized_loss(program, path, samples)
+    return Quality("loss", len(samples), quantized, _loss(program, samples), before), samples
+
+
+def keep(samples: Sequence[Batch], folder: Path) -> None:
+    """Write what was measured on into a package."""
+    named = {f"{at}.{name}": t for at, batch in enumerate(samples) for name, t in batch.items()}
+    write_file(named, folder / KEPT)
+
+
+def check_quality(
+    record: Mapping[str, Any], program: Program, path: Path, provider: str = CPU
+) -> str:
+    """Measure the model of a package again, and say what came out.
+
+    Parameters
+    ----------
+    record
+        What its record says of its quality.
+    program
+        The package's program, whose weights are the quantized ones.
+    path
+        The model.
+    provider
+        The execution provider.
+
+    Raises
+    ------
+    ParityError
+        When it is worse than the record says, by more than 2 per cent.
+    """
+    samples: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in TensorFile(path.with_name(KEPT)).tensors().items():
+        at, _, own = name.partition(".")
+        samples.setdefault(at, {})[own] = tensor + 0
+    batches = list(samples.values())
+    recorded = float(record["quantized"])
+    if record["measure"] == "loss":
+        found = _quantized_loss(program, path, batches, provider)
+        if not found <= recorded * (1 + _WORSE):
+            raise ParityError(
+                f"the loss is {found:.4f} here, and was {recorded:.4f} as the model was written"
+            )
+        return f"loss on {len(batches)} windows: {found:.4f}, {recorded:.4f} as it was written"
+    # Activations alone are rounded otherwise than in the package's program.
+    found = _distances(program, path, batches, provider)
+    if not found <= max(recorded * (1 + _WORSE), 1e-5):
+        raise ParityError(
+            f"the first output turns by {found:.1e} where activations are rounded; quantizing "
+            f"turned it by {recorded:.1e} in all as it was written"
+        )
+    return f"rounded activations turn the first output by {found:.1e} (1 - cosine)"
+
+
+def _loss(program: Program, samples: Sequence[Batch]) -> float:
+    with torch.no_grad():
+        found = logits_of_all(program, samples)
+        losses = [next_token_loss(logits, s) for logits, s in zip(found, samples, strict=True)]
+    return float(torch.stack(losses).mean())
+
+
+def _quantized_loss(
+    program: Program, path: Path, samples: Sequence[Batch], provider: str = CPU
+) -> float:
+    logits = program.outputs[0].name
+    pair = Pair(program, open_session(path, provider))
+    found = (pair.theirs(program.fill(sample))[logits].float() for sample in samples)
+    losses = [next_token_loss(each, s) for each, s in zip(found, samples, strict=True)]
+    return float(torch.stack(losses).mean())
+
+
+def _distances(
+    program: Program, path: Path, samples: Sequence[Batch], provider: str = CPU
+) -> float:
+    first = program.outputs[0].name
+    pair = Pair(program, open_session(path, provider))
+    turned = []
+    for sample in samples:
+        given = program.fill(sample)
+        ours, theirs = pair.ours(given)[first], pair.theirs(given)[first]
+        cosine = functional.cosine_similarity(ours.flatten(), theirs.flatten(), 0)
+        turned.append(1 - float(cosine))
+    return sum(turned) / len(turned)
