@@ -27,6 +27,7 @@ from graphprune.cli.verbs import (
     inspect,
     listing,
     run,
+    trim_vocabulary,
 )
 from graphprune.errors import GraphPruneError
 from graphprune.io.version import __version__
@@ -46,7 +47,14 @@ app = typer.Typer(
 
 for _title, _verbs in {
     "Look into a model": (inspect.inspect, inspect.explain, inspect.page, inspect.plot),
-    "Make it smaller": (compress.compress, run.run, apply.apply, compare.verify, compare.diff),
+    "Make it smaller": (
+        compress.compress,
+        run.run,
+        apply.apply,
+        compare.verify,
+        compare.diff,
+        trim_vocabulary.trim_vocabulary,
+    ),
     "Measure": (evaluate.evaluate, evaluate.sensitivity, evaluate.sweep, generate.generate),
     "List": (listing.passes, listing.operators),
 }.items():

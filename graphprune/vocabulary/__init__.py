@@ -1,0 +1,1 @@
+"""Smaller vocabularies: the rows of a program and the tokenizer beside it, together."""
