@@ -145,9 +145,10 @@ def _in_type(program: Program, dtype: torch.dtype) -> Program:
 def _drawn(program: Program, dtype: torch.dtype, scale: float | None) -> Mapping[str, Tensor]:
     """Weights of the sizes of the program's, on the CPU; buffers and single numbers are its own.
 
-    Those in the place of weights that lie in files are drawn where they are used, each time alike.
+    Where weights lie in files, all are drawn where they are used, each time alike.
     """
     drawn = {}
+    later = any(isinstance(weight, Deferred) for weight in program.weights.values())
     for name, weight in program.weights.items():
         if not weight.is_floating_point():
             drawn[name] = weight.detach().cpu()
@@ -155,7 +156,6 @@ def _drawn(program: Program, dtype: torch.dtype, scale: float | None) -> Mapping
             drawn[name] = converted(weight, dtype, torch.device("cpu"))
         else:
             draw = functools.partial(_draw, name, tuple(weight.shape), dtype, scale)
-            later = isinstance(weight, Deferred)
             drawn[name] = Deferred(draw, weight.shape, dtype) if later else draw()
     return drawn
 
