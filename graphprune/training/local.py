@@ -40,8 +40,9 @@ HELD_OUT = 8
 TOKENS, OF_ANOTHER = 1024, 128
 """Tokens of a step, and how many a sample without tokens counts for."""
 
-LOOKS = 4
-"""How often a piece is measured while it is trained."""
+LOOKS, SLOWER = 8, 3.0
+"""How often a piece is measured while it is trained, and what the learning rate is divided by
+where that finds it no better: which rates do good differs from model to model."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def train_locally(
     A piece is a residual branch, or what else lies between two places that a single value crosses
     (`graphprune.training.pieces`). Zeros of matrices stay zero. What is kept of a piece is what was
     best on held-out samples, at its start or at one of a few looks: by this measure none becomes
-    worse.
+    worse. A look that finds nothing better goes back to what was best, with a lower rate.
 
     Parameters
     ----------
@@ -270,7 +271,7 @@ class _Branch:
     @property
     def bytes(self) -> int:
         """What parameters, gradients and moments take while it is trained."""
-        return sum(16 * self.program.weights[self.names[node]].numel() for node in self.trained)
+        return sum(20 * self.program.weights[self.names[node]].numel() for node in self.trained)
 
     @property
     def name(self) -> str:
@@ -297,10 +298,12 @@ class _Branch:
         before = best = self._measured(runs, settings, held)
         if not math.isfinite(before):
             raise TrainingError(f"{self.name}: what it gives on the calibration data is not finite")
-        new: dict[str, Tensor] = {}
+        new: dict[fx.Node, Tensor] = {}
+        back = {node: each.detach().clone() for node, each in masters.items()}
+        part = 1.0
         for step, number in enumerate(settings.order(self.at)):
             for group in optimizer.param_groups:
-                group["lr"] = group["most"] * settings.rate(step)
+                group["lr"] = group["most"] * part * settings.rate(step)
             if number in runs:
                 with torch.enable_grad():
                     error = self._error(runs[number], {**held, **masters})
@@ -313,8 +316,13 @@ class _Branch:
                 now = {node: self._stored(node, each) for node, each in masters.items()}
                 reached = self._measured(runs, settings, {**held, **now})
                 if reached < best:
-                    best, new = reached, {self.names[node]: each for node, each in now.items()}
-        return new, (before, best)
+                    best, new, back = reached, now, now
+                else:
+                    part /= SLOWER
+                    for node, each in masters.items():
+                        each.data.copy_(back[node])
+                    optimizer.state.clear()
+        return {self.names[node]: each for node, each in new.items()}, (before, best)
 
     def _add_up(self, masters: Collection[Tensor]) -> None:
         """Add up the gradients of all processes."""
