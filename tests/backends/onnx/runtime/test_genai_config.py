@@ -18,6 +18,7 @@ import torch
 import graphprune as gp
 from graphprune import reference
 from graphprune.backends.onnx.package import write_package
+from graphprune.backends.onnx.weights.quantize import Quantization
 
 INTERPRETER = os.environ.get("GRAPHPRUNE_GENAI", "")
 PROMPTS = [[5, 6, 7, 8, 9], [11, 12, 13], [400]]
@@ -43,6 +44,18 @@ found = [[int(t) for t in generator.get_sequence(row)][longest:] for row in rang
 print(json.dumps(found))
 """
 
+
+def generated(folder: Path, prompts: list[list[int]]) -> tuple[list[int], list[list[int]]]:
+    """What onnxruntime-genai makes of a text, and its tokens after `prompts`."""
+    arguments = [str(folder), *(json.dumps(each) for each in (prompts, NEW, 2))]
+    done = subprocess.run(
+        [INTERPRETER, "-c", GENERATE, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    encoded, found = map(json.loads, done.stdout.splitlines()[-2:])
+    return encoded, found
+
+
 pytestmark = pytest.mark.skipif(not INTERPRETER, reason="GRAPHPRUNE_GENAI names no interpreter")
 
 
@@ -62,12 +75,17 @@ def test_it_generates_the_tokens_of_the_program(target: str | None, tmp_path: Pa
             logits = result.program(input_ids=torch.tensor([ids]))["logits"]
             ids.append(int(logits[0, -1].argmax()))
         expected.append(ids[len(prompt) :])
-    arguments = [str(tmp_path / "out"), *(json.dumps(each) for each in (prompts, NEW, 2))]
-    done = subprocess.run(
-        [INTERPRETER, "-c", GENERATE, *arguments], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    encoded, found = map(json.loads, done.stdout.splitlines()[-2:])
+    encoded, found = generated(tmp_path / "out", prompts)
     assert found == expected
     tokenizer = gp.OnnxRunner(tmp_path / "out").tokenizer
     assert encoded == tokenizer.encode("def main(", add_special_tokens=False)
+
+
+def test_it_generates_from_quantized_weights(tmp_path: Path) -> None:
+    chosen = Quantization("int4", block=16)
+    program = gp.load(reference.checkpoint_dir())
+    write_package(program, tmp_path / "out", target="cpu", quantization=chosen, check=False)
+    runner = gp.OnnxRunner(tmp_path / "out")
+    runner.ends = frozenset()
+    rows = runner.generate(PROMPTS[:1], max_new_tokens=NEW)
+    assert generated(tmp_path / "out", PROMPTS[:1])[1] == [list(row.tokens) for row in rows]
