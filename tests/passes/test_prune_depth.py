@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune.backends.huggingface.save import checkpoint_form
-from graphprune.errors import PlanError, SelectionError, VerificationError
+from graphprune.backends.huggingface.shorter_lists import counted_as_before
+from graphprune.errors import BackendError, PlanError, SelectionError, VerificationError
 from graphprune.ir.program import PAST, Program
 from graphprune.passes.prune_depth import PruneDepth
 from graphprune.pipeline.pass_manager import Result
@@ -160,7 +161,7 @@ def reloaded(program: Program, folder: Path) -> Any:
 
 
 def test_a_checkpoint_has_fewer_layers_and_generates_the_same(tmp_path: Path) -> None:
-    result = run("gemma3", PruneDepth(count=1, skip=("model.layers.2",)))
+    result = run("gemma3", PruneDepth(count=1, skip=("model.layers.1", "model.layers.2")))
     (gone,) = removed(result)
     assert checkpoint_form(result.program).kind == "plain"
     model = reloaded(result.program, tmp_path)
@@ -175,6 +176,23 @@ def test_a_checkpoint_has_fewer_layers_and_generates_the_same(tmp_path: Path) ->
         logits = result.program(input_ids=expected)["logits"]
         expected = torch.cat([expected, logits[:, -1:].argmax(-1)], 1)
     assert found.tolist() == expected.tolist()
+    original = program_of("gemma3")
+    again = gp.load(tmp_path)
+    gone = {name for step in result.plan.steps for name in step.whole}
+    named = counted_as_before(again, original.weights, gone)
+    assert set(named.weights) == set(result.program.weights) != set(again.weights)
+    assert gp.verify(original, result.plan, named).proves_sizes
+
+
+def test_half_a_block_is_refused_as_a_checkpoint_before_anything_is_written(tmp_path: Path) -> None:
+    result = run("gemma3", PruneDepth(count=1, unit="branch", criterion="cosine"))
+    form = checkpoint_form(result.program)
+    assert form.kind == "none" and "lacks model.layers." in form.reason
+    with pytest.raises(BackendError, match=r"no Hugging Face checkpoint .* lacks model.layers."):
+        result.program.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    result.program.save(tmp_path / "archive")
+    assert gp.load(tmp_path / "archive").fingerprint() == result.program.fingerprint()
 
 
 # -- refusals -------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import fx
@@ -56,6 +56,34 @@ def renumbered(program: Program, names: Iterable[str]) -> Program:
     return dataclasses.replace(
         program,
         graph_module=fx.GraphModule(program.graph_module, graph),
+        weights={rename(name): weight for name, weight in program.weights.items()},
+        kinds={rename(name): kind for name, kind in program.kinds.items()},
+        aliases={rename(alias): rename(name) for alias, name in program.aliases.items()},
+    )
+
+
+def counted_as_before(program: Program, names: Iterable[str], gone: Collection[str]) -> Program:
+    """`program`, read from a checkpoint, with the names that its weights had before lists shrank.
+
+    Parameters
+    ----------
+    program
+        The program.
+    names
+        The names of all weights before.
+    gone
+        Those of them that are gone.
+    """
+    names = tuple(names)
+    left = [name for name in names if name not in gone]
+    moved = _moved(names, left)
+    before = {_renamed(name, moved): name for name in left}
+
+    def rename(name: str) -> str:
+        return before.get(name, name)
+
+    return dataclasses.replace(
+        program,
         weights={rename(name): weight for name, weight in program.weights.items()},
         kinds={rename(name): kind for name, kind in program.kinds.items()},
         aliases={rename(alias): rename(name) for alias, name in program.aliases.items()},

@@ -45,6 +45,7 @@ def verify(
 
     Without OUT, DIR is an ONNX package: its model must give what its program gives.
     """
+    from graphprune.backends.huggingface.shorter_lists import counted_as_before
     from graphprune.verification.verify import verify
 
     if output is None:
@@ -53,6 +54,8 @@ def verify(
     plan = read_plan(output / "plan.json")
     original = session.load(directory, loading)
     smaller = session.load(str(output), loading)
+    gone = {name for step in plan.steps for name in step.whole}
+    smaller = counted_as_before(smaller, original.weights, gone)
     with session.working("verifying"):
         report = verify(original, plan, smaller, tolerance=tolerance)
     if as_json:
