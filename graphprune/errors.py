@@ -25,6 +25,9 @@ class CaptureError(GraphPruneError):
     at_all_sizes = False
     """Whether it is known that it cannot, whichever sizes are dynamic."""
 
+    last_attempt = ""
+    """Why the last other way to capture it failed too; "" where none was tried."""
+
 
 class CheckpointError(GraphPruneError):
     """A directory or file that does not hold a loadable model."""

@@ -82,7 +82,12 @@ def export_along_example(
     """Export the path that the values of `args` take where `error` met a branch on data."""
     if not isinstance(error, GuardOnDataDependentSymNode):
         raise error
-    with functorch.patch(fake_tensor_propagate_real_tensors=True), values_of_parameters():
+    with (
+        functorch.patch(
+            fake_tensor_propagate_real_tensors=True, generate_fake_kernels_from_real_mismatches=True
+        ),
+        values_of_parameters(),
+    ):
         exported = export_once(module, args, shapes)
     for node in exported.graph.nodes:
         for value in pytree.tree_leaves(node.meta.get("val")):

@@ -80,22 +80,29 @@ def capture(
                 )
         return program if device is None else replace(program, placement=Placement(device))
     except CaptureError as error:
-        branches = isinstance(error.__cause__, GuardOnDataDependentSymNode)
-        if along_example or not branches:
+        if not isinstance(error.__cause__, GuardOnDataDependentSymNode):
             raise
-        try:
-            capture(
-                model,
-                example_inputs,
-                dynamic_shapes=dynamic_shapes,
-                cache=cache,
-                along_example=True,
-            )
-        except CaptureError:
-            raise error from error.__cause__
-        raise CaptureError(
-            f"{error}; along_example=True captures the path that the example takes"
-        ) from error.__cause__
+        why = error.last_attempt if along_example else ""
+        if not along_example:
+            try:
+                capture(
+                    model,
+                    example_inputs,
+                    dynamic_shapes=dynamic_shapes,
+                    cache=cache,
+                    along_example=True,
+                )
+            except CaptureError as again:
+                why = again.last_attempt or str(again)
+        way = (
+            f"along its example it fails too: {why}; give what its code works out there from "
+            "values as an input, or capture the modules around it"
+            if why
+            else "along_example=True captures the path that the example takes"
+        )
+        refused = CaptureError(f"{error}; {way}")
+        refused.last_attempt = why
+        raise refused from error.__cause__
 
 
 def _capture_example(

@@ -280,13 +280,14 @@ def _with_most_dynamic(
     """Capture with as many dynamic sizes as hold for more than the example.
 
     Lengths are tried as well as batches, but no sides of images, which code divides in many ways.
-    A batch of one, which `torch.export` takes for a constant, is tried as a batch of two.
+    A batch of one, which `torch.export` takes for a constant, is tried as a batch of two. Where
+    nothing else can be captured, the sizes are those of the example.
     """
     alone = all(leaf.ndim and leaf.shape[0] == 1 for leaf in flat)
     several = [torch.cat([leaf, leaf]) for leaf in flat] if alone else flat
     all_dims = [dict.fromkeys(range(leaf.ndim if leaf.ndim < 4 else 1), Dim.AUTO) for leaf in flat]
     rows = [{0: Dim.AUTO} if leaf.ndim else {} for leaf in flat]
-    failure: Exception | None = None
+    failure: CaptureError | None = None
     for dims in ([all_dims] if all_dims != rows else []) + [rows]:
         try:
             call = captured(several, dims)
@@ -302,9 +303,10 @@ def _with_most_dynamic(
     if not alone:
         if failure is None:
             return checked
-        raise failure
+        if failure.at_all_sizes:
+            raise failure
     call = captured(flat, [dict.fromkeys(dims, Dim.STATIC) for dims in rows])
-    return replace(call, program=with_fixed(call.program, rows, call.model, call.example))
+    return replace(call, program=with_fixed(call.program, all_dims, call.model, call.example))
 
 
 def _shared_dims(call: Call, dims: Sequence[Any]) -> list[Any]:

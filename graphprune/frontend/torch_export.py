@@ -79,9 +79,10 @@ def export(
             try:
                 return attempt(module, args, shapes, error)
             except CaptureError as failed:
-                refused.at_all_sizes |= failed.at_all_sizes
-            except Exception:  # noqa: BLE001 - the first error says more
-                continue
+                refused.at_all_sizes = failed.at_all_sizes
+                refused.last_attempt = str(failed)
+            except Exception as failed:  # noqa: BLE001 - the first error says more
+                refused.last_attempt = line_and_place(failed)
         if fallback is None or refused.at_all_sizes:
             raise refused from error
         return export(module, args, fallback, name, follow=follow)

@@ -15,6 +15,7 @@ from byte_llama import byte_llama
 from tiny_models import tiny_model
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.nn import functional as F
 
 import graphprune as gp
 from graphprune.backends.archive import archive
@@ -252,8 +253,24 @@ def test_the_way_out_is_named_only_where_it_is_one(capfd: pytest.CaptureFixture[
         gp.capture(Fork(), (X,))
     with pytest.raises(CaptureError) as caught:
         gp.capture(Count(), (X,), dynamic_shapes=({0: Dim.AUTO},))
-    assert "along_example" not in str(caught.value)
+    told = str(caught.value)
+    assert "along_example" not in told
+    assert "along its example it fails too: dimension 0 of" in told and "as an input" in told
     assert capfd.readouterr() == ("", "")
+
+
+def test_pieces_as_long_as_an_input_says_are_captured_as_the_example_has_them() -> None:
+    class Pieces(Net):
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            lengths = lengths.repeat_interleave(torch.ones_like(lengths))
+            ends = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+            pieces = x.view(5, 8).split((ends[1:] - ends[:-1]).tolist())
+            return torch.cat([super(Pieces, self).forward(each).cumsum(0) for each in pieces])
+
+    model, given = Pieces().eval(), (torch.randn(5, 8), torch.tensor([2, 3]))
+    program = gp.capture(model, given, along_example=True)
+    assert torch.allclose(program(*given)["output"], model(*given), atol=1e-6)
+    assert "dimension 0 of x is 5 alone" in " ".join(note.text for note in program.notes)
 
 
 # -- transformers models on inputs of one's own ---------------------------------------------------
