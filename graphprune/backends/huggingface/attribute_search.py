@@ -153,21 +153,20 @@ class AttributeSearch:
             differing = [(name, d) for d, size in enumerate(then) if size != sizes[name][d]]
             for path in _above(name) if differing else ():
                 changed[path] += differing
-        reads = {kind: _read_by(kind) for kind in {type(module) for module in before.modules()}}
+        read = integers_read(before)
         self._kinds: dict[_Kind, dict[str, list[tuple[bool, int]]]] = defaultdict(dict)
         for path, module in before.named_modules():
             near = next((p for p in (path, *_above(path)) if p in changed), None)
-            if near is None or type(module).__module__.startswith("torch."):
+            if near is None or path not in read:
                 continue
             dims = {
                 (sizes[name][d], after[name][d]): {1, *unit_sizes((name, d))}
                 for name, d in changed[near]
             }
-            for name, value in vars(module).items():
-                if type(value) is int and value > 1 and name in reads[type(module)]:
-                    values = list(itertools.islice(_became(value, dims), _FEW))
-                    if values:
-                        self._kinds[type(module), name, value][path] = values
+            for name, value in read[path].items():
+                values = list(itertools.islice(_became(value, dims), _FEW)) if value > 1 else []
+                if values:
+                    self._kinds[type(module), name, value][path] = values
 
     def run(self, model: nn.Module, base: Attributes) -> Attributes | None:
         """Return attributes with which `model` computes what the program does, `base` among them.
@@ -225,6 +224,38 @@ class AttributeSearch:
             for path, values in self._kinds[kind].items():
                 found.setdefault(path, {})[kind[1]] = values[min(index, len(values) - 1)][1]
         return found
+
+
+def integers_read(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Map module paths, but for layers of torch, to the integers that the code of each reads."""
+    reads = {kind: _read_by(kind) for kind in {type(module) for module in model.modules()}}
+    return {
+        path: {n: v for n, v in vars(module).items() if type(v) is int and n in reads[type(module)]}
+        for path, module in model.named_modules()
+        if not type(module).__module__.startswith("torch.")
+    }
+
+
+def kept_integers(
+    model: nn.Module, before: nn.Module, difference: Callable[[nn.Module], str]
+) -> Attributes:
+    """Return integers of `before` with which `model` has no `difference` from a program.
+
+    Those of one name and class are kept alike, and those of one alone; none where none is needed,
+    or where none would do.
+    """
+    if not difference(model):
+        return {}
+    old, kinds = integers_read(before), defaultdict[tuple[type, str], Attributes](dict)
+    for path, read in integers_read(model).items():
+        for name, value in read.items():
+            if old.get(path, {}).get(name, value) != value:
+                kinds[type(model.get_submodule(path)), name][path] = {name: old[path][name]}
+    for kept in kinds.values():
+        with having(model, kept):
+            if not difference(model):
+                return kept
+    return {}
 
 
 def _progress(trial: Trial, model: nn.Module) -> tuple[str, tuple[int, int], list[type]]:

@@ -19,7 +19,12 @@ from torch import nn
 from graphprune.analysis.axes import Atom, Axis, Product
 from graphprune.analysis.inference import infer
 from graphprune.analysis.types import Types
-from graphprune.backends.huggingface.attribute_search import AttributeSearch, merged, of_layers
+from graphprune.backends.huggingface.attribute_search import (
+    AttributeSearch,
+    kept_integers,
+    merged,
+    of_layers,
+)
 from graphprune.backends.huggingface.config_rules import broken_rule
 from graphprune.backends.huggingface.config_search import (
     Builder,
@@ -177,14 +182,13 @@ class _FormSearch:
                 return ChosenForm(
                     CheckpointForm("plain", "", changes, notes=self.notes), self.program, model
                 ), ""
-            reason = reason or why
+            reason = reason or _with(changes, why)
         rule = "" if reason else broken_rule(self.builder, self.target)
         return None, reason or rule or search.reason
 
     def _layered(self, reason: str, base: Changes) -> tuple[ChosenForm | None, str]:
         if not self.base_class.__module__.startswith("transformers."):
             return None, reason
-        first = ""
         search = LayerSearch(
             self.builder, needed_sizes(self.program, derived=False), base, self._unit_sizes
         )
@@ -198,11 +202,10 @@ class _FormSearch:
             found = CheckpointForm(
                 "remote-code", reason, changes, layers, attributes=attributes, notes=self.notes
             )
-            chosen, why = self._prove_layers(found)
+            chosen = self._prove_layers(found)
             if chosen is not None:
                 return chosen, ""
-            first = first or why
-        return None, first or search.reason
+        return None, search.reason
 
     def _resized(self, reason: str) -> ChosenForm | None:
         """Try the model of the config as it was, with some weights and numbers of other sizes."""
@@ -234,24 +237,26 @@ class _FormSearch:
         attributes = search.run(model, merged(found.attributes, layers))
         if attributes is None:
             return None
-        return self._prove_layers(dataclasses.replace(found, attributes=attributes))[0]
+        return self._prove_layers(dataclasses.replace(found, attributes=attributes))
 
-    def _prove_layers(self, found: CheckpointForm) -> tuple[ChosenForm | None, str]:
+    def _prove_layers(self, found: CheckpointForm) -> ChosenForm | None:
         """`found`, completed by buffers and numbers that the model would compute otherwise."""
         if self.sizes_only:
-            return ChosenForm(found, self.program), ""
+            return ChosenForm(found, self.program)
         try:
             found, model = self._with_buffers(found)
-            why = self._difference(model)
-            if why:
-                # What a module computed from its sizes, such as the scale of attention, the program
-                # may have kept as it was.
-                found = dataclasses.replace(found, attributes=self._as_before(found, model))
-                model = self._pruned_model(found)
-                why = self._difference(model) and why
-        except BackendError as error:
-            return None, str(error)
-        return (None, why) if why else (ChosenForm(found, self.program, model), "")
+            if not self._difference(model):
+                return ChosenForm(found, self.program, model)
+            # What a module computed from its sizes, such as the scale of attention, the program may
+            # have kept as it was.
+            attributes = self._as_before(found, model)
+            model = self._pruned_model(dataclasses.replace(found, attributes=attributes))
+            kept = kept_integers(model, self.builder.model({}), self._difference)
+            found = dataclasses.replace(found, attributes=merged(attributes, kept))
+            model = self._pruned_model(found) if kept else model
+            return None if self._difference(model) else ChosenForm(found, self.program, model)
+        except BackendError:
+            return None
 
     def _with_buffers(self, found: CheckpointForm) -> tuple[CheckpointForm, Any]:
         """`found` with the buffers that its model would compute otherwise, and the model."""
@@ -351,6 +356,16 @@ class _FormSearch:
                 raise BackendError(f"{norm.module} holds no epsilon that could be {norm.after:.3g}")
             found[norm.module] = dict.fromkeys(names, norm.after)
         return found
+
+
+def _with(changes: Changes, why: str) -> str:
+    """Say of which config it is that its model is not the program, for the reason `why`."""
+    fields = ", ".join(f"{path} = {_short(value)}" for path, value in changes.items())
+    return f"with {fields} in its config, {why}" if fields else why
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _parts(axis: Axis) -> Iterator[int]:

@@ -237,6 +237,7 @@ class Search:
         """
         missing = self.missing(self.base)
         if missing is None:
+            self.reason = self._misfit()
             return
         if not missing:
             yield dict(self.base)
@@ -273,18 +274,23 @@ class Search:
     def missing(self, changes: Mapping[str, Any]) -> dict[WeightDim, tuple[int, int]] | None:
         """Return the sizes that differ: (now, wanted) by dimension; None for no such model."""
         sizes = self.builder.sizes(changes)
-        if sizes is None:
-            self.reason = f"no model can be built: {self.builder.failure}"
+        if sizes is None or any(len(sizes.get(n, ())) != len(s) for n, s in self.target.items()):
             return None
-        found = {}
-        for name, wanted in self.target.items():
-            if name not in sizes or len(sizes[name]) != len(wanted):
-                self.reason = f"the model has no weight {name} of {len(wanted)} dimensions"
-                return None
-            for dim, (now, then) in enumerate(zip(sizes[name], wanted, strict=True)):
-                if now != then:
-                    found[name, dim] = (now, then)
-        return found
+        return {
+            (name, dim): (now, then)
+            for name, wanted in self.target.items()
+            for dim, (now, then) in enumerate(zip(sizes[name], wanted, strict=True))
+            if now != then
+        }
+
+    def _misfit(self) -> str:
+        """Say why the model to start from has no such weights at all."""
+        sizes = self.builder.sizes(self.base)
+        if sizes is None:
+            return f"no model can be built: {self.builder.failure}"
+        other = ((n, len(s)) for n, s in self.target.items() if len(sizes.get(n, ())) != len(s))
+        name, dims = next(other)
+        return f"the model has no weight {name} of {dims} dimensions"
 
     def _from(
         self, start: Changes, fields: Mapping[str, int], missing: Mapping[WeightDim, Any]
@@ -301,9 +307,10 @@ class Search:
         }
         order = itertools.count()
         queue = [(len(missing), 0, next(order), start)]
-        visited = {_frozen(start)}
+        nearest, visited = queue[0], {_frozen(start)}
         while queue and self._left > 0:
-            wrong, changed, _, changes = heapq.heappop(queue)
+            wrong, changed, _, changes = popped = heapq.heappop(queue)
+            nearest = min(nearest, popped)
             if not wrong:
                 yield changes
                 continue
@@ -316,11 +323,32 @@ class Search:
                 left = self.missing(varied)
                 if left is not None and len(left) <= wrong:
                     heapq.heappush(queue, (len(left), changed + 1, next(order), varied))
-        if not self.reason:
-            (name, dim), (now, then) = next(iter(missing.items()))
-            self.reason = (
-                f"no config gives dimension {dim} of {name} the size {then} (it was {now})"
-            )
+        left = self.missing(nearest[-1])
+        if left:
+            self.reason = self.reason or self._unmet(next(iter(left)), missing, effects)
+
+    def _unmet(
+        self,
+        at: WeightDim,
+        missing: Mapping[WeightDim, tuple[int, int]],
+        effects: Mapping[str, Mapping[WeightDim, Fraction]],
+    ) -> str:
+        """Name a size that was not reached, and one that goes with it but should not."""
+        fields = [path for path, effect in effects.items() if at in effect]
+        if not fields:
+            return f"no config fields give {self._wanted(at)}"
+        pairs = (
+            other
+            for path in fields
+            for other in effects[path]
+            if (other in missing) != (at in missing)
+        )
+        also = [f" and {self._wanted(other)}" for other in itertools.islice(pairs, 1)]
+        return "".join([f"no values of {' and '.join(fields)} give {self._wanted(at)}", *also])
+
+    def _wanted(self, at: WeightDim) -> str:
+        name, dim = at
+        return f"dimension {dim} of {name} the size {self.target[name][dim]}"
 
     def _moves(self, changes: Changes, fields: Mapping[str, int]) -> list[tuple[str, int]]:
         """Values that would set some of the wrong sizes right, those that right most first."""
@@ -392,10 +420,7 @@ class Search:
             other, where = alike.setdefault((now, followed), (wanted, at))
             if other != wanted:
                 names = " and ".join(path for path, _ in followed)
-                return (
-                    f"{names} cannot give dimension {where[1]} of {where[0]} the size {other} "
-                    f"and dimension {dim} of {name} the size {wanted}"
-                )
+                return f"{names} cannot give {self._wanted(where)} and {self._wanted(at)}"
         return ""
 
     def _implicit(

@@ -39,6 +39,14 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextlib.contextmanager
+def drawing() -> Iterator[None]:
+    """Let what draws at random draw the same each time; the user's own draws are left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
 def dtype_of(program: Program) -> torch.dtype:
     """Return the element type that the program computes in."""
     floating = (
@@ -125,17 +133,19 @@ def difference(program: Program, model: Any) -> str:
     """Say how what `model` computes differs from what `program` does; "" where it does not.
 
     Both run with the program's own weights, on random inputs of two rows of five tokens (or two
-    images). An output counts as equal within 1e-4 of its largest magnitude in float32, which is
-    what other kernels may cost. That no other structure would do is for a `Trial` to show.
+    images), and draw the same at random. An output counts as equal within 1e-4 of its largest
+    magnitude in float32, which is what other kernels may cost. That no other structure would do is
+    for a `Trial` to show.
     """
     inputs = random_inputs(program, batch=ROWS, length=LENGTH)
     device = program.device
     try:
-        ours = program(**{name: tensor.to(device) for name, tensor in inputs.items()})
+        with drawing():
+            ours = program(**{name: tensor.to(device) for name, tensor in inputs.items()})
     except Exception as error:  # noqa: BLE001 - a capture may have kept the sizes of its example
         return f"the program does not run on other inputs: {first_line(error)}"
     try:
-        with torch.no_grad(), quiet(), values_lent(model):
+        with torch.no_grad(), quiet(), drawing(), values_lent(model):
             theirs = model(**inputs, return_dict=True)
     except Exception as error:  # noqa: BLE001 - model code may fail in any way
         return f"the model does not run: {first_line(error)}"

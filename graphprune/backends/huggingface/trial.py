@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from graphprune.backends.huggingface.model import LENGTH, ROWS, mismatch, quiet
+from graphprune.backends.huggingface.model import LENGTH, ROWS, drawing, mismatch, quiet
 from graphprune.errors import first_line
+from graphprune.ir.aten import random_nodes
 from graphprune.ir.nodes import copy_of
 from graphprune.ir.program import PRESENT, Program
 from graphprune.ir.sample_inputs import random_inputs
@@ -43,7 +44,9 @@ class Trial:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self._types = [torch.float64, torch.float32]  # some kernels lack the first
+        # Some kernels lack the first type, in which other numbers are drawn at random.
+        types = [torch.float64, torch.float32]
+        self._types = types[1:] if random_nodes(program.graph) else types
         self._inputs: dict[str, Tensor] = {}
         self._weights: Mapping[str, Tensor] = {}
         self._expected: dict[str, Tensor] = {}
@@ -60,7 +63,7 @@ class Trial:
             except Exception as error:  # noqa: BLE001 - a capture may have kept its example's sizes
                 return f"the program does not run on other inputs: {first_line(error)}", None
         try:
-            with self._lent(model), torch.no_grad(), quiet():
+            with self._lent(model), torch.no_grad(), quiet(), drawing():
                 found = model(**self._inputs, return_dict=True)
         except Exception as error:  # noqa: BLE001 - model code may fail in any way
             if len(self._types) > 1 and _is_about_types(error):
@@ -96,7 +99,7 @@ class Trial:
             n: converted(weight, weight.dtype, device) for n, weight in self._weights.items()
         }
         inputs = {name: tensor.to(device) for name, tensor in self._inputs.items()}
-        with torch.no_grad():
+        with torch.no_grad(), drawing():
             outputs = program.run(weights, inputs)
         return {n: t.cpu() for n, t in outputs.items() if not n.startswith(PRESENT)}
 

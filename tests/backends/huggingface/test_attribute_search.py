@@ -71,6 +71,22 @@ def _mobilenet() -> Any:
     return tf.MobileNetV1ForImageClassification(config)
 
 
+def _vit_mae() -> Any:
+    encoder = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    decoder = {f"decoder_{name}": value for name, value in encoder.items()}
+    heads = {"num_attention_heads": 2, "decoder_num_attention_heads": 2}
+    return tf.ViTMAEForPreTraining(
+        tf.ViTMAEConfig(**encoder, **decoder, **heads, image_size=16, patch_size=4)
+    )
+
+
+def _t5() -> Any:
+    sizes = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 1, "num_heads": 4}
+    return tf.T5ForConditionalGeneration(
+        tf.T5Config(vocab_size=61, decoder_start_token_id=0, **sizes)
+    )
+
+
 _BUILT = {
     "gpt2": _gpt2,
     "luke": lambda: tf.LukeForMaskedLM(tf.LukeConfig(**_TEXT, entity_vocab_size=8)),
@@ -78,6 +94,8 @@ _BUILT = {
     "marian": lambda: tf.MarianMTModel(tf.MarianConfig(**_MARIAN)),
     "mobilenet": _mobilenet,
     "resnet": _resnet,
+    "t5": _t5,
+    "vit-mae": _vit_mae,
 }
 
 
@@ -148,6 +166,18 @@ def test_numbers_that_code_reads_follow_sizes(
 ) -> None:
     _, changes = reloaded(pruned(name, "kv-heads"), tmp_path / "out")
     assert changes["attributes"][path] == attributes
+
+
+def test_a_number_that_the_code_scales_by_stays_what_it_was(tmp_path: Path) -> None:
+    text = "prune{target=ffn,residual,kv-heads ratio=0.25 criterion=l2}"
+    _, changes = reloaded(Pipeline.parse(text).run(program_of("t5")).program, tmp_path / "out")
+    # The logits are divided by the square root of the width, which is now another one.
+    assert changes["attributes"][""] == {"model_dim": 32}
+
+
+def test_what_draws_at_random_draws_the_same_on_both_sides(tmp_path: Path) -> None:
+    model, _ = reloaded(pruned("vit-mae", "ffn"), tmp_path / "out")
+    assert type(model).__name__ == "ViTMAEForPreTraining"
 
 
 @pytest.mark.slow

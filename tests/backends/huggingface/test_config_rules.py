@@ -8,7 +8,7 @@ import transformers as tf
 
 from graphprune.analysis.coupling import analyze
 from graphprune.backends.huggingface.config_rules import size_rules
-from graphprune.backends.huggingface.config_search import Builder
+from graphprune.backends.huggingface.config_search import Builder, Search
 from graphprune.backends.huggingface.save import checkpoint_form
 from graphprune.errors import MergeError, SelectionError
 from graphprune.frontend.capture import capture
@@ -29,6 +29,15 @@ def program() -> Program:
         max_position_embeddings=64,
     )
     return capture(tf.LlamaForCausalLM(config).eval())
+
+
+_SEGFORMER = tf.SegformerConfig(
+    num_encoder_blocks=1,
+    depths=[1],
+    sr_ratios=[1],
+    hidden_sizes=[16],
+    num_attention_heads=[2],
+)
 
 
 def kept(program: Program, passes: str) -> dict[str, int]:
@@ -124,9 +133,22 @@ def test_the_reason_names_the_rule_and_what_would_do(program: Program) -> None:
     assert found.reason.endswith("num_attention_heads of 1, 2, 4, 8 would do")
 
 
+def test_a_size_that_was_not_reached_is_named_and_no_attempt_at_it() -> None:
+    builder = Builder(_SEGFORMER, tf.SegformerForImageClassification)
+    stage = "segformer.stages.0.blocks.0.attention"
+    target = {
+        f"{stage}.{name}.weight": shape
+        for name, shape in (("q_proj", (4, 16)), ("o_proj", (16, 4)))
+    }
+    search = Search(builder, target, {}, lambda at: (2, 4))
+    assert not list(search.solutions())
+    assert search.reason == (
+        "no values of hidden_sizes.0 and num_attention_heads.0 give dimension 0 of "
+        f"{stage}.q_proj.weight the size 4 and dimension 1 of {stage}.q_proj.weight the size 16"
+    )
+
+
 def test_arithmetic_that_fails_within_a_model_is_said_with_its_sizes() -> None:
-    one = {"num_encoder_blocks": 1, "depths": [1], "sr_ratios": [1], "hidden_sizes": [16]}
-    config = tf.SegformerConfig(**one, num_attention_heads=[2])
-    builder = Builder(config, tf.SegformerForImageClassification)
+    builder = Builder(_SEGFORMER, tf.SegformerForImageClassification)
     assert builder.sizes({"num_attention_heads.0": 32}) is None
     assert builder.failure.endswith("(with num_attention_heads.0 = 32)")
