@@ -61,6 +61,23 @@ class Comparison:
         """Return the fields by name."""
         return asdict(self)
 
+    def measures(self) -> Iterator[tuple[str, str, str]]:
+        """Yield what each measure is called, and how it was before and is after, for people."""
+        if self.loss_before is not None and self.loss_after is not None:
+            grown = f"{self.loss_after:.4f} ({self.loss_after - self.loss_before:+.4f})"
+            yield "loss, nats/token", f"{self.loss_before:.4f}", grown
+        if self.agreement is not None and self.kl is not None:
+            yield "agreement with the original", "", f"{self.agreement:.1%}"
+            yield "KL from the original, nats", "", f"{self.kl:.4f}"
+        for name, distance in self.distances.items():
+            yield f"1 - cosine of {name}", "", f"{distance:.4f}"
+
+    @property
+    def counted(self) -> str:
+        """What was compared, for people, such as "18 rows of outputs"."""
+        what = "rows of outputs" if self.loss_before is None else "predictions of text"
+        return f"{self.predictions:,} {what}"
+
 
 def compare(
     original: Program,

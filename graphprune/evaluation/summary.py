@@ -115,23 +115,15 @@ class Summary:
         ):
             if before is not None and after is not None and (before or after):
                 table.add_row(name, f"{before:,}", change_text(after, before))
-        found = self.predictions
-        if found is not None:
-            if found.loss_before is not None and found.loss_after is not None:
-                grown = f"{found.loss_after:.4f} ({found.loss_after - found.loss_before:+.4f})"
-                table.add_row("loss, nats/token", f"{found.loss_before:.4f}", grown)
-            if found.agreement is not None and found.kl is not None:
-                table.add_row("agreement with the original", "", f"{found.agreement:.1%}")
-                table.add_row("KL from the original, nats", "", f"{found.kl:.4f}")
-            for name, distance in found.distances.items():
-                table.add_row(f"1 - cosine of {name}", "", f"{distance:.4f}")
+        for row in () if self.predictions is None else self.predictions.measures():
+            table.add_row(*row)
         return table
 
     def lines(self) -> list[str]:
         """Return what the table does not say, in sentences."""
         found = self.predictions
         compared = (
-            f"compared on {found.predictions:,} {_rows_of(found)} that nothing was fitted to"
+            f"compared on {found.counted} that nothing was fitted to"
             if found is not None
             else f"not compared with the original: {self.why_not_compared}"
         )
@@ -148,10 +140,6 @@ class Summary:
             else "no calibration data were used"
         )
         return [compared, proven, calibrated]
-
-
-def _rows_of(found: Comparison) -> str:
-    return "rows of outputs" if found.loss_before is None else "predictions of text"
 
 
 def verified_error(passes: Sequence[PassRecord]) -> float | None:

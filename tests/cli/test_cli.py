@@ -308,6 +308,19 @@ def test_evaluate_measures_perplexity(graphprune: Run, checkpoint: Path, text: P
     assert data["perplexity"] == pytest.approx(float(done.out.split()[1]), rel=1e-5)
 
 
+def test_evaluate_compares_with_the_original(
+    graphprune: Run, checkpoint: Path, text: Path, smaller: Path
+) -> None:
+    options = ["--original", checkpoint, "--text", text, "--length", 64]
+    done = graphprune("evaluate", smaller, *options)
+    assert done.status == 0, done
+    for words in ("loss, nats/token", "agreement with the original", "predictions of text of text"):
+        assert words in done.out
+    found = json.loads(graphprune("evaluate", smaller, *options, "--json").out)
+    alone = json.loads(graphprune("evaluate", smaller, *options[2:], "--json").out)
+    assert found["loss_after"] == pytest.approx(alone["loss"], rel=1e-5)
+
+
 def test_evaluate_refuses_a_short_text(graphprune: Run, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("short")
     done = graphprune("evaluate", checkpoint, "--text", tmp_path / "short.txt", "--length", 64)

@@ -62,6 +62,13 @@ def test_what_predicts_no_tokens_is_compared_by_its_outputs(
     found = json.loads((out / "report.json").read_text())["summary"]["predictions"]
     assert found["loss_after"] is None
     assert 0 < found["distances"]["logits"] < 1
+    measured = graphprune("evaluate", out, "--original", model, "--text", images)
+    for words in ("agreement", "1 - cosine of logits", "20 rows of outputs of images.safetensors"):
+        assert words in measured.out
+    alone = graphprune("evaluate", out, "--text", images)
+    assert_refused(alone, "perplexity needs a causal language model", "--original DIR compares")
+    wrong = graphprune("evaluate", out, "--original", model, "--text", text)
+    assert_refused(wrong, "'pixel_values'", "--text FILE.safetensors")
     without = ["--passes", PRUNE, "-o", out, "--overwrite"]
     assert "there is no data: give --calibration FILE.safetensors" in (
         graphprune("run", model, *without).out

@@ -153,7 +153,7 @@ class AttributeSearch:
             differing = [(name, d) for d, size in enumerate(then) if size != sizes[name][d]]
             for path in _above(name) if differing else ():
                 changed[path] += differing
-        read = integers_read(before)
+        read = _integers_read(before)
         self._kinds: dict[_Kind, dict[str, list[tuple[bool, int]]]] = defaultdict(dict)
         for path, module in before.named_modules():
             near = next((p for p in (path, *_above(path)) if p in changed), None)
@@ -226,7 +226,7 @@ class AttributeSearch:
         return found
 
 
-def integers_read(model: nn.Module) -> dict[str, dict[str, int]]:
+def _integers_read(model: nn.Module) -> dict[str, dict[str, int]]:
     """Map module paths, but for layers of torch, to the integers that the code of each reads."""
     reads = {kind: _read_by(kind) for kind in {type(module) for module in model.modules()}}
     return {
@@ -246,8 +246,8 @@ def kept_integers(
     """
     if not difference(model):
         return {}
-    old, kinds = integers_read(before), defaultdict[tuple[type, str], Attributes](dict)
-    for path, read in integers_read(model).items():
+    old, kinds = _integers_read(before), defaultdict[tuple[type, str], Attributes](dict)
+    for path, read in _integers_read(model).items():
         for name, value in read.items():
             if old.get(path, {}).get(name, value) != value:
                 kinds[type(model.get_submodule(path)), name][path] = {name: old[path][name]}

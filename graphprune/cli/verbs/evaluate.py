@@ -22,23 +22,42 @@ from graphprune.errors import CalibrationError, EvaluationError
 from graphprune.io.atomic import as_json as to_json
 
 if TYPE_CHECKING:
-    pass
+    from graphprune.ir.program import Program
 
 
-@verb("graphprune evaluate DIR --text heldout.txt")
+@verb("graphprune evaluate OUT --original DIR --text heldout.txt")
 def evaluate(
     session: Session,
     directory: Checkpoint,
+    original: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="The model that it was made from: compares what both give. For a model that "
+            "predicts no next token this is what there is to measure; inputs that are no text "
+            "come as --text FILE.safetensors.",
+        ),
+    ] = None,
+    *,
     heldout: HeldOutOptions,
     loading: LoadOptions,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the perplexity of a causal language model on a text."""
-    from graphprune.evaluation.perplexity import perplexity
+    """Measure the perplexity of a language model, or how far any model is from its original."""
+    from graphprune.evaluation.perplexity import perplexity, why_not_causal
 
     require_text(heldout.text, EvaluationError)
+    program = session.load(directory, loading)
+    if original is not None:
+        _compare(session, program, directory, session.load(original, loading), heldout, as_json)
+        return
+    if why := why_not_causal(program):
+        raise EvaluationError(
+            f"perplexity needs a causal language model{why}; --original DIR compares the outputs "
+            "with those of the model that this one was made from"
+        )
     found = perplexity(
-        session.load(directory, loading),
+        program,
         heldout.path,
         resolve(heldout.tokenizer or directory),
         length=heldout.length,
@@ -55,6 +74,50 @@ def evaluate(
     print(f"tokens     {found.tokens} of {heldout.path.name}, in windows of {found.length}")
     if found.first:
         print(f"windows    begin with the tokenizer's own {', '.join(map(str, found.first))}")
+
+
+def _compare(
+    session: Session,
+    program: Program,
+    directory: str,
+    original: Program,
+    heldout: HeldOutOptions,
+    as_json: bool,
+) -> None:
+    """Print how far `program` is from `original` on held-out data."""
+    from rich.table import Table
+
+    from graphprune.calibration.data import Calibration
+    from graphprune.calibration.tokens import text_inputs, token_batch, why_no_text
+    from graphprune.evaluation.comparison import compare
+    from graphprune.evaluation.perplexity import text_windows
+
+    if heldout.path.suffix == ".safetensors":
+        data = Calibration.from_tensors(heldout.path, batch_size=heldout.batch_size)
+        data.check(original)
+        batches = [*data.batches, *data.held_out]
+    else:
+        if problem := why_no_text(original):
+            raise EvaluationError(f"{problem}: give --text FILE.safetensors with inputs by name")
+        windows = text_windows(
+            original,
+            heldout.path,
+            resolve(heldout.tokenizer or directory),
+            length=heldout.length,
+            max_tokens=heldout.max_tokens,
+            first_token=heldout.first_token,
+        )
+        chunks = windows.split(heldout.batch_size)
+        batches = [text_inputs(original, token_batch(each), EvaluationError) for each in chunks]
+    found = compare(original, program, batches, session.progress)
+    if as_json:
+        print(to_json({"text": str(heldout.path), **found.to_dict()}))
+        return
+    table = Table("", "original", "this one")
+    for row in found.measures():
+        table.add_row(*row)
+    show(table)
+    print(f"compared on {found.counted} of {heldout.path.name}")
 
 
 @verb("graphprune sensitivity DIR --group heads --text heldout.txt")
