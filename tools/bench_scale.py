@@ -2,20 +2,24 @@
 
     python tools/bench_scale.py make FOLDER [--shape 7b]
     python tools/bench_scale.py measure FOLDER [--row NAME ...]
+    python tools/bench_scale.py measure-on-data FOLDER [--row NAME ...]
     python tools/bench_scale.py divide FOLDER [--rounds N]
 
 `make` writes a checkpoint with the shapes of Llama 2 7B in bfloat16 (13.5 GB of random numbers),
 shard by shard. `measure` runs the command line on it, each row in a process of its own, and
 writes ``tools/SCALE.md`` from all rows that FOLDER has figures of. Peak is anonymous memory, which
 mapped pages of files are not counted in. The limit beside a row that moves weights is the time in
-which the files are copied. `divide` measures statistics by one process and by two that divide the
-data, in turns, on a small checkpoint that it makes.
+which the files are copied. `measure-on-data` does so with passes that run the model on text; two
+layers of the same widths (``--shape 7b-two-layers``) show what they hold. `divide` measures
+statistics by one process and by two that divide the data, in turns, on a small checkpoint that it
+makes.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -29,6 +33,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 
+from graphprune.io import reference
 from graphprune.weights.deferred import Deferred
 from graphprune.weights.writing import write_shards
 
@@ -44,6 +49,7 @@ _L2 = "prune{target=ffn ratio=0.25 criterion=l2}"
 
 SHAPES: dict[str, dict[str, Any]] = {
     "7b": {},  # LlamaConfig is that of Llama 2 7B
+    "7b-two-layers": {"num_hidden_layers": 2},
     "70b": {
         "hidden_size": 8192,
         "intermediate_size": 28672,
@@ -157,13 +163,30 @@ def rows(folder: Path, memory: str) -> Iterator[tuple[str, list[str]]]:
     yield "70B on meta: capture and plan", [sys.executable, __file__, "plan-on-meta", "70b"]
 
 
-def table(figures: list[Figure], about: str) -> str:
+def rows_on_data(folder: Path, samples: int, length: int) -> Iterator[tuple[str, list[str]]]:
+    """Yield name and command of every row that runs the model on text."""
+    data = ["--calibration", str(reference.calibration_text()), "--samples", str(samples)]
+    data += ["--calibration-length", str(length)]
+    ffn = "prune{target=ffn ratio=0.25"
+    for name, passes, memory in (
+        ("sparsify, wanda 0.5", "sparsify{pattern=0.5 criterion=wanda}", "3GB"),
+        ("taylor", f"{ffn}}}", "6GB"),
+        ("obs, reconstruct", f"{ffn} criterion=obs}},reconstruct", "6GB"),
+        ("merge-kv-heads, aligned", "merge-kv-heads{ratio=0.5 init=aligned}", "6GB"),
+    ):
+        command = [sys.executable, "-m", "graphprune", "run", str(folder / "model"), *data]
+        out = ["--memory", memory, "-o", str(folder / "smaller"), "--overwrite"]
+        yield name, [*command, "--passes", passes, *out]
+
+
+def table(figures: list[Figure], about: str, command: str = "measure") -> str:
     """Return the table as Markdown."""
+    title = "# At size" if command == "measure" else "## On text"
     lines = [
-        f"# At size: {about}",
+        f"{title}: {about}",
         "",
-        "Written by `python tools/bench_scale.py measure`, every row in a process of its own. On a",
-        "busy machine the clock says little, and differs between rows; processor time says more.",
+        f"Written by `python tools/bench_scale.py {command}`, every row in a process of its own.",
+        "On a busy machine the clock says little, and differs between rows; processor time says more.",
         "",
         "| work | seconds | of them processor | peak anonymous memory, GB |",
         "|---|---|---|---|",
@@ -178,8 +201,10 @@ def table(figures: list[Figure], about: str) -> str:
 
 @app.command()
 def make(folder: Path, shape: Annotated[str, typer.Option(help=", ".join(SHAPES))] = "7b") -> None:
-    """Write the checkpoint."""
+    """Write the checkpoint, with the tokenizer of the packaged model."""
     write_checkpoint(shape, folder / "model")
+    for file in reference.checkpoint_dir().glob("tokenizer*"):
+        shutil.copy(file, folder / "model")
 
 
 @app.command()
@@ -189,28 +214,58 @@ def measure(
     memory: Annotated[str, typer.Option(help="The limit for verify.")] = "6GB",
 ) -> None:
     """Measure, and write the table of all that is known."""
-    file = folder / FIGURES
-    known = {}
-    if file.exists():
-        for line in file.read_text().splitlines():
-            figure = Figure(**json.loads(line))
-            known[figure.name] = figure
     outputs = {"copy the files": "copy", "plan by l2 and write": "pruned", "apply": "applied"}
+    known = _known(folder)
     for name, command in rows(folder, memory):
         if row and name not in row:
             continue
         if name in outputs:
             shutil.rmtree(folder / outputs[name], ignore_errors=True)
-        known[name] = watched(name, command)
-        print(known[name])
+        known[name] = _kept(folder, watched(name, command))
         if name == "copy the files":
             shutil.rmtree(folder / "copy")
-        with file.open("a") as stream:
-            stream.write(json.dumps(asdict(known[name])) + "\n")
+    of_data = {name for name, _ in rows_on_data(folder, 1, 1)}
+    figures = [figure for name, figure in known.items() if name not in of_data]
+    write_part(table(figures, _about(folder)))
+
+
+@app.command()
+def measure_on_data(
+    folder: Path,
+    row: Annotated[list[str] | None, typer.Option(help="Only these rows.")] = None,
+    samples: Annotated[int, typer.Option(help="Windows of text.")] = 2,
+    length: Annotated[int, typer.Option(help="Tokens of each.")] = 128,
+) -> None:
+    """Measure passes that run the model on text, and write the table of all that is known."""
+    known, named = _known(folder), dict(rows_on_data(folder, samples, length))
+    for name, command in named.items():
+        if not row or name in row:
+            known[name] = _kept(folder, watched(name, command))
+    config = json.loads((folder / "model" / "config.json").read_text())
+    about = f"{config['num_hidden_layers']} layers, {samples} x {length} tokens, {_about(folder)}"
+    figures = [known[name] for name in named if name in known]
+    write_part(table(figures, about, "measure-on-data"))
+
+
+def _known(folder: Path) -> dict[str, Figure]:
+    """Return the last figures of every row that FOLDER has some of."""
+    file = folder / FIGURES
+    lines = file.read_text().splitlines() if file.exists() else []
+    return {figure.name: figure for figure in (Figure(**json.loads(line)) for line in lines)}
+
+
+def _kept(folder: Path, figure: Figure) -> Figure:
+    """Keep figures in FOLDER, and print them."""
+    print(figure)
+    with (folder / FIGURES).open("a") as stream:
+        stream.write(json.dumps(asdict(figure)) + "\n")
+    return figure
+
+
+def _about(folder: Path) -> str:
     size = sum(each.stat().st_size for each in (folder / "model").glob("*.safetensors"))
     cores, load = os.cpu_count(), os.getloadavg()[0]
-    about = f"{size / 1e9:.1f} GB in bfloat16, on {cores} cores with {load:.0f} processes running"
-    write_part(table(list(known.values()), about))
+    return f"{size / 1e9:.1f} GB in bfloat16, on {cores} cores with {load:.0f} processes running"
 
 
 # -- dividing --------------------------------------------------------------------------------------
@@ -355,10 +410,19 @@ def divided_table(figures: list[Divided], rounds: int) -> str:
 def write_part(part: str) -> None:
     """Write one of the tables, and keep the others."""
     known = TABLE.read_text(encoding="utf-8") if TABLE.exists() else ""
-    head = part.startswith("# ")
-    first, mark, rest = known.partition("\n## ")
-    parts = [part, f"## {rest}" if mark else ""] if head else [first, part]
-    TABLE.write_text("\n".join(each.strip() + "\n" for each in parts if each), encoding="utf-8")
+    parts = [each for each in re.split(r"^(?=##? )", known, flags=re.MULTILINE) if each.strip()]
+    kinds = [_title(each) for each in parts]
+    if _title(part) in kinds:
+        parts[kinds.index(_title(part))] = part
+    else:
+        parts.append(part)
+    parts.sort(key=lambda each: each.startswith("## "))  # the first heading stays the first
+    TABLE.write_text("\n".join(each.strip() + "\n" for each in parts), encoding="utf-8")
+
+
+def _title(part: str) -> str:
+    """Return what tells a part from others: its heading, without what a colon adds."""
+    return part.partition("\n")[0].partition(":")[0]
 
 
 @app.command()

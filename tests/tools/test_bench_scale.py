@@ -55,7 +55,9 @@ def test_one_table_is_written_and_the_other_is_kept(
         bench_scale.write_part(bench_scale.table([row], "a model"))
         bench_scale.write_part(bench_scale.divided_table([figure], 7))
         bench_scale.write_part(bench_scale.table([row], "a model"))
+        bench_scale.write_part(bench_scale.table([row], "a model", "measure-on-data"))
     text = (tmp_path / "SCALE.md").read_text()
-    assert text.count("| inspect | 2 |") == text.count("# At size") == 1
+    assert text.count("| inspect | 2 |") == 2 and text.startswith("# At size")
+    assert text.count("# At size") == text.count("## On text") == 1
     assert "| moments | 2.00 | 1.10 | 0.50 | 2.00 | 1.00 | 1e-09 |" in text
     assert text.count("| moments |") == 1 and text.endswith("|\n")
