@@ -1,10 +1,9 @@
 """Quantized ONNX models of one checkpoint: bytes, what loading takes, loss, and tokens a second.
 
-    python tools/bench_quantized.py DIR --text heldout.txt --calibration text.txt [--genai PYTHON]
+    python tools/bench_quantized.py DIR --text heldout.txt --calibration text.txt
 
-Models are exported, with a share of the FFN pruned or not, and quantized or not; with an
-interpreter that has onnxruntime-genai its model builder makes one of four bits, too. Each is loaded
-in a process of its own; loss is that of the same windows of text, and prompts and single tokens
+Models are exported, with a share of the FFN pruned or not, and quantized or not. Each is loaded in
+a process of its own; loss is that of the same windows of text, and prompts and single tokens
 take turns in one process, in another order each time, by the process time of one thread. The tables
 are printed, and kept in ``tools/ONNX_QUANTIZED.md`` under the name of the checkpoint.
 """
@@ -39,7 +38,6 @@ from graphprune.errors import first_line
 
 TABLES = Path(__file__).with_name("ONNX_QUANTIZED.md")
 TRANSPOSED = "float32, transposed when loaded"
-BUILDER = "genai builder, int4"
 KINDS: dict[str, Quantization | None] = {
     "float32": None,
     "int8": Quantization("int8", activations="int8"),
@@ -55,13 +53,13 @@ def main(
     directory: Path,
     text: Annotated[Path, typer.Option(help="Text that loss is measured on.")],
     calibration: Annotated[Path, typer.Option(help="Text that pruning is planned on.")],
-    genai: Annotated[Path | None, typer.Option(help="Interpreter that has the builder.")] = None,
     kinds: Annotated[str, typer.Option(help="Kinds, joined by semicolons.")] = ";".join(KINDS),
     passes: Annotated[str, typer.Option()] = "prune{target=ffn ratio=0.25 runtime=cpu},reconstruct",
     windows: Annotated[int, typer.Option(help="Of 64 tokens, of the text.")] = 16,
 ) -> None:
     """Measure, and write the table."""
     torch.set_num_threads(1)
+    onnxruntime.set_default_logger_severity(3)
     held = gp.Calibration.from_text(text, str(directory), samples=windows, length=64, batch_size=1)
     chosen = kinds.split(";")
     rows: dict[str, dict[str, Any]] = {}
@@ -75,8 +73,6 @@ def main(
             pruned = gp.Pipeline.parse(passes).run(dense, calibration=fitted, quiet=True).program
             for kind in ("float32", "int4"):
                 _write(rows, Path(folder), f"pruned, {kind}", pruned, KINDS[kind])
-        if genai is not None:
-            _build(rows, Path(folder), directory, genai.absolute())
         for name, row in rows.items():
             if "path" in row:
                 row |= _loaded(row["path"])
@@ -117,28 +113,12 @@ def _write(
     print(name, rows[name], file=sys.stderr, flush=True)
 
 
-def _build(rows: dict[str, dict[str, Any]], folder: Path, directory: Path, genai: Path) -> None:
-    out, module = folder / "builder", "onnxruntime_genai.models.builder"
-    given = ["-m", str(directory), "-o", str(out), "-p", "int4", "-e", "cpu", "-c", str(folder)]
-    ran = subprocess.run(
-        [genai, "-m", module, *given, "--extra_options", "int4_accuracy_level=4"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": ""},
-        cwd=folder,
-    )
-    if ran.returncode:
-        rows[BUILDER] = {"why": ran.stderr.strip().splitlines()[-1]}
-    else:
-        size = sum(path.stat().st_size for path in out.glob("model.onnx*"))
-        rows[BUILDER] = {"path": str(out / "model.onnx"), "bytes": size}
-
-
 def _loaded(path: str) -> dict[str, Any]:
     """Return what a process of its own takes to load a model."""
     code = (
         "import json, sys, time, onnxruntime as o\n"
         "def kb(k): return int(open('/proc/self/status').read().split(k + ':')[1].split()[0])\n"
+        "o.set_default_logger_severity(3)\n"
         "options = o.SessionOptions(); options.intra_op_num_threads = 1\n"
         "before, start = kb('RssAnon'), time.process_time()\n"
         "s = o.InferenceSession(sys.argv[1], options, providers=['CPUExecutionProvider'])\n"
@@ -161,9 +141,7 @@ def _feeds(session: Any, ids: np.ndarray[Any, Any], past: int) -> dict[str, Any]
     rows, new = ids.shape
     feeds = {"input_ids": ids, "attention_mask": np.ones((rows, past + new), np.int64)}
     for value in session.get_inputs():
-        if value.name == "position_ids":
-            feeds[value.name] = np.arange(past, past + new)[None].repeat(rows, 0)
-        elif value.name.startswith("past_key_values"):
+        if value.name.startswith("past_key_values"):
             shape = (rows, value.shape[1], past, value.shape[3])
             feeds[value.name] = np.random.default_rng(0).standard_normal(shape, np.float32) * 0.1
     return feeds
