@@ -18,6 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PASSES = {
     "prune",
+    "prune-depth",
     "merge-kv-heads",
     "sparsify",
     "reconstruct",
