@@ -8,9 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from graphprune.calibration.data import LABELS
+from graphprune.calibration.data import LABELS, inputs_of
+from graphprune.calibration.layerwise import logits_of_all
 from graphprune.calibration.logits import Logits, RowLoss, as_logits
 from graphprune.errors import CalibrationError
+from graphprune.ir.compare import relative_error, tolerance_of
+from graphprune.ir.program import Program
+
+_INSTEAD = "give labels, or a criterion that needs no loss, such as criterion=wanda or criterion=l2"
 
 
 def task_loss(logits: Tensor | Logits, batch: Mapping[str, Tensor]) -> Tensor:
@@ -43,6 +48,45 @@ def task_loss(logits: Tensor | Logits, batch: Mapping[str, Tensor]) -> Tensor:
     logits = as_logits(logits)
     at, labels = _targets(logits, batch)
     return logits.summed(at, cross_entropy(labels)) / len(at)
+
+
+def check_task(program: Program, batch: Mapping[str, Tensor]) -> None:
+    """Refuse a batch without labels where predicting its next tokens says nothing.
+
+    Raises
+    ------
+    CalibrationError
+        When what predicts a token depends on that token, as in a masked language model or an
+        encoder.
+    """
+    if LABELS in batch or "decoder_input_ids" in batch or "input_ids" not in batch:
+        return
+    if not looks_back_only(program, batch):
+        raise CalibrationError(
+            "what the program gives for a token depends on the tokens after it, so that predicting "
+            f"the next one says nothing; {_INSTEAD}"
+        )
+
+
+def looks_back_only(program: Program, batch: Mapping[str, Tensor]) -> bool:
+    """Tell whether the first output stays at all tokens of `batch` before one that changes.
+
+    It does where it is nothing of single tokens.
+    """
+    ids = batch["input_ids"]
+    if program.is_decoder or ids.ndim != 2:  # a decoder has a cache, which says so
+        return True
+    real = batch.get("attention_mask", torch.ones_like(ids)).bool()
+    last = real.int().cumsum(1).argmax(1, keepdim=True)
+    other = torch.where(ids.gather(1, last) == 0, 1, 0)
+    changed = {**batch, "input_ids": ids.scatter(1, last, other)}
+    logits, again = (
+        each.all() for each in logits_of_all(program, [inputs_of(batch), inputs_of(changed)])
+    )
+    if logits.shape[:2] != ids.shape:
+        return True
+    before = (torch.arange(ids.shape[1]) < last).to(logits.device)
+    return relative_error(logits[before], again[before]) <= tolerance_of(logits.dtype)
 
 
 def next_token_loss(logits: Tensor | Logits, batch: Mapping[str, Tensor]) -> Tensor:
@@ -156,7 +200,6 @@ def _next_tokens(logits: Logits, batch: Mapping[str, Tensor]) -> tuple[Tensor, T
     if (highest := int(tokens.max())) >= classes:
         raise CalibrationError(
             f"the program predicts no tokens: its first output has {classes} numbers for each, and "
-            f"there is a token {highest}; give labels, or a criterion that needs no loss, such as "
-            "criterion=wanda or criterion=l2"
+            f"there is a token {highest}; {_INSTEAD}"
         )
     return at, tokens

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from graphprune.calibration.backward import BackwardWalk
 from graphprune.calibration.data import inputs_of
 from graphprune.calibration.logits import Logits
-from graphprune.calibration.losses import task_loss
+from graphprune.calibration.losses import check_task, task_loss
 from graphprune.criteria.base import ScoringContext
 from graphprune.errors import CalibrationError, SelectionError
 
@@ -67,6 +67,8 @@ def loss_walk(
     ------
     SelectionError
         When a weight in `names` has no gradient.
+    CalibrationError
+        As `check_task` does.
     """
     program = context.program
     for name in names:
@@ -74,6 +76,8 @@ def loss_walk(
             raise SelectionError(
                 f"{name} is of {program.weights[name].dtype}, which has no gradient"
             )
+    for batch in batches[:1]:
+        check_task(program, batch)
     counts = [len(next(iter(batch.values()))) for batch in batches]
 
     def loss(logits: Logits, number: int) -> Tensor:

@@ -18,6 +18,7 @@ from graphprune.analysis.index_maps import units_along
 from graphprune.calibration.data import Calibration, inputs_of, own_batches
 from graphprune.calibration.layerwise import unpadded
 from graphprune.calibration.logits import Logits, run_to_logits, saves_memory
+from graphprune.calibration.losses import check_task
 from graphprune.criteria.base import Criterion, Scores, ScoringContext
 from graphprune.criteria.gradients import finite_loss
 from graphprune.criteria.knockoffs import permuted
@@ -90,6 +91,7 @@ class Scop(Criterion):
         )
         generator = torch.Generator().manual_seed(context.seed)
         batches = list(data.labeled())
+        check_task(program, batches[0])
         for _ in context.track(range(self.epochs), "learning what is real"):
             knockoffs = self.controls(data, generator)
             for at in torch.randperm(len(batches), generator=generator).tolist():

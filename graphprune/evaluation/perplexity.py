@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from graphprune.calibration.layerwise import logits_of_all
-from graphprune.calibration.losses import next_token_loss, predicted
+from graphprune.calibration.losses import looks_back_only, next_token_loss, predicted
 from graphprune.calibration.tokens import TokenizerLike, beyond_vocabulary, token_batch, tokenize
 from graphprune.errors import PROGRAMS, EvaluationError, refuse_other
 from graphprune.io.progress import DisplayFactory, display_factory, progress_bar
 from graphprune.io.text_sources import Document, read_documents
-from graphprune.ir.compare import relative_error, tolerance_of
 from graphprune.ir.program import Program
 
 
@@ -187,18 +186,10 @@ def why_not_causal(program: Program) -> str:
             ": input_ids in and logits [batch, length, vocabulary] out; this one takes "
             f"{', '.join(sorted(inputs))}"
         )
-    if not program.is_decoder and not _looks_back_only(program):
+    # A decoder captured without its cache has nothing in its graph that says so.
+    if not looks_back_only(program, token_batch(torch.zeros((2, 6), dtype=torch.int64))):
         return "; in this one a token's logits depend on the tokens after it"
     return ""
-
-
-def _looks_back_only(program: Program) -> bool:
-    """Return whether logits stay when a later token changes."""
-    # A decoder captured without its cache has nothing in its graph that says so.
-    ids = torch.zeros((2, 6), dtype=torch.int64)
-    ids[1, -1] = 1
-    logits = program(**token_batch(ids))["logits"][:, :-1]
-    return relative_error(logits[0], logits[1]) <= tolerance_of(logits.dtype)
 
 
 def _check_length(program: Program, length: int) -> None:

@@ -12,7 +12,7 @@ from graphprune import ranks
 from graphprune.analysis.groups import Group
 from graphprune.calibration.data import Calibration, inputs_of, own_batches
 from graphprune.calibration.layerwise import logits_of_all
-from graphprune.calibration.losses import task_loss
+from graphprune.calibration.losses import check_task, task_loss
 from graphprune.criteria import Scores, ScoringContext
 from graphprune.errors import SelectionError
 from graphprune.ir.interpreter import Compute, call
@@ -53,7 +53,7 @@ def loss_margins(
     Raises
     ------
     CalibrationError
-        When there is no data, or it does not fit.
+        When there is no data, it does not fit, or it has no loss (`check_task`).
     SelectionError
         For a group whose removal does not equal zeroing weights.
     """
@@ -64,6 +64,7 @@ def loss_margins(
                 f"{group.name} ({group.role}, {group.exactness}): its removal is no zeroing of "
                 "weights, so its loss cannot be measured by masking"
             )
+    check_task(program, next(iter(data.labeled())))
     losses, fingerprint = [mean_loss(program, data)], program.fingerprint()
     runs = [(group, count) for group in context.groups for count in _counts(group, levels)]
     for group, count in context.track(runs, "measuring the loss of groups"):

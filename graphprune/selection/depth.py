@@ -16,6 +16,7 @@ from graphprune import ranks
 from graphprune.analysis.residual.branches import Branches, ResidualBranch
 from graphprune.calibration.data import Calibration, inputs_of, own_batches
 from graphprune.calibration.layerwise import logits_of_all
+from graphprune.calibration.losses import check_task
 from graphprune.errors import PlanError, SelectionError
 from graphprune.io.progress import Progress, no_progress
 from graphprune.ir.interpreter import Compute, call
@@ -194,6 +195,7 @@ def by_loss(
     CalibrationError
         When the program predicts nothing whose loss could be measured.
     """
+    check_task(branches.program, next(iter(data.labeled())))
     losses = [_loss_without(branches, [], data)]
     added = {
         unit.name: _loss_without(branches, [unit], data) - losses[0]

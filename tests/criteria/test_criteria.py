@@ -724,3 +724,25 @@ def test_a_criterion_of_another_module_is_found_by_its_name(
     pipeline = Pipeline.parse("prune{target=ffn ratio=0.25 criterion=first}")
     (step,) = pipeline.run(program_of("llama-gqa")).plan.steps
     assert [cut.units for cut in step.cuts] == [{(): tuple(range(12))}] * 2
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [
+        "prune{target=ffn ratio=0.5}",
+        "prune{target=heads ratio=0.5 criterion=gate}",
+        "prune{target=ffn ratio=0.5 criterion=l2 scope=global normalize=loss}",
+        "prune-depth{count=1 unit=branch}",
+    ],
+)
+def test_next_tokens_are_no_loss_where_they_are_seen(passes: str) -> None:
+    """A masked language model gives logits of the right shape, which predict no next token."""
+    program = program_of("bert")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(VOCABULARY, (2, 8), generator=generator)
+    data = Calibration.from_batches([{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
+    pipeline = Pipeline.parse(passes)
+    with pytest.raises(CalibrationError, match="depends on the tokens after it"):
+        pipeline.run(program, calibration=data, quiet=True)
+    labeled = Calibration.from_batches([{**next(iter(data)), "labels": ids}])
+    assert pipeline.run(program, calibration=labeled, quiet=True).plan
