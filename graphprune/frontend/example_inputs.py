@@ -21,6 +21,7 @@ from torch.export import Dim
 from graphprune.errors import CaptureError, first_line
 from graphprune.ir.input_sizes import TYPES
 from graphprune.ir.provenance import declared_length
+from graphprune.weights.models import values_lent
 
 BATCH, NEW, PAST_LENGTH = 2, 3, 5
 """Example sizes: distinct, and none of them 0 or 1, which `torch.export` would specialise."""
@@ -90,7 +91,7 @@ def _with_types(model: Any, example: Example) -> Example:
     typed = example | _example(TYPES, torch.zeros_like(ids), 1)
     other = example | _example(TYPES, torch.ones_like(ids), 1)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), values_lent(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             results = [model(**each.inputs, return_dict=True) for each in (example, typed, other)]
     except Exception:  # noqa: BLE001 - any model code may fail in any way here

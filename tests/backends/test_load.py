@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import build
+from architectures import build, relative_error
 from byte_llama import byte_llama, save_checkpoint
 from safetensors.torch import load_file, save_file
 
@@ -252,3 +252,18 @@ def test_our_modeling_file_is_not_run_once_edited(checkpoint: Path, tmp_path: Pa
     with (tmp_path / "uneven" / FILE).open("a") as stream:
         stream.write("raise SystemExit('it ran')\n")
     _refused(tmp_path / "uneven", FILE, "not run")
+
+
+@pytest.mark.captures_anew
+def test_an_encoder_from_a_directory_takes_types_of_tokens(tmp_path: Path) -> None:
+    """Its weights lie in files, so that what types do must be tried with what is stored."""
+    model = build("bert")
+    model.save_pretrained(tmp_path)
+    pair = {
+        "input_ids": torch.tensor([[1, 5, 7, 2, 9, 3]]),
+        "token_type_ids": torch.tensor([[0, 0, 0, 1, 1, 1]]),
+        "attention_mask": torch.ones((1, 6), dtype=torch.int64),
+    }
+    with torch.no_grad():
+        expected = model(**pair).logits
+    assert relative_error(load(tmp_path)(**pair)["logits"], expected) < 1e-5
