@@ -78,14 +78,14 @@ class Calibration:
         What more windows can be drawn from.
     """
 
-    batches: tuple[Mapping[str, Tensor], ...]
+    batches: tuple[Mapping[str, Tensor], ...] = field(repr=False)
     kind: Literal["text", "batches"]
     sha256: str
     samples: int
     length: int | None
     seed: int | None = None
-    labels: tuple[Tensor, ...] | None = None
-    held_out: tuple[Mapping[str, Tensor], ...] = ()
+    labels: tuple[Tensor, ...] | None = field(default=None, repr=False)
+    held_out: tuple[Mapping[str, Tensor], ...] = field(default=(), repr=False)
     first: tuple[int, ...] = ()
     tokenizer: str = ""
     wanted: int = 0

@@ -532,3 +532,9 @@ def test_text_for_a_program_of_images_is_refused_with_what_to_give(
         gp.Pipeline.parse("prune{target=* ratio=0.5 criterion=wanda}").run(
             program, calibration=data
         )
+
+
+def test_a_notebook_does_not_show_every_token() -> None:
+    ids = torch.arange(40).view(2, 20)
+    data = Calibration.from_batches([{"input_ids": ids, "labels": ids}])
+    assert len(repr(data)) < 300 and "samples=2" in repr(data)
