@@ -730,7 +730,7 @@ def test_a_criterion_of_another_module_is_found_by_its_name(
     "passes",
     [
         "prune{target=ffn ratio=0.5}",
-        "prune{target=heads ratio=0.5 criterion=gate}",
+        "prune{target=kv-heads ratio=0.5 criterion=gate}",
         "prune{target=ffn ratio=0.5 criterion=l2 scope=global normalize=loss}",
         "prune-depth{count=1 unit=branch}",
     ],
