@@ -48,9 +48,12 @@ class ExportOnnx(Pass):
         How many numbers of a row of a quantized matrix share a scale; it divides every row.
     algorithm
         "default" (rounding), "hqq" or "k-quant".
-    head, embedding
-        What these become: "int4", "int8" or "float". By default the head becomes what the other
-        matrices do; embeddings stay, but one that is the head's matrix as well is what that is.
+    head
+        What the matrix that makes logits becomes: "int4", "int8" or "float"; by default what the
+        others do.
+    embedding
+        What embeddings become, of the same; by default they stay, but one that is the head's matrix
+        as well is what that is.
     activations
         "float", or "int8": rounded too where they meet quantized weights, faster on a CPU.
     check

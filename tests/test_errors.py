@@ -324,7 +324,9 @@ COMMANDS: dict[str, Case] = {
         lambda at: ["apply", at.checkpoint, at.text("{}"), "-o", at.out],
     ),
     "a plan of another format": Case(
-        PlanError, ["plan.json", "format 7 is not 1"], apply(lambda plan: plan.update(format=7))
+        PlanError,
+        ["plan.json", "format 7 is none of 1 to 3"],
+        apply(lambda plan: plan.update(format=7)),
     ),
     "a group cut to nothing": Case(
         PlanError, ["model.layers.0.mlp:ffn", "all of its 48 units"], apply(take_all_units)

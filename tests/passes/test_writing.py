@@ -23,7 +23,8 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def note(self: Any, path: Path, **options: Any) -> Any:
         written.append((path, options))
-        return SimpleNamespace(opset=options.get("opset"), attention={"layer": "gqa"})
+        attention = {"layer": "gqa"}
+        return SimpleNamespace(opset=options.get("opset"), attention=attention, quantized={})
 
     for method in ("save_pretrained", "export_onnx"):
         monkeypatch.setattr(f"fakes.FakeProgram.{method}", note, raising=False)
