@@ -33,11 +33,12 @@ KINDS = {
 
 @contextmanager
 def destination(
-    output: Path | None, directory: str, *, overwrite: bool, key: str = ""
+    output: Path | None, directory: str, *, overwrite: bool, key: str = "", replaces: str = PLAN
 ) -> Iterator[Path]:
     """Name a directory to write into, which becomes `output`; it is dropped where that is None.
 
-    What a killed process left of the same work, by its `key`, is in it.
+    What a killed process left of the same work, by its `key`, is in it. What may be overwritten is
+    a directory with a file `replaces`, which this program wrote.
     """
     from graphprune.io.atomic import staged_directory
 
@@ -47,7 +48,7 @@ def destination(
         return
     if overwrite and output.exists() and output.resolve() == Path(resolve(directory)).resolve():
         raise OutputError(f"{output} is what is read: give another place")
-    with staged_directory(output, replaces=PLAN if overwrite else None, key=key) as folder:
+    with staged_directory(output, replaces=replaces if overwrite else None, key=key) as folder:
         yield folder
 
 

@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ class Vocabulary:
         self._prove(smaller)
         return smaller
 
-    @property
+    @cached_property
     def _new(self) -> dict[int, int]:
         return {old: new for new, old in enumerate(self.kept)}
 

@@ -241,11 +241,8 @@ def kept_integers(
 ) -> Attributes:
     """Return integers of `before` with which `model` has no `difference` from a program.
 
-    Those of one name and class are kept alike, and those of one alone; none where none is needed,
-    or where none would do.
+    Those of one name and class are kept alike, and those of one alone; none where none would do.
     """
-    if not difference(model):
-        return {}
     old, kinds = _integers_read(before), defaultdict[tuple[type, str], Attributes](dict)
     for path, read in _integers_read(model).items():
         for name, value in read.items():

@@ -249,11 +249,15 @@ class _FormSearch:
                 return ChosenForm(found, self.program, model)
             # What a module computed from its sizes, such as the scale of attention, the program may
             # have kept as it was.
-            attributes = self._as_before(found, model)
-            model = self._pruned_model(dataclasses.replace(found, attributes=attributes))
+            found = dataclasses.replace(found, attributes=self._as_before(found, model))
+            model = self._pruned_model(found)
+            if not self._difference(model):
+                return ChosenForm(found, self.program, model)
             kept = kept_integers(model, self.builder.model({}), self._difference)
-            found = dataclasses.replace(found, attributes=merged(attributes, kept))
-            model = self._pruned_model(found) if kept else model
+            if not kept:
+                return None
+            found = dataclasses.replace(found, attributes=merged(found.attributes, kept))
+            model = self._pruned_model(found)
             return None if self._difference(model) else ChosenForm(found, self.program, model)
         except BackendError:
             return None

@@ -8,7 +8,7 @@ package, so that it can be measured again where the model is to run.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from graphprune.backends.onnx.session import CPU, Pair, open_session
 from graphprune.calibration.layerwise import logits_of_all
+from graphprune.calibration.logits import Logits
 from graphprune.calibration.losses import next_token_loss
 from graphprune.errors import ParityError
 from graphprune.ir.program import Program
@@ -168,10 +169,7 @@ def check_quality(
 
 
 def _loss(program: Program, samples: Sequence[Batch]) -> float:
-    with torch.no_grad():
-        found = logits_of_all(program, samples)
-        losses = [next_token_loss(logits, s) for logits, s in zip(found, samples, strict=True)]
-    return float(torch.stack(losses).mean())
+    return _mean_loss(logits_of_all(program, samples), samples)
 
 
 def _quantized_loss(
@@ -180,6 +178,11 @@ def _quantized_loss(
     logits = program.outputs[0].name
     pair = Pair(program, open_session(path, provider))
     found = (pair.theirs(program.fill(sample))[logits].float() for sample in samples)
+    return _mean_loss(found, samples)
+
+
+@torch.no_grad()
+def _mean_loss(found: Iterable[Logits | Tensor], samples: Sequence[Batch]) -> float:
     losses = [next_token_loss(each, s) for each, s in zip(found, samples, strict=True)]
     return float(torch.stack(losses).mean())
 

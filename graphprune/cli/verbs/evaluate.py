@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,6 +23,8 @@ from graphprune.errors import CalibrationError, EvaluationError
 from graphprune.io.atomic import as_json as to_json
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from graphprune.ir.program import Program
 
 
@@ -88,27 +91,17 @@ def _compare(
     from rich.table import Table
 
     from graphprune.calibration.data import Calibration
-    from graphprune.calibration.tokens import text_inputs, token_batch, why_no_text
+    from graphprune.calibration.tokens import why_no_text
     from graphprune.evaluation.comparison import compare
-    from graphprune.evaluation.perplexity import text_windows
 
     if heldout.path.suffix == ".safetensors":
         data = Calibration.from_tensors(heldout.path, batch_size=heldout.batch_size)
         data.check(original)
-        batches = [*data.batches, *data.held_out]
+        batches: Sequence[Mapping[str, Tensor]] = (*data.batches, *data.held_out)
     else:
         if problem := why_no_text(original):
             raise EvaluationError(f"{problem}: give --text FILE.safetensors with inputs by name")
-        windows = text_windows(
-            original,
-            heldout.path,
-            resolve(heldout.tokenizer or directory),
-            length=heldout.length,
-            max_tokens=heldout.max_tokens,
-            first_token=heldout.first_token,
-        )
-        chunks = windows.split(heldout.batch_size)
-        batches = [text_inputs(original, token_batch(each), EvaluationError) for each in chunks]
+        batches = _text_batches(original, directory, heldout)
     found = compare(original, program, batches, session.progress)
     if as_json:
         print(to_json({"text": str(heldout.path), **found.to_dict()}))
@@ -118,6 +111,24 @@ def _compare(
         table.add_row(*row)
     show(table)
     print(f"compared on {found.counted} of {heldout.path.name}")
+
+
+def _text_batches(
+    program: Program, directory: str, heldout: HeldOutOptions
+) -> list[dict[str, Tensor]]:
+    """Return what `program` takes of held-out text, by the tokenizer that is given or its own."""
+    from graphprune.evaluation.ablation import text_batches
+    from graphprune.evaluation.perplexity import text_windows
+
+    windows = text_windows(
+        program,
+        heldout.path,
+        resolve(heldout.tokenizer or directory),
+        length=heldout.length,
+        max_tokens=heldout.max_tokens,
+        first_token=heldout.first_token,
+    )
+    return text_batches(program, windows, heldout.batch_size)
 
 
 @verb("graphprune sensitivity DIR --group heads --text heldout.txt")
@@ -157,8 +168,7 @@ def sensitivity(
 ) -> None:
     """Measure what the model loses by each unit, such as each head, one at a time."""
     from graphprune.analysis.coupling import analyze
-    from graphprune.evaluation.ablation import sensitivity, text_batches
-    from graphprune.evaluation.perplexity import text_windows
+    from graphprune.evaluation.ablation import sensitivity
     from graphprune.io.atomic import staged_file
     from graphprune.report.plots import check_format
 
@@ -171,15 +181,7 @@ def sensitivity(
         json_file = stack.enter_context(staged_file(file)) if file else None
         picture_file = stack.enter_context(staged_file(picture)) if picture else None
         program = session.load(directory, loading)
-        windows = text_windows(
-            program,
-            heldout.path,
-            resolve(heldout.tokenizer or directory),
-            length=heldout.length,
-            max_tokens=heldout.max_tokens,
-            first_token=heldout.first_token,
-        )
-        batches = text_batches(program, windows, heldout.batch_size)
+        batches = _text_batches(program, directory, heldout)
         with session.working("analyzing"):
             coupling = analyze(program)
         found = sensitivity(

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from graphprune.cli.inputs import resolve
 from graphprune.cli.options import AsJson, Checkpoint, LoadOptions, NeededOutput, Overwrite
 from graphprune.cli.session import Session, verb
-from graphprune.errors import OutputError, UsageError
+from graphprune.cli.writing import destination
+from graphprune.errors import UsageError
 
 if TYPE_CHECKING:
     from graphprune.ir.program import Program
@@ -57,7 +57,6 @@ def trim_vocabulary(
     are spelled by smaller tokens. Special tokens and what words fall back to stay beside those
     asked for.
     """
-    from graphprune.io.atomic import staged_directory
     from graphprune.transforms.vocabulary import vocabulary_size
     from graphprune.vocabulary.trim import MAP
 
@@ -65,9 +64,7 @@ def trim_vocabulary(
         raise UsageError("say which tokens stay: by --text FILE or by --keep FILE")
     if count is not None and text is None:
         raise UsageError("--count counts the tokens of a text: give --text FILE")
-    if output.exists() and output.resolve() == Path(resolve(directory)).resolve():
-        raise OutputError(f"{output} is what is read: give another place")
-    with staged_directory(output, replaces=MAP if overwrite else None) as folder:
+    with destination(output, directory, overwrite=overwrite, replaces=MAP) as folder:
         program = session.load(directory, loading)
         vocabulary = _chosen(program, text, count, keep)
         with session.working("leaving tokens out"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 import transformers as tf
 from architectures import program_of, relative_error
 from byte_llama import byte_llama
+from command_line import command_line
 from torch import nn
 
 import graphprune as gp
@@ -22,7 +22,6 @@ from graphprune.backends.onnx.last_logits import last_only
 from graphprune.backends.onnx.package import read_package, verify_package, write_package
 from graphprune.backends.onnx.parity import REFUSED, SHARED
 from graphprune.backends.onnx.runtime.genai_config import genai_config
-from graphprune.cli import main as cli
 from graphprune.errors import BackendError, CheckpointError, OutputError, ParityError
 from graphprune.frontend.capture import capture
 from graphprune.ir.program import Program
@@ -131,11 +130,9 @@ def test_parity_is_proven_again(package: Path) -> None:
 def test_the_command_line_proves_it_too(
     package: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["graphprune", "verify", str(package)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert not ended.value.code
-    out = capsys.readouterr().out
+    done = command_line(monkeypatch, capsys, package)("verify", package)
+    assert done.status == 0
+    out = done.out
     assert "8 tokens after it: max relative error" in out
     assert REFUSED in out
     assert out.splitlines()[-1].startswith(f"verified: {package} gives what its program gives")

@@ -140,8 +140,8 @@ def quantize(
     """
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    uses = dict(_matrices(model, parameters))
-    bits = {value: _bits(value, found, chosen, _head(model)) for value, found in uses.items()}
+    uses, head = dict(_matrices(model, parameters)), _head(model)
+    bits = {value: _bits(value, found, chosen, head) for value, found in uses.items()}
     wanted = [value for value, number in bits.items() if number]
     if not wanted:
         raise UsageError("no weight is multiplied with as it is: there is nothing to quantize")

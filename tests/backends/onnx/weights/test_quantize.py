@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from byte_llama import byte_llama
+from command_line import command_line
 from torch import nn
 
 import graphprune as gp
@@ -22,7 +22,6 @@ from graphprune.backends.onnx.package import verify_package, write_package
 from graphprune.backends.onnx.weights.held import held_weights
 from graphprune.backends.onnx.weights.quantize import Quantization, quantize
 from graphprune.backends.onnx.weights.quantizers import Algorithm, quantized
-from graphprune.cli import main as cli
 from graphprune.errors import BackendError, GraphPruneError, ParityError, UsageError
 from graphprune.frontend.capture import capture
 from graphprune.ir.program import Program
@@ -135,11 +134,9 @@ def test_its_program_has_the_values_that_weights_stand_for(package: Path, llama:
 def test_it_is_proven_against_these_values_and_measured_again(
     package: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["graphprune", "verify", str(package)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert not ended.value.code
-    out = capsys.readouterr().out
+    done = command_line(monkeypatch, capsys, package)("verify", package)
+    assert done.status == 0
+    out = done.out
     assert "15 weights are quantized" in out
     assert "loss on 2 windows" in out
     assert out.splitlines()[-1].startswith(f"verified: {package} gives what its program gives")
