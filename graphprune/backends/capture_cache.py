@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import cache
 from importlib import metadata
@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, fx
 
 from graphprune.backends.fixed_graph import graph_data, graph_module
-from graphprune.errors import GraphPruneError
+from graphprune.errors import BackendError, GraphPruneError
 from graphprune.io.atomic import staged_file
 from graphprune.ir.program import Note, Program, value_of
 from graphprune.ir.provenance import Source
@@ -31,7 +32,7 @@ from graphprune.weights.tensors import type_name
 FOLDER = "GRAPHPRUNE_CACHE"
 """The environment variable that names the folder; empty, nothing is kept."""
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 def cache_folder() -> Path | None:
@@ -82,9 +83,10 @@ def write_capture(file: Path, program: Program) -> None:
     if source is None:
         return
     try:
-        graph = json.dumps(graph_data(program.graph))
+        graph, is_fixed = _graph_text(program)
         kept = {
             "graph": graph,
+            "is_fixed": is_fixed,
             "sha256": hashlib.sha256(graph.encode()).hexdigest(),
             "fingerprint": program.fingerprint(),
             "weights": [
@@ -96,12 +98,23 @@ def write_capture(file: Path, program: Program) -> None:
             "outputs": [value.name for value in program.outputs],
             "notes": [asdict(note) for note in program.notes],
             "stand_ins": list(program.stand_ins.items()),
+            "limits": list(program.limits.items()),
             "class": f"{source.model_class.__module__}:{source.model_class.__qualname__}",
         }
         with staged_file(file, overwrite=True) as staged:
             staged.write_text(json.dumps(kept), encoding="utf-8")
     except (GraphPruneError, OSError, TypeError, ValueError):
         return  # a graph that cannot be written down, or a folder that cannot be written to
+
+
+def _graph_text(program: Program) -> tuple[str, bool]:
+    """Return the graph as text, and whether that is the form of graphs without dynamic sizes."""
+    try:
+        return json.dumps(graph_data(program.graph)), True
+    except BackendError:
+        from graphprune.backends.archive.graph import serialize_graph
+
+        return serialize_graph(program).decode(), False
 
 
 class _NamedClass:
@@ -128,7 +141,7 @@ def _rebuilt(kept: dict[str, Any], directory: Path) -> Program:
         name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
         for name, _, shape, dtype in kept["weights"]
     }
-    module = graph_module(json.loads(graph))
+    module, ranges = _graph(graph, kept["is_fixed"], weights, kinds)
     (output,) = module.graph.find_nodes(op="output")
     inputs = module.graph.find_nodes(op="placeholder")[len(kinds) :]
     named_inputs = zip(kept["inputs"], inputs, strict=True)
@@ -143,12 +156,26 @@ def _rebuilt(kept: dict[str, Any], directory: Path) -> Program:
         inputs=tuple(value_of(name, node) for name, node in named_inputs),
         outputs=tuple(value_of(name, node) for name, node in named_outputs),
         source=Source(_Fields(fields), model_class, directory),
+        ranges=ranges,
         notes=tuple(Note(**note) for note in kept["notes"]),
         stand_ins={int(size): what for size, what in kept["stand_ins"]},
+        limits={symbol: (least, most) for symbol, (least, most) in kept["limits"]},
     )
     if program.fingerprint() != kept["fingerprint"]:
         raise ValueError("another program")
     return program
+
+
+def _graph(
+    text: str, is_fixed: bool, weights: Mapping[str, Tensor], kinds: Mapping[str, str]
+) -> tuple[fx.GraphModule, dict[Any, Any]]:
+    """Return the graph that `_graph_text` wrote, with the ranges of its dynamic sizes."""
+    if is_fixed:  # the other form takes torch's compiler to read
+        return graph_module(json.loads(text)), {}
+    from graphprune.backends.archive.graph import deserialize_graph
+
+    exported = deserialize_graph(text.encode(), weights, kinds)
+    return exported.graph_module, dict(exported.range_constraints)
 
 
 @cache

@@ -1,6 +1,6 @@
 """Graphs whose sizes are all numbers, as plain JSON data: quick to read, without torch.export.
 
-Programs without weights are such graphs: dynamic sizes are stand-ins. torch's own format holds any
+Decoders without weights are such graphs: dynamic sizes are stand-ins. torch's own format holds any
 graph, but reading it loads torch's compiler, which takes longer than everything else does. So would
 fake tensors: what comes back has tensors on the meta device in their place.
 """

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from architectures import model_of
 from byte_llama import save_checkpoint
 
 import graphprune as gp
@@ -56,6 +57,27 @@ def test_the_second_look_captures_nothing_and_sees_the_same(
     assert second.context_length == whole.context_length
     with pytest.raises(AssertionError, match="captured again"):
         look(checkpoint, cache=False)
+
+
+def test_the_graph_of_an_encoder_is_kept_with_its_dynamic_sizes(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = tmp_path / "bert"
+    model_of("bert").save_pretrained(saved)
+    first = look(saved)
+    monkeypatch.setattr(load, "read_structure", refuse)
+    second = look(saved)
+    assert all(weight.is_meta for weight in second.weights.values())
+    assert repr(first) == repr(second)
+    assert "s" in str(second.inputs[0].shape)
+    assert {str(k): str(v) for k, v in first.ranges.items()} == {
+        str(k): str(v) for k, v in second.ranges.items()
+    }
+    seen = [overview_json(gp.analyze(program)) for program in (first, second)]
+    assert seen[0] == seen[1]
+    weight = "bert.encoder.layer.0.intermediate.dense.weight"
+    told = [gp.analyze(program).explain(weight, 0) for program in (first, second)]
+    assert told[0] == told[1]
 
 
 def test_reading_a_kept_graph_loads_neither_compiler_nor_transformers(
