@@ -15,7 +15,7 @@ import graphprune as gp
 from graphprune.analysis.matrices import contractions
 from graphprune.calibration.data import Calibration
 from graphprune.calibration.statistics import observe
-from graphprune.criteria import CRITERIA, ScoringContext
+from graphprune.criteria import CRITERIA, ScoringContext, experts
 from graphprune.evaluation.ablation import sensitivity
 from graphprune.evaluation.comparison import compare
 from graphprune.ir.program import Program
@@ -57,10 +57,12 @@ OWN = sorted(n for n, each in CRITERIA.items() if each.__module__.startswith("gr
 
 @pytest.mark.parametrize("name", OWN)
 def test_every_criterion_scores_on_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = "resnet" if name == "scop-gamma" else NAME
-    program, data = program_of(model), data_of(model)
-    groups = [each for each in coupling_of(model).groups if each.role in ("ffn", "channel")][:1]
     scorer = CRITERIA[name]()
+    routed = type(scorer).__module__ == experts.__name__
+    model = "resnet" if name == "scop-gamma" else "mixtral" if routed else NAME
+    roles = ("expert",) if routed else ("ffn", "channel")
+    program, data = program_of(model), data_of(model)
+    groups = [each for each in coupling_of(model).groups if each.role in roles][:1]
     if hasattr(scorer, "epochs"):
         monkeypatch.setattr(type(scorer), "epochs", 1)
     there = moved(program)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -336,11 +337,13 @@ class Calibration:
         Returns
         -------
         dict
-            ``kind``, ``sha256``, ``samples``, ``length``, ``tokens``, ``wanted`` (0: nobody asked
-            for a number), ``first tokens``, ``tokenizer`` and ``seed``.
+            ``kind``, ``source`` (the name of the text, "" for batches), ``sha256``, ``samples``,
+            ``length``, ``tokens``, ``wanted`` (0: nobody asked for a number), ``first tokens``,
+            ``tokenizer`` and ``seed``.
         """
         return {
             "kind": self.kind,
+            "source": "" if self.text is None else Path(self.text.source).name,
             "sha256": self.sha256,
             "samples": self.samples,
             "length": self.length,

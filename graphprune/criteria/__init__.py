@@ -7,7 +7,7 @@ slice of a unit in each member, and combining members, is done once for any axis
 
 from __future__ import annotations
 
-from graphprune.criteria import gates, obs, scop, taylor, wanda, weights
+from graphprune.criteria import experts, gates, obs, scop, taylor, wanda, weights
 from graphprune.criteria.base import (
     CRITERIA,
     Aggregate,
@@ -29,6 +29,7 @@ __all__ = [
     "WeightCriterion",
     "check_scores",
     "criterion",
+    "experts",
     "gates",
     "obs",
     "scop",

@@ -12,8 +12,8 @@ def drawn_text(told: Mapping[str, Any]) -> str:
     Examples
     --------
     >>> told = {"samples": 10, "length": 64, "first tokens": [1], "sha256": "0f" * 32}
-    >>> drawn_text(told)
-    '10 windows of 64 tokens, beginning with 1, digest 0f0f0f0f0f0f'
+    >>> drawn_text({**told, "source": "code.txt"})
+    '10 windows of 64 tokens of code.txt, beginning with 1, digest 0f0f0f0f0f0f'
     """
     words = [f"digest {told['sha256'][:12]}"] if told.get("sha256") else []
     if told.get("tokenizer"):
@@ -21,7 +21,8 @@ def drawn_text(told: Mapping[str, Any]) -> str:
     if told.get("first tokens"):
         words.insert(0, f"beginning with {', '.join(map(str, told['first tokens']))}")
     if told.get("length") is not None:
-        words.insert(0, f"{told['samples']} windows of {told['length']} tokens")
+        source = f" of {told['source']}" if told.get("source") else ""
+        words.insert(0, f"{told['samples']} windows of {told['length']} tokens{source}")
     elif told.get("samples") is not None:
         words.insert(0, f"{told['samples']} samples")
     return ", ".join(words)

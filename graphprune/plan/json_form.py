@@ -54,6 +54,7 @@ _ABSENT: dict[str, Any] = {"owner": None, "branches": []}
 _EDITS = [{"pass": str, "weights": [str], "patterns": [[str]], "graph": bool}]
 
 _UNTOLD: dict[str, Any] = {
+    "source": "",
     "samples": None,
     "length": None,
     "first tokens": [],
@@ -61,6 +62,7 @@ _UNTOLD: dict[str, Any] = {
     "sha256": "",
 }
 _CALIBRATION = {
+    "source": str,
     "samples": int | None,
     "length": int | None,
     "first tokens": [int],

@@ -61,7 +61,7 @@ def target_groups(coupling: Coupling, target: str, skip: Iterable[str] = ()) -> 
         When nothing matches, naming what there is; also for a `skip` pattern that matches nothing.
     """
     if roles := roles_of(target):
-        found = [group for group in coupling.groups if group.role in roles]
+        found = _innermost([group for group in coupling.groups if group.role in roles])
     elif target == "all":
         found = [
             group
@@ -87,6 +87,15 @@ def target_groups(coupling: Coupling, target: str, skip: Iterable[str] = ()) -> 
     if not found:
         raise SelectionError(f"every group of target {target!r} is skipped")
     return found
+
+
+def _innermost(groups: list[Group]) -> list[Group]:
+    """Return `groups` without those whose units are all units of another one of them.
+
+    Where a router picks groups of experts first, that is a choice of groups beside one of experts.
+    """
+    outer = {parent for group in groups for parent in group.parents}
+    return [group for group in groups if group.name not in outer]
 
 
 def _matches(group: Group, pattern: str) -> bool:

@@ -18,6 +18,7 @@ units that went: by the values that weights had where these alone did it, else b
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -26,8 +27,9 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.analysis.axes import Axis, Product
-from graphprune.analysis.index_maps import indices_by_unit
+from graphprune.analysis.index_maps import indices_by_unit, unit_indices
 from graphprune.analysis.inference import infer
+from graphprune.analysis.operators.facts import Routing
 from graphprune.analysis.residual.branches import Branches
 from graphprune.analysis.types import Types
 from graphprune.ir.aten import is_mutating, is_random, random_nodes
@@ -98,13 +100,19 @@ class MaskedReference:
             if each.length is None
         }
         self.statistics: dict[fx.Node, list[Left]] = {}
-        self.choices: dict[fx.Node, list[tuple[int, Tensor]]] = {}
+        self.choices: dict[fx.Node, list[Tensor]] = {}
         self._unmasked = _Unmasked(original)
         self._types = types
         gone = [branch.name for step in plan.steps for branch in step.branches]
         branches = Branches(types) if gone else None
         self._absent = {branches.named(name).term for name in gone} if branches else set()
-        self._kept = self._kept_units()
+        self._kept_under = self._kept_units()
+        self._kept = {
+            atom: torch.stack([kept.view(-1, kept.shape[-1]).any(0) for kept in each.values()]).any(
+                0
+            )
+            for atom, each in self._kept_under.items()
+        }
         if self._kept:
             self._find_what_stays()
 
@@ -117,8 +125,36 @@ class MaskedReference:
                 found = self.statistics.setdefault(entry.node, [])
                 found.append((entry.dim, left.nonzero().flatten(), entry.clears))
         for choice in types.facts.routings:
-            if (left := self._stays(choice.axis)) is not None:
-                self.choices.setdefault(choice.node, []).append((choice.dim, left))
+            if self._kept.keys().isdisjoint(types.axes.atoms(choice.axis)):
+                continue  # it may be of any dynamic size
+            left = self._left_to_choose(choice)
+            if not bool(left.all()):
+                self.choices.setdefault(choice.node, []).append(left)
+
+    def _left_to_choose(self, choice: Routing) -> Tensor:
+        """Return a mask of what is left to choose from, to be broadcast to the operand.
+
+        Under each unit of another axis other units may have gone, such as experts of a group.
+        """
+        axes, operand = self._types.axes, choice.node.all_input_nodes[0]
+        type_ = [axes.head(axis) for axis in self._types.axes_of[operand]]
+        sizes = [axis.size if axis in self._kept else 1 for axis in type_]
+        sizes[choice.dim] = type_[choice.dim].size
+        mask = torch.ones(sizes).bool()
+        lines = mask.movedim(choice.dim, -1)
+        beside = [axis for dim, axis in enumerate(type_) if dim != choice.dim]
+        for occurrence in axes.occurrences(type_[choice.dim]):
+            each = self._kept_under.get(occurrence.atom)
+            if each is None:
+                continue
+            outer = max(each, key=len)
+            loops = [axes.head(axis) for axis, _ in occurrence.outer]
+            indices = unit_indices(occurrence, occurrence.atom.size)
+            for place in itertools.product(*map(range, lines.shape[:-1])):
+                at = dict(zip(beside, place, strict=True))
+                kept = _under(each[outer], outer, loops, at)
+                lines[place].index_fill_(0, indices[~kept.expand(indices.shape[:-1])].flatten(), 0)
+        return mask
 
     def _stays(self, axis: Axis, size: int | None = None) -> Tensor | None:
         """Return a boolean mask of the indices along `axis` that stay; None where all do.
@@ -172,14 +208,20 @@ class MaskedReference:
 
         return narrow
 
-    def _kept_units(self) -> dict[Axis, Tensor]:
-        """Return every atom that lost units -> a boolean mask of those that are left."""
-        types, kept = self._types, dict[Axis, Tensor]()
+    def _kept_units(self) -> dict[Axis, dict[tuple[Axis, ...], Tensor]]:
+        """Return every atom that lost units -> those that are left, as masks by what is around it.
+
+        Under the units of the axes around it, ``[*their sizes, units]``.
+        """
+        types, found = self._types, dict[Axis, dict[tuple[Axis, ...], Tensor]]()
         for (name, dim), origin in self.narrow.origin.items():
             for occurrence in types.axes.occurrences(types.weight(name)[dim]):
-                stays = (origin[indices_by_unit(occurrence)] >= 0).any(1)
-                kept[occurrence.atom] = kept.get(occurrence.atom, torch.zeros_like(stays)) | stays
-        return kept
+                indices = unit_indices(occurrence, occurrence.atom.size)
+                stays = (origin[indices] >= 0).any(-1)
+                outer = tuple(types.axes.head(axis) for axis, _ in occurrence.outer)
+                each = found.setdefault(occurrence.atom, {})
+                each[outer] = each.get(outer, torch.zeros_like(stays)) | stays
+        return found
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Run the reference as a program is run."""
@@ -205,10 +247,8 @@ class MaskedReference:
             return made(self._normalized[node])
         if node in self._absent:
             return torch.zeros_like(call(node, args, kwargs))
-        for dim, stays in self.choices.get(node, ()):
-            shape = [1] * args[0].ndim
-            shape[dim] = -1
-            args = (args[0].masked_fill(~stays.view(shape), -torch.inf), *args[1:])
+        for left in self.choices.get(node, ()):
+            args = (args[0].masked_fill(~left, -torch.inf), *args[1:])
         if node in self.statistics:
             return _over_what_stays(node, self.statistics[node], *args, **kwargs)
         result = draws.compute(node, args, kwargs)
@@ -237,6 +277,21 @@ class MaskedReference:
             is_quotient = node.target is torch.ops.aten.div.Tensor
             result = torch.where(spoiled, (args[0] != 0) if is_quotient else 1, result)
         return result
+
+
+def _under(
+    kept: Tensor, outer: Sequence[Axis], loops: Sequence[Axis], at: Mapping[Axis, int]
+) -> Tensor:
+    """Return ``[*outer, units]`` as ``[*loops, units]``: of axes that are `at` a unit, that one."""
+    for dim in reversed(range(len(outer))):
+        if outer[dim] in at:
+            kept = kept.select(dim, at[outer[dim]])
+        elif outer[dim] not in loops:
+            kept = kept.any(dim)
+    for dim, axis in enumerate(loops):
+        if axis not in outer:
+            kept = kept.unsqueeze(dim)
+    return kept
 
 
 class _Unmasked:

@@ -47,7 +47,8 @@ def test_defaults_are_ten_windows_of_64_tokens(text: Path, tokenizer: Any) -> No
     assert calibration.tokens == 640
     assert [len(batch["input_ids"]) for batch in calibration] == [5, 5]
     keys = {"kind", "sha256", "samples", "length", "tokens", "wanted", "first tokens", "tokenizer"}
-    assert calibration.describe().keys() == keys | {"seed"}
+    assert calibration.describe().keys() == keys | {"seed", "source"}
+    assert calibration.describe()["source"] == "text.txt"
     assert calibration.describe()["tokenizer"] == vocabulary_digest(tokenizer) != ""
     assert (calibration.describe()["samples"], calibration.describe()["length"]) == (10, 64)
 

@@ -1,0 +1,83 @@
+"""A small mixture of experts with grouped queries and q/k norms, whose tokens are bytes.
+
+    python tools/mixture.py train FOLDER --seed 0     # some minutes on one core
+
+It learns the text of Python's own standard library, as `train_reference.py` divides it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+WINDOW = 128
+BATCH = 16
+STEPS = 1500
+RATE = 4e-3
+
+
+def bytes_of(texts: dict[str, str]) -> Tensor:
+    """Return the bytes of files, one after the other."""
+    joined = "\n".join(texts.values()).encode()
+    return torch.frombuffer(bytearray(joined), dtype=torch.uint8).long()
+
+
+def build_mixture(seed: int, *, experts: int = 8, chosen: int = 2) -> Any:
+    """Return a mixture that is not trained: 3 layers, 2 KV heads for 4 query heads, q/k norms."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen3MoeConfig(
+        vocab_size=256,
+        hidden_size=96,
+        intermediate_size=96,
+        moe_intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=24,
+        num_experts=experts,
+        num_experts_per_tok=chosen,
+        norm_topk_prob=True,
+        router_aux_loss_coef=0.05,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    )
+    return Qwen3MoeForCausalLM(config)
+
+
+def train(model: Any, ids: Tensor, seed: int, steps: int = STEPS) -> Iterator[float]:
+    """Take the steps and yield the loss of each, in nats per byte."""
+    chooser = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95))
+    warmup = max(1, steps // 20)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.05 + 0.475 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    model.train()
+    for _ in range(steps):
+        rows = windows(ids, BATCH, chooser)
+        out = model(input_ids=rows, use_cache=False, output_router_logits=True)
+        loss = functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
+        (loss + model.router_aux_loss_coef * out.aux_loss).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        yield loss.item()
+    model.eval()
+
+
+def windows(ids: Tensor, count: int, chooser: torch.Generator) -> Tensor:
+    """Draw windows that begin anywhere: ``[count, WINDOW]``."""
+    starts = torch.randint(len(ids) - WINDOW, (count,), generator=chooser)
+    return torch.stack([ids[start : start + WINDOW] for start in starts])
