@@ -258,12 +258,15 @@ class Recover(Pass):
         return data
 
     def _objective(self, program: Program, context: Context, labeled: bool) -> Objective:
+        from graphprune.calibration.losses import why_no_scores
         from graphprune.training.objective import Objective
 
         if self.distil and program is context.original:
             raise TrainingError("distil: no pass has changed the program, which is its own teacher")
         names = [value.name for value in program.outputs]
         output = "logits" if "logits" in names else names[0]
+        if self.distil < 1 and not labeled and (why := why_no_scores(program, output)):
+            raise TrainingError(f"{why}: train it with distil=1")
         teacher = context.original if self.distil else None
         return Objective(output, teacher, self.distil, labeled)
 

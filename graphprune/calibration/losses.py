@@ -56,16 +56,30 @@ def check_task(program: Program, batch: Mapping[str, Tensor]) -> None:
     Raises
     ------
     CalibrationError
-        When what predicts a token depends on that token, as in a masked language model or an
-        encoder.
+        When the first output scores no tokens, as that of a decoder without a head, or what
+        predicts a token depends on that token, as in a masked language model or an encoder.
     """
-    if LABELS in batch or "decoder_input_ids" in batch or "input_ids" not in batch:
+    if LABELS in batch:
+        return
+    if why := why_no_scores(program, program.outputs[0].name):
+        raise CalibrationError(f"{why}, so that there is no next-token loss; {_INSTEAD}")
+    if "decoder_input_ids" in batch or "input_ids" not in batch:
         return
     if not looks_back_only(program, batch):
         raise CalibrationError(
             "what the program gives for a token depends on the tokens after it, so that predicting "
             f"the next one says nothing; {_INSTEAD}"
         )
+
+
+def why_no_scores(program: Program, output: str) -> str:
+    """Say why `output` scores no tokens; "" where it may.
+
+    What a transformers model gives is called by what it is, unlike the outputs of other modules.
+    """
+    if program.source is None or output == "logits":
+        return ""
+    return f"{output}, which {program.source.model_class.__name__} gives, scores no tokens"
 
 
 def looks_back_only(program: Program, batch: Mapping[str, Tensor]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -93,7 +93,8 @@ def capture_decoder(
             empty = light_zeros(torch.Size(shape), like.dtype)
             past.append(empty if model.device.type == "cpu" else empty.to(model.device))
             names.append(f"{position}.{kind}")
-    wrapper = _Decoder(model, [index for index, _, _ in layers])
+    first: list[str] = []
+    wrapper = _Decoder(model, [index for index, _, _ in layers], first.append)
     shapes, fallback = _decoder_dims(len(past)), None
     notes: tuple[Note, ...] = ()
     if fixed:
@@ -106,7 +107,7 @@ def capture_decoder(
     args = (ids, mask, past)
     exported = export(wrapper, args, shapes, name, follow=follow, fallback=fallback)
     inputs = ["input_ids", "attention_mask", *(PAST + name for name in names)]
-    outputs = ["logits", *(PRESENT + name for name in names)]
+    outputs = [first[-1], *(PRESENT + name for name in names)]
     stand_ins = {rows: "batch", new: "new", held: "past", new + held: "total"} if fixed else {}
     program = to_program(exported, model, inputs, outputs, source, notes, stand_ins)
     if fixed:
@@ -166,13 +167,16 @@ class _Decoder(nn.Module):
     """A decoder as a function of ids, mask and past keys and values.
 
     Positions are counted on the mask, so that a batch padded on either side is right without an
-    input of its own.
+    input of its own. What the model calls its first output goes to `record`.
     """
 
-    def __init__(self, inner: nn.Module, layers: Sequence[int]) -> None:
+    def __init__(
+        self, inner: nn.Module, layers: Sequence[int], record: Callable[[str], None]
+    ) -> None:
         super().__init__()
         self.inner = inner
         self.layers = layers
+        self.record = record
         self.takes_positions = "position_ids" in inspect.signature(inner.forward).parameters
 
     def forward(
@@ -192,8 +196,9 @@ class _Decoder(nn.Module):
             **extra,
         )
         kept = [cache.layers[index] for index in self.layers]
-        first = result["logits"] if "logits" in result else result["last_hidden_state"]
-        return (first, *(tensor for layer in kept for tensor in (layer.keys, layer.values)))
+        name = "logits" if "logits" in result else "last_hidden_state"
+        self.record(name)
+        return (result[name], *(tensor for layer in kept for tensor in (layer.keys, layer.values)))
 
     def computed(self, ids: Tensor, mask: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
         """Return what the decoder gives with the values of its weights."""

@@ -40,7 +40,14 @@ from graphprune.criteria import (
 )
 from graphprune.criteria.obs import removal_errors
 from graphprune.criteria.units import unit_numbers
-from graphprune.errors import CalibrationError, SelectionError, UsageError
+from graphprune.errors import (
+    CalibrationError,
+    EvaluationError,
+    SelectionError,
+    TrainingError,
+    UsageError,
+)
+from graphprune.evaluation.perplexity import perplexity
 from graphprune.ir.program import Program
 from graphprune.pipeline.pipeline import Pipeline
 
@@ -750,3 +757,18 @@ def test_next_tokens_are_no_loss_where_they_are_seen(passes: str) -> None:
         pipeline.run(program, calibration=data, quiet=True)
     labeled = Calibration.from_batches([{**next(iter(data)), "labels": ids}])
     assert pipeline.run(program, calibration=labeled, quiet=True).plan
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_what_is_hidden_scores_no_token(cache: bool) -> None:
+    """Hidden states of a decoder without a head have the shape of logits, and are none."""
+    program = gp.capture(model_of("llama-gqa").model, cache=cache)
+    assert program.outputs[0].name == "last_hidden_state"
+    data = Calibration.from_batches([{"input_ids": torch.arange(16).reshape(2, 8)}])
+    for passes in ("prune{target=ffn ratio=0.5}", "prune{target=ffn ratio=0.5 criterion=gate}"):
+        with pytest.raises(CalibrationError, match="last_hidden_state.*scores no tokens.*wanda"):
+            Pipeline.parse(passes).run(program, calibration=data, quiet=True)
+    with pytest.raises(TrainingError, match="last_hidden_state.*scores no tokens.*distil=1"):
+        Pipeline.parse("recover{method=full steps=1}").run(program, calibration=data, quiet=True)
+    with pytest.raises(EvaluationError, match="needs a causal language model"):
+        perplexity(program, "some text", "no tokenizer is asked for")

@@ -167,14 +167,9 @@ def mismatch(expected: Mapping[str, Tensor], outputs: Any, tolerance: float) -> 
 
 
 def _output(outputs: Any, name: str) -> Tensor | None:
-    found: dict[str, Any] = dict(outputs)
-    held: Any = found
+    held: Any = dict(outputs)
     for step in name.split("."):
         inner = dict(enumerate(held)) if isinstance(held, tuple | list) else held
         key = int(step) if isinstance(held, tuple | list) else step
         held = inner.get(key) if isinstance(inner, dict) else None
-    if isinstance(held, Tensor):
-        return held
-    # A base model's first output is called "logits" in a captured decoder.
-    held = next(iter(found.values()), None) if name == "logits" else None
     return held if isinstance(held, Tensor) else None

@@ -21,7 +21,7 @@ from torch.nn import functional
 from graphprune.backends.onnx.session import CPU, Pair, open_session
 from graphprune.calibration.layerwise import logits_of_all
 from graphprune.calibration.logits import Logits
-from graphprune.calibration.losses import next_token_loss
+from graphprune.calibration.losses import next_token_loss, why_no_scores
 from graphprune.errors import ParityError
 from graphprune.ir.program import Program
 from graphprune.weights.files import TensorFile
@@ -108,7 +108,7 @@ def measure(
     samples = tuple(islice(rows, _ROWS))
     if not samples:
         return None
-    if not program.is_decoder:
+    if not program.is_decoder or why_no_scores(program, program.outputs[0].name):
         distances = _distances(program, path, samples)
         return Quality("distance", len(samples), distances), samples
     if program.outputs[0].shape[1] == 1:

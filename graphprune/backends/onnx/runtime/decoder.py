@@ -72,7 +72,7 @@ def layout_of(session: Any) -> Layout:
     inputs = {value.name: value for value in session.get_inputs()}
     outputs = {value.name: value for value in session.get_outputs()}
     own = [name for name in inputs if not name.startswith(PAST)]
-    logits = next((value for name, value in outputs.items() if not name.startswith(PRESENT)), None)
+    logits = outputs.get("logits")
     if set(own) != {"input_ids", "attention_mask"} or len(inputs) == len(own):
         cached = "caches" if len(inputs) > len(own) else "no cache"
         raise BackendError(

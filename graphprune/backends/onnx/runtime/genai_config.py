@@ -42,7 +42,7 @@ def genai_config(
     if layers != list(range(len(layers))) or {cache.name for cache in caches} != plain:
         return None, "not every layer has a cache of keys and values"
     logits = program.outputs[0]
-    if len(logits.shape) != 3 or not logits.dtype.is_floating_point:
+    if logits.name != "logits" or len(logits.shape) != 3 or not logits.dtype.is_floating_point:
         return None, f"its first output, {logits.name}, is not logits"
     config = source.config.get_text_config(decoder=True)
     generation = source.generation_config
