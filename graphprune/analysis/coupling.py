@@ -65,8 +65,9 @@ class Coupling:
             When there is none, with the nearest name.
         """
         if name not in self._by_name:
-            hint = nearest(name, self._by_name)
-            raise UsageError(f"the program has no group {name!r}{hint}")
+            one_of_each = {group.role: group.name for group in reversed(self.groups)}.values()
+            hint = nearest(name, self._by_name) or f"; there are such as {', '.join(one_of_each)}"
+            raise UsageError(f"the program has no group {name!r}{hint if self.groups else ''}")
         return self._by_name[name]
 
     @cached_property

@@ -23,18 +23,27 @@ from graphprune.ir.aten import RECURRENT
 
 @contextlib.contextmanager
 def quiet_export() -> Iterator[None]:
-    """Keep `torch.export` from printing the graph so far before it raises, and its guards."""
+    """Keep `torch.export` from printing the graph so far before it raises, and its guards.
+
+    What operators refuse while it is tried is logged as an error, with a trace; it is raised too.
+    """
     from torch.export import _trace
 
-    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    levels = {
+        "torch.fx.experimental.symbolic_shapes": logging.ERROR,
+        "torch._subclasses.fake_tensor": logging.CRITICAL,
+    }
+    loggers = {logging.getLogger(name): level for name, level in levels.items()}
+    before = {logger: logger.level for logger in loggers}
+    for logger, level in loggers.items():
+        logger.setLevel(level)
     _trace.print = lambda *_, **__: None  # type: ignore[attr-defined]
     try:
         yield
     finally:
         del _trace.print  # type: ignore[attr-defined]
-        logger.setLevel(level)
+        for logger, level in before.items():
+            logger.setLevel(level)
 
 
 def no_cache_of_sizes() -> contextlib.AbstractContextManager[None]:

@@ -280,23 +280,26 @@ def _with_most_dynamic(
     """Capture with as many dynamic sizes as hold for more than the example.
 
     Lengths are tried as well as batches, but no sides of images, which code divides in many ways.
-    A batch of one, which `torch.export` takes for a constant, is tried as a batch of two. Where
-    nothing else can be captured, the sizes are those of the example.
+    A batch of one, which `torch.export` takes for a constant, is tried as a batch of two, and then
+    as it is, with lengths that may be others. Where nothing else can be captured, the sizes are those of the example.
     """
     alone = all(leaf.ndim and leaf.shape[0] == 1 for leaf in flat)
     several = [torch.cat([leaf, leaf]) for leaf in flat] if alone else flat
     all_dims = [dict.fromkeys(range(leaf.ndim if leaf.ndim < 4 else 1), Dim.AUTO) for leaf in flat]
     rows = [{0: Dim.AUTO} if leaf.ndim else {} for leaf in flat]
     failure: CaptureError | None = None
-    for dims in ([all_dims] if all_dims != rows else []) + [rows]:
+    tries = [(several, all_dims)] if all_dims != rows else []
+    tries += [(several, rows)]
+    tries += [(flat, all_dims)] if alone and all_dims != rows else []
+    for example, dims in tries:
         try:
-            call = captured(several, dims)
+            call = captured(example, dims)
         except CaptureError as error:
             failure = error
             continue
         if shared := _shared_dims(call, dims):
             with contextlib.suppress(CaptureError):
-                call = captured(several, shared)
+                call = captured(example, shared)
         checked = replace(call, program=call.limited())
         if checked.takes(flat) and checked.is_wide():
             return checked

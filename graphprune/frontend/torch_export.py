@@ -110,11 +110,15 @@ def _all_patches(args: tuple[Any, ...]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch `model` to evaluation, and every module back to its own mode at the end."""
+    """Switch `model` to evaluation, and every module back to its own mode at the end.
+
+    Parts of it that `torch.compile` wraps run as they are written.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for module, training in modes:
             module.training = training

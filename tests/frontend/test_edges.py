@@ -64,6 +64,25 @@ def test_what_is_no_code_is_refused_with_what_to_give(
         gp.capture(make(), (X,))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torch_says_nothing_of_what_was_only_tried(
+    compiled: bool, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch of two does not fit the code, nor do 9 features; what is compiled is not compiled."""
+
+    class Row(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.reshape(1, -1))
+
+    model = nn.Sequential(torch.compile(Net())) if compiled else Row()
+    counted = torch._dynamo.utils.counters["frames"]  # of what is compiled
+    counted.clear()
+    gp.capture(model, (X[:1],))
+    assert not counted
+    assert capfd.readouterr() == ("", "")
+
+
 def test_adapters_are_refused_with_what_to_call() -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
@@ -168,6 +187,11 @@ def test_an_input_without_a_batch_is_taken_as_it_is() -> None:
     x = torch.randn(1, 5, 8)
     program = gp.capture(model, (x,))
     assert torch.allclose(program(x)["output"], model(x), atol=1e-6)
+    assert program.inputs[0].shape[0] == 1
+    longer = torch.randn(1, 9, 8)  # the length is open where the batch is not
+    assert torch.allclose(program(longer)["output"], model(longer), atol=1e-6)
+    (note,) = program.notes
+    assert note.text.startswith("dimension 0 of x is 1 alone: ")
 
 
 def test_a_length_that_the_code_fixes_is_said() -> None:

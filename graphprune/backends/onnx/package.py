@@ -127,7 +127,12 @@ def read_package(directory: str | PathLike[str]) -> Package:
     folder = Path(directory)
     if not is_package(folder):
         missing = MODEL if (folder / PARITY).is_file() else PARITY
-        raise CheckpointError(f"{folder} holds no ONNX package: {missing} is missing")
+        way = (
+            "; it is a checkpoint, of which the pass export-onnx{path=package} makes one"
+            if (folder / "config.json").is_file()
+            else ""
+        )
+        raise CheckpointError(f"{folder} holds no ONNX package: {missing} is missing{way}")
     try:
         record = json.loads((folder / PARITY).read_text(encoding="utf-8"))
         if (record["format"], record["version"]) != (_FORMAT, _VERSION):

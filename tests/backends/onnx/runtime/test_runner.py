@@ -378,6 +378,12 @@ def test_what_is_no_package_is_refused(packages: Callable[[str], Path]) -> None:
         OnnxRunner(packages("shared").parent)
 
 
+def test_a_checkpoint_is_refused_with_what_makes_a_package_of_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="it is a checkpoint, of which the pass export-onnx"):
+        OnnxRunner(tmp_path)
+
+
 def named(**shapes: Sequence[int | str]) -> list[Any]:
     return [
         SimpleNamespace(name=name.replace("__", "."), shape=shape, type="tensor(float)")
