@@ -31,6 +31,7 @@ def quiet_export() -> Iterator[None]:
 
     levels = {
         "torch.fx.experimental.symbolic_shapes": logging.ERROR,
+        "torch._export.non_strict_utils": logging.ERROR,
         "torch._subclasses.fake_tensor": logging.CRITICAL,
     }
     loggers = {logging.getLogger(name): level for name, level in levels.items()}

@@ -281,7 +281,8 @@ def _with_most_dynamic(
 
     Lengths are tried as well as batches, but no sides of images, which code divides in many ways.
     A batch of one, which `torch.export` takes for a constant, is tried as a batch of two, and then
-    as it is, with lengths that may be others. Where nothing else can be captured, the sizes are those of the example.
+    as it is, with lengths that may be others. Where nothing else can be captured, the sizes are
+    those of the example.
     """
     alone = all(leaf.ndim and leaf.shape[0] == 1 for leaf in flat)
     several = [torch.cat([leaf, leaf]) for leaf in flat] if alone else flat

@@ -16,6 +16,38 @@ TYPES = "token_type_ids"
 """The input that says of which text each token is; plans from before programs had it hold."""
 
 
+def by_position(names: Sequence[str], given: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return what is given for the first of `names`.
+
+    Raises
+    ------
+    UsageError
+        When more is given than there are names.
+    """
+    if len(given) > len(names):
+        raise UsageError(f"{len(given)} inputs are given, and the program takes {', '.join(names)}")
+    return dict(zip(names, given, strict=False))
+
+
+def given_on(inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return inputs on `device`, but for those without values.
+
+    Raises
+    ------
+    UsageError
+        When one is no tensor.
+    """
+    for name, given in inputs.items():
+        if not isinstance(given, Tensor):
+            raise UsageError(
+                f"input {name!r} is of type {type(given).__name__}, and has to be a tensor; what "
+                "was nested in the example is given by its dotted names"
+            )
+    return {
+        name: tensor if tensor.is_meta else tensor.to(device) for name, tensor in inputs.items()
+    }
+
+
 def fill_beside_tokens(
     filled: dict[str, Tensor], names: Sequence[str], rows: int, past: int, types: bool
 ) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from graphprune.errors import UsageError, nearest
 from graphprune.io.extensions import extension
 from graphprune.ir.devices import device_of, module_on
-from graphprune.ir.input_sizes import TYPES, check_sizes, fill_beside_tokens
+from graphprune.ir.input_sizes import TYPES, by_position, check_sizes, fill_beside_tokens, given_on
 from graphprune.ir.provenance import Source
 from graphprune.weights.deferred import converted, made
 from graphprune.weights.overlay import overlaid
@@ -304,9 +304,9 @@ class Program:
         Raises
         ------
         UsageError
-            When an input is missing or unknown.
+            When an input is missing, unknown or no tensor.
         """
-        named = {value.name: arg for value, arg in zip(self.inputs, args, strict=False)}
+        named = by_position([value.name for value in self.inputs], args)
         return self.run(self.operands, {**named, **inputs})
 
     def run(self, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -333,7 +333,7 @@ class Program:
         names, device = [value.name for value in self.inputs], device or self.device
         if unknown := [name for name in inputs if name not in names]:
             raise UsageError(f"no input {unknown[0]!r}; the program takes {', '.join(names)}")
-        filled = {name: t if t.is_meta else t.to(device) for name, t in inputs.items()}
+        filled = given_on(inputs, device)
         batch = next((len(tensor) for tensor in inputs.values() if tensor.ndim), 1)
         past = 0
         for value in self.inputs:

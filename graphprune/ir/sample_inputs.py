@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -107,6 +107,7 @@ def random_inputs(
     batch: int = 2,
     length: int = 7,
     complete: bool = False,
+    integers: Literal["random", "one", "zero"] = "random",
 ) -> dict[str, Tensor]:
     """Return random inputs on the CPU: ids within their tables, mixed masks, normal numbers.
 
@@ -122,6 +123,8 @@ def random_inputs(
         See `sample_sizes`.
     complete
         Whether to make caches and attention masks too, which otherwise fill themselves in.
+    integers
+        What integers are that look into no table, such as lengths and offsets.
     """
     sizes = {**sample_sizes(program, batch=batch, length=length), **(sizes or {})}
     generator = torch.Generator().manual_seed(seed)
@@ -131,7 +134,11 @@ def random_inputs(
         if fills_in and not complete:
             continue
         shape = [size_of(size, sizes) for size in node.meta["val"].shape]
-        inputs[value.name] = _random(value.name, node, shape, value.dtype, generator)
+        made = _random(value.name, node, shape, value.dtype, generator)
+        counts = not (made.is_floating_point() or made.is_complex() or made.dtype is torch.bool)
+        if integers != "random" and counts and table_rows(node, shifted=False) is None:
+            made = torch.full_like(made, integers == "one")
+        inputs[value.name] = made
     return inputs
 
 

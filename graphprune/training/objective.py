@@ -112,8 +112,8 @@ class Objective:
             found, again = (each.all()[:, :-1] for each in (logits, changed))
         if not torch.allclose(found, again, rtol=1e-3, atol=1e-3):
             raise TrainingError(
-                f"{self.output} of this program depend on the tokens after them, so that predicting "
-                "the next one teaches nothing: train it with distil=1"
+                f"the {self.output} of this program depend on the tokens after them, so that "
+                "predicting the next one teaches nothing: train it with distil=1"
             )
 
     def _divergence(self, logits: Logits, batch: Batch) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from graphprune.analysis.inference import infer
 from graphprune.analysis.types import Types
-from graphprune.errors import PROGRAMS, VerificationError, refuse_other
+from graphprune.errors import PROGRAMS, VerificationError, first_line, refuse_other
 from graphprune.ir.aten import random_nodes
 from graphprune.ir.compare import relative_error, tolerance_of
 from graphprune.ir.program import PRESENT, Program, caches_of
@@ -155,11 +155,8 @@ def verify(
     moved = 0.0
     layer = ""
     caches: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
-    for run, inputs in _runs(original, seed):
-        draws, wide, narrow, differs = _walked(reference, program, inputs, caches, allowed)
-        if not runs and not all(map(_is_finite, wide.outputs.values())):  # it has roots, say
-            inputs = {n: x.abs() if x.is_floating_point() else x for n, x in inputs.items()}
-            draws, wide, narrow, differs = _walked(reference, program, inputs, caches, allowed)
+    for run, tries in _runs(original, seed):
+        draws, wide, narrow, differs = _first_finite(reference, program, tries, caches, allowed)
         layer = layer or differs
         if not runs:
             moved = _moved(reference, wide, draws, seed)
@@ -269,11 +266,61 @@ def _dtype(program: Program) -> torch.dtype:
     return next(of for name, of in program.compute_types.items() if kinds[name] == "parameter")
 
 
-def _runs(program: Program, seed: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    inputs = random_inputs(program, seed=seed)
-    yield "full pass", inputs
+def _runs(program: Program, seed: int) -> Iterator[tuple[str, Iterator[dict[str, Tensor]]]]:
+    """Yield each run, with inputs to try in turn."""
+    yield "full pass", _tries(program, seed)
     if program.is_decoder:
-        yield "one more token on the cache", continuation(program, inputs, seed=seed + 1)
+        inputs = random_inputs(program, seed=seed)
+        yield "one more token on the cache", iter([continuation(program, inputs, seed=seed + 1)])
+
+
+def _tries(program: Program, seed: int) -> Iterator[dict[str, Tensor]]:
+    """Yield random inputs, then such as roots take, and lengths and offsets."""
+    yield random_inputs(program, seed=seed)
+    for integers in ("one", "zero"):
+        inputs = random_inputs(program, seed=seed, integers=integers)
+        yield {name: x.abs() if x.is_floating_point() else x for name, x in inputs.items()}
+
+
+def _first_finite(
+    reference: MaskedReference,
+    program: Program,
+    tries: Iterator[Mapping[str, Tensor]],
+    caches: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+    allowed: float,
+) -> tuple[Draws, Walk, Walk, str]:
+    """Return the runs on the first inputs that give numbers alone, else on the last that ran.
+
+    Raises
+    ------
+    VerificationError
+        When the original runs on none.
+    """
+    walked, refused = None, None
+    for inputs in tries:
+        try:
+            walked = _walked(reference, program, inputs, caches, allowed)
+        except Exception as error:  # operators refuse values in any way
+            if not _refuses(reference.original, {**inputs, **caches[0]}):
+                raise
+            refused = error
+            continue
+        if all(map(_is_finite, walked[1].outputs.values())):
+            break
+    if walked is None:
+        raise VerificationError(
+            "the original takes no inputs drawn at random, so that there is nothing to compare on: "
+            f"{first_line(refused, typed=True) if refused else ''}"
+        ) from refused
+    return walked
+
+
+def _refuses(program: Program, inputs: Mapping[str, Tensor]) -> bool:
+    try:
+        Walk(program, inputs).to_end()
+    except Exception:  # noqa: BLE001 - as above
+        return True
+    return False
 
 
 def _walked(

@@ -63,6 +63,11 @@ def test_inputs_that_are_missing_or_unknown_are_named() -> None:
         program(ids=torch.zeros(1, 1, dtype=torch.int64))
     with pytest.raises(UsageError, match="input 'input_ids' is missing"):
         program()
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    with pytest.raises(UsageError, match="'input_ids' is of type list, and has to be a tensor"):
+        program(input_ids=[1])
+    with pytest.raises(UsageError, match="20 inputs are given, and the program takes input_ids, "):
+        program(*[ids] * 20)
 
 
 def test_sizes_of_parameters_and_caches() -> None:

@@ -18,6 +18,7 @@ import graphprune as gp
 from graphprune.errors import PlanError, VerificationError
 from graphprune.ir.compare import tolerance_of
 from graphprune.ir.program import Program
+from graphprune.pipeline.pipeline import Pipeline
 from graphprune.plan.plan import Plan
 from graphprune.plan.steps import Step
 from graphprune.transforms.heads.kv_heads import find_heads
@@ -106,7 +107,9 @@ def test_the_report_says_what_was_compared() -> None:
 
 def test_the_seed_decides_what_it_runs_on() -> None:
     program = program_of("gpt2")
-    first, again, other = (dict(_runs(program, seed)) for seed in (0, 0, 1))
+    first, again, other = (
+        {run: next(tries) for run, tries in _runs(program, seed)} for seed in (0, 0, 1)
+    )
     assert len(first) == 2
     for run, inputs in first.items():
         assert torch.equal(inputs["input_ids"], again[run]["input_ids"])
@@ -206,6 +209,44 @@ def test_outputs_that_are_no_numbers_are_refused() -> None:
     program = program_of(NAME)
     huge = program.with_weights({"lm_head.weight": program.weight("lm_head.weight") * 1e38 * 10})
     refused(huge, Plan(), huge, "logits holds values that are not finite")
+
+
+class Pooled(nn.Module):
+    """What integers mean, as lengths or as places where bags begin, no graph says."""
+
+    def __init__(self, of_bags: bool) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(20, 8, mode="sum") if of_bags else None
+        self.first, self.last = nn.Linear(8, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor, given: Tensor) -> Tensor:
+        if self.bag is not None:
+            return self.last(self.first(self.bag(x, given)).relu())
+        held = (torch.arange(x.shape[1]) < given[:, None]).float()[..., None]
+        return self.last((self.first(x).relu() * held).sum(1) / held.sum(1))
+
+
+@pytest.mark.parametrize("of_bags", [False, True])
+def test_integers_are_tried_until_the_original_makes_numbers_of_them(of_bags: bool) -> None:
+    given = torch.tensor([0, 4]) if of_bags else torch.tensor([5, 2])
+    x = torch.randint(0, 20, (9,)) if of_bags else torch.randn(2, 5, 8)
+    program = gp.capture(Pooled(of_bags).eval(), (x, given))
+    result = Pipeline.parse("prune{target=ffn ratio=0.5 criterion=l2}").run(program, quiet=True)
+    assert gp.verify(program, result.plan, result.program).proves_sizes
+
+
+def test_a_model_that_takes_nothing_drawn_at_random_is_refused_in_one_line() -> None:
+    class Picky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bag, self.last = nn.EmbeddingBag(20, 8, mode="sum"), nn.Linear(8, 3)
+
+        def forward(self, ids: Tensor, starts: Tensor) -> Tensor:
+            return self.last(self.bag(ids, starts - 7))
+
+    program = gp.capture(Picky().eval(), (torch.randint(0, 20, (9,)), torch.tensor([7, 11])))
+    with pytest.raises(VerificationError, match=r"takes no inputs drawn at random.*offsets[^\n]*$"):
+        gp.verify(program, Plan(), program)
 
 
 # -- wrong shapes ---------------------------------------------------------------------------------
