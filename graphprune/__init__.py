@@ -15,6 +15,7 @@ from graphprune.io.version import __version__
 if TYPE_CHECKING:
     from graphprune.analysis.coupling import Coupling, analyze
     from graphprune.backends.load import load
+    from graphprune.backends.onnx.encoder_decoder.runner import EncoderDecoderRunner
     from graphprune.backends.onnx.runtime.runner import OnnxRunner
     from graphprune.calibration.data import Calibration
     from graphprune.errors import GraphPruneError, VerificationError
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Calibration": "graphprune.calibration.data:Calibration",
     "Coupling": "graphprune.analysis.coupling:Coupling",
+    "EncoderDecoderRunner": "graphprune.backends.onnx.encoder_decoder.runner:EncoderDecoderRunner",
     "ExportOnnx": "graphprune.passes.export_onnx:ExportOnnx",
     "GraphPruneError": "graphprune.errors:GraphPruneError",
     "MergeKvHeads": "graphprune.passes.merge_kv_heads:MergeKvHeads",
@@ -79,6 +81,7 @@ _HOMES = {
 __all__ = [
     "Calibration",
     "Coupling",
+    "EncoderDecoderRunner",
     "ExportOnnx",
     "GraphPruneError",
     "MergeKvHeads",

@@ -38,6 +38,10 @@ class ExportOnnx(Pass):
     opset
         The version of ONNX's operator set to write; by default 20, or what the target is best
         served with.
+    layout
+        Of an encoder-decoder, how its parts lie in a directory: "optimum" (an encoder, a decoder of
+        the first tokens and one of those that follow) or "genai" (an encoder and a decoder, for
+        speech); by default "genai" where onnxruntime-genai runs the model, else "optimum".
     logits
         Of which tokens a decoder gives logits: all, or each row's last one, which is all that
         generating text needs.
@@ -74,8 +78,10 @@ class ExportOnnx(Pass):
     -------
     A program that cannot be exported, a type that the target has no kernels for (`BackendError`), a
     file that exists, a directory in use, what cannot be written (`OutputError`), an empty path, an
-    opset below 18 (the first that torch's exporter writes). Quantized weights for another target,
-    and what ONNX Runtime has no quantizer or no operators for (`UsageError`, `BackendError`).
+    opset below 18 (the first that torch's exporter writes). A layout for what is no
+    encoder-decoder, and genai's for one that onnxruntime-genai cannot run. Quantized weights for
+    another target, and what ONNX Runtime has no quantizer or no operators for (`UsageError`,
+    `BackendError`).
 
     Reference
     ---------
@@ -94,6 +100,7 @@ class ExportOnnx(Pass):
     path: str = "model.onnx"
     target: Literal["portable", "cpu", "cuda", "tensorrt"] | None = None
     opset: int | None = None
+    layout: Literal["optimum", "genai"] | None = None
     logits: Literal["all", "last"] = "all"
     weights: Literal["int4", "int8"] | None = None
     block: int = 32
@@ -109,6 +116,8 @@ class ExportOnnx(Pass):
             raise UsageError("export-onnx: the path is empty")
         if self.opset is not None and self.opset < 18:
             raise UsageError(f"export-onnx: opset {self.opset} is below 18")
+        if self.layout is not None and self.path.endswith(".onnx"):
+            raise UsageError("export-onnx: layout is of a directory, and the path names a file")
         if self.weights is not None:
             self._quantization(self.weights)
         elif given := [name for name in _OF_WEIGHTS if getattr(self, name) != _default(name)]:
@@ -139,7 +148,8 @@ class ExportOnnx(Pass):
                 if self.weights is not None and (data := context.calibration) is not None:
                     options["samples"] = data.held_out or data.batches
                     options["original"] = context.original
-                report = write_package(program, path, plan=context.plan_of(program), **options)
+                options |= {"plan": context.plan_of(program), "layout": self.layout}
+                report = write_package(program, path, **options)
         details: dict[str, Any] = {"path": self.path, "opset": report.opset}
         if self.target is not None:
             details |= {"target": self.target, "attention": dict(report.attention)}

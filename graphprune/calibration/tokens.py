@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.errors import CalibrationError, GraphPruneError, first_line
+from graphprune.io.companions import has_tokenizer
 from graphprune.io.paths import path_of
 from graphprune.io.text_sources import Document, Messages
 from graphprune.ir.program import PAST
@@ -153,7 +154,10 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    path_of(directory, error)
+    path = path_of(directory, error)
+    if path.is_dir() and not has_tokenizer(path):
+        # transformers would make one up of the model's type alone.
+        raise error(f"{directory} holds no tokenizer: there is no file of one")
     try:
         return AutoTokenizer.from_pretrained(str(directory))
     except Exception as cause:

@@ -7,15 +7,14 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+_TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
+"""Files that a tokenizer is made of."""
+
 _COMPANIONS = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
+    *_TOKENIZER,
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
-    "*.model",
-    "*.tiktoken",
     "*preprocessor_config.json",
     "processor_config.json",
     "modules.json",
@@ -25,6 +24,11 @@ _COMPANIONS = (
     "NOTICE*",
 )
 """Files of a checkpoint that do not depend on the sizes of the model."""
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Return whether there is a file in `directory` that a tokenizer is made of."""
+    return any(next(directory.glob(pattern), None) for pattern in _TOKENIZER)
 
 
 def copy_companions(source: Path | None, directory: Path) -> None:

@@ -83,13 +83,13 @@ def _dimension(program: Program, value: Value, dim: int) -> str:
     if dim == 0:
         return "batch"
     if value.name.startswith(PAST) and dim == 2:
-        return "past_sequence"
+        return "encoder_sequence" if ".encoder." in value.name else "past_sequence"
     prefix, ids, _ = value.name.rpartition("input_ids")
     if ids and dim == 1:
         return f"{prefix}sequence"
     prefix, mask, _ = value.name.rpartition("attention_mask")
     if mask and dim == 1:
-        return "total_sequence" if program.is_decoder else f"{prefix}sequence"
+        return "total_sequence" if program.is_decoder and not prefix else f"{prefix}sequence"
     if len(value.shape) == 4 and value.name == "pixel_values":
         return ("batch", "channels", "height", "width")[dim]
     return f"{_word(value.name)}_dim_{dim}"

@@ -1,11 +1,12 @@
 """A directory with everything that runs a model: ONNX, tokenizer, configs, plan and parity record.
 
 ``model.onnx``
-    The model; external data lies beside it.
+    The model; external data lies beside it. An encoder-decoder is a model for each of its parts
+    (`graphprune.backends.onnx.encoder_decoder.parts` names the files of each layout).
 ``config.json``, ``generation_config.json``, the tokenizer
     As Hugging Face's libraries take them.
 ``genai_config.json``
-    What onnxruntime-genai generates by, for a decoder.
+    What onnxruntime-genai generates by, for a decoder and for speech.
 ``plan.json``
     What was removed and merged, if anything was.
 ``parity.json``
@@ -41,15 +42,30 @@ from graphprune.backends.huggingface.files import write_config, write_generation
 from graphprune.backends.huggingface.model import quiet
 from graphprune.backends.onnx.attention_forms import Target
 from graphprune.backends.onnx.dimension_names import dimension_names
+from graphprune.backends.onnx.encoder_decoder.anatomy import is_encoder_decoder
+from graphprune.backends.onnx.encoder_decoder.parts import FILES, Layout, Parts, Role, split
+from graphprune.backends.onnx.encoder_decoder.speech import speech_config
+from graphprune.backends.onnx.encoder_decoder.write import verify_parts, write_parts
 from graphprune.backends.onnx.export import OnnxReport, export
 from graphprune.backends.onnx.last_logits import last_only
 from graphprune.backends.onnx.parity import FULL, SHARED, Parity, compare
 from graphprune.backends.onnx.quality import check_quality, keep, measure
 from graphprune.backends.onnx.runtime.genai_config import genai_config
 from graphprune.backends.onnx.session import CPU, provider_name
-from graphprune.backends.onnx.weights.held import MODEL, held_weights, weights_beside
+from graphprune.backends.onnx.weights.held import (
+    MODEL,
+    held_weights,
+    models_in,
+    weights_beside,
+)
 from graphprune.backends.onnx.weights.quantize import Quantization
-from graphprune.errors import BackendError, CheckpointError, ParityError, first_line
+from graphprune.errors import (
+    BackendError,
+    CheckpointError,
+    ParityError,
+    UsageError,
+    first_line,
+)
 from graphprune.io.atomic import as_json, staged_directory
 from graphprune.ir.compare import tolerance_of
 from graphprune.ir.program import Program
@@ -93,6 +109,8 @@ class Package:
     quantization
         How weights were quantized, how far each is from what it was, and the quality of the model;
         None where none is.
+    layout, parts
+        Of an encoder-decoder, the layout and the file of each part; None for one model.
     """
 
     directory: Path
@@ -104,6 +122,8 @@ class Package:
     attention: Mapping[str, str]
     parity: Mapping[str, float]
     quantization: Mapping[str, Any] | None = None
+    layout: Layout | None = None
+    parts: Mapping[Role, str] | None = None
 
     @property
     def model(self) -> Path:
@@ -113,7 +133,7 @@ class Package:
 
 def is_package(directory: str | PathLike[str]) -> bool:
     """Return whether `directory` looks like one that `write_package` wrote."""
-    return (Path(directory) / PARITY).is_file() and (Path(directory) / MODEL).is_file()
+    return (Path(directory) / PARITY).is_file() and bool(models_in(Path(directory)))
 
 
 def read_package(directory: str | PathLike[str]) -> Package:
@@ -138,8 +158,13 @@ def read_package(directory: str | PathLike[str]) -> Package:
         if (record["format"], record["version"]) != (_FORMAT, _VERSION):
             raise CheckpointError(f"{folder / PARITY} is not of a package that this release reads")
         fields = {field.name for field in dataclasses.fields(Package)} - {"directory"}
-        record.setdefault("quantization", None)
-        return Package(folder, **{name: record[name] for name in fields})
+        for name in ("quantization", "layout", "parts"):
+            record.setdefault(name, None)
+        package = Package(folder, **{name: record[name] for name in fields})
+        files = list(package.parts.values()) if package.parts else [MODEL]
+        if lacking := [file for file in files if not (folder / file).is_file()]:
+            raise CheckpointError(f"{folder} holds no ONNX package: {lacking[0]} is missing")
+        return package
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / PARITY} is damaged: {first_line(error)}") from error
 
@@ -155,6 +180,7 @@ def write_package(
     quantization: Quantization | None = None,
     samples: Sequence[Mapping[str, torch.Tensor]] = (),
     original: Program | None = None,
+    layout: Layout | None = None,
     **options: Any,
 ) -> OnnxReport:
     """Write `program` as a package.
@@ -177,29 +203,37 @@ def write_package(
         Batches that the quality of a quantized model is measured on.
     original
         The program before pruning, whose loss on them is measured too.
+    layout
+        The layout of an encoder-decoder's parts; by default genai's for speech, and optimum's for
+        all else. One whose decoder cannot be run token by token is written as a whole call then.
 
     Raises
     ------
     BackendError
-        When the program cannot be exported or the model is not exact.
+        When the program cannot be exported or the model is not exact, onnxruntime-genai cannot run
+        an encoder-decoder whose layout is to be its own, or weights of one are to be quantized.
     OutputError
         When `directory` is not empty or cannot be written. Nothing is left behind.
     UsageError
-        When there is no such target or opset.
+        When there is no such target or opset, or a layout is named for what has no parts.
     """
     program = last_only(program) if logits == "last" else program
+    parts, why_whole = _parts(program, layout, quantization)
     with staged_directory(directory) as staged:
         describe = archive.describe(program)
-        report = export(
-            program,
-            staged / MODEL,
-            target=target,
-            check=FULL if check else False,
-            quantization=quantization,
-            **options,
-        )
-        describe(staged, _not_in_model(program, staged / MODEL, report.quantized))
-        notes = [*report.notes, *_write_config(program, staged)]
+        if parts is not None:
+            report = write_parts(program, parts, staged, target=target, check=check, **options)
+        else:
+            report = export(
+                program,
+                staged / MODEL,
+                target=target,
+                check=FULL if check else False,
+                quantization=quantization,
+                **options,
+            )
+        describe(staged, _not_in_models(program, models_in(staged), report.quantized))
+        notes = [*report.notes, *why_whole, *_write_config(program, staged)]
         forms = {form.partition(":")[0] for form in report.attention.values()}
         # Where it was not run, it is known by its form: one operator keeps every cache.
         quantized, said = None, None
@@ -213,7 +247,10 @@ def write_package(
         elif quantized is not None:
             notes.append("what quantizing costs was not measured: there are no samples")
         shares = SHARED in report.parity if report.parity else forms == {"gqa"}
-        genai, why = genai_config(program, shares_buffers=shares, target=target)
+        if parts is not None:
+            genai, why = speech_config(program, parts)
+        else:
+            genai, why = genai_config(program, shares_buffers=shares, target=target)
         if genai is None:
             notes.append(f"no genai_config.json: {why}")
         else:
@@ -233,13 +270,15 @@ def write_package(
             "operators": dict(report.operators),
             "parity": dict(report.parity),
             "quantization": quantized,
+            "layout": None if parts is None else parts.layout,
+            "parts": None if parts is None else FILES[parts.layout],
             "tolerance": tolerance_of(program.outputs[0].dtype),
             "versions": _versions(),
             "notes": notes,
         }
         _write_json(staged / PARITY, record)
-        size = sum(path.stat().st_size for path in staged.glob(f"{MODEL}*"))
-    path = str(Path(directory) / MODEL)
+        size = sum(path.stat().st_size for path in staged.glob("*.onnx*"))
+    path = str(Path(directory) / MODEL if parts is None else directory)
     return dataclasses.replace(report, path=path, bytes=size, notes=tuple(notes))
 
 
@@ -272,6 +311,8 @@ def verify_package(directory: str | PathLike[str], *, provider: str | None = Non
     package = read_package(directory)
     program = archive.load(package.directory, weights_beside(package.directory))
     names, provider = dimension_names(program), provider or CPU
+    if package.parts is not None and package.layout is not None:
+        return verify_parts(program, package.layout, package.parts, package.directory, provider)
     counts = package.padding == "right"
     quantized = package.quantization
     try:
@@ -315,12 +356,30 @@ def _without_fused(program: Program, names: Mapping[str, str], provider: str) ->
         return f"without fused operators the largest error is {ran.max_relative_error or 0:.1e}"
 
 
-def _not_in_model(
-    program: Program, model: Path, quantized: Collection[str]
+def _parts(
+    program: Program, layout: Layout | None, quantization: Quantization | None
+) -> tuple[Parts | None, tuple[str, ...]]:
+    """Return the parts of an encoder-decoder; else None, and what is to be said of that."""
+    if not is_encoder_decoder(program):
+        if layout is not None:
+            raise UsageError(f"layout={layout} is of an encoder and a decoder: this is one model")
+        return None, ()
+    if quantization is not None:
+        raise BackendError("the weights of an encoder-decoder's parts are not quantized yet")
+    try:
+        return split(program, layout), ()
+    except BackendError as error:
+        if layout is not None:
+            raise
+        return None, (f"one model that computes all tokens at once: {error}",)
+
+
+def _not_in_models(
+    program: Program, models: Sequence[Path], quantized: Collection[str]
 ) -> dict[str, torch.Tensor]:
-    """Return the weights of `program` that its model holds neither as they are nor `quantized`."""
+    """Return the weights of `program` that its models hold neither as they are nor `quantized`."""
     missing = {n: weight for n, weight in program.weights.items() if n not in quantized}
-    for name, tensor in held_weights(model):
+    for name, tensor in (each for model in models for each in held_weights(model)):
         weight = missing.get(name)
         if weight is None or program.compute_types[name] != tensor.dtype:
             continue

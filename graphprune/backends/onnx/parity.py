@@ -151,7 +151,12 @@ def compare(
         return Parity(None, version, (note,))
     pair = Pair(program, open_session(path, provider, whole_activations=quantized))
     notes: tuple[str, ...] = ()
-    if program.is_decoder and {"sequence", "past_sequence"} <= set(names.values()):
+    pasts, presents = (
+        {value.name.removeprefix(prefix) for value in values if value.name.startswith(prefix)}
+        for prefix, values in ((PAST, program.inputs), (PRESENT, program.outputs))
+    )
+    grows = bool(pasts) and pasts == presents  # caches of what is encoded only go in
+    if grows and {"sequence", "past_sequence"} <= set(names.values()):
         notes = _DecoderParity(pair, names, protocol, counts).compare()
     else:
         for batch in (3, 1):

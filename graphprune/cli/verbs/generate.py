@@ -64,6 +64,14 @@ def generate(
         ),
     ] = None,
     seed: Seed = 0,
+    beams: Annotated[
+        int,
+        typer.Option(
+            help="Beams of an encoder-decoder; 1 chooses the likeliest token.",
+            min=1,
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = 1,
     provider: Annotated[
         str | None,
         typer.Option(
@@ -78,7 +86,12 @@ def generate(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Continue prompts by the model of an ONNX package; one prompt alone is shown as it grows."""
+    """Continue prompts by the model of an ONNX package; one prompt alone is shown as it grows.
+
+    For an encoder-decoder, a prompt is what it answers.
+    """
+    from graphprune.backends.onnx.encoder_decoder.runner import EncoderDecoderRunner
+    from graphprune.backends.onnx.package import read_package
     from graphprune.backends.onnx.runtime.runner import OnnxRunner
     from graphprune.io.text_sources import read_documents
 
@@ -90,18 +103,28 @@ def generate(
             prompts.append(document)
     if not prompts:
         raise typer.BadParameter("there is nothing to continue: give --prompt or --prompt-file")
-    runner = OnnxRunner(directory, provider=provider, threads=threads)
     alone = len(prompts) == 1 and not as_json
-    found = runner.generate(
-        prompts,
-        max_new_tokens=max_new_tokens,
-        stop=stop or (),
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        on_text=(lambda _, piece: print(piece, end="", flush=True)) if alone else None,
-    )
+    if read_package(directory).parts is not None:
+        if stop or temperature or top_k is not None or top_p is not None:
+            raise UsageError("an encoder-decoder takes the likeliest tokens, or --beams")
+        both = EncoderDecoderRunner(directory, provider=provider, threads=threads)
+        found = both.generate(prompts, max_new_tokens=max_new_tokens, beams=beams)
+        if alone:
+            print(found[0].text, end="")
+    elif beams > 1:
+        raise UsageError("--beams is of an encoder-decoder, and this package has one model")
+    else:
+        runner = OnnxRunner(directory, provider=provider, threads=threads)
+        found = runner.generate(
+            prompts,
+            max_new_tokens=max_new_tokens,
+            stop=stop or (),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            on_text=(lambda _, piece: print(piece, end="", flush=True)) if alone else None,
+        )
     if as_json:
         rows = [{"prompt": p, **asdict(each)} for p, each in zip(prompts, found, strict=True)]
         print(json.dumps(rows, indent=1))

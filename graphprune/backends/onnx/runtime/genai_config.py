@@ -47,7 +47,7 @@ def genai_config(
     config = source.config.get_text_config(decoder=True)
     generation = source.generation_config
     ids = {
-        name: _token(name, generation, config)
+        name: named_token(name, generation, config)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")
     }
     if ids["eos_token_id"] is None:
@@ -101,7 +101,7 @@ def _layer(name: str) -> re.Match[str] | None:
     return re.fullmatch(rf"{re.escape(PAST)}(\d+)\.\w+", name)
 
 
-def _token(name: str, *configs: Any) -> Any:
+def named_token(name: str, *configs: Any) -> Any:
     """Return a token's number from the first of `configs` that names it."""
     return next((v for c in configs if (v := getattr(c, name, None)) is not None), None)
 

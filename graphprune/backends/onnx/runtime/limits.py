@@ -20,9 +20,9 @@ def limits_of(directory: Path) -> tuple[int | None, frozenset[int]]:
     CheckpointError
         When one of these is no JSON object.
     """
-    model = _read_json(directory / "genai_config.json").get("model", {})
-    generation = _read_json(directory / "generation_config.json")
-    config = _read_json(directory / "config.json")
+    model = read_json(directory / "genai_config.json").get("model", {})
+    generation = read_json(directory / "generation_config.json")
+    config = read_json(directory / "config.json")
     text = config.get("text_config") or {}
     written = model.get("context_length")
     context = written if isinstance(written, int) else declared_length(text, config)
@@ -31,7 +31,14 @@ def limits_of(directory: Path) -> tuple[int | None, frozenset[int]]:
     return context, frozenset(ends if isinstance(ends, list) else [ends])
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what the JSON file at `path` holds; nothing where there is none.
+
+    Raises
+    ------
+    CheckpointError
+        When it is no JSON object.
+    """
     if not path.is_file():
         return {}
     try:

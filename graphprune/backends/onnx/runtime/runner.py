@@ -18,7 +18,7 @@ from graphprune.backends.onnx.runtime.limits import limits_of
 from graphprune.backends.onnx.runtime.sampling import Sampling, Text
 from graphprune.backends.onnx.session import open_session, provider_name
 from graphprune.calibration.tokens import load_tokenizer
-from graphprune.errors import CheckpointError, UsageError
+from graphprune.errors import BackendError, CheckpointError, UsageError
 
 Prompt = str | Sequence[int]
 
@@ -147,6 +147,10 @@ class OnnxRunner:
         static: bool = False,
     ) -> None:
         self.package = read_package(directory)
+        if self.package.parts is not None:
+            raise BackendError(
+                f"{directory} holds an encoder and a decoder: EncoderDecoderRunner runs them"
+            )
         if static and not self.package.shares_buffers:
             raise UsageError(
                 f"static shapes take past and present in one buffer: {directory} keeps them apart"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,23 @@ MODEL = "model.onnx"
 """The ONNX model in a directory that holds one."""
 
 
+def models_in(folder: Path) -> list[Path]:
+    """Return the ONNX models in `folder`: one, or those of the parts of an encoder-decoder."""
+    return sorted(folder.glob("*.onnx"))
+
+
 def weights_beside(folder: Path) -> Callable[[], Iterator[tuple[str, Tensor]]] | None:
-    """Return what reads the weights of the ONNX model in `folder`, or None where there is none."""
-    path = folder / MODEL
-    return (lambda: _held_or_refused(path)) if path.is_file() else None
+    """Return what reads the weights of the ONNX models in `folder`; None where there are none."""
+    paths = models_in(folder)
+    return (lambda: _held_or_refused(paths)) if paths else None
 
 
-def _held_or_refused(path: Path) -> Iterator[tuple[str, Tensor]]:
-    try:
-        yield from held_weights(path)
-    except Exception as error:  # damage shows in any way
-        raise CheckpointError(f"{path} is damaged: {first_line(error)}") from error
+def _held_or_refused(paths: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
+    for path in paths:
+        try:
+            yield from held_weights(path)
+        except Exception as error:  # damage shows in any way
+            raise CheckpointError(f"{path} is damaged: {first_line(error)}") from error
 
 
 def held_weights(path: Path, *, quantized: bool = False) -> Iterator[tuple[str, Tensor]]:

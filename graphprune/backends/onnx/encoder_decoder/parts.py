@@ -1,0 +1,166 @@
+"""An encoder-decoder in parts, in the layouts that runtimes read.
+
+``optimum``
+    ``encoder_model.onnx``; ``decoder_model.onnx``, which takes the first tokens and what was
+    encoded, and gives all caches; ``decoder_with_past_model.onnx``, which takes them and the next
+    tokens. Optimum and transformers.js know these names.
+``genai``
+    ``encoder.onnx``, which gives the caches of what it encodes too, and ``decoder.onnx``, which
+    begins with an empty cache of tokens: onnxruntime-genai's layout for speech.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import fx
+
+from graphprune.backends.onnx.encoder_decoder.anatomy import Anatomy, Cache, anatomy_of
+from graphprune.backends.onnx.encoder_decoder.pieces import piece
+from graphprune.backends.onnx.encoder_decoder.stepwise import stepwise
+from graphprune.errors import BackendError
+from graphprune.ir.program import PAST, PRESENT, Program
+
+Layout = Literal["optimum", "genai"]
+LAYOUTS: tuple[Layout, ...] = ("optimum", "genai")
+
+Role = Literal["encoder", "first", "next"]
+"""What a part does: encode; take the first tokens; take the tokens that follow."""
+
+FILES: dict[Layout, dict[Role, str]] = {
+    "optimum": {
+        "encoder": "encoder_model.onnx",
+        "first": "decoder_model.onnx",
+        "next": "decoder_with_past_model.onnx",
+    },
+    "genai": {"encoder": "encoder.onnx", "next": "decoder.onnx"},
+}
+
+SPEECH = "input_features"
+"""The input of models that onnxruntime-genai takes apart as it does Whisper."""
+
+_FRAMES = 3000
+"""Half a minute of sound, the one length that onnxruntime-genai (0.18) takes."""
+
+_KINDS = ("key", "value")
+_IDS, _MASK, _STATES = "input_ids", "encoder_attention_mask", "encoder_hidden_states"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of an encoder-decoder, in a layout.
+
+    Parameters
+    ----------
+    layout
+        The layout.
+    programs
+        The part of each role.
+    not_genai
+        Why onnxruntime-genai cannot run the model; "" where it can.
+    """
+
+    layout: Layout
+    programs: Mapping[Role, Program]
+    not_genai: str
+
+
+def split(program: Program, layout: Layout | None = None) -> Parts:
+    """Return the parts of `program`, a call of an encoder-decoder.
+
+    Parameters
+    ----------
+    program
+        The program.
+    layout
+        The layout; by default genai's for speech, and optimum's for all else.
+
+    Raises
+    ------
+    BackendError
+        When onnxruntime-genai cannot run the model and its layout is asked for, or the decoder
+        cannot be run token by token.
+    """
+    anatomy = anatomy_of(program)
+    why = _not_genai(anatomy)
+    if layout == "genai" and why:
+        raise BackendError(f"onnxruntime-genai cannot run this encoder-decoder: {why}")
+    layout = layout or ("optimum" if why else "genai")
+    made = {"optimum": _for_optimum, "genai": _for_genai}[layout](anatomy)
+    return Parts(layout, made, why)
+
+
+def _not_genai(anatomy: Anatomy) -> str:
+    """Say why onnxruntime-genai (0.18) cannot run the model; "" where it can."""
+    program = anatomy.program
+    inputs = [value.name for value in program.inputs if value.name != anatomy.tokens[0].name]
+    if inputs != [SPEECH]:
+        return f"it serves those that take {SPEECH}, as Whisper does, and not {', '.join(inputs)}"
+    frames = program.inputs[0].shape[-1]
+    if frames != _FRAMES:
+        return f"it takes sounds of {_FRAMES:,} frames, and the model {frames}"
+    if len(anatomy.own) != len(anatomy.cross):
+        return "its decoder does not attend to its tokens as often as to what is encoded"
+    return ""
+
+
+def _for_optimum(anatomy: Anatomy) -> dict[Role, Program]:
+    own = _named(anatomy.own, lambda at, kind: f"{at}.decoder.{kind}")
+    cross = _named(anatomy.cross, lambda at, kind: f"{at}.encoder.{kind}")
+    masks = [(_MASK, node) for _, node in anatomy.masks]
+    ids = (_IDS, anatomy.tokens[1])
+    given, presents = [ids, *masks, (_STATES, anatomy.hidden)], {**own, **cross}
+    return {
+        "encoder": _encoder(anatomy, "last_hidden_state", {}),
+        "first": piece(
+            anatomy.program,
+            given,
+            [_logits(anatomy), *((PRESENT + name, node) for name, node in presents.items())],
+        ),
+        "next": stepwise(
+            anatomy,
+            [ids, *masks, *((PAST + name, node) for name, node in cross.items())],
+            {PAST + name: (PRESENT + name, node) for name, node in own.items()},
+        ),
+    }
+
+
+def _for_genai(anatomy: Anatomy) -> dict[Role, Program]:
+    own = _named(anatomy.own, lambda at, kind: f"{kind}_self_{at}")
+    cross = _named(anatomy.cross, lambda at, kind: f"{kind}_cross_{at}")
+    return {
+        "encoder": _encoder(
+            anatomy, _STATES, {f"present_{name}": node for name, node in cross.items()}
+        ),
+        "next": stepwise(
+            anatomy,
+            [
+                (_IDS, anatomy.tokens[1]),
+                *((f"past_{name}", node) for name, node in cross.items()),
+            ],
+            {f"past_{name}": (f"present_{name}", node) for name, node in own.items()},
+        ),
+    }
+
+
+def _encoder(anatomy: Anatomy, hidden: str, caches: Mapping[str, fx.Node]) -> Program:
+    renamed = {SPEECH: "audio_features"} if caches else {}
+    given = [
+        (renamed.get(value.name, value.name), node)
+        for value, node in anatomy.program.input_nodes()
+        if node is not anatomy.tokens[1]
+    ]
+    return piece(anatomy.program, given, [(hidden, anatomy.hidden), *caches.items()])
+
+
+def _named(caches: tuple[Cache, ...], name: Callable[[int, str], str]) -> dict[str, fx.Node]:
+    return {
+        name(at, kind): getattr(cache, kind) for at, cache in enumerate(caches) for kind in _KINDS
+    }
+
+
+def _logits(anatomy: Anatomy) -> tuple[str, fx.Node]:
+    value, node = next(iter(anatomy.program.output_nodes()))
+    return value.name, node
