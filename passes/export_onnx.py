@@ -128,6 +128,21 @@ class ExportOnnx(Pass):
 
         return Quantization(weights, **{name: getattr(self, name) for name in _OF_WEIGHTS})
 
+    def refuse_early(self, program: Program, *, settled: bool) -> None:
+        """Refuse a target, an opset or a layout that cannot be, and blocks that do not divide."""
+        from graphprune.backends.onnx.package import check_package
+
+        chosen = self._quantization(self.weights) if self.weights is not None else None
+        check_package(
+            program,
+            target=self.target,
+            opset=self.opset,
+            layout=self.layout,
+            quantization=chosen,
+            settled=settled,
+            one_model=self.path.endswith(".onnx"),
+        )
+
     def run(self, program: Program, context: Context) -> Outcome:
         """Write the file, and return `program` as it is."""
         from graphprune.backends.onnx.package import write_package

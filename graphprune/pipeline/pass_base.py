@@ -257,6 +257,20 @@ class Pass(ABC):
         """Return how many tokens of calibration text do well by `program`; 0 for any number."""
         return 0
 
+    def refuse_early(self, program: Program, *, settled: bool) -> None:  # noqa: B027
+        """Refuse at once what `run` would refuse when its turn comes; by default, nothing.
+
+        It is asked before any pass runs, and again after the last pass before it that may change
+        sizes.
+
+        Parameters
+        ----------
+        program
+            What the pipeline begins with, or what that last pass made.
+        settled
+            Whether its sizes are those that `run` will meet.
+        """
+
     @abstractmethod
     def run(self, program: Program, context: Context) -> Outcome:
         """Make a new program; never edit the one that came in."""

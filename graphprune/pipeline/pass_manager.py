@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -80,9 +80,12 @@ class PassManager:
         chosen, skipped = self._limited()
         _refuse_uncalibrated(chosen, calibrated=context.calibration is not None)
         program, records = context.original, []
-        for position in chosen:
+        _check_later(chosen, program, at_first=True)
+        for index, position in enumerate(chosen):
             program, context, record = self._step(position, program, context)
             records.append(record)
+            if position.pass_.resizes and not position.pass_.required:
+                _check_later(chosen[index + 1 :], program)
         calibration = context.calibration
         report = Report(
             pipeline=",".join(map(str, self.passes)),
@@ -236,6 +239,27 @@ def _refuse_uncalibrated(positions: list[PassPosition], calibrated: bool) -> Non
     for position in positions:
         if position.pass_.requires_calibration and not calibrated:
             raise CalibrationError(f"{position}: {uncalibrated(position.pass_)}")
+
+
+def _check_later(
+    positions: Sequence[PassPosition], program: Program, *, at_first: bool = False
+) -> None:
+    """Ask passes that are still to come for what they refuse, as long as sizes are settled.
+
+    At first all are asked: what they refuse of any sizes is known then.
+    """
+    settled = True
+    for position in positions:
+        if not settled and not at_first:
+            return
+        try:
+            position.pass_.refuse_early(program, settled=settled)
+        except Exception as error:
+            named = _named(error, position)
+            if named is error:
+                raise
+            raise named from error
+        settled &= position.pass_.required or not position.pass_.resizes
 
 
 def uncalibrated(pass_: Pass) -> str:

@@ -33,6 +33,7 @@ from graphprune.backends.onnx.weights.quantize import (
     same_bytes,
     shared_bytes,
 )
+from graphprune.backends.onnx.weights.widths import check_widths
 from graphprune.errors import BackendError, UsageError, first_line
 from graphprune.io.atomic import staged_file
 from graphprune.io.progress import DisplayFactory, display_factory, progress_bar
@@ -166,12 +167,9 @@ def export(
     UsageError
         When `opset` is below 18 or unknown to ONNX, or there is no such target.
     """
-    opset = OPSETS[target] if opset is None and target in OPSETS else opset or 20
-    if opset < 18:
-        raise UsageError(f"opset {opset} is below 18, the first that can be written")
-    check_target(program, target, opset)
+    opset = check_export(program, target, opset, quantization)
     if quantization is not None:
-        quantization.check(target)
+        check_widths(program, quantization)
     if program.lacks_values:
         raise BackendError(
             "the program's weights are on the meta device: there is nothing to write"
@@ -259,6 +257,30 @@ def export(
         parity=dict(ran.errors),
         quantized=distances,
     )
+
+
+def check_export(
+    program: Program,
+    target: Target | None,
+    opset: int | None,
+    quantization: Quantization | None,
+) -> int:
+    """Refuse what `export` cannot do whatever the sizes are; returns the opset that is written.
+
+    Raises
+    ------
+    BackendError
+        When the target has no kernels for the program's type, or ONNX Runtime no quantizer.
+    UsageError
+        When `opset` is below 18 or unknown to ONNX, or there is no such target.
+    """
+    opset = OPSETS[target] if opset is None and target in OPSETS else opset or 20
+    if opset < 18:
+        raise UsageError(f"opset {opset} is below 18, the first that can be written")
+    check_target(program, target, opset)
+    if quantization is not None:
+        quantization.check(target)
+    return opset
 
 
 def _parts(target: Target | None) -> tuple[str, ...]:

@@ -42,11 +42,19 @@ from graphprune.backends.huggingface.files import write_config, write_generation
 from graphprune.backends.huggingface.model import quiet
 from graphprune.backends.onnx.attention_forms import Target
 from graphprune.backends.onnx.dimension_names import dimension_names
-from graphprune.backends.onnx.encoder_decoder.anatomy import is_encoder_decoder
-from graphprune.backends.onnx.encoder_decoder.parts import FILES, Layout, Parts, Role, split
+from graphprune.backends.onnx.encoder_decoder.anatomy import anatomy_of
+from graphprune.backends.onnx.encoder_decoder.parts import (
+    FILES,
+    Layout,
+    Parts,
+    Role,
+    check_layout,
+    has_parts,
+    split,
+)
 from graphprune.backends.onnx.encoder_decoder.speech import speech_config
 from graphprune.backends.onnx.encoder_decoder.write import verify_parts, write_parts
-from graphprune.backends.onnx.export import OnnxReport, export
+from graphprune.backends.onnx.export import OnnxReport, check_export, export
 from graphprune.backends.onnx.last_logits import last_only
 from graphprune.backends.onnx.parity import FULL, SHARED, Parity, compare
 from graphprune.backends.onnx.quality import check_quality, keep, measure
@@ -59,11 +67,11 @@ from graphprune.backends.onnx.weights.held import (
     weights_beside,
 )
 from graphprune.backends.onnx.weights.quantize import Quantization
+from graphprune.backends.onnx.weights.widths import check_widths
 from graphprune.errors import (
     BackendError,
     CheckpointError,
     ParityError,
-    UsageError,
     first_line,
 )
 from graphprune.io.atomic import as_json, staged_directory
@@ -282,6 +290,32 @@ def write_package(
     return dataclasses.replace(report, path=path, bytes=size, notes=tuple(notes))
 
 
+def check_package(
+    program: Program,
+    *,
+    target: Target | None,
+    opset: int | None,
+    layout: Layout | None,
+    quantization: Quantization | None,
+    settled: bool,
+    one_model: bool = False,
+) -> None:
+    """Refuse what `write_package` cannot do, as far as it is known before any work.
+
+    Where the sizes of `program` are not `settled`, blocks are not tried on them; `one_model` is
+    said where a file is written in place of a package.
+    """
+    check_export(program, target, opset, quantization)
+    if (
+        not one_model
+        and has_parts(program, layout, quantized=quantization is not None)
+        and layout is not None
+    ):
+        check_layout(anatomy_of(program), layout)
+    if quantization is not None and settled:
+        check_widths(program, quantization)
+
+
 def verify_package(directory: str | PathLike[str], *, provider: str | None = None) -> Parity:
     """Prove that the model of a package gives what its program gives, by the whole protocol.
 
@@ -360,12 +394,8 @@ def _parts(
     program: Program, layout: Layout | None, quantization: Quantization | None
 ) -> tuple[Parts | None, tuple[str, ...]]:
     """Return the parts of an encoder-decoder; else None, and what is to be said of that."""
-    if not is_encoder_decoder(program):
-        if layout is not None:
-            raise UsageError(f"layout={layout} is of an encoder and a decoder: this is one model")
+    if not has_parts(program, layout, quantized=quantization is not None):
         return None, ()
-    if quantization is not None:
-        raise BackendError("the weights of an encoder-decoder's parts are not quantized yet")
     try:
         return split(program, layout), ()
     except BackendError as error:

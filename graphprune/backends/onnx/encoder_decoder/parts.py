@@ -17,10 +17,15 @@ from typing import Literal
 
 from torch import fx
 
-from graphprune.backends.onnx.encoder_decoder.anatomy import Anatomy, Cache, anatomy_of
+from graphprune.backends.onnx.encoder_decoder.anatomy import (
+    Anatomy,
+    Cache,
+    anatomy_of,
+    is_encoder_decoder,
+)
 from graphprune.backends.onnx.encoder_decoder.pieces import piece
 from graphprune.backends.onnx.encoder_decoder.stepwise import stepwise
-from graphprune.errors import BackendError
+from graphprune.errors import BackendError, UsageError
 from graphprune.ir.program import PAST, PRESENT, Program
 
 Layout = Literal["optimum", "genai"]
@@ -84,12 +89,42 @@ def split(program: Program, layout: Layout | None = None) -> Parts:
         cannot be run token by token.
     """
     anatomy = anatomy_of(program)
-    why = _not_genai(anatomy)
-    if layout == "genai" and why:
-        raise BackendError(f"onnxruntime-genai cannot run this encoder-decoder: {why}")
+    why = check_layout(anatomy, layout)
     layout = layout or ("optimum" if why else "genai")
     made = {"optimum": _for_optimum, "genai": _for_genai}[layout](anatomy)
     return Parts(layout, made, why)
+
+
+def has_parts(program: Program, layout: Layout | None = None, *, quantized: bool = False) -> bool:
+    """Return whether `program` is an encoder-decoder; refuse what it cannot be written as.
+
+    Raises
+    ------
+    UsageError
+        When it is none, and a layout is named.
+    BackendError
+        When it is one, and weights are to be quantized.
+    """
+    found = is_encoder_decoder(program)
+    if not found and layout is not None:
+        raise UsageError(f"layout={layout} is of an encoder and a decoder: this is one model")
+    if found and quantized:
+        raise BackendError("the weights of an encoder-decoder's parts are not quantized yet")
+    return found
+
+
+def check_layout(anatomy: Anatomy, layout: Layout | None) -> str:
+    """Say why onnxruntime-genai cannot run the model, "" where it can; refuse its layout then.
+
+    Raises
+    ------
+    BackendError
+        When it cannot, and `layout` is its own.
+    """
+    why = _not_genai(anatomy)
+    if layout == "genai" and why:
+        raise BackendError(f"onnxruntime-genai cannot run this encoder-decoder: {why}")
+    return why
 
 
 def _not_genai(anatomy: Anatomy) -> str:

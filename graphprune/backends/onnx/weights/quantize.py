@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Bits = Literal["int4", "int8", "float"]
 """What a matrix becomes; "float" leaves it as it is."""
 
-_BITS = {"int4": 4, "int8": 8}
+BITS = {"int4": 4, "int8": 8}
 
 _SAME_BYTES = "graphprune.same_bytes"
 """In the meta data of an initializer: another one, which holds the same bytes."""
@@ -77,7 +77,7 @@ class Quantization:
     def __post_init__(self) -> None:
         for name in ("weights", "head", "embedding"):
             kind = getattr(self, name)
-            if kind is not None and kind not in _BITS and (kind != "float" or name == "weights"):
+            if kind is not None and kind not in BITS and (kind != "float" or name == "weights"):
                 raise UsageError(f"{name} becomes int4 or int8, not {kind!r}")
         if self.activations == "int8" and self.algorithm == "hqq":
             raise UsageError("activations=int8 is not for hqq: its zeros are no whole numbers")
@@ -96,7 +96,7 @@ class Quantization:
             raise UsageError(
                 f"weights={self.weights} takes operators of ONNX Runtime: the target is cpu or cuda"
             )
-        wanted = {_BITS[k] for k in (self.weights, self.head, self.embedding) if k in _BITS}
+        wanted = {BITS[k] for k in (self.weights, self.head, self.embedding) if k in BITS}
         for bits in sorted(wanted):
             check_quantizer(bits, self.block, self.algorithm)
 
@@ -231,7 +231,7 @@ def _bits(
             f"rows of {value.name} are picked, and ONNX Runtime picks none from what hqq makes: "
             "give embedding=float, or another algorithm"
         )
-    return _BITS.get(kind, 0)
+    return BITS.get(kind, 0)
 
 
 def _distance(matrix: Array, found: Blocks) -> float:

@@ -25,6 +25,8 @@ from graphprune.backends.onnx.weights.quantizers import Algorithm, quantized
 from graphprune.errors import BackendError, GraphPruneError, ParityError, UsageError
 from graphprune.frontend.capture import capture
 from graphprune.ir.program import Program
+from graphprune.pipeline.instruments import Instrument, PassPosition
+from graphprune.pipeline.pass_base import Context
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -236,3 +238,37 @@ def test_options_of_the_pass_say_what_they_are_of() -> None:
     )
     with pytest.raises(UsageError, match="block is of quantized weights"):
         ExportOnnx(block=64)
+
+
+CUT = "prune{target=ffn ratio=0.25 criterion=l2}"
+ZEROS = "sparsify{pattern=0.5 criterion=magnitude}"
+
+
+class _Passes(Instrument):
+    """Notes which passes were begun."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+
+    def before_pass(self, position: PassPosition, program: Program, context: Context) -> None:
+        self.begun.append(position.pass_.name)
+
+
+@pytest.mark.parametrize(
+    ("passes", "options", "begun"),
+    [
+        (ZEROS, "target=cpu weights=int4 block=64", []),
+        (f"{CUT},{ZEROS}", "target=cpu weights=int4 block=64", ["prune"]),
+        (CUT, "target=portable weights=int4", []),
+        (CUT, "opset=99", []),
+        (CUT, "layout=optimum", []),
+    ],
+)
+def test_what_an_export_refuses_is_refused_before_other_passes_work(
+    llama: Program, passes: str, options: str, begun: list[str], tmp_path: Path
+) -> None:
+    seen, text = _Passes(), f"{passes},export-onnx{{path=p {options}}}"
+    with pytest.raises(GraphPruneError, match="export-onnx"):
+        gp.Pipeline.parse(text).run(llama, instruments=[seen], output=tmp_path, quiet=True)
+    assert seen.begun == begun
+    assert not (tmp_path / "p").exists()

@@ -1,0 +1,84 @@
+"""Widths of a program's matrices that blocks have to divide: known before anything is exported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx
+
+from graphprune.backends.onnx.weights.quantize import BITS, Quantization
+from graphprune.backends.onnx.weights.quantizers import check_matrix
+from graphprune.ir.aten import PRODUCTS, name_of
+from graphprune.ir.nodes import arguments_of
+from graphprune.ir.program import Program
+
+_LAST = {
+    "linear": ("weight", False),
+    "addmm": ("mat2", True),
+    "mm": ("mat2", True),
+    "matmul": ("other", True),
+}
+"""Operators -> the argument that may be a matrix of weights, and whether it is transposed."""
+
+
+def check_widths(program: Program, chosen: Quantization) -> None:
+    """Refuse blocks that do not divide the rows of a matrix that is to be quantized.
+
+    A matrix that something else reads than products and embeddings is left to `quantize`.
+
+    Raises
+    ------
+    UsageError
+        Naming the matrix, and a block that does.
+    """
+    head = _head(next(iter(program.output_nodes()))[1])
+    for name, node in program.weight_nodes():
+        value = node.meta["val"]
+        if program.kinds[name] != "parameter" or value.dim() != 2 or not value.is_floating_point():
+            continue
+        uses = [_use(node, user) for user in node.users]
+        turned = {use for use in uses if isinstance(use, bool)}
+        if None in uses or len(turned) > 1:
+            continue
+        products = {
+            chosen.head or chosen.weights if user is head else chosen.weights
+            for user, use in zip(node.users, uses, strict=True)
+            if isinstance(use, bool)
+        }
+        picked = {
+            chosen.embedding or next(iter(products), "float") for use in uses if use == "rows"
+        }
+        kinds = products | picked
+        if len(kinds) == 1 and (kind := kinds.pop()) != "float":
+            columns = int(value.shape[0 if True in turned else 1])
+            check_matrix(name, columns, BITS[kind], chosen.block, chosen.algorithm)
+
+
+def _use(weight: fx.Node, user: fx.Node) -> Any:
+    """Say whether `user` multiplies with a transposed weight; "rows" where it picks rows of it.
+
+    None for whatever else it does.
+    """
+    name, given = name_of(user), arguments_of(user)
+    if name == "embedding" and given["weight"] is weight:
+        return "rows"
+    if name not in _LAST:
+        return None
+    argument, turned = _LAST[name]
+    return (
+        turned if [key for key, value in given.items() if value is weight] == [argument] else None
+    )
+
+
+def _head(node: fx.Node) -> fx.Node | None:
+    """Return the product that the first output comes from, but for what is done to each number."""
+    while name_of(node) not in PRODUCTS | {"linear", "addmm"}:
+        made = [n for n in node.all_input_nodes if n.op == "call_function" and _is_tensor(n)]
+        if len(made) != 1:
+            return None
+        (node,) = made
+    return node
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
