@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from graphprune.errors import CaptureError, first_line
 from graphprune.frontend.patches import (
+    cheap_records,
     explicit_masks,
     no_autocast_regions,
     no_cache_of_sizes,
@@ -101,9 +102,10 @@ def _all_patches(args: tuple[Any, ...]) -> Iterator[None]:
     device = pytree.tree_leaves(args)[0].device.type
     regions = no_autocast_regions(device), no_grad_regions()
     layers = whole_recurrent_layers(), no_packed_sequences(), explicit_masks()
+    calls = quiet_export(), cheap_records(), no_cache_of_sizes()
     code = no_moves_in_place(), plain_branches()
     with contextlib.ExitStack() as stack:
-        for patch in (quiet_export(), no_cache_of_sizes(), *code, *layers, *regions):
+        for patch in (*calls, *code, *layers, *regions):
             stack.enter_context(patch)
         yield
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -632,6 +633,19 @@ def test_every_operator_of_a_decoder_knows_its_module_and_line() -> None:
         assert source_line(node).startswith("torch/nn/modules/linear.py:")
     (silu,) = {module_path(node).split(".", 3)[-1] for node in calls(program, "silu.default")}
     assert silu == "mlp.act_fn"
+
+
+@pytest.mark.captures_anew
+def test_records_that_cost_less_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def traces() -> list[str | None]:
+        module = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+        program = gp.capture(module, example_inputs=(torch.zeros(2, 4),))
+        return [node.meta.get("stack_trace") for node in program.graph.nodes]
+
+    records = traces()
+    assert any(trace and "linear.py" in trace for trace in records)
+    monkeypatch.setattr("graphprune.frontend.torch_export.cheap_records", contextlib.nullcontext)
+    assert records == traces()
 
 
 # -- as an exported program ---------------------------------------------------------------------
