@@ -47,10 +47,11 @@ class Sparsify(Pass):
         that is summed over.
     criterion
         How elements are scored: wanda, wanda-variant (rows lose the same share of their score),
-        magnitude, random (the baseline), or sparsegpt, which also updates what stays.
+        ria (relative importance and activations), magnitude, random (the baseline); or sparsegpt
+        or alps, which also update what stays.
     scope
         What elements are compared within: row (an output's inputs), layer (a matrix) or global;
-        none takes row for wanda and layer without data, as their papers do.
+        none takes row for wanda, and layer for ria and without data, as their papers do.
     sequential
         Whether a layer is scored on what the sparse layers before it give.
     target
@@ -77,13 +78,14 @@ class Sparsify(Pass):
     -------
     A pattern whose m does not divide the inputs of a matrix, a target or pattern that matches
     nothing, a scope that the criterion does not have, weights that are not finite, integers with
-    sparsegpt (`SelectionError`); statistics of another program, other weights or other data, and
-    such as do not fit the memory (`CalibrationError`).
+    sparsegpt or alps (`SelectionError`); statistics of another program, other weights or other
+    data, and such as do not fit the memory (`CalibrationError`).
 
     Reference
     ---------
     Sun et al., Wanda, 2306.11695, equation 1 and section 3; Frantar and Alistarh, SparseGPT,
-    2301.00774, algorithm 1.
+    2301.00774, algorithm 1; Meng et al., ALPS, 2406.07831, algorithms 1 and 2; Zhang et al., RIA,
+    ICLR 2024, equation 4.
 
     Example
     -------
@@ -96,7 +98,9 @@ class Sparsify(Pass):
     preserves: ClassVar[frozenset[Analysis[Any]]] = frozenset({COUPLING})
 
     pattern: str
-    criterion: Literal["wanda", "wanda-variant", "magnitude", "sparsegpt", "random"] = "wanda"
+    criterion: Literal[
+        "wanda", "wanda-variant", "ria", "magnitude", "sparsegpt", "alps", "random"
+    ] = "wanda"
     scope: Literal["row", "layer", "global"] | None = None
     sequential: bool = True
     target: str = "layers"
@@ -109,7 +113,7 @@ class Sparsify(Pass):
         from graphprune.transforms.sparsity import Pattern
 
         pattern = Pattern.parse(self.pattern)
-        if self.scope is not None and self.criterion in ("wanda-variant", "sparsegpt"):
+        if self.scope is not None and (self.criterion == "wanda-variant" or self._updates):
             raise SelectionError(f"sparsify: {self.criterion} has no scope to choose")
         if pattern.of and (self.criterion == "wanda-variant" or self.scope is not None):
             raise SelectionError(
@@ -136,6 +140,10 @@ class Sparsify(Pass):
         return self.criterion not in ("magnitude", "random")
 
     @property
+    def _updates(self) -> bool:
+        return self.criterion in ("sparsegpt", "alps")
+
+    @property
     def requires_calibration(self) -> bool:
         """Return whether the criterion looks at data that no file of statistics stands for."""
         return self._looks and not (self.statistics and Path(self.statistics).exists())
@@ -149,7 +157,7 @@ class Sparsify(Pass):
         """Return what least squares need, where there are some."""
         from graphprune.calibration.statistics import tokens_for_gram
 
-        return tokens_for_gram(program) if self.criterion == "sparsegpt" else 0
+        return tokens_for_gram(program) if self._updates else 0
 
     def run(self, program: Program, context: Context) -> Outcome:
         """Find the matrices, score them, and set zeros."""
@@ -161,8 +169,7 @@ class Sparsify(Pass):
         matrices = self._targets(found.matrices, context.coupling(program))
         for matrix in matrices:
             pattern.check(matrix.name, matrix.channels)
-            moved = self.criterion == "sparsegpt"
-            check_values(matrix.name, program.weights[matrix.weight], moved=moved)
+            check_values(matrix.name, program.weights[matrix.weight], moved=self._updates)
         if pattern.ratio == 0:
             return Outcome(program, details={"note": "ratio 0: nothing becomes zero"})
         work = _Work(self, program, pattern, context.seed)
@@ -296,26 +303,23 @@ class _Work:
         import torch
 
         self.options, self.program, self.pattern = options, program, pattern
-        self.kind: Literal["moments", "gram"] = (
-            "gram" if options.criterion == "sparsegpt" else "moments"
-        )
+        self.kind: Literal["moments", "gram"] = "gram" if options._updates else "moments"
         self.unseen: list[str] = []
         self._drawn = torch.Generator().manual_seed(seed)
 
     def __call__(
         self, nodes: Sequence[Node], matrices: Sequence[Matrix], statistics: Statistics
     ) -> Iterator[Mapping[str, Tensor]]:
-        from graphprune.transforms.sparsity import SparseGpt
+        from graphprune.transforms.sparse_updates import UPDATES
 
         groups = self.options.together(matrices)
         for matrix in matrices if statistics else ():
             parts = (statistics[matrix.name].count == 0).nonzero().flatten().tolist()
             self.unseen += [f"{matrix.name}, part {part}" for part in parts]
-        if self.options.criterion == "sparsegpt":
+        if update := UPDATES.get(self.options.criterion):
 
             def solve(matrix: Matrix) -> Tensor:
-                seen = statistics[matrix.name]
-                return SparseGpt()(self._read(matrix), seen, self.pattern)[0]
+                return update(self._read(matrix), statistics[matrix.name], self.pattern)[0]
 
             solved = ranks.each_once([m for held in groups for m in held], solve)
             for held in groups:
@@ -354,16 +358,18 @@ class _Work:
         scores = [self._scores(matrix, statistics) for matrix in matrices]
         if self.options.criterion == "wanda-variant":
             return [zeros_by_share(score, self.pattern.ratio) for score in scores]
-        scope = self.options.scope or ("row" if statistics else "layer")
+        by_row = statistics and self.options.criterion != "ria"
+        scope = self.options.scope or ("row" if by_row else "layer")
         return zeros_by_score(scores, self.pattern, scope)
 
     def _scores(self, matrix: Matrix, statistics: Statistics) -> Tensor:
         import torch
 
-        from graphprune.transforms.sparsity import wanda_scores
+        from graphprune.transforms.sparsity import ria_scores, wanda_scores
 
         if statistics:
-            return wanda_scores(self._read(matrix), statistics[matrix.name])
+            scores = ria_scores if self.options.criterion == "ria" else wanda_scores
+            return scores(self._read(matrix), statistics[matrix.name])
         if self.options.criterion == "random":
             device = self.program.weights[matrix.weight].device
             return torch.rand(matrix.shape, generator=self._drawn).to(device)

@@ -86,6 +86,7 @@ PIPELINES = [
     "sparsify{pattern=2:4 criterion=wanda}",
     "sparsify{pattern=0.5 criterion=wanda-variant}",
     "sparsify{pattern=0.5 criterion=sparsegpt}",
+    "sparsify{pattern=0.5 criterion=alps}",
     "sparsify{pattern=0.5 criterion=wanda scope=global sequential=false}",
     "recover{method=full steps=2 batch=2 micro=2}",
     "recover{method=lora steps=2 batch=2 micro=2}",

@@ -50,6 +50,7 @@ MORE = {
     "knockoffs": "prune{target=ffn ratio=0.25 criterion=scop}",
     "measured loss": "prune{target=ffn ratio=0.25 criterion=l2 scope=global normalize=loss}",
     "sparsegpt": "sparsify{pattern=2:4 criterion=sparsegpt}",
+    "alps": "sparsify{pattern=2:4 criterion=alps}",
     "lora": "recover{steps=2 batch=4 micro=1 held_out=0.3 dropout=0.3}",
     "branches": "prune{target=ffn ratio=0.25 criterion=l2},reconstruct{method=gradient steps=4}",
     "two kinds": "prune{target=ffn,kv-heads ratio=0.25 criterion=obs},reconstruct",

@@ -1,4 +1,4 @@
-"""Choose elements of a matrix that become zero: Wanda, magnitude, SparseGPT; by ratio or n of m.
+"""Choose elements of a matrix that become zero, by scores such as Wanda's; by ratio or n of m.
 
 Everything here is about one matrix ``[parts, out, in]`` (see `analysis.matrices`), where a
 part is an expert or a group of a convolution, and ``in`` is the axis that is summed over.
@@ -14,7 +14,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from graphprune.calibration.damping import damped
 from graphprune.calibration.input_statistics import InputStatistics
 from graphprune.errors import SelectionError
 from graphprune.weights.tensors import type_name
@@ -118,6 +117,32 @@ def wanda_scores(weight: Tensor, statistics: InputStatistics) -> Tensor:
     return weight.float().abs().mul_(norm[:, None].float())
 
 
+def ria_scores(weight: Tensor, statistics: InputStatistics) -> Tensor:
+    """Return relative importance and activations (RIA, Zhang et al., ICLR 2024, equation 4).
+
+    (|W| over the sum of its row + |W| over the sum of its column) times the square root of the L2
+    norm of the input: no row and no column is emptied because all that it holds is small. A part
+    that saw no rows is scored by relative importance alone.
+
+    Parameters
+    ----------
+    weight
+        ``[parts, out, in]``.
+    statistics
+        Of its inputs.
+
+    Returns
+    -------
+    Tensor
+        ``[parts, out, in]``, float32.
+    """
+    size = weight.float().abs()
+    least = torch.finfo(size.dtype).tiny
+    rows, columns = (size.sum(axis, keepdim=True).clamp(min=least) for axis in (-1, -2))
+    norm = torch.where(statistics.count[:, None] > 0, statistics.norm, 1.0)
+    return (size / rows + size / columns).mul_(norm[:, None].float().sqrt())
+
+
 def zeros_by_score(scores: Sequence[Tensor], pattern: Pattern, scope: Scope) -> list[Tensor]:
     """Choose the elements that go: the lowest scores, of equal ones the first.
 
@@ -138,17 +163,17 @@ def zeros_by_score(scores: Sequence[Tensor], pattern: Pattern, scope: Scope) -> 
     """
     if pattern.of:
         return [
-            _lowest(score.reshape(-1, pattern.of), pattern.of - pattern.kept).view(score.shape)
+            lowest(score.reshape(-1, pattern.of), pattern.of - pattern.kept).view(score.shape)
             for score in scores
         ]
     if scope == "global":
         joined = torch.cat([score.reshape(-1) for score in scores])
-        lowest = _lowest(joined[None], math.floor(joined.numel() * pattern.ratio))[0]
-        pieces = lowest.split([score.numel() for score in scores])
+        gone = lowest(joined[None], math.floor(joined.numel() * pattern.ratio))[0]
+        pieces = gone.split([score.numel() for score in scores])
         return [piece.view(score.shape) for piece, score in zip(pieces, scores, strict=True)]
     rows = [score.flatten(0, 1) if scope == "row" else score.flatten(1) for score in scores]
     return [
-        _lowest(row, math.floor(row.shape[1] * pattern.ratio)).view(score.shape)
+        lowest(row, math.floor(row.shape[1] * pattern.ratio)).view(score.shape)
         for row, score in zip(rows, scores, strict=True)
     ]
 
@@ -157,7 +182,7 @@ _AT_ONCE = 2**20
 """Elements that are ordered together, which takes several times the room of their scores."""
 
 
-def _lowest(rows: Tensor, count: int) -> Tensor:
+def lowest(rows: Tensor, count: int) -> Tensor:
     """Return a boolean mask of the `count` lowest of each row; of equal ones the first."""
     found = torch.zeros_like(rows, dtype=torch.bool)
     if not count:
@@ -199,68 +224,3 @@ def zeros_by_share(scores: Tensor, ratio: float) -> Tensor:
             break
         low, high = torch.where(share < ratio, alpha, low), torch.where(share < ratio, high, alpha)
     return torch.zeros_like(gone).scatter_(-1, indices, gone)
-
-
-@dataclass(frozen=True)
-class SparseGpt:
-    """Zeros with an update of the weights that stay (Frantar and Alistarh 2301.00774, algorithm 1).
-
-    Parameters
-    ----------
-    block
-        Columns for which zeros are chosen at once; made a multiple of m where n of m stay.
-    damp
-        What is added to the diagonal of the Gram matrix, as a part of its mean.
-    """
-
-    block: int = 128
-    damp: float = 0.01
-
-    def __call__(
-        self, weight: Tensor, statistics: InputStatistics, pattern: Pattern
-    ) -> tuple[Tensor, Tensor]:
-        """Return new weights and which of them are zero, both ``[parts, out, in]``.
-
-        Raises
-        ------
-        SelectionError
-            When the Gram matrix cannot be inverted.
-        """
-        assert statistics.gram is not None, "SparseGPT needs the products of all pairs of inputs"
-        new, gone = weight.double(), torch.zeros_like(weight, dtype=torch.bool)
-        for part, gram in enumerate(statistics.gram):
-            if not statistics.count[part]:
-                gram = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-            self._part(new[part], gone[part], gram, pattern)
-        return new.to(weight.dtype), gone
-
-    def _part(self, weight: Tensor, gone: Tensor, gram: Tensor, pattern: Pattern) -> None:
-        """Edit one ``[out, in]`` matrix and its zeros."""
-        size = len(gram)
-        dead = gram.diagonal() == 0
-        gram = damped(gram, self.damp) + torch.diag(dead.double())
-        weight[:, dead] = 0
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        if int(failed):
-            raise SelectionError("its inputs' Gram matrix is not positive: give more data or damp")
-        upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
-        pivots = upper.diagonal()
-        width = max(self.block // pattern.of, 1) * pattern.of if pattern.of else self.block
-        for start in range(0, size, width):
-            stop = min(start + width, size)
-            score = weight[:, start:stop].square() / pivots[start:stop].square()
-            if not pattern.of:
-                count = math.floor(score.numel() * pattern.ratio)
-                gone[:, start:stop] = _lowest(score.reshape(1, -1), count).view(score.shape)
-            errors = torch.zeros_like(score)
-            for column in range(start, stop):
-                if pattern.of and not column % pattern.of:
-                    span = slice(column, column + pattern.of)
-                    now = weight[:, span].square() / pivots[span].square()
-                    gone[:, span] = _lowest(now, pattern.of - pattern.kept)
-                kept = weight[:, column].masked_fill(gone[:, column], 0)
-                error = (weight[:, column] - kept) / pivots[column]
-                weight[:, column] = kept
-                weight[:, column + 1 : stop] -= torch.outer(error, upper[column, column + 1 : stop])
-                errors[:, column - start] = error
-            weight[:, stop:] -= errors @ upper[start:stop, stop:]

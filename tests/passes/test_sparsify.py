@@ -83,6 +83,29 @@ def test_every_block_of_four_keeps_two_in_every_architecture(name: str, criterio
             assert set(zeros.tolist()) == {2}, matrix.name
 
 
+def test_ria_compares_a_whole_matrix_where_wanda_compares_rows() -> None:
+    path = "model.layers.0.mlp.down_proj.weight"
+    rows = {
+        name: (run("llama-gqa", Sparsify("0.5", name)).program.weights[path] == 0).sum(1)
+        for name in ("wanda", "ria")
+    }
+    assert len(set(rows["wanda"].tolist())) == 1 < len(set(rows["ria"].tolist()))
+    assert rows["wanda"].sum() == rows["ria"].sum()
+
+
+def test_alps_loses_less_than_sparsegpt_and_that_less_than_wanda() -> None:
+    path = f"{PREFIX}.mlp.down_proj"
+    (batch,) = calibration_of("llama-gqa")
+    inputs = inputs_to(model_of("llama-gqa"), path, batch).double()
+    weight = program_of("llama-gqa").weights[f"{path}.weight"]
+
+    def lost(criterion: Any) -> float:
+        new = run("llama-gqa", Sparsify("2:4", criterion, sequential=False)).program.weights
+        return float((inputs @ (new[f"{path}.weight"] - weight).double().mT).square().sum())
+
+    assert lost("alps") < lost("sparsegpt") < lost("wanda")
+
+
 def test_routers_embeddings_and_heads_stay_whole() -> None:
     program = program_of("mixtral")
     sparse = run("mixtral", Sparsify("0.5")).program

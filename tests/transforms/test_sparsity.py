@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor
 from graphprune.calibration.input_statistics import InputStatistics
 from graphprune.errors import SelectionError
 from graphprune.transforms import sparsity
+from graphprune.transforms.sparse_updates import Alps, SparseGpt
 from graphprune.transforms.sparsity import (
     Pattern,
-    SparseGpt,
     check_values,
+    ria_scores,
     wanda_scores,
     zeros_by_score,
     zeros_by_share,
@@ -123,7 +125,7 @@ def test_the_lowest_are_those_of_a_stable_order_however_few_are_looked_at_togeth
     monkeypatch.setattr(sparsity, "_AT_ONCE", 30)
     order = rows.argsort(dim=1, stable=True)[:, :count]
     expected = torch.zeros_like(rows, dtype=torch.bool).scatter_(1, order, True)
-    assert torch.equal(sparsity._lowest(rows, count), expected)
+    assert torch.equal(sparsity.lowest(rows, count), expected)
 
 
 def test_rows_that_lose_an_equal_share_lose_unlike_many() -> None:
@@ -220,6 +222,54 @@ def test_a_pattern_wider_than_the_block_of_sparsegpt_is_chosen_whole(text: str) 
     kept = (~zero).reshape(-1, pattern.of).sum(1)
     assert set(kept.tolist()) == {pattern.kept}
     assert torch.equal(new == 0, zero)
+
+
+def ria_by_hand(weight: Tensor, inputs: Tensor) -> Tensor:
+    """Zhang et al., ICLR 2024, equation 4, element by element."""
+    size, found = weight.abs().tolist(), torch.empty_like(weight)
+    for row in range(len(size)):
+        for column in range(len(size[0])):
+            relative = size[row][column] / sum(size[row])
+            relative += size[row][column] / sum(each[column] for each in size)
+            found[row, column] = relative * float(inputs[:, column].norm()) ** 0.5
+    return found
+
+
+def test_ria_is_relative_to_row_and_column() -> None:
+    weight, inputs = drawn(2)
+    found = ria_scores(weight, statistics_of(inputs))
+    for part in range(2):
+        expected = ria_by_hand(weight[part], inputs[part])
+        assert torch.allclose(found[part], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["0.5", "2:4", "0.7"])
+def test_alps_finds_zeros_that_cost_less_and_refits_what_stays(text: str) -> None:
+    weight, inputs = drawn(2, 16, 32, 200)
+    mixed = inputs @ (torch.eye(32) + 0.3 * torch.randn(32, 32))  # inputs stand for each other
+    pattern, seen = Pattern.parse(text), statistics_of(mixed)
+    new, zero = Alps(damp=1e-9)(weight, seen, pattern)
+    assert torch.equal(new == 0, zero)
+    assert [int(part.sum()) for part in zero] == [math.floor(pattern.ratio * 16 * 32)] * 2
+    if pattern.of:
+        assert set(zero.view(-1, pattern.of).sum(1).tolist()) == {pattern.of - pattern.kept}
+    greedy, _ = SparseGpt(damp=1e-9)(weight, seen, pattern)
+    for part in range(2):
+        assert seen.gram is not None
+        best = obs_by_hand(weight[part], seen.gram[part], zero[part])
+        found = squared_error(weight[part], new[part], mixed[part])
+        assert found <= 1.01 * squared_error(weight[part], best.float(), mixed[part])
+        assert found < 0.8 * squared_error(weight[part], greedy[part], mixed[part])
+
+
+def test_alps_lives_with_inputs_that_are_zero_and_parts_that_saw_nothing() -> None:
+    weight, inputs = drawn(2)
+    inputs[..., 3] = 0
+    seen = statistics_of(inputs)
+    seen.count[1] = 0
+    new, zero = Alps()(weight, seen, Pattern(0.25))
+    assert bool((new[0, :, 3] == 0).all())
+    assert torch.equal(new[1], weight[1].masked_fill(zero[1], 0))  # nothing to make up from
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
