@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from graphprune.errors import SelectionError
-from graphprune.pipeline.pass_base import Context, Outcome, Pass
+from graphprune.pipeline.pass_base import Baseline, Context, Outcome, Pass
 
 if TYPE_CHECKING:
     from graphprune.ir.program import Program
@@ -43,6 +42,10 @@ class PruneDepth(Pass):
     criterion
         loss: what the loss on calibration data grows by least, measured again after each that went.
         cosine: what turns the residual stream least, measured once.
+    fold
+        What takes over a linear part of what went, by least squares on the residual stream. linear:
+        the last matrix of the branch before, such as a down projection; stream: that of every
+        branch behind it as well. Sizes stay what they are without it. none: nothing.
     skip
         Globs over names of blocks, branches or weights that stay.
 
@@ -58,12 +61,16 @@ class PruneDepth(Pass):
     -------
     A program without residual branches, or of which no whole block can go, such as one whose layers
     normalize the sums; more than can go: something has to be left in the KV cache, if there is one
-    (`SelectionError`). An output whose loss cannot be measured (`CalibrationError`).
+    (`SelectionError`). With `fold`, what nothing precedes, or what follows a branch that
+    normalizes the output of its last matrix, as Gemma 3 does (`PlanError`). An output whose loss
+    cannot be measured (`CalibrationError`).
 
     Reference
     ---------
     The cosine: Men et al., ShortGPT, 2403.03853, equation 1. Greedily by loss: Zhong et al.,
-    BlockPruner, 2406.10594, algorithm 1, there by perplexity.
+    BlockPruner, 2406.10594, algorithm 1, there by perplexity. The fold: Shopkhoev et al.,
+    ReplaceMe, 2505.02819, equation 6, here of the inputs of the last matrix in place of its
+    outputs, and drawn towards what the matrix was.
 
     Example
     -------
@@ -77,6 +84,7 @@ class PruneDepth(Pass):
     count: int | None = None
     unit: Literal["block", "branch"] = "block"
     criterion: Literal["loss", "cosine"] = "loss"
+    fold: Literal["none", "linear", "stream"] = "none"
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -95,10 +103,11 @@ class PruneDepth(Pass):
         return True
 
     def calibration_tokens(self, program: Program) -> int:
-        """Return what tells losses apart."""
+        """Return what tells losses apart, or what least squares need."""
+        from graphprune.calibration.statistics import tokens_for_gram
         from graphprune.selection.depth import TOKENS
 
-        return TOKENS
+        return max(TOKENS, tokens_for_gram(program)) if self.fold != "none" else TOKENS
 
     def run(self, program: Program, context: Context) -> Outcome:
         """Choose what goes, and remove it."""
@@ -107,6 +116,7 @@ class PruneDepth(Pass):
         from graphprune.plan.steps import Step
         from graphprune.selection.depth import by_loss, by_turn, depth_units, names_of
         from graphprune.transforms.branches import remove_branches
+        from graphprune.transforms.fold_branches import fold_branches
 
         assert context.calibration is not None, "the pass manager has asked for it"
         branches = Branches(context.coupling(program).types)
@@ -123,8 +133,16 @@ class PruneDepth(Pass):
             details["loss, before and after each"] = [round(loss, 4) for loss in losses]
         records = branches.records(names_of(chosen))
         plan = Plan((Step(program.fingerprint(), branches=records),))
-        found: Mapping[str, Any] = {"removed": [unit.name for unit in chosen], **details}
-        return Outcome(remove_branches(program, records, branches), plan, details=found)
+        details = {"removed": [unit.name for unit in chosen], **details}
+        if self.fold == "none":
+            return Outcome(remove_branches(program, records, branches), plan, details=details)
+        folded, errors = fold_branches(
+            branches, set(names_of(chosen)), context.calibration, self.fold, context.track
+        )
+        details["held-out error"] = {name: float(f"{each:.4g}") for name, each in errors.items()}
+        baseline = Baseline(folded, len(context.plan_so_far.steps))
+        smaller = remove_branches(folded, records, branches)
+        return Outcome(smaller, plan, details=details, edited=True, baseline=baseline)
 
     def _count(self, units: int) -> int:
         """Return how many of `units` go."""

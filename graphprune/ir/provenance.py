@@ -13,6 +13,15 @@ from torch import fx
 
 from graphprune.ir.aten import printed_name
 
+STANDS_FOR = "stands_for"
+"""Key of a node's metadata: the name of a later value in whose place its own is read now."""
+
+
+def stands_for(node: fx.Node) -> str:
+    """Return the name of the value that `node` gives, in the program that it was made of."""
+    return str(node.meta.get(STANDS_FOR, node.name))
+
+
 # -- programs --------------------------------------------------------------------------------------
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len")

@@ -17,6 +17,7 @@ from graphprune.calibration.segments import segments
 from graphprune.ir.aten import is_mutating
 from graphprune.ir.interpreter import ancestors
 from graphprune.ir.program import PAST, PRESENT, Program
+from graphprune.ir.provenance import stands_for
 
 Pairs = Mapping[fx.Node, fx.Node]
 """Nodes of a program -> those of the original that compute the same value, of the same sizes."""
@@ -155,9 +156,11 @@ def _results(program: Program, original: Program) -> dict[fx.Node, fx.Node]:
 def _pairs(program: Program, original: Program) -> dict[fx.Node, fx.Node]:
     named = {node.name: node for node in original.graph.nodes}
     return {
-        node: named[node.name]
+        node: named[name]
         for node in program.graph.nodes
-        if node.name in named and _sizes(node) and _sizes(node) == _sizes(named[node.name])
+        if (name := stands_for(node)) in named
+        and _sizes(node)
+        and _sizes(node) == _sizes(named[name])
     }
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
+from torch import fx
+
+from graphprune.analysis.ownership import Removal
 from graphprune.analysis.residual.branches import Branches
 from graphprune.errors import PlanError
 from graphprune.ir.nodes import copy_of
 from graphprune.ir.program import PAST, PRESENT, Program, Value
+from graphprune.ir.provenance import STANDS_FOR, stands_for
 from graphprune.ir.shape_propagation import with_graph
 from graphprune.plan.steps import Branch
 from graphprune.transforms.removal import take_out
@@ -45,6 +49,8 @@ def remove_branches(program: Program, removed: Sequence[Branch], branches: Branc
     output.args = (tuple(results[value] for value in kept),)
     for read, (source, dim) in absence.lengths.items():
         new[read].args = (new[source], dim)
+    for node, name in _stand_ins(absence.removal).items():
+        new[node].meta[STANDS_FOR] = name
     take_out(graph, new, absence.removal)
     for node in past:
         graph.erase_node(new[node])
@@ -52,6 +58,19 @@ def remove_branches(program: Program, removed: Sequence[Branch], branches: Branc
     narrow = dataclasses.replace(program, inputs=_counted_anew(inputs), outputs=_counted_anew(kept))
     weights = {name: program.weights[name] for name, node in program.weight_nodes() if node in new}
     return with_graph(narrow, graph, weights, {})
+
+
+def _stand_ins(removal: Removal) -> dict[fx.Node, str]:
+    """Return nodes whose value is read as one later sum's alone -> the name of that sum."""
+    gone = removal.dead | removal.absorbed.keys()
+    chains: dict[fx.Node, list[fx.Node]] = {}
+    for node in removal.absorbed:
+        chains.setdefault(removal.instead(node), []).append(node)
+    return {
+        first: stands_for(last)
+        for first, (*between, last) in chains.items()
+        if gone.issuperset(user for node in (first, *between) for user in node.users)
+    }
 
 
 def _key(value: Value) -> str:

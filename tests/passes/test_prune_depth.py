@@ -9,18 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import build, inputs_of, program_of, relative_error
+from architectures import build, coupling_of, inputs_of, program_of, relative_error
 from torch import Tensor, nn
 
 import graphprune as gp
+from graphprune.analysis.residual.branches import Branches
 from graphprune.backends.huggingface.save import checkpoint_form
 from graphprune.backends.huggingface.shorter_lists import counted_as_before
 from graphprune.errors import BackendError, PlanError, SelectionError, VerificationError
 from graphprune.ir.program import PAST, Program
 from graphprune.passes.prune_depth import PruneDepth
+from graphprune.passes.verify import Verify
 from graphprune.pipeline.pass_manager import Result
 from graphprune.pipeline.pipeline import Pipeline
 from graphprune.plan.plan import Plan
+from graphprune.transforms.fold_branches import joints
 
 
 def tokens(rows: int = 3, length: int = 12) -> dict[str, Tensor]:
@@ -236,3 +239,89 @@ def test_layers_that_normalize_their_sums_cannot_go_as_a_whole() -> None:
 def test_nothing_goes_without_a_budget() -> None:
     result = run("llama-gqa", PruneDepth(ratio=0))
     assert not result.plan and result.program is program_of("llama-gqa")
+
+
+# -- what takes over ------------------------------------------------------------------------------
+
+LAST = {"llama-gqa": "model.layers.0.mlp.down_proj", "opt": "model.decoder.layers.0.fc2"}
+"""The last matrix before the second of two blocks."""
+
+
+def folded(name: str, **options: Any) -> Result:
+    """The program without its second block."""
+    first = LAST[name].partition(".0.")[0]
+    given = {"count": 1, "criterion": "cosine", "skip": (f"{first}.0",), **options}
+    return run(name, PruneDepth(**given))
+
+
+@pytest.mark.parametrize("name", LAST)
+def test_a_fold_is_the_least_squares_map_to_the_stream_behind_what_went(name: str) -> None:
+    model: Any = build(name)
+    matrix, first = model.get_submodule(LAST[name]), LAST[name].partition(".0.")[0]
+    block = model.get_submodule(f"{first}.1")
+    seen: dict[str, Tensor] = {}
+    matrix.register_forward_hook(lambda _, args, __: seen.update(x=args[0]))
+    block.register_forward_hook(lambda _, args, out: seen.update(s=args[0], t=out))
+    with torch.no_grad():
+        model(**tokens())
+    x, lacking = seen["x"].flatten(0, -2).double(), (seen["t"] - seen["s"]).flatten(0, 1).double()
+    if matrix.bias is not None:
+        x = torch.cat([x, torch.ones(len(x), 1)], 1)
+    gram = x.T @ x
+    candidates = []
+    for damp in (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0):  # which of them is the data's choice
+        ridge = gram + damp * gram.diagonal().mean() * torch.eye(len(gram))
+        candidates.append(torch.linalg.solve(ridge, x.T @ lacking).T)
+    result = folded(name, fold="linear")
+    change = result.program.weights[f"{LAST[name]}.weight"] - matrix.weight.detach()
+    assert change.abs().max() > 1e-3
+    (best,) = [
+        each for each in candidates if relative_error(each[:, : change.shape[1]], change) < 1e-3
+    ]
+    if matrix.bias is not None:
+        moved = result.program.weights[f"{LAST[name]}.bias"] - matrix.bias.detach()
+        assert relative_error(best[:, -1], moved) < 1e-3
+
+
+def test_a_folded_program_is_verified_and_a_plain_checkpoint() -> None:
+    first = LAST["llama-gqa"].partition(".0.")[0]
+    depth = PruneDepth(count=1, criterion="cosine", fold="linear", skip=(f"{first}.0",))
+    result = run("llama-gqa", depth, Verify())
+    assert checkpoint_form(result.program).kind == "plain"
+    assert result.program.parameter_count() == folded("llama-gqa").program.parameter_count()
+
+
+def test_branches_behind_are_brought_to_the_stream_of_the_original() -> None:
+    layers = "model.layers"
+    kept = (f"{layers}.0.self_attn", f"{layers}.1.self_attn", f"{layers}.1.mlp")
+    original = program_of("llama-gqa")(**tokens())["logits"]
+    given = {"unit": "branch", "skip": kept}
+    results = {fold: folded("llama-gqa", fold=fold, **given) for fold in ("none", "stream")}
+    errors = {
+        fold: relative_error(original, result.program(**tokens())["logits"])
+        for fold, result in results.items()
+    }
+    assert errors["stream"] < errors["none"]
+    told = results["stream"].report.passes[0].details["held-out error"]
+    assert list(told) == list(kept) and all(0 <= error <= 1 for error in told.values())
+
+
+def test_a_branch_beside_the_one_that_went_takes_over() -> None:
+    branches = Branches(coupling_of("gpt-neox").types)
+    beside = [branch.name for branch in branches.all if branch.layer.endswith(".0")]
+    (joint,) = joints(branches, {beside[0]}, "linear")
+    assert joint.branch.name == beside[1]
+    assert joint.end is joint.branch.sum.node
+
+
+@pytest.mark.parametrize(
+    ("name", "kept", "why"),
+    [
+        ("llama-gqa", 1, "model.layers.0.self_attn cannot be folded: no branch precedes it"),
+        ("gemma3", 0, "model.layers.[01].mlp cannot take over what is removed behind it: .* mul"),
+    ],
+)
+def test_what_nothing_can_take_over_is_refused(name: str, kept: int, why: str) -> None:
+    depth = PruneDepth(count=1, criterion="cosine", fold="linear", skip=(f"*.layers.{kept}",))
+    with pytest.raises(PlanError, match=why):
+        run(name, depth)
