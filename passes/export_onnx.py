@@ -37,7 +37,8 @@ class ExportOnnx(Pass):
         "portable" or "tensorrt" (ONNX's own). Without one, the file has no fused operators.
     opset
         The version of ONNX's operator set to write; by default 20, or what the target is best
-        served with.
+        served with. From 24 on, "portable" has caches that keep their length, which a runtime may
+        write in place (TensorScatter); where it lacks that, attention is taken apart.
     layout
         Of an encoder-decoder, how its parts lie in a directory: "optimum" (an encoder, a decoder of
         the first tokens and one of those that follow) or "genai" (an encoder and a decoder, for

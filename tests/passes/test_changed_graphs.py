@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 from architectures import printed, program_of
 
-from graphprune.backends.onnx.attention_forms import Target
-from graphprune.backends.onnx.lower_attention import lower_attention
+from graphprune.backends.onnx.attention.forms import Target
+from graphprune.backends.onnx.attention.lower import lower_attention
 from graphprune.ir.program import Program
 from graphprune.pipeline.pipeline import Pipeline
 

@@ -14,7 +14,7 @@ from torch import nn
 import graphprune as gp
 from graphprune.analysis.coupling import Coupling
 from graphprune.analysis.groups import Group
-from graphprune.backends.onnx.attention_forms import Target
+from graphprune.backends.onnx.attention.forms import Target
 from graphprune.ir.devices import RUNTIMES, Runtime
 from graphprune.passes.merge_kv_heads import MergeKvHeads
 from graphprune.passes.prune import Prune

@@ -17,11 +17,11 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from graphprune.backends.onnx.attention_forms import OPSETS, AttentionForm, Target, check_target
+from graphprune.backends.onnx.attention.forms import OPSETS, AttentionForm, Target, check_target
+from graphprune.backends.onnx.attention.lower import lower_attention
 from graphprune.backends.onnx.convert import as_checked, convert, fuse_norms, simplify
 from graphprune.backends.onnx.dimension_names import apply_names, dimension_names
 from graphprune.backends.onnx.last_logits import last_only
-from graphprune.backends.onnx.lower_attention import lower_attention
 from graphprune.backends.onnx.parity import QUICK, Parity, Protocol, compare
 from graphprune.backends.onnx.session import check_opset
 from graphprune.backends.onnx.weights.as_used import write_as_used
@@ -130,7 +130,8 @@ def export(
         of one. None writes what any runtime reads.
     opset
         The version of ONNX's operator set, 18 or later; by default 20, or 23 for the targets but
-        "cuda", as their attention needs it.
+        "cuda", as their attention needs it. From 24 on, caches of "portable" keep their length:
+        past and present are as long as the text may become, and the mask tells what they hold.
     logits
         Of which tokens a decoder gives logits: of all, or of each row's last one ("last"), as
         generating text needs them; a prompt then does without the largest product for the others.
@@ -202,7 +203,8 @@ def export(
                 continue
             tried.append(fused)
             try:
-                model = _written(form, program, names, opset, "norms" in fused)
+                named = {**dimension_names(form), **names}
+                model = _written(form, program, named, opset, "norms" in fused)
                 if quantization is not None:
                     distances = quantize(model, quantization, program.weights)
                 write_as_used(model)
@@ -221,6 +223,7 @@ def export(
                         counts=counts,
                         protocol=protocol,
                         quantized=bool(distances),
+                        static=any(choice.form == "static" for choice in choices),
                     )
                 break
             except BackendError as error:

@@ -40,7 +40,7 @@ from graphprune.backends.archive import archive
 from graphprune.backends.huggingface.choose_form import choose_form
 from graphprune.backends.huggingface.files import write_config, write_generation_config
 from graphprune.backends.huggingface.model import quiet
-from graphprune.backends.onnx.attention_forms import Target
+from graphprune.backends.onnx.attention.forms import Target, forms_in
 from graphprune.backends.onnx.dimension_names import dimension_names
 from graphprune.backends.onnx.encoder_decoder.anatomy import anatomy_of
 from graphprune.backends.onnx.encoder_decoder.parts import (
@@ -242,7 +242,7 @@ def write_package(
             )
         describe(staged, _not_in_models(program, models_in(staged), report.quantized))
         notes = [*report.notes, *why_whole, *_write_config(program, staged)]
-        forms = {form.partition(":")[0] for form in report.attention.values()}
+        forms = forms_in(report.attention)
         # Where it was not run, it is known by its form: one operator keeps every cache.
         quantized, said = None, None
         if quantization is not None:
@@ -254,7 +254,7 @@ def write_package(
             notes.append(str(said[0]))
         elif quantized is not None:
             notes.append("what quantizing costs was not measured: there are no samples")
-        shares = SHARED in report.parity if report.parity else forms == {"gqa"}
+        shares = SHARED in report.parity if report.parity else forms in ({"gqa"}, {"static"})
         if parts is not None:
             genai, why = speech_config(program, parts)
         else:
@@ -358,6 +358,7 @@ def verify_package(directory: str | PathLike[str], *, provider: str | None = Non
             protocol=FULL,
             provider=provider,
             quantized=quantized is not None,
+            static="static" in forms_in(package.attention),
         )
     except ParityError as error:
         raise ParityError(f"{error}; {_without_fused(program, names, provider)}") from error

@@ -107,6 +107,7 @@ def compare(
     protocol: Protocol = QUICK,
     provider: str = CPU,
     quantized: bool = False,
+    static: bool = False,
 ) -> Parity:
     """Run the ONNX model at `path` and `program` on the same random inputs.
 
@@ -128,6 +129,8 @@ def compare(
     quantized
         Whether the model has quantized weights, whose values `program` has too; activations are
         taken as they are, whatever the model lets be done to them.
+    static
+        Whether caches keep their length, and a mask tells how much of them is held.
 
     Raises
     ------
@@ -149,7 +152,8 @@ def compare(
     if drawing := random_nodes(program.graph):
         note = f"not compared: {whereabouts(drawing[0])} draws at random"
         return Parity(None, version, (note,))
-    pair = Pair(program, open_session(path, provider, whole_activations=quantized))
+    session = open_session(path, provider, whole_activations=quantized)
+    pair = Pair(program, session, static=static)
     notes: tuple[str, ...] = ()
     pasts, presents = (
         {value.name.removeprefix(prefix) for value in values if value.name.startswith(prefix)}
@@ -195,7 +199,7 @@ class _DecoderParity:
                 self._padded("right")
                 if self.protocol.whole:
                     self._padded("left")
-                if self.protocol.whole and self.counts:
+                if self.protocol.whole and (self.counts or self.pair.static):
                     self._shared()
                 self._chunk()
         if self.protocol.greedy:

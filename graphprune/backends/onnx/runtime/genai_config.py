@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from graphprune.backends.onnx.attention_forms import Target
+from graphprune.backends.onnx.attention.forms import Target
 from graphprune.backends.onnx.dimension_names import output_names
 from graphprune.ir.program import PAST, PRESENT, Program
 

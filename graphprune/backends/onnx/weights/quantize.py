@@ -29,7 +29,7 @@ from graphprune.weights.scratch import ScratchFile
 if TYPE_CHECKING:
     import onnx_ir
 
-    from graphprune.backends.onnx.attention_forms import Target
+    from graphprune.backends.onnx.attention.forms import Target
 
 Bits = Literal["int4", "int8", "float"]
 """What a matrix becomes; "float" leaves it as it is."""

@@ -21,11 +21,12 @@ from tiny_models import perturb
 from torch import Tensor
 
 from graphprune.analysis.attention.recognize import recognize_attentions
-from graphprune.backends.onnx import attention_forms, parity
 from graphprune.backends.onnx import export as backend
+from graphprune.backends.onnx import parity
+from graphprune.backends.onnx.attention import forms as attention_forms
+from graphprune.backends.onnx.attention.lower import lower_attention
 from graphprune.backends.onnx.convert import fuse_norms
 from graphprune.backends.onnx.dimension_names import dimension_names
-from graphprune.backends.onnx.lower_attention import lower_attention
 from graphprune.errors import BackendError, UsageError
 from graphprune.frontend.capture import capture
 from graphprune.ir.compare import relative_error

@@ -1,16 +1,17 @@
 """Choose the operator of ONNX that an attention is written as, and say why not a better one.
 
 `gqa` is com.microsoft's GroupQueryAttention, which holds the cache and takes KV heads as they are;
-`mha` its MultiHeadAttention; `standard` the Attention of ONNX from opset 23 on; `decomposed` is
-what torch's exporter makes of it. A layer gets the best form that its target has and that computes
-what the layer does.
+`mha` its MultiHeadAttention; `standard` the Attention of ONNX from opset 23 on; `static` that of
+opset 24 with TensorScatter, which writes new keys and values into caches as long as the text may
+become; `decomposed` is what torch's exporter makes of it. A layer gets the best form that its
+target has and that computes what the layer does.
 
 Reference: ONNX Runtime's contrib operators (docs/ContribOperators.md) and ONNX's Attention-23.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,10 +31,10 @@ from graphprune.selection.kernel_sizes import HEADS
 from graphprune.weights.tensors import type_name
 
 Target = Runtime
-Form = Literal["gqa", "mha", "standard", "decomposed"]
+Form = Literal["gqa", "mha", "static", "standard", "decomposed"]
 
 _FORMS: dict[Target, tuple[Form, ...]] = {
-    "portable": ("standard",),
+    "portable": ("static", "standard"),
     "tensorrt": ("standard",),
     "cpu": ("gqa", "standard", "mha"),
     "cuda": ("gqa", "mha", "standard"),
@@ -45,6 +46,9 @@ OPSETS: dict[Target, int] = {"portable": 23, "cpu": 23, "cuda": 20, "tensorrt": 
 
 STANDARD_OPSET = 23
 """The first opset that has Attention."""
+
+STATIC_OPSET = 24
+"""The first opset that has TensorScatter."""
 
 
 Rotations = dict[Recognition, tuple[Rotary, Rotary]]
@@ -74,6 +78,11 @@ class AttentionForm:
 
     def __str__(self) -> str:
         return f"{self.form}: {self.why}"
+
+
+def forms_in(attention: Mapping[str, str]) -> set[str]:
+    """Return the forms in what is said of attention, by module, as `AttentionForm` says it."""
+    return {said.partition(":")[0] for said in attention.values()}
 
 
 def check_target(program: Program, target: Target | None, opset: int) -> None:
@@ -113,26 +122,37 @@ def check_target(program: Program, target: Target | None, opset: int) -> None:
         raise BackendError(f"target cpu has no kernels for {said}: load the model in float32")
 
 
-def form_of(site: Recognition, target: Target, opset: int, shared: set[fx.Node]) -> AttentionForm:
+def form_of(
+    site: Recognition, target: Target, opset: int, shared: set[fx.Node], *, static: bool = True
+) -> AttentionForm:
     """Return the best form for `site` that `target` has at `opset`.
 
     `shared` are joined keys and values that something else reads too: no operator may hold those.
+    Caches of a program are all `static`, or none is.
     """
     if isinstance(site, UnrecognizedAttention):
         return AttentionForm(site.module, "decomposed", site.why)
-    return AttentionForm(site.module, *_best(site, target, opset, shared))
+    forms = _FORMS[target]
+    if not static or opset < STATIC_OPSET:
+        forms = tuple(form for form in forms if form != "static")
+    return AttentionForm(site.module, *_best(site, target, opset, shared, forms))
 
 
 def _best(
-    site: RecognizedAttention, target: Target, opset: int, shared: set[fx.Node]
+    site: RecognizedAttention,
+    target: Target,
+    opset: int,
+    shared: set[fx.Node],
+    forms: Sequence[Form],
 ) -> tuple[Form, str]:
     against: dict[Form, Callable[[], str]] = {
         "gqa": lambda: _not_gqa(site, target, shared),
         "mha": lambda: _not_mha(site),
+        "static": lambda: _not_static(site, opset, shared),
         "standard": lambda: _not_standard(site, opset),
     }
     reasons: list[str] = []
-    for form in _FORMS[target]:
+    for form in forms:
         if why := against[form]():
             reasons.append(f"no {form}, for {why}")
         else:
@@ -173,6 +193,17 @@ def _not_mha(site: RecognizedAttention) -> str:
     if site.heads != site.kv_heads:
         return f"{site.kv_heads} KV heads would have to be repeated"
     return _more_than_masked(site, "its scores are capped")
+
+
+def _not_static(site: RecognizedAttention, opset: int, shared: set[fx.Node]) -> str:
+    """Say why TensorScatter and Attention do not compute what `site` does; "" where they do."""
+    if site.caches is None:
+        return "it has no cache"
+    if any(cached.joined in shared for cached in site.caches):
+        return "its cache is read elsewhere too"
+    if site.mask.padding is None:
+        return "its mask takes no padding"
+    return _not_standard(site, opset)
 
 
 def _not_standard(site: RecognizedAttention, opset: int) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,8 +16,9 @@ from graphprune.analysis.attention.recognize import (
     recognize_attentions,
 )
 from graphprune.analysis.attention.rotary import Rotary
-from graphprune.backends.onnx.attention_forms import (
+from graphprune.backends.onnx.attention.forms import (
     STANDARD_OPSET,
+    STATIC_OPSET,
     AttentionForm,
     Form,
     Rotations,
@@ -27,13 +27,13 @@ from graphprune.backends.onnx.attention_forms import (
     read_by_several,
     rotations_of,
 )
+from graphprune.backends.onnx.attention.static import StaticCaches
+from graphprune.backends.onnx.attention.writer import Writer
 from graphprune.ir.aten import CASTS, COPIES, RESHAPES, is_mutating, name_of
-from graphprune.ir.nodes import arguments_of, copy_of, made_from, valued
-from graphprune.ir.program import Program
+from graphprune.ir.nodes import arguments_of, copy_of
+from graphprune.ir.program import PAST, Program, value_of
 
 _ATEN = torch.ops.aten
-_TYPES = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 16}
-"""Numbers of element types in ONNX."""
 
 
 def lower_attention(
@@ -56,9 +56,14 @@ def lower_attention(
     sites = recognize_attentions(program)
     shared = read_by_several(sites)
     read: Rotations | None = None if rotary else {}
+    pasts = [value for value in program.inputs if value.name.startswith(PAST)]
+    static = True
     while True:
         graph, copies = copy_of(program.graph)
-        choices = [form_of(site, target, opset, shared) for site in sites]
+        choices = [form_of(site, target, opset, shared, static=static) for site in sites]
+        if 0 < 2 * sum(choice.form == "static" for choice in choices) < len(pasts):
+            static = False  # one length is of all caches
+            continue
         fused = [
             (site, choice.form)
             for site, choice in zip(sites, choices, strict=True)
@@ -71,12 +76,13 @@ def lower_attention(
             read = rotations_of(program, inside)
         rotations: Rotations = {site: read[site] for site in inside if site in read}
         first = copies[next(node for _, node in program.input_nodes())]
-        lowering = _Lowering(graph, copies, rotations, first)
+        lowering = _Lowering(program, graph, copies, rotations, first)
         for site, form in fused:
             lowering.replace(site, form)
         _drop_round_trips(graph)
         graph.eliminate_dead_code(_is_kept)
-        held = {cached.joined for site in inside for cached in site.caches or ()}
+        whole = [site for site, form in fused if form in ("gqa", "static")]
+        held = {cached.joined for site in whole for cached in site.caches or ()}
         alive = {node for node in held if copies[node].users}
         if not alive:
             break
@@ -91,6 +97,7 @@ def lower_attention(
     lowered = dataclasses.replace(
         program,
         graph_module=fx.GraphModule(torch.nn.Module(), graph),
+        inputs=tuple(value_of(v.name, copies[node]) for v, node in program.input_nodes()),
         weights={**program.weights, **tables},
         kinds={**program.kinds, **dict.fromkeys(tables, "constant")},
     )
@@ -114,21 +121,23 @@ def _drop_round_trips(graph: fx.Graph) -> None:
                 break
 
 
-class _Lowering:
+class _Lowering(Writer):
     """Puts operators of ONNX into a graph in place of its attentions."""
 
     def __init__(
         self,
+        program: Program,
         graph: fx.Graph,
         copies: dict[fx.Node, fx.Node],
         rotations: Rotations,
         first_input: fx.Node,
     ) -> None:
-        self.graph = graph
+        super().__init__(graph)
+        inputs = {value.name: copies[node] for value, node in program.input_nodes()}
+        self.static = StaticCaches(self, inputs.get("input_ids"), inputs.get("attention_mask"))
         self.first_input = first_input
         self.copies = copies
         self.rotations = rotations
-        self.at: fx.Node = next(iter(graph.nodes))
         self.lengths: dict[Any, tuple[fx.Node, fx.Node]] = {}
         self.tables: list[tuple[Tensor, Tensor, fx.Node, fx.Node]] = []
 
@@ -146,6 +155,7 @@ class _Lowering:
         write: dict[Form, Callable[[RecognizedAttention], fx.Node]] = {
             "gqa": self._gqa,
             "mha": self._mha,
+            "static": self._static,
             "standard": self._standard,
         }
         with self.graph.inserting_before(self.at):
@@ -161,9 +171,9 @@ class _Lowering:
         rows = [query, key, self._rows(values.new)]
         if site.mask.padding is not None and not self.lengths:
             rows[0] = self._spoiled(rows[0], self.copies[site.mask.padding])
-        batch, new = (self._size(rows[0], dim) for dim in (0, 1))
+        batch, new = (self.size(rows[0], dim) for dim in (0, 1))
         past = [self.copies[cached.past] for cached in (keys, values)]
-        total = self._sum(self._size(past[0], 2), new)
+        total = self.sum(self.size(past[0], 2), new)
         width = site.sizes[0]
         attributes = {
             "num_heads": site.heads,
@@ -178,7 +188,7 @@ class _Lowering:
         if site.softcap is not None:
             attributes["softcap"] = site.softcap
         held = [batch, site.kv_heads, total, width]
-        out, key, value = self._operator(
+        out, key, value = self.operator(
             "com.microsoft::GroupQueryAttention",
             [*rows, *past, *self._lengths(site, batch, total), *self._further(site)],
             attributes,
@@ -226,12 +236,12 @@ class _Lowering:
         The operator counts keys and would take the padding for the first ones: such rows shall
         come out as NaN, not as something else than the program computes.
         """
-        first = self._call(_ATEN.slice.Tensor, padding, 1, 0, 1)
-        left = self._call(_ATEN.eq.Scalar, first, 0)
-        left = self._call(_ATEN.unsqueeze.default, left, 2)
-        none = self._call(_ATEN.scalar_tensor.default, 0.0, dtype=query.meta["val"].dtype)
-        spoil = self._call(_ATEN.where.ScalarSelf, left, float("nan"), none)
-        return self._call(_ATEN.add.Tensor, query, spoil)
+        first = self.call(_ATEN.slice.Tensor, padding, 1, 0, 1)
+        left = self.call(_ATEN.eq.Scalar, first, 0)
+        left = self.call(_ATEN.unsqueeze.default, left, 2)
+        none = self.call(_ATEN.scalar_tensor.default, 0.0, dtype=query.meta["val"].dtype)
+        spoil = self.call(_ATEN.where.ScalarSelf, left, float("nan"), none)
+        return self.call(_ATEN.add.Tensor, query, spoil)
 
     def _replace_cache(self, cached: Cached, made: fx.Node) -> None:
         """Let `made` be the output, and lengths be read where they come from.
@@ -245,15 +255,17 @@ class _Lowering:
             if user.target is _ATEN.sym_size.int:
                 dim = int(arguments_of(user)["dim"]) % 4
                 with self.graph.inserting_before(joined):
-                    size = self._size(self.copies[cached.past], dim)
+                    past = self.copies[cached.past]
+                    static = dim == 2 and past in self.static.caches
+                    size = self.static.held() if static else self.size(past, dim)
                     if dim == 2:
-                        size = self._sum(size, self._size(self.copies[cached.new], dim))
+                        size = self.sum(size, self.size(self.copies[cached.new], dim))
                 user.replace_all_uses_with(size)
 
     def _mha(self, site: RecognizedAttention) -> fx.Node:
         query = self._rows(site.query)
-        batch, new = (self._size(query, dim) for dim in (0, 1))
-        (out,) = self._operator(
+        batch, new = (self.size(query, dim) for dim in (0, 1))
+        (out,) = self.operator(
             "com.microsoft::MultiHeadAttention",
             [query, *map(self._keys, (site.key, site.value)), None, None, self._bias(site)],
             {"num_heads": site.heads, "scale": site.scale},
@@ -262,16 +274,40 @@ class _Lowering:
         return self._heads_first(out, site)
 
     def _standard(self, site: RecognizedAttention) -> fx.Node:
-        query, key, value = (self.copies[node] for node in (site.query, site.key, site.value))
-        mask = site.mask.node
-        (out,) = self._operator(
+        key, value = (self.copies[node] for node in (site.key, site.value))
+        mask = self.copies[site.mask.node] if site.mask.node is not None else None
+        return self._attention(site, key, value, mask, STANDARD_OPSET)
+
+    def _attention(
+        self,
+        site: RecognizedAttention,
+        key: fx.Node,
+        value: fx.Node,
+        mask: fx.Node | None,
+        version: int,
+    ) -> fx.Node:
+        query = self.copies[site.query]
+        (out,) = self.operator(
             "::Attention",
-            [query, key, value, *([self.copies[mask]] if mask is not None else [])],
+            [query, key, value, *([mask] if mask is not None else [])],
             {"scale": site.scale},
-            [[self._size(query, 0), site.heads, self._size(query, 2), site.sizes[1]]],
-            version=STANDARD_OPSET,
+            [[self.size(query, 0), site.heads, self.size(query, 2), site.sizes[1]]],
+            version=version,
         )
         return out
+
+    def _static(self, site: RecognizedAttention) -> fx.Node:
+        """Write new keys and values behind the past ones, into caches that keep their length."""
+        assert site.caches is not None and site.mask.node is not None
+        pasts = [self.copies[cached.past] for cached in site.caches]
+        made = [
+            self.static.written(past, self.copies[cached.new])
+            for past, cached in zip(pasts, site.caches, strict=True)
+        ]
+        for cached, cache in zip(site.caches, made, strict=True):
+            self._replace_cache(cached, cache)
+        mask = self.static.wide(self.copies[site.mask.node], pasts[0])
+        return self._attention(site, made[0], made[1], mask, STATIC_OPSET)
 
     def _rows(self, node: fx.Node) -> fx.Node:
         """``[batch, heads, length, size]`` as ``[batch, length, heads * size]``."""
@@ -280,14 +316,14 @@ class _Lowering:
         if turned:
             copy = self.copies[inner.all_input_nodes[0]]
         else:
-            copy = self._call(_ATEN.transpose.int, copy, 1, 2)
+            copy = self.call(_ATEN.transpose.int, copy, 1, 2)
         return self._joined(copy)
 
     def _joined(self, node: fx.Node) -> fx.Node:
         """``[batch, length, heads, size]`` with heads and sizes in one dimension."""
         _, _, heads, width = node.meta["val"].shape
-        sizes = [self._size(node, 0), self._size(node, 1), heads * width]
-        return self._call(_ATEN.reshape.default, node, sizes)
+        sizes = [self.size(node, 0), self.size(node, 1), heads * width]
+        return self.call(_ATEN.reshape.default, node, sizes)
 
     def _keys(self, node: fx.Node) -> fx.Node:
         """Keys or values for MultiHeadAttention: cached ones have their heads first."""
@@ -298,8 +334,8 @@ class _Lowering:
 
         Where the graph goes back at once, it goes on from the rows.
         """
-        sizes = [self._size(rows, 0), self._size(rows, 1), site.heads, site.sizes[1]]
-        apart = self._call(_ATEN.reshape.default, rows, sizes)
+        sizes = [self.size(rows, 0), self.size(rows, 1), site.heads, site.sizes[1]]
+        apart = self.call(_ATEN.reshape.default, rows, sizes)
         pending = [self.at]
         while pending:
             for user in list(pending.pop().users):
@@ -307,7 +343,7 @@ class _Lowering:
                     user.replace_all_uses_with(apart)
                 elif plain(user) is self.at:
                     pending.append(user)
-        return self._call(_ATEN.transpose.int, apart, 1, 2)
+        return self.call(_ATEN.transpose.int, apart, 1, 2)
 
     def _bias(self, site: RecognizedAttention) -> fx.Node | None:
         """Return what is added to scores, of as many rows as there are queries."""
@@ -316,15 +352,15 @@ class _Lowering:
         mask, query = self.copies[site.mask.node], self.copies[site.query]
         value, dtype = mask.meta["val"], query.meta["val"].dtype
         if value.dtype == torch.bool:
-            zero = self._call(_ATEN.scalar_tensor.default, 0.0, dtype=dtype)
+            zero = self.call(_ATEN.scalar_tensor.default, 0.0, dtype=dtype)
             least = torch.finfo(dtype).min
-            mask = self._call(_ATEN.where.ScalarOther, mask, zero, least)
+            mask = self.call(_ATEN.where.ScalarOther, mask, zero, least)
         elif value.dtype != dtype:
-            mask = self._call(_ATEN._to_copy.default, mask, dtype=dtype)
+            mask = self.call(_ATEN._to_copy.default, mask, dtype=dtype)
         for _ in range(4 - value.dim()):
-            mask = self._call(_ATEN.unsqueeze.default, mask, 0)
-        sizes = [-1, -1, self._size(query, 2), self._size(self.copies[site.key], 2)]
-        return self._call(_ATEN.expand.default, mask, sizes)
+            mask = self.call(_ATEN.unsqueeze.default, mask, 0)
+        sizes = [-1, -1, self.size(query, 2), self.size(self.copies[site.key], 2)]
+        return self.call(_ATEN.expand.default, mask, sizes)
 
     def _lengths(
         self, site: RecognizedAttention, batch: Any, total: Any
@@ -334,61 +370,13 @@ class _Lowering:
         key = padding if padding is not None else site.caches
         if key not in self.lengths:
             if padding is not None:
-                counted = self._call(_ATEN.sum.dim_IntList, padding, [1])
-                last = self._call(_ATEN.sub.Tensor, counted, 1)
-                last = self._call(_ATEN._to_copy.default, last, dtype=torch.int32)
-                total = self._size(padding, 1)
+                counted = self.call(_ATEN.sum.dim_IntList, padding, [1])
+                last = self.call(_ATEN.sub.Tensor, counted, 1)
+                last = self.call(_ATEN._to_copy.default, last, dtype=torch.int32)
+                total = self.size(padding, 1)
             else:
-                less = self._sum(total, -1)
-                last = self._call(_ATEN.full.default, [batch], less, dtype=torch.int32)
-            whole = self._call(_ATEN.scalar_tensor.default, total, dtype=torch.int32)
+                less = self.sum(total, -1)
+                last = self.call(_ATEN.full.default, [batch], less, dtype=torch.int32)
+            whole = self.call(_ATEN.scalar_tensor.default, total, dtype=torch.int32)
             self.lengths[key] = last, whole
         return self.lengths[key]
-
-    # -- nodes --
-
-    def _operator(
-        self,
-        name: str,
-        inputs: Sequence[fx.Node | None],
-        attributes: dict[str, int | float],
-        shapes: Sequence[Sequence[Any]],
-        version: int | None = None,
-    ) -> list[fx.Node]:
-        """Return an ONNX operator's results, as `torch.onnx.ops.symbolic_multi_out` has them."""
-        domain, _, kind = name.rpartition("::")
-        whole = {k: v for k, v in attributes.items() if isinstance(v, int)}
-        real = {k: v for k, v in attributes.items() if k not in whole}
-        positions = [[i, i + 1] for group in (whole, real) for i in range(len(group))]
-        dtype = _TYPES[next(node for node in inputs if node is not None).meta["val"].dtype]
-        made = self._call(
-            torch.ops.onnx_symbolic._symbolic_multi_out.default,
-            list(inputs),
-            kind,
-            [dtype] * len(shapes),
-            shapes=[list(shape) for shape in shapes],
-            attr_keys=[*whole, *real],
-            attr_types=["i"] * len(whole) + ["f"] * len(real),
-            attr_pos=positions,
-            attr_ints=list(whole.values()),
-            attr_floats=[float(number) for number in real.values()],
-            attr_strs=[],
-            metadata_props_keys=[],
-            metadata_props_values=[],
-            domain=domain,
-            version=version,
-        )
-        return [self._call(operator.getitem, made, index) for index in range(len(shapes))]
-
-    def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        made = made_from(self.at, target, *args, **kwargs)
-        return valued(made, self.at.meta["val"].fake_mode)
-
-    def _size(self, node: fx.Node, dim: int) -> Any:
-        size = node.meta["val"].shape[dim]
-        return size if type(size) is int else self._call(_ATEN.sym_size.int, node, dim)
-
-    def _sum(self, left: Any, right: Any) -> Any:
-        if not isinstance(left, fx.Node) and not isinstance(right, fx.Node):
-            return left + right
-        return self._call(operator.add, left, right)

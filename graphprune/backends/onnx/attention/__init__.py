@@ -1,0 +1,1 @@
+"""Attention as operators of ONNX: which form is legal, and writing it."""
