@@ -207,7 +207,11 @@ def check_takes_text(program: Program) -> None:
 def beyond_vocabulary(program: Program, ids: Tensor | None) -> str:
     """Return what is wrong with `ids` if `program` has no row for one of them, else ""."""
     vocabulary = None if ids is None else _vocabulary(program)
-    if ids is None or vocabulary is None or (highest := int(ids.max())) < vocabulary:
+    if ids is None or vocabulary is None:
+        return ""
+    if (lowest := int(ids.min())) < 0:
+        return f"there is a token {lowest}: tokens are numbers from 0 on"
+    if (highest := int(ids.max())) < vocabulary:
         return ""
     return (
         f"the tokenizer does not belong to the model: it made token {highest}, "

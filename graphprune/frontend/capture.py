@@ -135,8 +135,11 @@ def _bare(model: nn.Module) -> nn.Module:
         return _bare(inner)
     adapted = next((m for m in model.modules() if type(m).__module__.startswith("peft.")), None)
     if adapted is not None:
-        raise CaptureError(
-            f"{name} has adapters of peft ({type(adapted).__name__}): merge them into its weights "
-            "first, model = model.merge_and_unload()"
+        prompts = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+        way = (
+            "prompts that it learnt cannot be merged into its weights; give the model without them"
+            if prompts
+            else "merge them into its weights first, model = model.merge_and_unload()"
         )
+        raise CaptureError(f"{name} has adapters of peft ({type(adapted).__name__}): {way}")
     return model

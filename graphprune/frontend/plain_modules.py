@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from graphprune.errors import CaptureError, UsageError
+from graphprune.errors import CaptureError, UsageError, nearest
 from graphprune.frontend.from_exported import to_program
 from graphprune.frontend.recurrences.replaced import loops_of
 from graphprune.frontend.sizes import (
@@ -23,6 +23,7 @@ from graphprune.frontend.sizes import (
     conditions_of,
     is_quick,
     limited,
+    refusal,
     same,
     with_fixed,
 )
@@ -128,14 +129,18 @@ class Call:
         Raises
         ------
         CaptureError
-            When it computes something else on the example itself.
+            When it computes something else on the example itself, or the model nothing.
         """
         if self.program.limits or any(tensor.is_meta for tensor in self.example):
             return self.program
         conditions = conditions_of(self.exported, self.program)
         example, seen = [tensor.clone() for tensor in self.example], conditions.seen
         quick = is_quick(self.program, seen)
-        if quick and same(self.program, self.model, lambda _: example, seen) is False:
+        agree = quick and same(self.program, self.model, lambda _: example, seen)
+        if agree is None:
+            why = refusal(self.model, example)
+            raise CaptureError(f"the model does not run on the example: {why}")
+        if quick and not agree:
             raise CaptureError("its graph computes something else than the model on the example")
         candidates = list(self._candidates(conditions.seen))
         made = self._inputs
@@ -224,7 +229,7 @@ def capture_call(
     Raises
     ------
     UsageError
-        When an input is no tensor.
+        When an input is no tensor, or `dynamic_shapes` is not for these inputs.
     CaptureError
         When `torch.export` refuses.
     """
@@ -251,7 +256,8 @@ def capture_call(
         return Call(program, exported, wrapper.computed, tensors, checked=checked)
 
     if dynamic_shapes is not None:
-        return captured(flat, pytree.tree_leaves(dynamic_shapes, is_leaf=_is_leaf))
+        given_dims = _by_input(dynamic_shapes, model, args, kwargs)
+        return captured(flat, _checked(given_dims, names, flat))
     call = _with_most_dynamic(captured, flat)
     sides = [dict.fromkeys(range(1, leaf.ndim if leaf.ndim > 3 else 1), Dim.AUTO) for leaf in flat]
     why = "no others were tried; dynamic_shapes says which to try"
@@ -272,6 +278,42 @@ def _input_names(model: nn.Module, spec: pytree.TreeSpec, count: int) -> list[st
     names, leaves = _named_leaves(bound, "input")
     name_of = {id(leaf): name for name, leaf in zip(names, leaves, strict=True)}
     return [name_of[id(mark)] for mark in marks]
+
+
+def _by_input(
+    shapes: Any, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[Any]:
+    """Return `shapes` for every flat input in turn; parameters that it does not name have none."""
+    if not isinstance(shapes, Mapping) or _is_dims(shapes):
+        return pytree.tree_leaves(shapes, is_leaf=_is_leaf)
+    given = {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs}
+    if unknown := [name for name in shapes if name not in given]:
+        hint = nearest(str(unknown[0]), given)
+        raise UsageError(f"dynamic_shapes names {unknown[0]!r}, which is no input{hint}")
+    found: list[Any] = []
+    for name, value in given.items():
+        one = shapes.get(name)
+        found += (
+            [None] * len(pytree.tree_leaves(value))
+            if one is None
+            else pytree.tree_leaves(one, is_leaf=_is_leaf)
+        )
+    return found
+
+
+def _checked(shapes: list[Any], names: Sequence[str], flat: Sequence[Tensor]) -> list[Any]:
+    """Return `shapes`; refuse those that the flat inputs do not have."""
+    if len(shapes) != len(flat):
+        raise UsageError(
+            f"dynamic_shapes is for {len(shapes)} inputs, and the example has {', '.join(names)}"
+        )
+    for dims, name, tensor in zip(shapes, names, flat, strict=True):
+        for dim in dims if isinstance(dims, Mapping) else range(len(dims or ())):
+            if not 0 <= dim < tensor.ndim:
+                raise UsageError(
+                    f"dynamic_shapes has a dimension {dim} of {name}, which has {tensor.ndim}"
+                )
+    return shapes
 
 
 def _with_most_dynamic(

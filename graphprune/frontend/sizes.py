@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.export import Dim
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from graphprune.errors import CaptureError
+from graphprune.errors import CaptureError, first_line
 from graphprune.frontend.patches import plain_branches
 from graphprune.frontend.torch_export import Exported
 from graphprune.ir.nodes import size_environment
@@ -291,7 +291,8 @@ def with_fixed(
         dims = [(place, dim) for place, dim, of in fixed if of == size]
         known = any(dim == 0 for _, dim in dims) or example[0].is_meta
         # Code that halves an image takes no odd sizes.
-        if known or any(_runs(model, _longer(example, dims, twice)) for twice in (False, True)):
+        others = (_longer(example, dims, twice) for twice in (False, True))
+        if known or not all(refusal(model, other) for other in others):
             where = " and ".join(
                 f"dimension {dim} of {program.inputs[at].name}" for at, dim in dims
             )
@@ -310,12 +311,13 @@ def _longer(
     return tensors
 
 
-def _runs(model: Callable[..., Any], inputs: Sequence[Tensor]) -> bool:
+def refusal(model: Callable[..., Any], inputs: Sequence[Tensor]) -> str:
+    """Return why `model` does not run on `inputs`; "" where it does."""
     try:
         _result(model, *inputs)
-    except Exception:  # noqa: BLE001 - model code refuses sizes in any way
-        return False
-    return True
+    except Exception as error:  # noqa: BLE001 - model code refuses sizes in any way
+        return first_line(error, typed=True)
+    return ""
 
 
 def _values(least: int, most: int | None) -> ValueRanges[Any]:

@@ -27,14 +27,16 @@ def path_of(given: str | PathLike[str], error: type[GraphPruneError]) -> Path:
     Raises
     ------
     GraphPruneError
-        Of the class `error`, when it holds a line break, a null character, or a name that is longer
-        than file systems take.
+        Of the class `error`, when it is neither a text nor a path, or holds a line break, a null
+        character, or a name that is longer than file systems take.
 
     Examples
     --------
     >>> path_of("plans/plan.json", GraphPruneError).name
     'plan.json'
     """
+    if not isinstance(given, str | PathLike):
+        raise error(f"a path is wanted, not {given!r}")
     text = str(given)
     reason = ""
     if "\n" in text or "\r" in text:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,29 @@ Limits = Mapping[str, tuple[int, int | None]]
 
 TYPES = "token_type_ids"
 """The input that says of which text each token is; plans from before programs had it hold."""
+
+
+def bounds(ranges: Mapping[Any, Any], limits: Limits) -> Limits:
+    """Return the least and the most that each dynamic size may be, by the name of its symbol.
+
+    Parameters
+    ----------
+    ranges
+        As `torch.export` gives them, by symbols.
+    limits
+        Where the graph does not hold for all of these.
+    """
+    found = dict(limits)
+    for symbol, of in ranges.items():
+        # A lower limit of 2 only says that torch.export treats 0 and 1 as special.
+        lower = int(of.lower) if of.lower.is_Integer and of.lower > 2 else 0
+        upper = int(of.upper) if of.upper.is_Integer else None
+        least, most = found.get(str(symbol), (0, None))
+        found[str(symbol)] = (
+            max(least, lower),
+            min((size for size in (most, upper) if size is not None), default=None),
+        )
+    return found
 
 
 def by_position(names: Sequence[str], given: Sequence[Tensor]) -> dict[str, Tensor]:

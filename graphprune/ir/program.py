@@ -14,8 +14,8 @@ from torch import Tensor, fx
 
 from graphprune.errors import UsageError, nearest
 from graphprune.io.extensions import extension
+from graphprune.ir import input_sizes
 from graphprune.ir.devices import device_of, module_on
-from graphprune.ir.input_sizes import TYPES, by_position, check_sizes, fill_beside_tokens, given_on
 from graphprune.ir.provenance import Source
 from graphprune.weights.deferred import converted, made
 from graphprune.weights.overlay import overlaid
@@ -168,15 +168,12 @@ class Program:
         """Return a size for `symbol`, as near to `wanted` as it may be; a number is itself."""
         if isinstance(symbol, int):
             return symbol
-        least, most = self.limits.get(symbol, (0, None))
-        wanted = max(least, wanted if most is None else min(most, wanted))
-        limits = {str(key): limits for key, limits in self.ranges.items()}.get(symbol)
-        if limits is None:
-            return wanted
-        # A lower limit of 2 only says that torch.export treats 0 and 1 as special.
-        if limits.lower.is_Integer and limits.lower > 2:
-            wanted = max(wanted, int(limits.lower))
-        return min(wanted, int(limits.upper)) if limits.upper.is_Integer else wanted
+        least, most = self._bounds.get(symbol, (0, None))
+        return max(least, wanted if most is None else min(most, wanted))
+
+    @functools.cached_property
+    def _bounds(self) -> Mapping[str, tuple[int, int | None]]:
+        return input_sizes.bounds(self.ranges, self.limits)
 
     def weight_nodes(self) -> Iterator[tuple[str, fx.Node]]:
         """Every weight's name with its placeholder."""
@@ -282,7 +279,7 @@ class Program:
             for name, weight in self.weights.items()
             if self.kinds[name] != "constant"
         }
-        left_out = TYPES if self._types_may_be_zero else None
+        left_out = input_sizes.TYPES if self._types_may_be_zero else None
         promised = [v.name for v in (*self.inputs, *self.outputs) if v.name != left_out]
         text = repr((sorted(held.items()), sorted(self.aliases.items()), promised))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -306,7 +303,7 @@ class Program:
         UsageError
             When an input is missing, unknown or no tensor.
         """
-        named = by_position([value.name for value in self.inputs], args)
+        named = input_sizes.by_position([value.name for value in self.inputs], args)
         return self.run(self.operands, {**named, **inputs})
 
     def run(self, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -333,7 +330,7 @@ class Program:
         names, device = [value.name for value in self.inputs], device or self.device
         if unknown := [name for name in inputs if name not in names]:
             raise UsageError(f"no input {unknown[0]!r}; the program takes {', '.join(names)}")
-        filled = given_on(inputs, device)
+        filled = input_sizes.given_on(inputs, device)
         batch = next((len(tensor) for tensor in inputs.values() if tensor.ndim), 1)
         past = 0
         for value in self.inputs:
@@ -349,11 +346,13 @@ class Program:
                 )
                 filled[value.name] = torch.zeros(shape, dtype=value.dtype, device=device)
             past = filled[value.name].shape[2]
-        fill_beside_tokens(filled, names, batch, past, self._types_may_be_zero)
+        input_sizes.fill_beside_tokens(filled, names, batch, past, self._types_may_be_zero)
         for name in names:
             if name not in filled:
                 raise UsageError(f"input {name!r} is missing; the program takes {', '.join(names)}")
-        check_sizes({value.name: value.shape for value in self.inputs}, self.limits, filled)
+        input_sizes.check_sizes(
+            {value.name: value.shape for value in self.inputs}, self._bounds, filled
+        )
         return filled
 
     @property

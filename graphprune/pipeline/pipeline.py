@@ -218,6 +218,11 @@ def _refuse_others(program: object, calibration: object) -> None:
             "calibration is a text: make it ready with "
             f"graphprune.Calibration.from_text({str(calibration)!r}, tokenizer)"
         )
+    if calibration is not None and not hasattr(calibration, "for_program"):
+        raise UsageError(
+            f"calibration is a {type(calibration).__name__}: make it ready with "
+            "graphprune.Calibration.from_batches(...)"
+        )
 
 
 def _yaml_text(source: str | PathLike[str]) -> str:

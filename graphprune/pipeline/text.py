@@ -116,6 +116,8 @@ def _read_pass(text: str, at: int) -> tuple[Pass, int]:
                 _read_option(cls, option[1], option[2], values)
             at = option.end()
         at = close.end()
+    elif text[at:]:
+        _expect(_COMMA, text, at, "'{', ',' or the end")  # before what its options lack
     with _at(here):
         return cls.build(values), at
 

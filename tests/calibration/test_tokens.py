@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import program_of
 from byte_llama import BOS, byte_llama, byte_tokenizer
 
 import graphprune as gp
 from graphprune.calibration.data import Calibration
-from graphprune.calibration.tokens import first_tokens, tokenize
+from graphprune.calibration.tokens import beyond_vocabulary, first_tokens, tokenize
 from graphprune.criteria import ScoringContext
 from graphprune.criteria.score_cache import load_or_score
 from graphprune.errors import CalibrationError
@@ -140,3 +141,9 @@ def test_perplexity_is_measured_behind_the_first_token(text: Path) -> None:
     assert found.sha256 != bare.sha256
     asked = perplexity(program, text, byte_tokenizer(begins=True), length=32, first_token=False)
     assert asked == bare
+
+
+def test_a_token_below_zero_is_no_token() -> None:
+    program = program_of("llama-gqa")
+    assert "there is a token -1" in beyond_vocabulary(program, torch.tensor([[3, -1]]))
+    assert not beyond_vocabulary(program, torch.tensor([[3, 0]]))

@@ -488,6 +488,46 @@ def test_dynamic_shapes_are_those_of_torch_export() -> None:
     assert program(torch.zeros(2, 9, 3))["output"].shape == (2, 9, 2)
 
 
+class Offset(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.linear(x) + y.sum(0)
+
+
+def test_dynamic_shapes_by_name_are_those_of_the_inputs_in_any_order() -> None:
+    rows = {0: torch.export.Dim.AUTO}
+    x, y = torch.zeros(4, 3), torch.zeros(5, 3)
+    for example in ((x, y), {"y": y, "x": x}):
+        for shapes in ({"y": rows, "x": None}, {"y": rows}):
+            program = gp.capture(Offset(), example, dynamic_shapes=shapes)
+            sizes = {value.name: value.shape[0] for value in program.inputs}
+            assert sizes["x"] == 4
+            assert isinstance(sizes["y"], str)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"z": {0: torch.export.Dim.AUTO}}, "names 'z', which is no input"),
+        (({0: torch.export.Dim.AUTO},), "for 1 inputs, and the example has x, y"),
+        (({7: torch.export.Dim.AUTO}, None), "a dimension 7 of x, which has 2"),
+        (({-1: torch.export.Dim.AUTO}, None), "a dimension -1 of x, which has 2"),
+    ],
+)
+def test_dynamic_shapes_of_something_else_are_refused(shapes: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        gp.capture(Offset(), (torch.zeros(4, 3), torch.zeros(5, 3)), dynamic_shapes=shapes)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
+def test_an_example_on_which_the_model_does_not_run_is_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(CaptureError, match="does not run on the example: RuntimeError: .*type"):
+        gp.capture(Offset(), (torch.zeros(4, 3, dtype=dtype), torch.zeros(5, 3)))
+
+
 def test_nested_inputs_and_outputs_have_dotted_names() -> None:
     class Nested(nn.Module):
         def forward(self, pair: tuple[Tensor, Tensor], more: dict[str, Tensor]) -> object:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,7 +68,7 @@ def test_what_is_no_code_is_refused_with_what_to_give(
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_torch_says_nothing_of_what_was_only_tried(
-    compiled: bool, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    compiled: bool, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A batch of two does not fit the code, nor do 9 features; what is compiled is not compiled."""
 
@@ -81,6 +82,15 @@ def test_torch_says_nothing_of_what_was_only_tried(
     gp.capture(model, (X[:1],))
     assert not counted
     assert capfd.readouterr() == ("", "")
+
+
+def test_prompts_of_peft_are_refused_without_a_call_that_they_have_not() -> None:
+    class PeftModel(Net):
+        active_peft_config = SimpleNamespace(is_prompt_learning=True)
+
+    PeftModel.__module__ = "peft.peft_model"
+    with pytest.raises(CaptureError, match="prompts .* give the model without them"):
+        gp.capture(PeftModel(), (X,))
 
 
 def test_adapters_are_refused_with_what_to_call() -> None:

@@ -22,6 +22,11 @@ from graphprune.plan.plan import Plan
 TEXT = "Once upon a time\nthere was a text.\n" * 200
 
 
+def test_what_is_neither_a_text_nor_a_path_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="a path is wanted, not None"):
+        gp.load(None)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("given", "holds"),
     [(TEXT, "a line break"), ("a\0b", "a null character"), ("a" * 300, "more than 255 bytes")],

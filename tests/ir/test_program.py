@@ -70,6 +70,17 @@ def test_inputs_that_are_missing_or_unknown_are_named() -> None:
         program(*[ids] * 20)
 
 
+def test_a_size_past_what_the_graph_holds_for_is_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(3, 3))
+    length = torch.export.Dim("length", min=4, max=9)
+    program = gp.capture(model, (torch.zeros(2, 6, 3),), dynamic_shapes=({1: length},))
+    for size in (4, 9):
+        assert program(torch.zeros(2, size, 3))["output"].shape[1] == size
+    for size in (3, 10):
+        with pytest.raises(UsageError, match=f"'input' is {size}, and the program holds for 4 to"):
+            program(torch.zeros(2, size, 3))
+
+
 def test_sizes_of_parameters_and_caches() -> None:
     program = program_of("llama-gqa")
     assert program.parameter_count() == sum(

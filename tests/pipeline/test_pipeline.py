@@ -283,6 +283,12 @@ def test_another_spelling_is_answered_with_what_to_write(text: str, meant: str) 
     assert Pipeline.parse(meant)
 
 
+@pytest.mark.parametrize("text", ["prune(target=ffn)", "prune target=ffn", "prune[target=ffn]"])
+def test_what_stands_in_place_of_a_brace_is_named_before_what_options_lack(text: str) -> None:
+    with pytest.raises(PipelineError, match=r"column \d: expected '\{', ',' or the end, found"):
+        Pipeline.parse(text)
+
+
 @pytest.mark.parametrize("text", ["prune{target=ffn", "prnue(ratio=0.5)", "prune{{}}", '"'])
 def test_what_cannot_be_mended_is_not_suggested(text: str) -> None:
     with pytest.raises(PipelineError) as caught:
@@ -298,6 +304,8 @@ def test_texts_where_objects_are_wanted_are_refused_with_what_makes_them() -> No
         pipeline.run("folder")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"Calibration.from_text\('text.txt', tokenizer\)"):
         pipeline.run(object(), calibration=Path("text.txt"))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="calibration is a list: make it ready with"):
+        pipeline.run(object(), calibration=[1])  # type: ignore[arg-type]
 
 
 def test_the_built_in_passes_are_registered() -> None:
