@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -86,6 +87,25 @@ def fill_beside_tokens(
             elif kind != TYPES:
                 ones = (rows, ids.shape[1] + past)
                 filled[name] = torch.ones(ones, dtype=torch.int64, device=ids.device)
+
+
+@contextlib.contextmanager
+def named(values: Sequence[Any], limits: Limits, given: Sequence[Tensor]) -> Iterator[None]:
+    """Name the size that is past its limits where a run fails and one is.
+
+    What `torch.export` gives as ranges may be narrower than where the graph holds.
+
+    Raises
+    ------
+    UsageError
+        In place of what operators raise.
+    """
+    try:
+        yield
+    except Exception:
+        shapes = {value.name: value.shape for value in values}
+        check_sizes(shapes, limits, dict(zip(shapes, given, strict=True)))
+        raise
 
 
 def check_sizes(

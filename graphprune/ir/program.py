@@ -309,7 +309,8 @@ class Program:
     def run(self, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the graph on other `weights` of the same shapes, in the caller's grad mode."""
         given = self.placed(weights, inputs)
-        outputs = module_on(self.graph_module, device_of(given))(*given)
+        with input_sizes.named(self.inputs, self._bounds, given[len(self.weights) :]):
+            outputs = module_on(self.graph_module, device_of(given))(*given)
         return {value.name: out for value, out in zip(self.outputs, outputs, strict=True)}
 
     def placed(self, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[Tensor]:
@@ -350,9 +351,8 @@ class Program:
         for name in names:
             if name not in filled:
                 raise UsageError(f"input {name!r} is missing; the program takes {', '.join(names)}")
-        input_sizes.check_sizes(
-            {value.name: value.shape for value in self.inputs}, self._bounds, filled
-        )
+        shapes = {value.name: value.shape for value in self.inputs}
+        input_sizes.check_sizes(shapes, self.limits, filled)
         return filled
 
     @property
