@@ -1,25 +1,92 @@
 """A small mixture of experts with grouped queries and q/k norms, whose tokens are bytes.
 
-    python tools/mixture.py train FOLDER --seed 0     # some minutes on one core
-
-It learns the text of Python's own standard library, as `train_reference.py` divides it.
+It learns the text of Python's own standard library, as `train_reference.py` divides it, in some
+minutes on one core.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from train_reference import Corpus
+
+import graphprune as gp
+from graphprune.calibration.tokens import token_batch
 
 WINDOW = 128
 BATCH = 16
 STEPS = 600
 RATE = 4e-3
 BALANCE = 0.05
+
+
+SAMPLES, HELD_OUT = 32, 256
+"""Windows to calibrate with, and to measure on."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A trained mixture, a draw of what it was trained on, and held-out text.
+
+    Parameters
+    ----------
+    program
+        The mixture.
+    draw
+        Windows of the training text.
+    rows
+        Windows of the held-out text, ``[HELD_OUT, WINDOW]``.
+    dense
+        Its loss on these, in nats per byte.
+    """
+
+    program: gp.Program
+    draw: gp.Calibration
+    rows: Tensor
+    dense: float
+
+    @classmethod
+    def trained(cls, folder: Path, seed: int) -> Mixture:
+        """Read the mixture of `seed` from a folder, trained and written there where it is not."""
+        from transformers import Qwen3MoeForCausalLM
+
+        corpus = Corpus.of_standard_library()
+        ids, held = bytes_of(corpus.train), bytes_of(corpus.heldout)
+        if not folder.exists():
+            model = build_mixture(seed)
+            for _ in train(model, ids, seed):
+                pass
+            model.save_pretrained(folder)
+        model = Qwen3MoeForCausalLM.from_pretrained(folder).eval()
+        rows = held[: len(held) // WINDOW * WINDOW].view(-1, WINDOW)[::2][:HELD_OUT]
+        chooser = torch.Generator().manual_seed(100 + seed)
+        drawn = [token_batch(part) for part in windows(ids, SAMPLES, chooser).split(8)]
+        calibration = gp.Calibration.from_batches(drawn)
+        return cls(gp.capture(model), calibration, rows, loss_of(model, rows))
+
+    def loss(self, model: Any) -> float:
+        """Return the loss of a model on the held-out text, in nats per byte."""
+        return loss_of(model, self.rows)
+
+
+@torch.no_grad()
+def loss_of(model: Any, rows: Tensor) -> float:
+    """Return the mean loss of predicting the bytes of `rows`, in nats."""
+    model.set_experts_implementation("grouped_mm")
+    total = 0.0
+    for part in rows.split(32):
+        logits = model(input_ids=part, use_cache=False).logits[:, :-1]
+        total += functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten()).item() * len(
+            part
+        )
+    return total / len(rows)
 
 
 def bytes_of(texts: dict[str, str]) -> Tensor:

@@ -4,9 +4,9 @@
     python tools/reproduce.py --only wanda   # one section
 
 The language model is the packaged checkpoint, of which every seed has its own draw of calibration
-text; the images are scikit-learn's digits, for which every seed trains a network of its own. What
-is measured is held out: neither trained on nor calibrated with. Rows are kept in
-``out/reproduce.jsonl`` and the tables written to ``tools/REPRODUCE.md``.
+text; the images are scikit-learn's digits, for which every seed trains a network of its own, as it
+does a mixture of experts. What is measured is held out: neither trained on nor calibrated with.
+Rows are kept in ``out/reproduce.jsonl`` and the tables written to ``tools/REPRODUCE.md``.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch
 import typer
 from bench_scop import RATIOS, STATES, of_digits
 from heldout import Study, held_out
+from mixture import Mixture
 from rich.console import Console
 from rich.progress import Progress
 from train_reference import Corpus, digest
@@ -52,7 +53,8 @@ Measure = partial[float]
 """What a cell measures: a function of this module that is called with a seed, and its arguments."""
 
 _DRAWN = re.compile(
-    "recover|reconstruct|taylor|wanda|sparsegpt|obs|gate|random|aligned|loss|without|accur"
+    "recover|reconstruct|taylor|wanda|sparsegpt|obs|gate|random|aligned|loss|without|accur|fold"
+    "|experts"
 )
 """What depends on the draw of calibration text; all else is measured once."""
 
@@ -316,6 +318,74 @@ def gqa() -> Section:
     )
 
 
+# -- the mixture of experts -----------------------------------------------------------------------
+
+
+@cache
+def mixture(seed: int) -> Mixture:
+    """Return the mixture of a seed, trained once and kept."""
+    return Mixture.trained(OUT / f"mixture-{seed}", seed)
+
+
+def after_experts(passes: str, seed: int) -> float:
+    """How much a pipeline raises the held-out loss of a mixture, in nats per byte."""
+    given = mixture(seed)
+    pipeline = gp.Pipeline.parse(passes)
+    result = pipeline.run(given.program, calibration=given.draw, seed=seed, quiet=True)
+    return given.loss(result.program.to_module()) - given.dense
+
+
+def experts() -> Section:
+    """Experts of a mixture."""
+    rows = ("reap", "frequency", "aimer", "l2", "random")
+    ratios = (0.25, 0.5)
+    cells = {
+        (row, f"-{ratio:.0%}"): partial(
+            after_experts, f"prune{{target=experts ratio={ratio} criterion={row}}}"
+        )
+        for row in rows
+        for ratio in ratios
+    }
+    anew = "prune{target=experts ratio=0.5 criterion=reap steps=4}"
+    cells["reap, 4 steps", "-50%"] = partial(after_experts, anew)
+    return Section(
+        "REAP: experts of a mixture",
+        "Lasby et al. 2510.13999; AIMER, 2603.18492, needs no data. 3 layers of 8 experts of which "
+        "a token goes to 2, trained on bytes for 600 steps; every seed with a mixture of "
+        "its own (`tools/mixture.py`), calibrated with 32 windows of 128 bytes of what it was "
+        "trained on. Nothing is trained afterwards. Increase in nats per byte.",
+        cells,
+        (
+            below("REAP below frequency (-25%)", "-25%", "reap", "frequency"),
+            share("-50%", "reap", "frequency", 0.5),
+        ),
+        base="frequency",
+    )
+
+
+def depth() -> Section:
+    """Blocks of the packaged model, and what takes over a linear part of one."""
+    cells = {
+        (row, "1 of 4 blocks"): partial(after, f"prune-depth{{count=1 criterion=cosine{fold}}}")
+        for row, fold in (
+            ("cosine", ""),
+            ("cosine, fold=linear", " fold=linear"),
+            ("cosine, fold=stream", " fold=stream"),
+        )
+    }
+    return Section(
+        "ReplaceMe: a block, and what takes over a linear part of it",
+        "Men et al. 2403.03853 (the block that turns the stream least) and Shopkhoev et al. "
+        "2505.02819 (the fold). Nothing is trained afterwards.",
+        cells,
+        (
+            share("1 of 4 blocks", "cosine, fold=linear", "cosine", 0.5),
+            share("1 of 4 blocks", "cosine, fold=stream", "cosine", 0.5),
+        ),
+        base="cosine",
+    )
+
+
 @cache
 def digits(seed: int) -> dict[str, float]:
     """Accuracies of one network without channels, by criterion, ratio and state."""
@@ -391,6 +461,8 @@ SECTIONS: dict[str, Callable[[], Section]] = {
     "scop": scop,
     "gqa": gqa,
     "better": better,
+    "experts": experts,
+    "depth": depth,
 }
 
 

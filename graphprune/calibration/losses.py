@@ -18,7 +18,7 @@ from graphprune.ir.program import Program
 _INSTEAD = "give labels, or a criterion that needs no loss, such as criterion=wanda or criterion=l2"
 
 
-def task_loss(logits: Tensor | Logits, batch: Mapping[str, Tensor]) -> Tensor:
+def task_loss(logits: Tensor | Logits, batch: Mapping[str, Tensor], every: int = 1) -> Tensor:
     """Mean cross entropy of the labels of a batch, or without labels its `next_token_loss`.
 
     Parameters
@@ -28,6 +28,8 @@ def task_loss(logits: Tensor | Logits, batch: Mapping[str, Tensor]) -> Tensor:
     batch
         What the program was run on, with ``labels`` ``[batch]`` or ``[batch, ...]``; a label of
         -100 does not count.
+    every
+        One of so many predictions counts: logits of others are not computed.
 
     Returns
     -------
@@ -46,7 +48,7 @@ def task_loss(logits: Tensor | Logits, batch: Mapping[str, Tensor]) -> Tensor:
     8.0
     """
     logits = as_logits(logits)
-    at, labels = _targets(logits, batch)
+    at, labels = (each[::every] for each in _targets(logits, batch))
     return logits.summed(at, cross_entropy(labels)) / len(at)
 
 

@@ -87,7 +87,9 @@ def _counts(group: Group, levels: int) -> Sequence[int]:
     return sorted({round(most * level / levels) for level in range(1, levels + 1)} - {0})
 
 
-def mean_loss(program: Program, data: Calibration, compute: Compute = call) -> float:
+def mean_loss(
+    program: Program, data: Calibration, compute: Compute = call, every: int = 1
+) -> float:
     """Return the mean loss over the samples of `data`, as far as this process runs them.
 
     Parameters
@@ -96,14 +98,16 @@ def mean_loss(program: Program, data: Calibration, compute: Compute = call) -> f
         What is run, on what.
     compute
         Makes the values of nodes.
+    every
+        One of so many predictions of a batch counts.
     """
     total, labeled = 0.0, list(data.labeled())
     batches = [labeled[at] for at in own_batches(labeled)]
     inputs = [inputs_of(batch) for batch in batches]
-    every = logits_of_all(program, inputs, compute=lambda: compute)
-    for batch, logits in zip(batches, every, strict=True):
+    given = logits_of_all(program, inputs, compute=lambda: compute)
+    for batch, logits in zip(batches, given, strict=True):
         with torch.no_grad():
-            total += task_loss(logits, batch).item() * len(next(iter(batch.values())))
+            total += task_loss(logits, batch, every).item() * len(next(iter(batch.values())))
     return total / data.samples
 
 

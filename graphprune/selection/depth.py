@@ -28,6 +28,10 @@ Unit = Literal["block", "branch"]
 TOKENS = 2048
 """Tokens of text by which losses of a whole model without a part are told apart."""
 
+PREDICTIONS = 512
+"""Predictions, spread over the text, on which units are compared, the same ones for each: where a
+vocabulary is large its logits take longer than all layers."""
+
 
 @dataclass(frozen=True)
 class DepthUnit:
@@ -178,15 +182,16 @@ def by_loss(
 ) -> tuple[list[DepthUnit], list[float]]:
     """Return `count` units, each the one whose loss is least beside those before, and the losses.
 
-    The loss is measured without a unit on top of those chosen. What a unit added to the loss before
-    is taken for the least that it adds later, so that only units that could be the best are
-    measured again (the lazy greedy algorithm, Minoux 1978).
+    The loss is measured without a unit on top of those chosen, on `PREDICTIONS` of the text or a
+    few more. What a unit added to the loss before is taken for the least that it adds later, so
+    that only units that could be the best are measured again (the lazy greedy algorithm, Minoux
+    1978).
 
     Returns
     -------
     list of DepthUnit, list of float
         The units in the order in which they were chosen; the loss of the whole program and after
-        each, in nats.
+        each, in nats, as it was measured.
 
     Raises
     ------
@@ -196,9 +201,10 @@ def by_loss(
         When the program predicts nothing whose loss could be measured.
     """
     check_task(branches.program, next(iter(data.labeled())))
-    losses = [_loss_without(branches, [], data)]
+    every = max(1, data.tokens // PREDICTIONS)
+    losses = [_loss_without(branches, [], data, every)]
     added = {
-        unit.name: _loss_without(branches, [unit], data) - losses[0]
+        unit.name: _loss_without(branches, [unit], data, every) - losses[0]
         for unit in track(units, "measuring the loss without each")
         if not _refusal(branches, [unit])
     }
@@ -210,7 +216,7 @@ def by_loss(
                 break
             if _refusal(branches, [*chosen, named[name]]):
                 continue
-            loss = _loss_without(branches, [*chosen, named[name]], data)
+            loss = _loss_without(branches, [*chosen, named[name]], data, every)
             measured[name] = loss - losses[-1]
         if not measured:
             break
@@ -221,14 +227,16 @@ def by_loss(
     return _all_of(chosen, count, branches, units), losses
 
 
-def _loss_without(branches: Branches, units: Iterable[DepthUnit], data: Calibration) -> float:
+def _loss_without(
+    branches: Branches, units: Iterable[DepthUnit], data: Calibration, every: int
+) -> float:
     terms = {branch.term for unit in units for branch in unit.branches}
 
     def compute(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         value = call(node, args, kwargs)
         return torch.zeros_like(value) if node in terms else value
 
-    total = torch.tensor([mean_loss(branches.program, data, compute)], dtype=torch.float64)
+    total = torch.tensor([mean_loss(branches.program, data, compute, every)], dtype=torch.float64)
     ranks.sum_of([total])
     return total.item()
 

@@ -328,6 +328,10 @@ def test_the_loss_of_labels_is_their_cross_entropy_and_without_any_that_of_next_
     assert torch.allclose(task_loss(logits, {"x": logits, "labels": labels}), expected)
     tokens = {"input_ids": torch.tensor([[1, 2, 3], [0, 4, 2]])}
     assert torch.equal(task_loss(logits, tokens), next_token_loss(logits, tokens))
+    some = {**tokens, "attention_mask": torch.ones_like(tokens["input_ids"])}
+    rows = logits[:, :-1].flatten(0, 1)[::3].log_softmax(-1)
+    expected = -rows.gather(1, some["input_ids"][:, 1:].flatten()[::3, None]).mean()
+    assert torch.allclose(task_loss(logits, some, 3), expected)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from graphprune.passes.verify import Verify
 from graphprune.pipeline.pass_manager import Result
 from graphprune.pipeline.pipeline import Pipeline
 from graphprune.plan.plan import Plan
+from graphprune.selection import depth
 from graphprune.transforms.fold_branches import joints
 
 
@@ -87,6 +88,25 @@ def test_branches_go_greedily_by_loss() -> None:
     assert told[2] == pytest.approx(
         loss_of(without(model, tuple(named[each] for each in removed(result)))), abs=2e-4
     )
+
+
+def test_long_texts_are_compared_on_some_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
+    branches = Branches(coupling_of("llama-gqa").types)
+    units = depth.depth_units(branches, "block")
+    monkeypatch.setattr(depth, "PREDICTIONS", 12)  # of 33: one of three
+    (chosen,), losses = depth.by_loss(branches, units, 1, calibration())
+    model, ids = build("llama-gqa"), tokens()["input_ids"]
+
+    def loss(parts: tuple[str, ...]) -> float:
+        with torch.no_grad():
+            logits = without(model, parts)(**tokens()).logits[:, :-1].flatten(0, 1)[::3]
+        return nn.functional.cross_entropy(logits, ids[:, 1:].flatten()[::3]).item()
+
+    alone = {
+        unit.name: loss((f"{unit.name}.self_attn.o_proj", f"{unit.name}.mlp")) for unit in units
+    }
+    assert chosen.name == min(alone, key=alone.__getitem__)
+    assert losses == pytest.approx([loss(()), alone[chosen.name]], rel=1e-5)
 
 
 def test_blocks_go_by_how_far_they_turn_the_stream() -> None:
