@@ -42,7 +42,9 @@ class ExportOnnx(Pass):
     layout
         Of an encoder-decoder, how its parts lie in a directory: "optimum" (an encoder, a decoder of
         the first tokens and one of those that follow) or "genai" (an encoder and a decoder, for
-        speech); by default "genai" where onnxruntime-genai runs the model, else "optimum".
+        speech); by default "genai" where onnxruntime-genai runs the model, else "optimum". Of one
+        model, "browser" puts it where transformers.js looks: ``onnx/model.onnx``,
+        ``model_q4.onnx``.
     logits
         Of which tokens a decoder gives logits: all, or each row's last one, which is all that
         generating text needs.
@@ -101,7 +103,7 @@ class ExportOnnx(Pass):
     path: str = "model.onnx"
     target: Literal["portable", "cpu", "cuda", "tensorrt"] | None = None
     opset: int | None = None
-    layout: Literal["optimum", "genai"] | None = None
+    layout: Literal["optimum", "genai", "browser"] | None = None
     logits: Literal["all", "last"] = "all"
     weights: Literal["int4", "int8"] | None = None
     block: int = 32

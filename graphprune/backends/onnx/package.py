@@ -27,7 +27,7 @@ import dataclasses
 import json
 import platform
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from os import PathLike
@@ -41,6 +41,7 @@ from graphprune.backends.huggingface.choose_form import choose_form
 from graphprune.backends.huggingface.files import write_config, write_generation_config
 from graphprune.backends.huggingface.model import quiet
 from graphprune.backends.onnx.attention.forms import Target, forms_in
+from graphprune.backends.onnx.browser import arrange, check_browser
 from graphprune.backends.onnx.dimension_names import dimension_names
 from graphprune.backends.onnx.encoder_decoder.anatomy import anatomy_of
 from graphprune.backends.onnx.encoder_decoder.parts import (
@@ -62,18 +63,13 @@ from graphprune.backends.onnx.runtime.genai_config import genai_config
 from graphprune.backends.onnx.session import CPU, provider_name
 from graphprune.backends.onnx.weights.held import (
     MODEL,
-    held_weights,
     models_in,
+    not_in_models,
     weights_beside,
 )
 from graphprune.backends.onnx.weights.quantize import Quantization
 from graphprune.backends.onnx.weights.widths import check_widths
-from graphprune.errors import (
-    BackendError,
-    CheckpointError,
-    ParityError,
-    first_line,
-)
+from graphprune.errors import BackendError, CheckpointError, ParityError, first_line
 from graphprune.io.atomic import as_json, staged_directory
 from graphprune.ir.compare import tolerance_of
 from graphprune.ir.program import Program
@@ -81,6 +77,8 @@ from graphprune.plan.plan import Plan
 from graphprune.weights.tensors import type_name
 
 PARITY = "parity.json"
+
+PackageLayout = Literal["optimum", "genai", "browser"]
 
 _FORMAT, _VERSION = "graphprune-onnx", 1
 _PROVIDERS: dict[Target | None, str] = {
@@ -118,7 +116,9 @@ class Package:
         How weights were quantized, how far each is from what it was, and the quality of the model;
         None where none is.
     layout, parts
-        Of an encoder-decoder, the layout and the file of each part; None for one model.
+        The layout, and the file of each part of an encoder-decoder; None for one model.
+    file
+        The file of the one model.
     """
 
     directory: Path
@@ -130,13 +130,14 @@ class Package:
     attention: Mapping[str, str]
     parity: Mapping[str, float]
     quantization: Mapping[str, Any] | None = None
-    layout: Layout | None = None
+    layout: PackageLayout | None = None
     parts: Mapping[Role, str] | None = None
+    file: str = MODEL
 
     @property
     def model(self) -> Path:
         """The ONNX model."""
-        return self.directory / MODEL
+        return self.directory / self.file
 
 
 def is_package(directory: str | PathLike[str]) -> bool:
@@ -168,8 +169,9 @@ def read_package(directory: str | PathLike[str]) -> Package:
         fields = {field.name for field in dataclasses.fields(Package)} - {"directory"}
         for name in ("quantization", "layout", "parts"):
             record.setdefault(name, None)
+        record.setdefault("file", MODEL)
         package = Package(folder, **{name: record[name] for name in fields})
-        files = list(package.parts.values()) if package.parts else [MODEL]
+        files = list(package.parts.values()) if package.parts else [package.file]
         if lacking := [file for file in files if not (folder / file).is_file()]:
             raise CheckpointError(f"{folder} holds no ONNX package: {lacking[0]} is missing")
         return package
@@ -188,7 +190,7 @@ def write_package(
     quantization: Quantization | None = None,
     samples: Sequence[Mapping[str, torch.Tensor]] = (),
     original: Program | None = None,
-    layout: Layout | None = None,
+    layout: PackageLayout | None = None,
     **options: Any,
 ) -> OnnxReport:
     """Write `program` as a package.
@@ -214,6 +216,7 @@ def write_package(
     layout
         The layout of an encoder-decoder's parts; by default genai's for speech, and optimum's for
         all else. One whose decoder cannot be run token by token is written as a whole call then.
+        "browser" puts one model where transformers.js looks for it.
 
     Raises
     ------
@@ -226,7 +229,7 @@ def write_package(
         When there is no such target or opset, or a layout is named for what has no parts.
     """
     program = last_only(program) if logits == "last" else program
-    parts, why_whole = _parts(program, layout, quantization)
+    parts, why_whole = _parts(program, _checked(program, layout), quantization)
     with staged_directory(directory) as staged:
         describe = archive.describe(program)
         if parts is not None:
@@ -240,7 +243,7 @@ def write_package(
                 quantization=quantization,
                 **options,
             )
-        describe(staged, _not_in_models(program, models_in(staged), report.quantized))
+        describe(staged, not_in_models(program, models_in(staged), report.quantized))
         notes = [*report.notes, *why_whole, *_write_config(program, staged)]
         forms = forms_in(report.attention)
         # Where it was not run, it is known by its form: one operator keeps every cache.
@@ -259,10 +262,13 @@ def write_package(
             genai, why = speech_config(program, parts)
         else:
             genai, why = genai_config(program, shares_buffers=shares, target=target)
+        if layout == "browser":
+            genai, why = None, "the model lies where a browser looks for it"
         if genai is None:
             notes.append(f"no genai_config.json: {why}")
         else:
             _write_json(staged / "genai_config.json", genai)
+        file = arrange(staged, program, quantization) if layout == "browser" else MODEL
         if plan:
             plan.save(staged / "plan.json")
         record = {
@@ -278,15 +284,16 @@ def write_package(
             "operators": dict(report.operators),
             "parity": dict(report.parity),
             "quantization": quantized,
-            "layout": None if parts is None else parts.layout,
+            "layout": layout if parts is None else parts.layout,
+            "file": file,
             "parts": None if parts is None else FILES[parts.layout],
             "tolerance": tolerance_of(program.outputs[0].dtype),
             "versions": _versions(),
             "notes": notes,
         }
         _write_json(staged / PARITY, record)
-        size = sum(path.stat().st_size for path in staged.glob("*.onnx*"))
-    path = str(Path(directory) / MODEL if parts is None else directory)
+        size = sum(path.stat().st_size for path in staged.rglob("*.onnx*"))
+    path = str(Path(directory) / file if parts is None else directory)
     return dataclasses.replace(report, path=path, bytes=size, notes=tuple(notes))
 
 
@@ -295,7 +302,7 @@ def check_package(
     *,
     target: Target | None,
     opset: int | None,
-    layout: Layout | None,
+    layout: PackageLayout | None,
     quantization: Quantization | None,
     settled: bool,
     one_model: bool = False,
@@ -306,12 +313,10 @@ def check_package(
     said where a file is written in place of a package.
     """
     check_export(program, target, opset, quantization)
-    if (
-        not one_model
-        and has_parts(program, layout, quantized=quantization is not None)
-        and layout is not None
-    ):
-        check_layout(anatomy_of(program), layout)
+    of_parts = _checked(program, layout)
+    quantized = quantization is not None
+    if not one_model and has_parts(program, of_parts, quantized=quantized) and of_parts:
+        check_layout(anatomy_of(program), of_parts)
     if quantization is not None and settled:
         check_widths(program, quantization)
 
@@ -345,8 +350,9 @@ def verify_package(directory: str | PathLike[str], *, provider: str | None = Non
     package = read_package(directory)
     program = archive.load(package.directory, weights_beside(package.directory))
     names, provider = dimension_names(program), provider or CPU
-    if package.parts is not None and package.layout is not None:
-        return verify_parts(program, package.layout, package.parts, package.directory, provider)
+    if package.parts is not None:
+        layout: Any = package.layout
+        return verify_parts(program, layout, package.parts, package.directory, provider)
     counts = package.padding == "right"
     quantized = package.quantization
     try:
@@ -391,6 +397,14 @@ def _without_fused(program: Program, names: Mapping[str, str], provider: str) ->
         return f"without fused operators the largest error is {ran.max_relative_error or 0:.1e}"
 
 
+def _checked(program: Program, layout: PackageLayout | None) -> Layout | None:
+    """Return a layout of parts; None for one of a single model, which is refused for others."""
+    if layout == "browser":
+        check_browser(program)
+        return None
+    return layout
+
+
 def _parts(
     program: Program, layout: Layout | None, quantization: Quantization | None
 ) -> tuple[Parts | None, tuple[str, ...]]:
@@ -403,20 +417,6 @@ def _parts(
         if layout is not None:
             raise
         return None, (f"one model that computes all tokens at once: {error}",)
-
-
-def _not_in_models(
-    program: Program, models: Sequence[Path], quantized: Collection[str]
-) -> dict[str, torch.Tensor]:
-    """Return the weights of `program` that its models hold neither as they are nor `quantized`."""
-    missing = {n: weight for n, weight in program.weights.items() if n not in quantized}
-    for name, tensor in (each for model in models for each in held_weights(model)):
-        weight = missing.get(name)
-        if weight is None or program.compute_types[name] != tensor.dtype:
-            continue
-        if torch.equal(weight.cpu().to(tensor.dtype), tensor):
-            del missing[name]
-    return missing
 
 
 def _write_config(program: Program, folder: Path) -> list[str]:

@@ -64,7 +64,7 @@ class EncoderDecoderRunner:
         threads: int | None = None,
     ) -> None:
         self.package = read_package(directory)
-        if self.package.parts is None or self.package.layout is None:
+        if self.package.parts is None:
             raise CheckpointError(f"{directory} holds one model, and no encoder with a decoder")
         self.rules: Rules = rules_of(self.package.directory)
         wanted = provider_name(provider or self.package.provider)
@@ -134,8 +134,8 @@ class EncoderDecoderRunner:
             rules = replace(rules, early_stopping=early_stopping)
         started = time.perf_counter()
         rows = len(next(iter(given.values())))
-        assert self.package.layout is not None
-        decoding = Decoding(self.parts, self.package.layout, given)
+        layout: Any = self.package.layout
+        decoding = Decoding(self.parts, layout, given)
         found, first = generated(decoding, rules, rows, max_new_tokens, beams)
         spent = time.perf_counter()
         texts = self._texts(found)

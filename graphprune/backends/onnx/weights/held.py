@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ MODEL = "model.onnx"
 
 
 def models_in(folder: Path) -> list[Path]:
-    """Return the ONNX models in `folder`: one, or those of the parts of an encoder-decoder."""
-    return sorted(folder.glob("*.onnx"))
+    """Return the ONNX models of the package in `folder`, of which some lie in ``onnx/``."""
+    return sorted([*folder.glob("*.onnx"), *folder.glob("onnx/*.onnx")])
 
 
 def weights_beside(folder: Path) -> Callable[[], Iterator[tuple[str, Tensor]]] | None:
@@ -71,6 +71,20 @@ def _as_torch(array: np.ndarray[Any, Any], dtype: Any) -> Tensor:
         # NumPy has no such type: its bits travel as whole numbers.
         return torch.from_numpy(array.view("int16").copy()).view(torch.bfloat16)
     return torch.from_numpy(array.copy())
+
+
+def not_in_models(
+    program: Program, models: Sequence[Path], quantized: Collection[str]
+) -> dict[str, Tensor]:
+    """Return the weights of `program` that its models hold neither as they are nor `quantized`."""
+    missing = {n: weight for n, weight in program.weights.items() if n not in quantized}
+    for name, tensor in (each for model in models for each in held_weights(model)):
+        weight = missing.get(name)
+        if weight is None or program.compute_types[name] != tensor.dtype:
+            continue
+        if torch.equal(weight.cpu().to(tensor.dtype), tensor):
+            del missing[name]
+    return missing
 
 
 def with_held(program: Program, path: Path) -> Program:
