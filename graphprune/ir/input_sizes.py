@@ -76,17 +76,31 @@ def given_on(inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, Te
 def fill_beside_tokens(
     filled: dict[str, Tensor], names: Sequence[str], rows: int, past: int, types: bool
 ) -> None:
-    """Add attention masks of ones and, with `types`, types of zero, where they were left out."""
+    """Add attention masks of ones and, with `types`, types of zero, where they were left out.
+
+    Raises
+    ------
+    UsageError
+        When those that are given are of fewer tokens.
+    """
     for name in names:
         for kind in ("attention_mask", TYPES):
             ids = filled.get(name.removesuffix(kind) + "input_ids")
-            if name in filled or not name.endswith(kind) or ids is None:
+            if not name.endswith(kind) or ids is None or ids.ndim < 2:
+                continue
+            if name in filled:
+                _check_beside(name, filled[name], ids.shape[1])
                 continue
             if kind == TYPES and types:
                 filled[name] = torch.zeros_like(ids)
             elif kind != TYPES:
                 ones = (rows, ids.shape[1] + past)
                 filled[name] = torch.ones(ones, dtype=torch.int64, device=ids.device)
+
+
+def _check_beside(name: str, given: Tensor, tokens: int) -> None:
+    if given.ndim == 2 and given.shape[1] < tokens:
+        raise UsageError(f"input {name!r} is of {given.shape[1]} tokens, and {tokens} are given")
 
 
 @contextlib.contextmanager

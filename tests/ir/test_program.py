@@ -66,6 +66,11 @@ def test_inputs_that_are_missing_or_unknown_are_named() -> None:
     ids = torch.zeros(1, 1, dtype=torch.int64)
     with pytest.raises(UsageError, match="'input_ids' is of type list, and has to be a tensor"):
         program(input_ids=[1])
+    short = torch.ones(1, 2, dtype=torch.int64)
+    with pytest.raises(UsageError, match="'attention_mask' is of 2 tokens, and 3 are given"):
+        program(input_ids=ids.expand(1, 3), attention_mask=short)
+    with pytest.raises(UsageError, match="'(input_ids|attention_mask)' (has 1 dim|is missing)"):
+        program(input_ids=ids[0])
     with pytest.raises(UsageError, match="20 inputs are given, and the program takes input_ids, "):
         program(*[ids] * 20)
 
