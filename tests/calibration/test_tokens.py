@@ -124,8 +124,10 @@ def test_scores_are_refused_for_another_size_tokenizer_or_first_token(
 
     scored(byte_tokenizer(begins=True), samples=4)
     scored(byte_tokenizer(begins=True), samples=4)
-    told = r"on other calibration data: 4 windows of 32 tokens, beginning with 1, .*; this"
-    with pytest.raises(CalibrationError, match=told + " is 5 windows of 32 tokens"):
+    told = (
+        f"on other calibration data: 4 windows of 32 tokens of {text.name}, beginning with 1, .*;"
+    )
+    with pytest.raises(CalibrationError, match=told + " this is 5 windows of 32 tokens"):
         scored(byte_tokenizer(begins=True), samples=5)
     with pytest.raises(CalibrationError, match=told):
         scored(byte_tokenizer(begins=True), samples=4, first_token=False)

@@ -35,7 +35,7 @@ def test_a_plan_gives_the_same_checkpoint_and_verify_says_what_was_edited(
     run(graphprune, checkpoint, text, passes, tmp_path / "out")
     done = graphprune("apply", checkpoint, tmp_path / "out/plan.json", "-o", tmp_path / "again")
     assert done.status == 0, done
-    assert "planned on 8 windows of 64 tokens, tokenizer " in done.out
+    assert f"planned on 8 windows of 64 tokens of {text.name}, tokenizer " in done.out
     out, again = weights(tmp_path / "out"), weights(tmp_path / "again")
     assert out.keys() == again.keys()
     assert all(torch.equal(again[name], value) for name, value in out.items())
