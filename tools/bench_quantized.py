@@ -81,7 +81,7 @@ def main(
         _time({n: row for n, row in rows.items() if "path" in row and n != TRANSPOSED})
         report = _table(directory.name, rows, windows, passes)
     print(report)
-    _keep(directory.name, report)
+    keep(TABLES, directory.name, report)
 
 
 def _write(
@@ -131,7 +131,8 @@ def _loaded(path: str) -> dict[str, Any]:
     return dict(json.loads(ran.stdout))
 
 
-def _session(path: str) -> Any:
+def session_of(path: str) -> Any:
+    """Return a session of the processor with one thread."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -148,7 +149,7 @@ def _feeds(session: Any, ids: np.ndarray[Any, Any], past: int) -> dict[str, Any]
 
 
 def _loss(path: str, batches: Any) -> float:
-    session, losses = _session(path), []
+    session, losses = session_of(path), []
     name = session.get_outputs()[0].name
     for batch in batches:
         (logits,) = session.run([name], _feeds(session, batch["input_ids"].numpy(), 0))
@@ -161,7 +162,7 @@ def _time(rows: dict[str, dict[str, Any]]) -> None:
     ids = np.random.default_rng(0).integers(3, 1000, (1, _NEW))
     works: list[tuple[str, str, Callable[[], Any]]] = []
     for name, row in rows.items():
-        session = _session(row["path"])
+        session = session_of(row["path"])
         for what, new, past in (("prompt", _NEW, 0), ("token", 1, _PAST)):
             feeds = _feeds(session, ids[:, :new], past)
             works.append((name, what, lambda s=session, f=feeds: s.run(None, f)))  # type: ignore[misc]
@@ -207,13 +208,14 @@ def _table(name: str, rows: dict[str, dict[str, Any]], windows: int, passes: str
     return "\n".join(lines) + "\n"
 
 
-def _keep(name: str, report: str) -> None:
-    intro = "# Quantized ONNX models\n\nWritten by `python tools/bench_quantized.py`.\n"
-    before = TABLES.read_text(encoding="utf-8") if TABLES.is_file() else intro
+def keep(tables: Path, name: str, report: str) -> None:
+    """Put `report` in the place of what `tables` holds under its name, or at the end."""
+    intro = f"# Quantized ONNX models\n\nWritten by `python tools/{Path(sys.argv[0]).name}`.\n"
+    before = tables.read_text(encoding="utf-8") if tables.is_file() else intro
     parts = [
         part for part in re.split(r"(?m)^(?=## )", before) if not part.startswith(f"## {name}\n")
     ]
-    TABLES.write_text("\n".join(part.strip() + "\n" for part in (*parts, report)), encoding="utf-8")
+    tables.write_text("\n".join(part.strip() + "\n" for part in (*parts, report)), encoding="utf-8")
 
 
 if __name__ == "__main__":
