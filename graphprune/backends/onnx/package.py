@@ -47,12 +47,11 @@ from graphprune.backends.onnx.encoder_decoder.anatomy import anatomy_of
 from graphprune.backends.onnx.encoder_decoder.parts import (
     FILES,
     Layout,
-    Parts,
     Role,
     check_layout,
     has_parts,
-    split,
 )
+from graphprune.backends.onnx.encoder_decoder.proof import proven_parts
 from graphprune.backends.onnx.encoder_decoder.speech import speech_config
 from graphprune.backends.onnx.encoder_decoder.write import verify_parts, write_parts
 from graphprune.backends.onnx.export import OnnxReport, check_export, export
@@ -229,11 +228,13 @@ def write_package(
         When there is no such target or opset, or a layout is named for what has no parts.
     """
     program = last_only(program) if logits == "last" else program
-    parts, why_whole = _parts(program, _checked(program, layout), quantization)
+    parts, proven, why_whole = proven_parts(
+        program, _checked(program, layout), quantized=quantization is not None
+    )
     with staged_directory(directory) as staged:
         describe = archive.describe(program)
         if parts is not None:
-            report = write_parts(program, parts, staged, target=target, check=check, **options)
+            report = write_parts(parts, staged, proven, target=target, check=check, **options)
         else:
             report = export(
                 program,
@@ -403,20 +404,6 @@ def _checked(program: Program, layout: PackageLayout | None) -> Layout | None:
         check_browser(program)
         return None
     return layout
-
-
-def _parts(
-    program: Program, layout: Layout | None, quantization: Quantization | None
-) -> tuple[Parts | None, tuple[str, ...]]:
-    """Return the parts of an encoder-decoder; else None, and what is to be said of that."""
-    if not has_parts(program, layout, quantized=quantization is not None):
-        return None, ()
-    try:
-        return split(program, layout), ()
-    except BackendError as error:
-        if layout is not None:
-            raise
-        return None, (f"one model that computes all tokens at once: {error}",)
 
 
 def _write_config(program: Program, folder: Path) -> list[str]:

@@ -7,14 +7,48 @@ import torch
 from graphprune.backends.onnx.dimension_names import dimension_names
 from graphprune.backends.onnx.encoder_decoder.anatomy import TOKENS
 from graphprune.backends.onnx.encoder_decoder.decoding import Decoding, part_of_program
-from graphprune.backends.onnx.encoder_decoder.parts import Parts
-from graphprune.errors import ParityError
+from graphprune.backends.onnx.encoder_decoder.parts import Layout, Parts, has_parts, split
+from graphprune.errors import BackendError, ParityError
 from graphprune.ir.compare import relative_error, tolerance_of
 from graphprune.ir.program import Program
 from graphprune.ir.sample_inputs import random_inputs
 
 _STEPS = (2, 1, 3, 1)
 """Tokens that are taken at once, one time after the other."""
+
+
+def proven_parts(
+    program: Program, layout: Layout | None, *, quantized: bool
+) -> tuple[Parts | None, float, tuple[str, ...]]:
+    """Return the parts of an encoder-decoder and what `check_parts` finds of them.
+
+    They are run beside the call whether models are to be checked or not: a decoder that counts
+    places by what tokens are can be cut, and gives something else then. Where there are no parts,
+    or they are not right, there is None, and what is to be said of that.
+
+    Parameters
+    ----------
+    program
+        Any program.
+    layout
+        The layout that they are to have.
+    quantized
+        Whether weights are to be quantized.
+
+    Raises
+    ------
+    BackendError
+        When a layout was asked for and there are no parts, or they are not right.
+    """
+    if not has_parts(program, layout, quantized=quantized):
+        return None, 0.0, ()
+    try:
+        parts = split(program, layout)
+        return parts, check_parts(program, parts), ()
+    except BackendError as error:
+        if layout is not None:
+            raise
+        return None, 0.0, (f"one model that computes all tokens at once: {error}",)
 
 
 def check_parts(program: Program, parts: Parts) -> float:

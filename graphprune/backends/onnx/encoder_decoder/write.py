@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +20,32 @@ CACHED = "token by token"
 
 
 def write_parts(
-    program: Program, parts: Parts, folder: Path, *, check: bool, **options: Any
+    parts: Parts, folder: Path, proven: float, *, check: bool, **options: Any
 ) -> OnnxReport:
-    """Write the parts of `program` into `folder`; the report is of all of them together.
+    """Write parts into `folder`; the report is of all of them together.
 
     Parameters
     ----------
-    program
-        The program.
     parts
-        Its parts.
+        The parts of a program.
     folder
         Where the models go, under the names of the layout.
+    proven
+        How far the parts are from the program: what `check_parts` found.
     check
-        Whether the parts are run beside the program, and each model beside its part.
+        Whether each model is run beside its part.
     options
         As for `export`.
 
     Raises
     ------
     BackendError
-        As `export` does, and when the parts give something else than the program.
+        As `export` does.
     """
-    parity = {CACHED: check_parts(program, parts)} if check else {}
     reports = {
         role: export(part, folder / FILES[parts.layout][role], check=check, **options)
         for role, part in parts.programs.items()
     }
-    errors = [*parity.values(), *(each.max_relative_error for each in reports.values())]
     last = reports["next"]
     counted = sum((Counter(each.operators) for each in reports.values()), Counter[str]())
     return dataclasses.replace(
@@ -55,12 +53,12 @@ def write_parts(
         path=str(folder),
         bytes=sum(each.bytes for each in reports.values()),
         nodes=sum(each.nodes for each in reports.values()),
-        max_relative_error=max((each for each in errors if each is not None), default=None),
+        max_relative_error=_worst(proven, [each.max_relative_error for each in reports.values()]),
         seconds=sum(each.seconds for each in reports.values()),
         notes=tuple(dict.fromkeys(note for each in reports.values() for note in each.notes)),
         attention={k: v for each in reports.values() for k, v in each.attention.items()},
         operators=dict(sorted(counted.items())),
-        parity=parity | _by_role({role: each.parity for role, each in reports.items()}),
+        parity={CACHED: proven} | _by_role({role: each.parity for role, each in reports.items()}),
     )
 
 
@@ -77,21 +75,23 @@ def verify_parts(
         Past tolerance, naming the check and the output.
     """
     parts = split(program, layout)
-    errors = {CACHED: check_parts(program, parts)}
+    proven = check_parts(program, parts)
     ran = {
         role: compare(part, folder / files[role], dimension_names(part), provider=provider)
         for role, part in parts.programs.items()
     }
-    found = [each.max_relative_error for each in ran.values()]
-    run = [error for error in found if error is not None]
-    worst = max(*errors.values(), *run) if len(run) == len(found) else None
-    errors |= _by_role({role: each.errors for role, each in ran.items()})
     return dataclasses.replace(
         ran["next"],
-        max_relative_error=worst,
+        max_relative_error=_worst(proven, [each.max_relative_error for each in ran.values()]),
         notes=tuple(dict.fromkeys(note for each in ran.values() for note in each.notes)),
-        errors=errors,
+        errors={CACHED: proven} | _by_role({role: each.errors for role, each in ran.items()}),
     )
+
+
+def _worst(proven: float, errors: Sequence[float | None]) -> float | None:
+    """Return the largest error of all; None where a model was not run."""
+    ran = [error for error in errors if error is not None]
+    return max(proven, *ran) if len(ran) == len(errors) else None
 
 
 def _by_role(errors: Mapping[Role, Mapping[str, float]]) -> dict[str, float]:

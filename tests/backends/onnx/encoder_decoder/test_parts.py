@@ -253,6 +253,24 @@ def test_what_genai_cannot_run_is_refused_before_anything_is_written(tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
+def test_a_decoder_that_parts_are_not_right_for_is_one_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refused(*_: Any) -> float:
+        raise ParityError("its decoder gives other logits token by token")
+
+    def whole(*_: Any, **options: Any) -> None:
+        raise KeyError("whole")
+
+    monkeypatch.setattr("graphprune.backends.onnx.encoder_decoder.proof.check_parts", refused)
+    monkeypatch.setattr("graphprune.backends.onnx.package.export", whole)
+    for check in (True, False):
+        with pytest.raises(KeyError, match="whole"):
+            write_package(captured(model_of("t5")), tmp_path / "out", check=check)
+    with pytest.raises(ParityError, match="token by token"):
+        write_package(captured(model_of("t5")), tmp_path / "out", layout="optimum")
+
+
 def test_a_decoder_that_sees_what_follows_is_refused() -> None:
     program = captured(model_of("t5"))
     parts = split(program)
