@@ -95,7 +95,7 @@ def test_every_pipeline_reads_back(pipeline: Pipeline) -> None:
     [
         ("", "pipeline column 1: expected the name of a pass, found the end"),
         ("every,", "pipeline column 7: expected the name of a pass, found the end"),
-        ("every every", "pipeline column 7: expected ',' or the end, found 'every'"),
+        ("every every", "pipeline column 7: expected '{', ',' or the end, found 'every'"),
         ("every{", "pipeline column 6: '{' is not closed: '}' is missing"),
         ("every{flag}", "pipeline column 7: expected key=value or '}', found 'flag}'"),
         (
