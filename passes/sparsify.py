@@ -85,7 +85,7 @@ class Sparsify(Pass):
     ---------
     Sun et al., Wanda, 2306.11695, equation 1 and section 3; Frantar and Alistarh, SparseGPT,
     2301.00774, algorithm 1; Meng et al., ALPS, 2406.07831, algorithms 1 and 2; Zhang et al., RIA,
-    ICLR 2024, equation 4.
+    ICLR 2024.
 
     Example
     -------

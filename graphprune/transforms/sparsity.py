@@ -113,34 +113,26 @@ def wanda_scores(weight: Tensor, statistics: InputStatistics) -> Tensor:
     Tensor
         ``[parts, out, in]``, float32.
     """
-    norm = torch.where(statistics.count[:, None] > 0, statistics.norm, 1.0)
-    return weight.float().abs().mul_(norm[:, None].float())
+    return weight.float().abs().mul_(_norms(statistics))
 
 
 def ria_scores(weight: Tensor, statistics: InputStatistics) -> Tensor:
-    """Return relative importance and activations (RIA, Zhang et al., ICLR 2024, equation 4).
+    """Return relative importance and activations (RIA; Zhang et al., "Plug-and-Play", ICLR 2024).
 
     (|W| over the sum of its row + |W| over the sum of its column) times the square root of the L2
     norm of the input: no row and no column is emptied because all that it holds is small. A part
-    that saw no rows is scored by relative importance alone.
-
-    Parameters
-    ----------
-    weight
-        ``[parts, out, in]``.
-    statistics
-        Of its inputs.
-
-    Returns
-    -------
-    Tensor
-        ``[parts, out, in]``, float32.
+    that saw no rows is scored by relative importance alone. Sizes are as in `wanda_scores`.
     """
     size = weight.float().abs()
     least = torch.finfo(size.dtype).tiny
     rows, columns = (size.sum(axis, keepdim=True).clamp(min=least) for axis in (-1, -2))
-    norm = torch.where(statistics.count[:, None] > 0, statistics.norm, 1.0)
-    return (size / rows + size / columns).mul_(norm[:, None].float().sqrt())
+    return (size / rows + size / columns).mul_(_norms(statistics).sqrt())
+
+
+def _norms(statistics: InputStatistics) -> Tensor:
+    """Return the norms of inputs, ``[parts, 1, in]``; one for a part that saw no rows."""
+    seen = statistics.count[:, None] > 0
+    return torch.where(seen, statistics.norm, 1.0)[:, None].float()
 
 
 def zeros_by_score(scores: Sequence[Tensor], pattern: Pattern, scope: Scope) -> list[Tensor]:

@@ -225,7 +225,7 @@ def test_a_pattern_wider_than_the_block_of_sparsegpt_is_chosen_whole(text: str) 
 
 
 def ria_by_hand(weight: Tensor, inputs: Tensor) -> Tensor:
-    """Zhang et al., ICLR 2024, equation 4, element by element."""
+    """Zhang et al., ICLR 2024, element by element."""
     size, found = weight.abs().tolist(), torch.empty_like(weight)
     for row in range(len(size)):
         for column in range(len(size[0])):
