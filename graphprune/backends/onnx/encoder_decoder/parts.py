@@ -109,7 +109,10 @@ def has_parts(program: Program, layout: Layout | None = None, *, quantized: bool
     if not found and layout is not None:
         raise UsageError(f"layout={layout} is of an encoder and a decoder: this is one model")
     if found and quantized:
-        raise BackendError("the weights of an encoder-decoder's parts are not quantized yet")
+        raise BackendError(
+            "the weights of an encoder-decoder's parts are not quantized yet; those of one model "
+            "that computes all tokens at once are (a path that ends in .onnx)"
+        )
     return found
 
 
