@@ -210,7 +210,10 @@ def _table(name: str, rows: dict[str, dict[str, Any]], windows: int, passes: str
 
 def keep(tables: Path, name: str, report: str) -> None:
     """Put `report` in the place of what `tables` holds under its name, or at the end."""
-    intro = f"# Quantized ONNX models\n\nWritten by `python tools/{Path(sys.argv[0]).name}`.\n"
+    intro = (
+        "# Quantized ONNX models\n\nWritten by `python tools/bench_quantized.py`, and by `python "
+        "tools/bench_encoder.py` for encoders.\n"
+    )
     before = tables.read_text(encoding="utf-8") if tables.is_file() else intro
     parts = [
         part for part in re.split(r"(?m)^(?=## )", before) if not part.startswith(f"## {name}\n")
