@@ -325,8 +325,7 @@ class Calibration:
                     sizes = ", ".join(map(str, values[name].shape))
                     raise CalibrationError(
                         f"calibration batch {index}: {name!r} is {tuple(tensor.shape)} of "
-                        f"{tensor.dtype}; the program takes ({sizes}) "
-                        f"of {values[name].dtype}"
+                        f"{tensor.dtype}; the program takes ({sizes}) of {values[name].dtype}"
                     )
             if problem := beyond_vocabulary(program, batch.get("input_ids")):
                 raise CalibrationError(problem)
@@ -337,9 +336,8 @@ class Calibration:
         Returns
         -------
         dict
-            ``kind``, ``source`` (the name of the text, "" for batches), ``sha256``, ``samples``,
-            ``length``, ``tokens``, ``wanted`` (0: nobody asked for a number), ``first tokens``,
-            ``tokenizer`` and ``seed``.
+            ``kind``, ``source`` (a text's name, else ""), ``sha256``, ``samples``, ``length``,
+            ``tokens``, ``wanted`` (0: not asked for), ``first tokens``, ``tokenizer``, ``seed``.
         """
         return {
             "kind": self.kind,

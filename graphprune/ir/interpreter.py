@@ -114,6 +114,16 @@ Compute = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
 After = Callable[[fx.Node, Any, Mapping[fx.Node, Any]], Any]
 
 
+def zeroing(nodes: Collection[fx.Node]) -> Compute:
+    """Return what computes every node, and gives zeros for `nodes`."""
+
+    def compute(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        value = call(node, args, kwargs)
+        return torch.zeros_like(value) if node in nodes else value
+
+    return compute
+
+
 @dataclass(frozen=True)
 class Hooks:
     """Functions that are called around each node; every one may be left out.

@@ -110,6 +110,20 @@ def valued(node: fx.Node, mode: FakeTensorMode | None = None) -> fx.Node:
     return node
 
 
+def new_size(mode: FakeTensorMode, name: str, example: int) -> torch.SymInt:
+    """Return a new dynamic size of `mode`, called `name`, that is `example` where one is needed."""
+    # Only a few exports need them, and they take a while.
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+    context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    held: Any = mode.from_tensor(
+        torch.empty(example), symbolic_context=context, source=ConstantSource(name)
+    )
+    size: torch.SymInt = held.shape[0]
+    return size
+
+
 def size_of(size: Any, sizes: Mapping[str, int]) -> int:
     """Return a dimension's size, where its symbols have the `sizes` by their names."""
     if isinstance(size, int):

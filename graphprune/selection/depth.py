@@ -19,7 +19,7 @@ from graphprune.calibration.layerwise import logits_of_all
 from graphprune.calibration.losses import check_task
 from graphprune.errors import PlanError, SelectionError
 from graphprune.io.progress import Progress, no_progress
-from graphprune.ir.interpreter import Compute, call
+from graphprune.ir.interpreter import Compute, call, zeroing
 from graphprune.ir.program import Program
 from graphprune.selection.allocation import mean_loss
 
@@ -231,12 +231,8 @@ def _loss_without(
     branches: Branches, units: Iterable[DepthUnit], data: Calibration, every: int
 ) -> float:
     terms = {branch.term for unit in units for branch in unit.branches}
-
-    def compute(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        value = call(node, args, kwargs)
-        return torch.zeros_like(value) if node in terms else value
-
-    total = torch.tensor([mean_loss(branches.program, data, compute, every)], dtype=torch.float64)
+    loss = mean_loss(branches.program, data, zeroing(terms), every)
+    total = torch.tensor([loss], dtype=torch.float64)
     ranks.sum_of([total])
     return total.item()
 

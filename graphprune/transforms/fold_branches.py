@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, fx
@@ -25,7 +25,7 @@ from graphprune.calibration.segments import segments
 from graphprune.errors import PlanError
 from graphprune.io.progress import Progress, no_progress
 from graphprune.ir.aten import RESHAPES, is_copy, name_of
-from graphprune.ir.interpreter import Compute, Memory, ancestors, call
+from graphprune.ir.interpreter import Memory, ancestors, zeroing
 from graphprune.ir.program import Program
 
 Fold = Literal["linear", "stream"]
@@ -190,7 +190,7 @@ def fold_branches(
     for part in nodes:
         for execution in whole:
             execution.advance(part)
-    computes = itertools.repeat(_without({branches.named(name).term for name in gone}))
+    computes = itertools.repeat(zeroing({branches.named(name).term for name in gone}))
     thin = BatchExecution.of_all(program, own, nodes, memory=memory, computes=computes)
     changed, errors = ChangedWeights(program, nodes, memory), dict[str, float]()
     for part in track(parts, "folding what goes"):
@@ -215,16 +215,6 @@ def fold_branches(
         for execution in thin:
             execution.advance(part.nodes)
     return program.with_weights(changed.weights), errors
-
-
-def _without(terms: Collection[fx.Node]) -> Compute:
-    """Return what computes nodes, but zeros for `terms`."""
-
-    def compute(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        value = call(node, args, kwargs)
-        return torch.zeros_like(value) if node in terms else value
-
-    return compute
 
 
 def _changed(

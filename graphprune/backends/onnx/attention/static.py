@@ -13,12 +13,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.source import ConstantSource
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from graphprune.backends.onnx.attention.forms import STATIC_OPSET
 from graphprune.backends.onnx.attention.writer import Writer
-from graphprune.ir.nodes import arguments_of
+from graphprune.ir.nodes import arguments_of, new_size
 
 _ATEN = torch.ops.aten
 _LENGTH = 4096
@@ -92,11 +90,7 @@ class StaticCaches:
                 user.replace_all_uses_with(held)
         old = past.meta["val"]
         if self.length is None:
-            context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-            example = old.fake_mode.from_tensor(
-                torch.empty(_LENGTH), symbolic_context=context, source=ConstantSource("length")
-            )
-            self.length = example.shape[0]
+            self.length = new_size(old.fake_mode, "length", _LENGTH)
         sizes = (*old.shape[:2], self.length, old.shape[3])
         with old.fake_mode:
             past.meta = {**past.meta, "val": torch.empty(sizes, dtype=old.dtype)}

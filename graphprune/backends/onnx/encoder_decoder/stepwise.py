@@ -19,8 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.source import ConstantSource
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
@@ -28,7 +26,7 @@ from graphprune.analysis.attention.attentions import FUSED
 from graphprune.backends.onnx.encoder_decoder.anatomy import Anatomy, reads_size
 from graphprune.backends.onnx.encoder_decoder.pieces import Named, Piece
 from graphprune.errors import BackendError
-from graphprune.ir.nodes import arguments_of, set_argument, valued
+from graphprune.ir.nodes import arguments_of, new_size, set_argument, valued
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import operator_of
 
@@ -72,7 +70,7 @@ class _Stepwise:
         """Copies of sizes and of what is computed of them, for all tokens and not the new ones."""
         self.tokens = self.copies[anatomy.tokens[1]]
         self.mode = self.tokens.meta["val"].fake_mode
-        self.length = self._length()
+        self.length = new_size(self.mode, "past", _PAST)
         self.presents = dict(caches.values())
         self.pasts = {node: self._past(name, node) for name, (_, node) in caches.items()}
         self.cut: dict[tuple[fx.Node, tuple[int, ...]], fx.Node] = {}
@@ -92,14 +90,6 @@ class _Stepwise:
         return self.piece.program_of(outputs, {symbol: ValueRanges(0, int_oo)})
 
     # -- inputs --
-
-    def _length(self) -> torch.SymInt:
-        """Return a new dynamic size for the tokens that the cache holds."""
-        context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-        example = self.mode.from_tensor(
-            torch.empty(_PAST), symbolic_context=context, source=ConstantSource("past")
-        )
-        return example.shape[0]
 
     def _past(self, name: str, node: fx.Node) -> fx.Node:
         new = node.meta["val"]
