@@ -85,8 +85,10 @@ class ProcessError(GraphPruneError):
     """Processes that were started apart, or of which one has ended before the others."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: object, known: Iterable[str]) -> str:
     """``; did you mean 'x'?`` for the known name nearest to `name`, or "" when none is near.
+
+    What is no text is near to nothing.
 
     Examples
     --------
@@ -95,6 +97,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     >>> nearest("ffn", ["model:residual", "model.layers.0.mlp:ffn"])  # a part of a longer name
     "; did you mean 'model.layers.0.mlp:ffn'?"
     """
+    if not isinstance(name, str):
+        return ""
     names = list(known)
     matches = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     matches += [each for each in names if name in re.split(r"[.:]", each)]

@@ -208,6 +208,8 @@ class Coupling:
             When there is no such weight or dimension.
         """
         rank = self.program.weight(weight).ndim
+        if type(dim) is not int:
+            raise UsageError(f"dimension {dim!r} of {weight}: give its number, such as 0")
         if not -rank <= dim < rank:
             raise UsageError(f"{weight} has {rank} dimensions, there is no dimension {dim}")
         dim %= rank

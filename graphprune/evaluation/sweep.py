@@ -1,18 +1,16 @@
-"""Sweeps: perplexity against size, for several pipelines over several ratios and seeds."""
+"""Sweeps: what is lost against size, for several pipelines over several ratios and seeds."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
 from graphprune.calibration.data import Calibration
-from graphprune.calibration.tokens import TokenizerLike
 from graphprune.errors import CalibrationError, EvaluationError, GraphPruneError
+from graphprune.evaluation.held_out import HeldOutData, Yardstick
 from graphprune.evaluation.journal import Journal
-from graphprune.evaluation.perplexity import perplexity
 from graphprune.evaluation.sweep_result import MeasuredProgram, Sweep, SweepPoint
 from graphprune.evaluation.template import PipelineTemplate
 from graphprune.io.atomic import staged_file
@@ -27,23 +25,11 @@ RESULT, PICTURE = "sweep.json", "sweep.png"
 """The files of a sweep beside its journal: all that was asked for, and the curves."""
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """The text that programs are measured on, as `perplexity` takes it."""
-
-    text: str | PathLike[str]
-    tokenizer: TokenizerLike
-    length: int = 256
-    batch_size: int = 4
-    max_tokens: int | None = None
-    first_token: bool = True
-
-
 def sweep(
     program: Program,
     recipes: Sequence[PipelineTemplate],
     ratios: Sequence[float],
-    heldout: HeldOut,
+    heldout: HeldOutData,
     folder: str | PathLike[str],
     *,
     draws: Sequence[Calibration | None] = (None,),
@@ -58,7 +44,7 @@ def sweep(
     recipes, ratios
         What to run.
     heldout
-        What to measure on.
+        What to measure on: text for language models, samples for all others.
     folder
         Where the files of the sweep go: a directory that is empty, absent, or of a sweep. Points
         that lie there already, of the same program, texts and pipeline, are not measured again,
@@ -91,8 +77,8 @@ def sweep(
         if lacking and draws[seed] is None:
             raise CalibrationError(f"recipe {recipe.name!r}: {uncalibrated(lacking[0])}")
     journal = Journal(Path(folder), "sweep", MeasuredProgram.from_json)
-    measured = perplexity(program, **vars(heldout), progress=progress or False)
-    dense = MeasuredProgram.measured(program, measured.loss, measured.perplexity)
+    yardstick = heldout.yardstick(program, progress)
+    dense = MeasuredProgram.measured(program, *yardstick.dense)
     weights, points = digest([program.weights]), list[SweepPoint]()
     with progress_bar(progress, "sweeping", total=len(jobs)) as advance:
         for recipe, ratio, seed, pipeline, output in jobs:
@@ -100,8 +86,8 @@ def sweep(
             identity = {
                 "graphprune": __version__,
                 "weights": weights,
-                "text": measured.sha256,
-                "length": measured.length,
+                "text": yardstick.sha256,
+                "length": yardstick.length,
                 "calibration": draw.sha256 if draw is not None else None,
                 "pipeline": str(pipeline),
                 "seed": seed,
@@ -109,13 +95,13 @@ def sweep(
             size, reason = journal.find(identity), ""
             if size is None:
                 try:
-                    size = _measure(program, pipeline, draw, seed, output, heldout, progress)
+                    size = _measure(program, pipeline, draw, seed, output, yardstick, progress)
                 except (GraphPruneError, RuntimeError, MemoryError) as error:
                     reason = " ".join(str(error).split()) or type(error).__name__
                 journal.add(identity, size, reason)
             points.append(SweepPoint(recipe.name, ratio, seed, size, reason))
             advance(1)
-    result = Sweep(dense, measured.tokens, measured.sha256, tuple(points))
+    result = Sweep(dense, yardstick.count, yardstick.sha256, tuple(points), yardstick.name)
     with staged_file(journal.folder / RESULT, overwrite=True) as file:
         file.write_text(result.to_json() + "\n", encoding="utf-8")
     with staged_file(journal.folder / PICTURE, overwrite=True) as file:
@@ -129,13 +115,13 @@ def _measure(
     draw: Calibration | None,
     seed: int,
     output: Path,
-    heldout: HeldOut,
+    yardstick: Yardstick,
     progress: DisplayFactory | None,
 ) -> MeasuredProgram:
     result = pipeline.run(
         program, calibration=draw, seed=seed, output=output, quiet=progress is None
     )
-    found = perplexity(result.program, **vars(heldout), progress=progress or False)
-    if math.isnan(found.loss):
-        raise EvaluationError("the loss on the held-out text is not a number")
-    return MeasuredProgram.measured(result.program, found.loss, found.perplexity)
+    loss, perplexity = yardstick.measure(result.program)
+    if math.isnan(loss):
+        raise EvaluationError(f"the {yardstick.name} on the held-out data is not a number")
+    return MeasuredProgram.measured(result.program, loss, perplexity)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graphprune.evaluation.held_out import PERPLEXITY
 from graphprune.io.atomic import as_json
 from graphprune.ir.program import Program
 from graphprune.pipeline.report import ProgramSize
@@ -17,10 +18,13 @@ from graphprune.report import plots
 if TYPE_CHECKING:
     from rich.console import Group as Shown
 
+_LARGEST = 700.0
+"""Losses in nats above it have no perplexity that is a number."""
+
 
 @dataclass(frozen=True)
 class MeasuredProgram(ProgramSize):
-    """The size of a program, and how well it predicts the held-out text.
+    """The size of a program, and how well it does on the held-out data.
 
     Parameters
     ----------
@@ -28,16 +32,23 @@ class MeasuredProgram(ProgramSize):
         As in `ProgramSize`.
     nonzero
         How many parameters are not zero.
-    loss, perplexity
-        On the held-out text; infinite where it is too large for a number.
+    loss
+        The mean of what is measured on the held-out data, the next-token loss of a language model.
+    perplexity
+        Of a language model; infinite where it is too large for a number, None for other models.
     """
 
     nonzero: int
     loss: float
-    perplexity: float
+    perplexity: float | None
+
+    @property
+    def figure(self) -> float:
+        """What is shown: the perplexity, or what is measured where there is none."""
+        return self.loss if self.perplexity is None else self.perplexity
 
     @classmethod
-    def measured(cls, program: Program, loss: float, perplexity: float) -> MeasuredProgram:
+    def measured(cls, program: Program, loss: float, perplexity: float | None) -> MeasuredProgram:
         """Count the parameters of `program`, whose loss is known."""
         kinds = program.kinds
         parameters = [w for name, w in program.weights.items() if kinds[name] == "parameter"]
@@ -48,8 +59,11 @@ class MeasuredProgram(ProgramSize):
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> MeasuredProgram:
         """Read what JSON kept of one, which has null for what is infinite."""
-        unbounded = {name: math.inf for name in ("loss", "perplexity") if data[name] is None}
-        return cls(**{**data, **unbounded})
+        loss = math.inf if data["loss"] is None else data["loss"]
+        perplexity = data["perplexity"]
+        if perplexity is None and loss > _LARGEST:
+            perplexity = math.inf
+        return cls(**{**data, "loss": loss, "perplexity": perplexity})
 
 
 @dataclass(frozen=True)
@@ -84,9 +98,10 @@ class RecipeSummary:
     parameters, nonzero
         Means over the points that did not fail; None where all did.
     perplexity, loss
-        Means over them.
+        Means over them; no perplexity where none is measured.
     spread
-        The standard deviation of the perplexity over seeds; None for fewer than two.
+        The standard deviation of the perplexity, or of what else is measured, over seeds; None for
+        fewer than two.
     measured
         How many points did not fail.
     reasons
@@ -103,6 +118,11 @@ class RecipeSummary:
     measured: int
     reasons: tuple[str, ...]
 
+    @property
+    def figure(self) -> float | None:
+        """What is shown: the perplexity, or what is measured where there is none."""
+        return self.loss if self.perplexity is None else self.perplexity
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -113,15 +133,18 @@ class Sweep:
     dense
         The program that all points start from.
     tokens, text_sha256
-        How many tokens were predicted, and a digest of the windows.
+        How many tokens were predicted, or samples measured, and a digest of them.
     points
         In the order of recipes, ratios and seeds.
+    measure
+        What is measured.
     """
 
     dense: MeasuredProgram
     tokens: int
     text_sha256: str
     points: tuple[SweepPoint, ...]
+    measure: str = PERPLEXITY
 
     def summaries(self) -> list[RecipeSummary]:
         """Summarize the points of each recipe and ratio."""
@@ -140,7 +163,7 @@ class Sweep:
         return as_json(document, indent=1)
 
     def picture(self, path: Path) -> None:
-        """Draw perplexity against parameters, a curve for each recipe.
+        """Draw what is measured against parameters, a curve for each recipe.
 
         Raises
         ------
@@ -149,14 +172,14 @@ class Sweep:
         """
         series: dict[str, list[plots.Point]] = {}
         for each in self.summaries():
-            if each.nonzero and each.perplexity and math.isfinite(each.perplexity):
-                point = plots.Point(each.nonzero, each.perplexity, each.spread or 0.0)
+            if each.nonzero and each.figure is not None and math.isfinite(each.figure):
+                point = plots.Point(each.nonzero, each.figure, each.spread or 0.0)
                 series.setdefault(each.recipe, []).append(point)
         plots.curves(
             path,
             series,
-            marks={"unpruned": plots.Point(self.dense.nonzero, self.dense.perplexity)},
-            labels=("parameters that are not zero", "perplexity"),
+            marks={"unpruned": plots.Point(self.dense.nonzero, self.dense.figure)},
+            labels=("parameters that are not zero", self.measure),
         )
 
     def __rich__(self) -> Shown:
@@ -168,16 +191,17 @@ class Sweep:
 
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
         table.add_column("recipe", overflow="fold")
-        for title in ("ratio", "parameters", "not zero", "perplexity"):
+        for title in ("ratio", "parameters", "not zero"):
             table.add_column(title, justify="right", no_wrap=True)
+        table.add_column(self.measure, justify="right")
         dense = self.dense
         whole = f"{dense.parameters:,}", f"{dense.nonzero / dense.parameters:.1%}"
-        table.add_row("(unpruned)", "", *whole, f"{dense.perplexity:.2f}", end_section=True)
+        table.add_row("(unpruned)", "", *whole, self._number(dense.figure), end_section=True)
         summaries = self.summaries()
         for at, each in enumerate(summaries):
             first = not at or summaries[at - 1].recipe != each.recipe
             last = at + 1 == len(summaries) or summaries[at + 1].recipe != each.recipe
-            cells = (each.recipe if first else "", f"{each.ratio:g}", *_cells(each, dense))
+            cells = (each.recipe if first else "", f"{each.ratio:g}", *self._cells(each))
             table.add_row(*map(Text, cells), end_section=last)
         failed: dict[tuple[str, str], list[str]] = {}
         for point in self.points:
@@ -190,17 +214,19 @@ class Sweep:
         ]
         return Shown(table, *lines)
 
+    def _cells(self, summary: RecipeSummary) -> tuple[str, str, str]:
+        if summary.parameters is None or summary.nonzero is None or summary.figure is None:
+            return "", "", "failed"
+        dense = self.dense.parameters
+        spread = "" if summary.spread is None else f" ± {self._number(summary.spread)}"
+        return (
+            f"{summary.parameters:,.0f} ({summary.parameters / dense - 1:+.1%})",
+            f"{summary.nonzero / dense:.1%}",
+            f"{self._number(summary.figure)}{spread}",
+        )
 
-def _cells(summary: RecipeSummary, dense: MeasuredProgram) -> tuple[str, str, str]:
-    if summary.parameters is None or summary.nonzero is None or summary.perplexity is None:
-        return "", "", "failed"
-    change = summary.parameters / dense.parameters - 1
-    spread = "" if summary.spread is None else f" ± {summary.spread:.2f}"
-    return (
-        f"{summary.parameters:,.0f} ({change:+.1%})",
-        f"{summary.nonzero / dense.parameters:.1%}",
-        f"{summary.perplexity:.2f}{spread}",
-    )
+    def _number(self, figure: float) -> str:
+        return f"{figure:.2f}" if self.measure == PERPLEXITY else f"{figure:.4g}"
 
 
 def _summary(recipe: str, ratio: float, points: Sequence[SweepPoint]) -> RecipeSummary:
@@ -208,16 +234,17 @@ def _summary(recipe: str, ratio: float, points: Sequence[SweepPoint]) -> RecipeS
     reasons = tuple(dict.fromkeys(point.reason for point in points if point.reason))
     if not sizes:
         return RecipeSummary(recipe, ratio, None, None, None, None, None, 0, reasons)
-    perplexities = [size.perplexity for size in sizes]
-    certain = len(sizes) > 1 and all(map(math.isfinite, perplexities))
+    figures = [size.figure for size in sizes]
+    perplexities = [size.perplexity for size in sizes if size.perplexity is not None]
+    certain = len(sizes) > 1 and all(map(math.isfinite, figures))
     return RecipeSummary(
         recipe,
         ratio,
         statistics.mean(size.parameters for size in sizes),
         statistics.mean(size.nonzero for size in sizes),
-        statistics.fmean(perplexities),
+        statistics.fmean(perplexities) if perplexities else None,
         statistics.fmean(size.loss for size in sizes),
-        statistics.stdev(perplexities) if certain else None,
+        statistics.stdev(figures) if certain else None,
         len(sizes),
         reasons,
     )

@@ -7,6 +7,7 @@ name may have are tried in turn by running the model, and the first that it acce
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 import warnings
@@ -85,12 +86,13 @@ def example_of(model: Any) -> Example:
 def _with_types(model: Any, example: Example) -> Example:
     """Return `example` with types of tokens, where the model takes some and none means zero."""
     ids = example.inputs.get("input_ids")
-    takes = TYPES in inspect.signature(model.forward).parameters
-    if ids is None or not takes or model.device.type == "meta":
+    if ids is None or TYPES not in inspect.signature(model.forward).parameters:
         return example
     typed = example | _example(TYPES, torch.zeros_like(ids), 1)
-    other = example | _example(TYPES, torch.ones_like(ids), 1)
     try:
+        if model.device.type == "meta":
+            return typed if TYPES in example_of(_with_values(model)).inputs else example
+        other = example | _example(TYPES, torch.ones_like(ids), 1)
         with torch.no_grad(), values_lent(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             results = [model(**each.inputs, return_dict=True) for each in (example, typed, other)]
@@ -99,6 +101,14 @@ def _with_types(model: Any, example: Example) -> Example:
     without, zeros, ones = (next(iter(each.values())) for each in results)
     matters = torch.equal(without, zeros) and not torch.equal(zeros, ones)
     return typed if matters else example
+
+
+def _with_values(model: Any) -> Any:
+    """Return the first layer of a model that has no values, at random, to stand for it."""
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = 1
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        return type(model)(config).eval()
 
 
 def _refusal(model: Any, example: Example) -> str:

@@ -1,15 +1,16 @@
-"""Fill in inputs that were left out, and check all against the sizes for which a graph holds."""
+"""Fill in inputs that were left out, and check all against what a graph takes."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from graphprune.errors import UsageError
+from graphprune.ir.aten import LOOKUPS, name_of
 
 Limits = Mapping[str, tuple[int, int | None]]
 
@@ -104,10 +105,22 @@ def _check_beside(name: str, given: Tensor, tokens: int) -> None:
 
 
 @contextlib.contextmanager
-def named(values: Sequence[Any], limits: Limits, given: Sequence[Tensor]) -> Iterator[None]:
-    """Name the size that is past its limits where a run fails and one is.
+def named(
+    nodes: Callable[[], Iterable[tuple[Any, fx.Node]]], limits: Limits, given: Sequence[Tensor]
+) -> Iterator[None]:
+    """Name the input that a run fails on, where one is unlike what the program takes.
 
-    What `torch.export` gives as ranges may be narrower than where the graph holds.
+    A type may be another of its kind, nothing may be computed of nothing, and what `torch.export`
+    gives as ranges may be narrower than where the graph holds, so only what fails is refused.
+
+    Parameters
+    ----------
+    nodes
+        Gives the inputs, each with its placeholder.
+    limits
+        The least and the most that a symbol may be.
+    given
+        What is given for each input.
 
     Raises
     ------
@@ -117,20 +130,38 @@ def named(values: Sequence[Any], limits: Limits, given: Sequence[Tensor]) -> Ite
     try:
         yield
     except Exception:
-        shapes = {value.name: value.shape for value in values}
-        check_sizes(shapes, limits, dict(zip(shapes, given, strict=True)))
+        pairs = [*nodes()]
+        for (value, node), tensor in zip(pairs, given, strict=True):
+            _check_like(value, node, tensor)
+        values = [value for value, _ in pairs]
+        check_inputs(values, limits, {v.name: t for v, t in zip(values, given, strict=True)})
         raise
 
 
-def check_sizes(
-    shapes: Mapping[str, tuple[int | str, ...]], limits: Limits, inputs: Mapping[str, Tensor]
-) -> None:
-    """Refuse inputs of sizes for which the graph does not hold, naming the first.
+def _check_like(value: Any, node: fx.Node, given: Tensor) -> None:
+    name = value.name
+    if given.is_floating_point() and given.dtype != value.dtype:
+        raise UsageError(f"input {name!r} is of {given.dtype}; the program takes {value.dtype}")
+    if not given.numel():
+        dim = given.shape.index(0)
+        if isinstance(value.shape[dim], str) and not value.is_cache:
+            raise UsageError(f"dimension {dim} of input {name!r} is 0: there is nothing to compute")
+        return
+    rows = None if given.is_floating_point() else table_rows(node, shifted=False)
+    if rows is None:
+        return
+    for found in (int(given.min()), int(given.max())):
+        if not 0 <= found < rows:
+            raise UsageError(f"input {name!r} holds {found}, and picks from {rows} rows")
+
+
+def check_inputs(values: Sequence[Any], limits: Limits, inputs: Mapping[str, Tensor]) -> None:
+    """Refuse inputs of kinds and sizes for which the graph does not hold, naming the first.
 
     Parameters
     ----------
-    shapes
-        The shape of each input; a dynamic size is the name of its symbol.
+    values
+        The inputs that the graph takes; a dynamic size is the name of its symbol.
     limits
         The least and the most that a symbol may be.
     inputs
@@ -139,11 +170,15 @@ def check_sizes(
     Raises
     ------
     UsageError
-        When a size is not as it should be.
+        When one has numbers in the place of integers or the other way round, or a size is not as
+        it should be.
     """
     first: dict[str, tuple[int, str]] = {}
-    for name, wanted in shapes.items():
-        shape = inputs[name].shape
+    for value in values:
+        name, wanted = value.name, value.shape
+        given_type, shape = inputs[name].dtype, inputs[name].shape
+        if _kind(given_type) != _kind(value.dtype):
+            raise UsageError(f"input {name!r} is of {given_type}; the program takes {value.dtype}")
         if len(shape) != len(wanted):
             raise UsageError(
                 f"input {name!r} has {len(shape)} dimensions, and the program takes {len(wanted)}"
@@ -161,8 +196,50 @@ def check_sizes(
                 _check_limits(where, given, limits.get(size, (0, None)))
 
 
+def _kind(dtype: torch.dtype) -> tuple[bool, bool]:
+    return dtype.is_floating_point, dtype.is_complex
+
+
 def _check_limits(where: str, given: int, limits: tuple[int, int | None]) -> None:
     least, most = limits
     if given < least or (most is not None and given > most):
-        to = f"from {least}" if most is None else f"{least} to {most}"
-        raise UsageError(f"{where} is {given}, and the program holds for {to}")
+        to = f"from {least} on" if most is None else f"for {least} to {most}"
+        raise UsageError(f"{where} is {given}, and the program holds {to}")
+
+
+# -- tables ---------------------------------------------------------------------------------------
+
+_SHIFTS = ("add", "sub", "mul")
+"""Operators after which an index is another than what went in, by an offset say."""
+
+
+def table_rows(node: fx.Node, *, shifted: bool = True) -> int | None:
+    """Return the rows of the smallest table that the integers of `node` look into, if any.
+
+    Where `shifted` is false, tables looked into by what arithmetic made of the integers, which
+    their rows do not bound, do not count.
+    """
+    rows: dict[fx.Node, int] = {}
+    moved: set[fx.Node] = set()
+    start = (node, False)
+    seen, queue = {start}, [start]
+    while queue:
+        node, changed = queue.pop()
+        for user in node.users:
+            value = user.meta.get("val")
+            after = (user, changed or name_of(user) in _SHIFTS)
+            if _looks_up(user, node):
+                rows[user] = int(user.args[0].meta["val"].shape[0])  # type: ignore[union-attr]
+                moved |= {user} if changed else set()
+            elif isinstance(value, Tensor) and not value.is_floating_point() and after not in seen:
+                seen.add(after)
+                queue.append(after)
+    return min((n for user, n in rows.items() if shifted or user not in moved), default=None)
+
+
+def _looks_up(user: fx.Node, index: fx.Node) -> bool:
+    """Return whether `user` picks rows of a weight by the values of `index`."""
+    table: Any = user.args[0] if user.args else None
+    if not isinstance(table, fx.Node) or table is index or table.op != "placeholder":
+        return False
+    return name_of(user) in LOOKUPS

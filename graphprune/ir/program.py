@@ -55,6 +55,11 @@ class Value:
     shape: tuple[int | str, ...]
     dtype: torch.dtype
 
+    @property
+    def is_cache(self) -> bool:
+        """Whether it is a cache that goes in, which is empty before the first token."""
+        return self.name.startswith(PAST)
+
 
 NoteKind = Literal[
     "",
@@ -157,7 +162,7 @@ class Program:
     @property
     def is_decoder(self) -> bool:
         """Return whether a KV cache goes in and out."""
-        return any(value.name.startswith(PAST) for value in self.inputs)
+        return any(value.is_cache for value in self.inputs)
 
     @property
     def lacks_values(self) -> bool:
@@ -239,7 +244,7 @@ class Program:
         """Return the bytes that one more token takes in the KV cache (0 when there is none)."""
         total = 0
         for value in self.inputs:
-            if value.name.startswith(PAST):
+            if value.is_cache:
                 _, heads, _, width = value.shape
                 total += int(heads) * int(width) * value.dtype.itemsize
         return total
@@ -309,7 +314,7 @@ class Program:
     def run(self, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the graph on other `weights` of the same shapes, in the caller's grad mode."""
         given = self.placed(weights, inputs)
-        with input_sizes.named(self.inputs, self._bounds, given[len(self.weights) :]):
+        with input_sizes.named(self.input_nodes, self._bounds, given[len(self.weights) :]):
             outputs = module_on(self.graph_module, device_of(given))(*given)
         return {value.name: out for value, out in zip(self.outputs, outputs, strict=True)}
 
@@ -335,24 +340,19 @@ class Program:
         batch = next((len(tensor) for tensor in inputs.values() if tensor.ndim), 1)
         past = 0
         for value in self.inputs:
-            if not value.name.startswith(PAST):
+            if not value.is_cache:
                 continue
             if value.name not in filled:
                 rows, heads, held, width = value.shape
-                shape = (
-                    batch if isinstance(rows, str) else rows,
-                    int(heads),
-                    0 if isinstance(held, str) else held,
-                    int(width),
-                )
+                held = 0 if isinstance(held, str) else held
+                shape = (batch if isinstance(rows, str) else rows, int(heads), held, int(width))
                 filled[value.name] = torch.zeros(shape, dtype=value.dtype, device=device)
             past = filled[value.name].shape[2]
         input_sizes.fill_beside_tokens(filled, names, batch, past, self._types_may_be_zero)
         for name in names:
             if name not in filled:
                 raise UsageError(f"input {name!r} is missing; the program takes {', '.join(names)}")
-        shapes = {value.name: value.shape for value in self.inputs}
-        input_sizes.check_sizes(shapes, self.limits, filled)
+        input_sizes.check_inputs(self.inputs, self.limits, filled)
         return filled
 
     @property

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils._sympy.functions import CleanDiv, FloorDiv, Mod, PythonMod
 
-from graphprune.ir.aten import LOOKUPS, MOVES, name_of, plain_name
+from graphprune.ir.aten import MOVES, name_of, plain_name
+from graphprune.ir.input_sizes import table_rows
 from graphprune.ir.nodes import arguments_of, size_of
 from graphprune.ir.program import PAST, Program, Value
 
@@ -202,41 +203,3 @@ def continuation(
 ) -> dict[str, Tensor]:
     """Return one more token for every row of a decoder's `inputs`."""
     return random_inputs(program, seed=seed, batch=len(inputs["input_ids"]), length=1)
-
-
-# -- tables ---------------------------------------------------------------------------------------
-
-_SHIFTS = ("add", "sub", "mul")
-"""Operators after which an index is another than what went in, by an offset say."""
-
-
-def table_rows(node: fx.Node, *, shifted: bool = True) -> int | None:
-    """Return the rows of the smallest table that the integers of `node` look into, if any.
-
-    Where `shifted` is false, tables looked into by what arithmetic made of the integers, which
-    their rows do not bound, do not count.
-    """
-    rows: dict[fx.Node, int] = {}
-    moved: set[fx.Node] = set()
-    start = (node, False)
-    seen, queue = {start}, [start]
-    while queue:
-        node, changed = queue.pop()
-        for user in node.users:
-            value = user.meta.get("val")
-            after = (user, changed or name_of(user) in _SHIFTS)
-            if _looks_up(user, node):
-                rows[user] = int(user.args[0].meta["val"].shape[0])  # type: ignore[union-attr]
-                moved |= {user} if changed else set()
-            elif isinstance(value, Tensor) and not value.is_floating_point() and after not in seen:
-                seen.add(after)
-                queue.append(after)
-    return min((n for user, n in rows.items() if shifted or user not in moved), default=None)
-
-
-def _looks_up(user: fx.Node, index: fx.Node) -> bool:
-    """Return whether `user` picks rows of a weight by the values of `index`."""
-    table: Any = user.args[0] if user.args else None
-    if not isinstance(table, fx.Node) or table is index or table.op != "placeholder":
-        return False
-    return name_of(user) in LOOKUPS

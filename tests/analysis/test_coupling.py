@@ -378,6 +378,10 @@ def test_a_weight_that_does_not_exist_is_refused() -> None:
         UsageError, match="lm_head.weight has 2 dimensions, there is no dimension 2"
     ):
         coupling.explain("lm_head.weight", 2)
+    with pytest.raises(UsageError, match="dimension '0' of lm_head.weight: give its number"):
+        coupling.explain("lm_head.weight", "0")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="no weight 3"):
+        coupling.explain(3, 0)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="there is no dimension -3"):
         coupling.explain("lm_head.weight", -3)
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from architectures import program_of
 from byte_llama import byte_llama, byte_tokenizer
 from fakes import pipelines_run
 from rich.console import Console
@@ -18,9 +20,10 @@ from rich.console import Console
 import graphprune as gp
 from graphprune.calibration.data import Calibration
 from graphprune.errors import CalibrationError, OutputError, PipelineError, UsageError
+from graphprune.evaluation.held_out import HeldOut, HeldOutSamples
 from graphprune.evaluation.journal import POINTS
 from graphprune.evaluation.perplexity import perplexity
-from graphprune.evaluation.sweep import PICTURE, RESULT, HeldOut, sweep
+from graphprune.evaluation.sweep import PICTURE, RESULT, sweep
 from graphprune.evaluation.sweep_result import MeasuredProgram, Sweep, SweepPoint
 from graphprune.evaluation.template import PipelineTemplate, read_ratios
 from graphprune.ir.program import Program
@@ -138,6 +141,22 @@ def test_points_are_what_the_pipelines_give(tmp_path: Path) -> None:
     assert last.perplexity == pytest.approx(statistics.mean(size.perplexity for size in sizes))
 
 
+def test_models_that_predict_no_next_token_are_measured_by_how_far_they_are(tmp_path: Path) -> None:
+    encoder = program_of("bert")
+    batches = [{"input_ids": torch.arange(18).reshape(2, 9)}]
+    recipes, ratios = [PipelineTemplate.read(FFN)], (0.25, 0.5)
+    found = sweep(encoder, recipes, ratios, HeldOutSamples(batches), tmp_path / "out")
+    assert found.measure.startswith(("divergence", "relative squared change of "))
+    assert (found.dense.loss, found.dense.perplexity, found.tokens) == (0.0, None, 2)
+    losses = [point.size.loss for point in found.points if point.size]
+    assert 0 < losses[0] < losses[1]
+    console = Console(file=io.StringIO(), width=100)
+    console.print(found)
+    assert found.measure in console.file.getvalue()  # type: ignore[attr-defined]
+    again = sweep(encoder, recipes, ratios, HeldOutSamples(batches), tmp_path / "out")
+    assert again == found
+
+
 def test_recipes_share_the_calibration(tmp_path: Path) -> None:
     batches = [{"input_ids": ids} for ids in (perplexity_ids(0), perplexity_ids(1))]
     draws = [Calibration.from_batches([batch]) for batch in batches]
@@ -151,7 +170,6 @@ def test_recipes_share_the_calibration(tmp_path: Path) -> None:
 
 
 def perplexity_ids(seed: int) -> Any:
-    import torch
 
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (2, 16), generator=generator)

@@ -354,6 +354,14 @@ def test_types_of_tokens_are_an_input_that_may_be_left_out(model_type: str, tmp_
     assert torch.equal(archive.load(tmp_path / "archive")(**pair)["logits"], found)
 
 
+def test_a_model_without_weights_takes_types_of_tokens_as_one_with_weights_does() -> None:
+    model: Any = tiny_model("masked-lm", "bert")
+    with torch.device("meta"):
+        bare = type(model)(model.config).eval()
+    names = [value.name for value in gp.capture(bare).inputs]
+    assert names == ["input_ids", "attention_mask", "token_type_ids"]
+
+
 def test_plans_from_before_types_of_tokens_were_an_input_hold() -> None:
     program = gp.capture(tiny_model("masked-lm", "bert"))
     before = dataclasses.replace(

@@ -75,6 +75,30 @@ def test_inputs_that_are_missing_or_unknown_are_named() -> None:
         program(*[ids] * 20)
 
 
+@pytest.mark.parametrize(
+    ("ids", "why"),
+    [
+        (torch.ones(1, 4), "'input_ids' is of torch.float32; the program takes torch.int64"),
+        (torch.ones(0, 4, dtype=torch.int64), "dimension 0 of input 'input_ids' is 0"),
+        (torch.ones(2, 0, dtype=torch.int64), "dimension 1 of input 'input_ids' is 0"),
+        (torch.tensor([[5, 61]]), "'input_ids' holds 61, and picks from 61 rows"),
+        (torch.tensor([[5, -1]]), "'input_ids' holds -1, and picks from 61 rows"),
+    ],
+)
+def test_tokens_that_are_none_are_refused_by_name(ids: torch.Tensor, why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        program_of("llama-gqa")(input_ids=ids)
+
+
+def test_numbers_of_another_type_are_named_where_a_run_fails_on_them() -> None:
+    program = gp.capture(nn.Linear(3, 2), (torch.ones(4, 3),))
+    with pytest.raises(UsageError, match=r"'input' is of torch.float64; the program takes .*32"):
+        program(torch.ones(4, 3, dtype=torch.float64))
+    with pytest.raises(UsageError, match=r"'input' is of torch.int64; the program takes .*32"):
+        program(torch.ones(4, 3, dtype=torch.int64))
+    assert program(torch.ones(0, 3))["output"].shape == (0, 2)
+
+
 def test_a_size_past_what_the_graph_takes_is_refused_by_name() -> None:
     class Placed(nn.Module):
         def __init__(self) -> None:

@@ -13,8 +13,9 @@ from graphprune.backends.onnx.dimension_names import output_names
 from graphprune.backends.onnx.weights.blocks import with_activations
 from graphprune.errors import BackendError, ParityError, first_line
 from graphprune.ir.compare import relative_error, tolerance_of
+from graphprune.ir.input_sizes import table_rows
 from graphprune.ir.program import PAST, PRESENT, Program
-from graphprune.ir.sample_inputs import sizes_near_example, table_rows
+from graphprune.ir.sample_inputs import sizes_near_example
 
 _LENGTHS = (7, 11, 13, 17, 19)
 _ROOM = 64

@@ -90,18 +90,9 @@ def _compare(
     """Print how far `program` is from `original` on held-out data."""
     from rich.table import Table
 
-    from graphprune.calibration.data import Calibration
-    from graphprune.calibration.tokens import why_no_text
     from graphprune.evaluation.comparison import compare
 
-    if heldout.path.suffix == ".safetensors":
-        data = Calibration.from_tensors(heldout.path, batch_size=heldout.batch_size)
-        data.check(original)
-        batches: Sequence[Mapping[str, Tensor]] = (*data.batches, *data.held_out)
-    else:
-        if problem := why_no_text(original):
-            raise EvaluationError(f"{problem}: give --text FILE.safetensors with inputs by name")
-        batches = _text_batches(original, directory, heldout)
+    batches = _batches(original, directory, heldout)
     found = compare(original, program, batches, session.progress)
     if as_json:
         print(to_json({"text": str(heldout.path), **found.to_dict()}))
@@ -111,6 +102,22 @@ def _compare(
         table.add_row(*row)
     show(table)
     print(f"compared on {found.counted} of {heldout.path.name}")
+
+
+def _batches(
+    program: Program, directory: str, heldout: HeldOutOptions
+) -> Sequence[Mapping[str, Tensor]]:
+    """Return held-out tensors by name, or what `program` takes of held-out text."""
+    from graphprune.calibration.data import Calibration
+    from graphprune.calibration.tokens import why_no_text
+
+    if heldout.path.suffix == ".safetensors":
+        data = Calibration.from_tensors(heldout.path, batch_size=heldout.batch_size)
+        data.check(program)
+        return (*data.batches, *data.held_out)
+    if problem := why_no_text(program):
+        raise EvaluationError(f"{problem}: give --text FILE.safetensors with inputs by name")
+    return _text_batches(program, directory, heldout)
 
 
 def _text_batches(
@@ -225,8 +232,13 @@ def sweep(
     loading: LoadOptions,
     as_json: AsJson = False,
 ) -> None:
-    """Measure perplexity against size for several recipes: a table, JSON and a picture."""
-    from graphprune.evaluation.sweep import HeldOut, sweep
+    """Measure what is lost against size for several recipes: a table, JSON and a picture.
+
+    That is the perplexity of a language model, and how far any other is from the original.
+    """
+    from graphprune.evaluation.held_out import HeldOut, HeldOutData, HeldOutSamples
+    from graphprune.evaluation.perplexity import why_not_causal
+    from graphprune.evaluation.sweep import sweep
     from graphprune.evaluation.template import PipelineTemplate, read_ratios
 
     require_text(heldout.text, EvaluationError)
@@ -239,13 +251,17 @@ def sweep(
         read_calibration(calibration, pipelines, program, directory, seed)[1]
         for seed in range(seeds)
     ]
-    measured_on = HeldOut(
-        heldout.path,
-        resolve(heldout.tokenizer or directory),
-        heldout.length,
-        heldout.batch_size,
-        heldout.max_tokens,
-        heldout.first_token,
+    measured_on: HeldOutData = (
+        HeldOutSamples(_batches(program, directory, heldout))
+        if heldout.path.suffix == ".safetensors" or why_not_causal(program)
+        else HeldOut(
+            heldout.path,
+            resolve(heldout.tokenizer or directory),
+            heldout.length,
+            heldout.batch_size,
+            heldout.max_tokens,
+            heldout.first_token,
+        )
     )
     found = sweep(
         program, recipes, chosen, measured_on, output, draws=draws, progress=session.progress
