@@ -67,7 +67,7 @@ class ExportOnnx(Pass):
         Whether to check the file with `onnx.checker` once it is written, and to run it in ONNX
         Runtime; a directory by the whole protocol of `graphprune.backends.onnx.parity`. A quantized
         model is compared with the values that its weights stand for; what quantizing costs is
-        measured on text of the calibration that nothing was fitted to.
+        measured on the calibration: by its labels, or on text that nothing was fitted to.
 
     Requires
     --------
@@ -164,7 +164,8 @@ class ExportOnnx(Pass):
                 report = program.export_onnx(path, **options)
             else:
                 if self.weights is not None and (data := context.calibration) is not None:
-                    options["samples"] = data.held_out or data.batches
+                    unseen = data.held_out or data.batches
+                    options["samples"] = list(data.labeled()) if data.labels else unseen
                     options["original"] = context.original
                 options |= {"plan": context.plan_of(program), "layout": self.layout}
                 report = write_package(program, path, **options)

@@ -27,12 +27,8 @@ from graphprune.backends.onnx.session import check_opset
 from graphprune.backends.onnx.weights.as_used import write_as_used
 from graphprune.backends.onnx.weights.blocks import with_activations
 from graphprune.backends.onnx.weights.held import with_held
-from graphprune.backends.onnx.weights.quantize import (
-    Quantization,
-    quantize,
-    same_bytes,
-    shared_bytes,
-)
+from graphprune.backends.onnx.weights.one_file import placed_at
+from graphprune.backends.onnx.weights.quantize import Quantization, quantize, shared_bytes
 from graphprune.backends.onnx.weights.widths import check_widths
 from graphprune.errors import BackendError, UsageError, first_line
 from graphprune.io.atomic import staged_file
@@ -345,7 +341,7 @@ def _save(model: onnx_ir.Model, path: Path, external_data: bool | None) -> None:
             model, path.parent, f"{path.name}.data", size_threshold_bytes=256, alignment=4096
         )
         for value, same in shared.items():
-            value.const_value = same_bytes(value, same)
+            value.const_value = placed_at(same.const_value, value)
     onnx_ir.save(model, path)
 
 

@@ -53,11 +53,17 @@ from graphprune.backends.onnx.encoder_decoder.parts import (
 )
 from graphprune.backends.onnx.encoder_decoder.proof import proven_parts
 from graphprune.backends.onnx.encoder_decoder.speech import speech_config
-from graphprune.backends.onnx.encoder_decoder.write import verify_parts, write_parts
+from graphprune.backends.onnx.encoder_decoder.write import parts_run, verify_parts, write_parts
 from graphprune.backends.onnx.export import OnnxReport, check_export, export
 from graphprune.backends.onnx.last_logits import last_only
 from graphprune.backends.onnx.parity import FULL, SHARED, Parity, compare
-from graphprune.backends.onnx.quality import check_quality, keep, measure
+from graphprune.backends.onnx.quality import (
+    check_quality,
+    distances_said,
+    keep,
+    measure,
+    model_run,
+)
 from graphprune.backends.onnx.runtime.genai_config import genai_config
 from graphprune.backends.onnx.session import CPU, provider_name
 from graphprune.backends.onnx.weights.held import (
@@ -221,20 +227,27 @@ def write_package(
     ------
     BackendError
         When the program cannot be exported or the model is not exact, onnxruntime-genai cannot run
-        an encoder-decoder whose layout is to be its own, or weights of one are to be quantized.
+        an encoder-decoder whose layout is to be its own.
     OutputError
         When `directory` is not empty or cannot be written. Nothing is left behind.
     UsageError
         When there is no such target or opset, or a layout is named for what has no parts.
     """
     program = last_only(program) if logits == "last" else program
-    parts, proven, why_whole = proven_parts(
-        program, _checked(program, layout), quantized=quantization is not None
-    )
+    parts, proven, why_whole = proven_parts(program, _checked(program, layout))
     with staged_directory(directory) as staged:
         describe = archive.describe(program)
         if parts is not None:
-            report = write_parts(parts, staged, proven, target=target, check=check, **options)
+            report = write_parts(
+                program,
+                parts,
+                staged,
+                proven,
+                target=target,
+                check=check,
+                quantization=quantization,
+                **options,
+            )
         else:
             report = export(
                 program,
@@ -248,16 +261,19 @@ def write_package(
         notes = [*report.notes, *why_whole, *_write_config(program, staged)]
         forms = forms_in(report.attention)
         # Where it was not run, it is known by its form: one operator keeps every cache.
-        quantized, said = None, None
+        quantized = None
         if quantization is not None:
             quantized = {**quantization.to_dict(), "distances": dict(report.quantized)}
-            said = measure(program, staged / MODEL, samples, original) if check else None
-        if quantized is not None and said is not None:
-            keep(said[1], staged)
-            quantized["quality"] = said[0].to_dict()
-            notes.append(str(said[0]))
-        elif quantized is not None:
-            notes.append("what quantizing costs was not measured: there are no samples")
+            if parts is not None:
+                run = parts_run(program, parts.layout, FILES[parts.layout], staged)
+            else:
+                run = model_run(program, staged / MODEL)
+            said = measure(program, run, samples, original) if check else None
+            if said is not None:
+                keep(said[1], staged)
+                quantized["quality"] = said[0].to_dict()
+            unknown = "what quantizing costs was not measured: there are no samples"
+            notes.append(unknown if said is None else str(said[0]))
         shares = SHARED in report.parity if report.parity else forms in ({"gqa"}, {"static"})
         if parts is not None:
             genai, why = speech_config(program, parts)
@@ -315,8 +331,7 @@ def check_package(
     """
     check_export(program, target, opset, quantization)
     of_parts = _checked(program, layout)
-    quantized = quantization is not None
-    if not one_model and has_parts(program, of_parts, quantized=quantized) and of_parts:
+    if not one_model and has_parts(program, of_parts) and of_parts:
         check_layout(anatomy_of(program), of_parts)
     if quantization is not None and settled:
         check_widths(program, quantization)
@@ -351,39 +366,34 @@ def verify_package(directory: str | PathLike[str], *, provider: str | None = Non
     package = read_package(directory)
     program = archive.load(package.directory, weights_beside(package.directory))
     names, provider = dimension_names(program), provider or CPU
+    quantized, folder, layout = package.quantization, package.directory, package.layout
     if package.parts is not None:
-        layout: Any = package.layout
-        return verify_parts(program, layout, package.parts, package.directory, provider)
-    counts = package.padding == "right"
-    quantized = package.quantization
-    try:
-        ran = compare(
-            program,
-            package.model,
-            names,
-            counts=counts,
-            protocol=FULL,
-            provider=provider,
-            quantized=quantized is not None,
-            static="static" in forms_in(package.attention),
+        assert layout == "optimum" or layout == "genai"
+        ran = verify_parts(
+            program, layout, package.parts, folder, provider, quantized=quantized is not None
         )
-    except ParityError as error:
-        raise ParityError(f"{error}; {_without_fused(program, names, provider)}") from error
+        run = parts_run(program, layout, package.parts, folder, provider)
+    else:
+        try:
+            ran = compare(
+                program,
+                package.model,
+                names,
+                counts=package.padding == "right",
+                protocol=FULL,
+                provider=provider,
+                quantized=quantized is not None,
+                static="static" in forms_in(package.attention),
+            )
+        except ParityError as error:
+            raise ParityError(f"{error}; {_without_fused(program, names, provider)}") from error
+        run = model_run(program, package.model, provider)
     if quantized is None:
         return ran
-    notes = [_distances_said(quantized["distances"])]
+    notes = [distances_said(quantized["distances"])]
     if "quality" in quantized and ran.version is not None:
-        notes.append(check_quality(quantized["quality"], program, package.model, provider))
+        notes.append(check_quality(quantized["quality"], program, run, folder))
     return dataclasses.replace(ran, notes=(*ran.notes, *notes))
-
-
-def _distances_said(distances: Mapping[str, float]) -> str:
-    """Say how far quantized weights are from what they were."""
-    worst = max(distances, key=distances.__getitem__)
-    return (
-        f"{len(distances)} weights are quantized: relative to its length, {worst} was changed the "
-        f"most, by {distances[worst]:.1e}"
-    )
 
 
 def _without_fused(program: Program, names: Mapping[str, str], provider: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphprune.backends.onnx.encoder_decoder.anatomy import TOKENS
 from graphprune.backends.onnx.encoder_decoder.parts import Layout, Role
 from graphprune.backends.onnx.session import open_session
 from graphprune.errors import BackendError, first_line
@@ -97,6 +98,18 @@ class Decoding:
         self.held: dict[str, Tensor] = {}
         self._take(parts["encoder"].run(inputs))
         self.held |= {f"encoder_{name}": t for name, t in inputs.items() if "mask" in name}
+
+    @classmethod
+    def of_call(
+        cls,
+        program: Program,
+        parts: Mapping[Role, Part],
+        layout: Layout,
+        call: Mapping[str, Tensor],
+    ) -> Decoding:
+        """Encode what goes into one call of `program`, but for its decoder's tokens."""
+        inputs = [call[value.name] for value in program.inputs if value.name != TOKENS]
+        return cls(parts, layout, dict(zip(parts["encoder"].shapes, inputs, strict=True)))
 
     def repeat(self, count: int) -> None:
         """Let every row be there `count` times."""

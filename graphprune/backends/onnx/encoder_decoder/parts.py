@@ -95,24 +95,17 @@ def split(program: Program, layout: Layout | None = None) -> Parts:
     return Parts(layout, made, why)
 
 
-def has_parts(program: Program, layout: Layout | None = None, *, quantized: bool = False) -> bool:
-    """Return whether `program` is an encoder-decoder; refuse what it cannot be written as.
+def has_parts(program: Program, layout: Layout | None = None) -> bool:
+    """Return whether `program` is an encoder-decoder.
 
     Raises
     ------
     UsageError
         When it is none, and a layout is named.
-    BackendError
-        When it is one, and weights are to be quantized.
     """
     found = is_encoder_decoder(program)
     if not found and layout is not None:
         raise UsageError(f"layout={layout} is of an encoder and a decoder: this is one model")
-    if found and quantized:
-        raise BackendError(
-            "the weights of an encoder-decoder's parts are not quantized yet; those of one model "
-            "that computes all tokens at once are (a path that ends in .onnx)"
-        )
     return found
 
 

@@ -18,7 +18,7 @@ _STEPS = (2, 1, 3, 1)
 
 
 def proven_parts(
-    program: Program, layout: Layout | None, *, quantized: bool
+    program: Program, layout: Layout | None
 ) -> tuple[Parts | None, float, tuple[str, ...]]:
     """Return the parts of an encoder-decoder and what `check_parts` finds of them.
 
@@ -32,15 +32,13 @@ def proven_parts(
         Any program.
     layout
         The layout that they are to have.
-    quantized
-        Whether weights are to be quantized.
 
     Raises
     ------
     BackendError
         When a layout was asked for and there are no parts, or they are not right.
     """
-    if not has_parts(program, layout, quantized=quantized):
+    if not has_parts(program, layout):
         return None, 0.0, ()
     try:
         parts = split(program, layout)
@@ -70,12 +68,10 @@ def check_parts(program: Program, parts: Parts) -> float:
             if name.endswith("attention_mask") and rows > 1:
                 mask[1, mask.shape[1] // 2 :] = 0
         whole = program(**inputs)[program.outputs[0].name]
-        ids = inputs.pop(TOKENS)
         made = {role: part_of_program(part) for role, part in parts.programs.items()}
-        renamed = dict(zip(made["encoder"].shapes, inputs.values(), strict=True))
-        decoding = Decoding(made, parts.layout, renamed)
+        decoding = Decoding.of_call(program, made, parts.layout, inputs)
         for start, end in _ranges():
-            found = decoding.advance(ids[:, start:end])
+            found = decoding.advance(inputs[TOKENS][:, start:end])
             error = relative_error(whole[:, start:end], found)
             worst = max(worst, error)
             if not error <= tolerance_of(found.dtype):

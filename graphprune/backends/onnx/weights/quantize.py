@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -60,6 +60,8 @@ class Quantization:
     activations
         What a product is computed with: "float", or "int8" for activations that are rounded too,
         which is faster on a CPU. What hqq makes takes "float" only.
+    named
+        What single matrices become, by name, whatever else is said.
 
     Raises
     ------
@@ -73,6 +75,7 @@ class Quantization:
     head: Bits | None = None
     embedding: Bits | None = None
     activations: Activations = "float"
+    named: Mapping[str, Bits] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("weights", "head", "embedding"):
@@ -99,6 +102,44 @@ class Quantization:
         wanted = {BITS[k] for k in (self.weights, self.head, self.embedding) if k in BITS}
         for bits in sorted(wanted):
             check_quantizer(bits, self.block, self.algorithm)
+
+    def becomes(self, name: str, *, heads: Collection[bool], picked: bool) -> Bits:
+        """Return what a matrix becomes.
+
+        Parameters
+        ----------
+        name
+            Of the matrix.
+        heads
+            Whether each product with it is the head.
+        picked
+            Whether rows of it are picked.
+
+        Raises
+        ------
+        UsageError
+            When it would have to be two things, or ONNX Runtime picks no rows of it.
+        """
+        wanted = set[Bits]()
+        if name in self.named:
+            wanted.add(self.named[name])
+        else:
+            wanted.update((self.head or self.weights) if head else self.weights for head in heads)
+            if picked:
+                otherwise: Bits = next(iter(wanted), "float")
+                wanted.add(self.embedding or otherwise)
+        if len(wanted) > 1:
+            raise UsageError(
+                f"{name} is embedding and head in one, and cannot become "
+                + " and ".join(sorted(wanted))
+            )
+        (kind,) = wanted
+        if kind != "float" and picked and self.algorithm == "hqq":
+            raise UsageError(
+                f"rows of {name} are picked, and ONNX Runtime picks none from what hqq makes: "
+                "give embedding=float, or another algorithm"
+            )
+        return kind
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name."""
@@ -214,24 +255,9 @@ def _bits(
     value: onnx_ir.Value, uses: list[_Use], chosen: Quantization, head: onnx_ir.Node | None
 ) -> int:
     """Return how many bits a matrix gets; 0 where it stays as it is."""
-    products = {
-        chosen.head or chosen.weights if use.node is head else chosen.weights
-        for use in uses
-        if not use.picks
-    }
-    rows = {chosen.embedding or next(iter(products), "float") for use in uses if use.picks}
-    if len(wanted := products | rows) > 1:
-        raise UsageError(
-            f"{value.name} is embedding and head in one, and cannot become "
-            + " and ".join(sorted(wanted))
-        )
-    (kind,) = wanted
-    if kind != "float" and rows and chosen.algorithm == "hqq":
-        raise UsageError(
-            f"rows of {value.name} are picked, and ONNX Runtime picks none from what hqq makes: "
-            "give embedding=float, or another algorithm"
-        )
-    return BITS.get(kind, 0)
+    heads = [use.node is head for use in uses if not use.picks]
+    picked = len(heads) < len(uses)
+    return BITS.get(chosen.becomes(str(value.name), heads=heads, picked=picked), 0)
 
 
 def _distance(matrix: Array, found: Blocks) -> float:
@@ -251,23 +277,6 @@ def shared_bytes(model: onnx_ir.Model) -> dict[onnx_ir.Value, onnx_ir.Value]:
     held = model.graph.initializers.values()
     pairs = ((value, value.meta.get(_SAME_BYTES)) for value in held)
     return {value: same for value, same in pairs if same is not None and same.is_initializer()}
-
-
-def same_bytes(value: onnx_ir.Value, same: onnx_ir.Value) -> Any:
-    """Return what `value` holds: the bytes of `same`, which lie in a file, in its own shape."""
-    import onnx_ir
-
-    tensor = same.const_value
-    assert isinstance(tensor, onnx_ir.ExternalTensor) and value.shape is not None
-    return onnx_ir.ExternalTensor(
-        tensor.location,
-        tensor.offset,
-        tensor.length,
-        tensor.dtype,
-        shape=value.shape,
-        name=str(value.name),
-        base_dir=tensor.base_dir,
-    )
 
 
 # -- the model -------------------------------------------------------------------------------------

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, fx
 
-from graphprune.backends.onnx.weights.quantize import BITS, Quantization
+from graphprune.backends.onnx.weights.quantize import BITS, Bits, Quantization
 from graphprune.backends.onnx.weights.quantizers import check_matrix
 from graphprune.ir.aten import PRODUCTS, name_of
 from graphprune.ir.nodes import arguments_of
@@ -29,29 +30,36 @@ def check_widths(program: Program, chosen: Quantization) -> None:
     Raises
     ------
     UsageError
-        Naming the matrix, and a block that does.
+        Naming the matrix, and a block that does; or when it would have to become two things.
     """
+    for name, kind, columns in _matrices(program, chosen):
+        if kind != "float":
+            check_matrix(name, columns, BITS[kind], chosen.block, chosen.algorithm)
+
+
+def kinds_of(program: Program, chosen: Quantization) -> dict[str, Bits]:
+    """Return what each weight of `program` becomes in every model that is made of a part of it.
+
+    What an embedding of one part becomes may follow from the head of another that it is tied to.
+    """
+    kinds: dict[str, Bits] = dict.fromkeys(program.weights, "float")
+    return kinds | {name: kind for name, kind, _ in _matrices(program, chosen)}
+
+
+def _matrices(program: Program, chosen: Quantization) -> Iterator[tuple[str, Bits, int]]:
+    """Yield each matrix that is only multiplied with and picked from, its kind and its columns."""
     head = _head(next(iter(program.output_nodes()))[1])
     for name, node in program.weight_nodes():
         value = node.meta["val"]
         if program.kinds[name] != "parameter" or value.dim() != 2 or not value.is_floating_point():
             continue
-        uses = [_use(node, user) for user in node.users]
-        turned = {use for use in uses if isinstance(use, bool)}
-        if None in uses or len(turned) > 1:
+        uses = {user: _use(node, user) for user in node.users}
+        turned = {use for use in uses.values() if isinstance(use, bool)}
+        if not uses or None in uses.values() or len(turned) > 1:
             continue
-        products = {
-            chosen.head or chosen.weights if user is head else chosen.weights
-            for user, use in zip(node.users, uses, strict=True)
-            if isinstance(use, bool)
-        }
-        picked = {
-            chosen.embedding or next(iter(products), "float") for use in uses if use == "rows"
-        }
-        kinds = products | picked
-        if len(kinds) == 1 and (kind := kinds.pop()) != "float":
-            columns = int(value.shape[0 if True in turned else 1])
-            check_matrix(name, columns, BITS[kind], chosen.block, chosen.algorithm)
+        heads = [user is head for user, use in uses.items() if isinstance(use, bool)]
+        kind = chosen.becomes(name, heads=heads, picked=len(heads) < len(uses))
+        yield name, kind, int(value.shape[0 if True in turned else 1])
 
 
 def _use(weight: fx.Node, user: fx.Node) -> Any:

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 import transformers as tf
@@ -239,6 +240,53 @@ def test_a_missing_part_is_named(package: Path, tmp_path: Path) -> None:
         read_package(tmp_path)
 
 
+# -- quantized --
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package whose embedding, the encoder's as well, is the head."""
+    torch.manual_seed(0)
+    program = captured(_t5(d_model=32, d_ff=64, d_kv=8, tie_word_embeddings=True).eval())
+    tokens = torch.arange(18).reshape(3, 6)
+    samples = [{**inputs_of("t5"), "decoder_input_ids": tokens, "labels": (tokens + 1) % 53}]
+    folder = tmp_path_factory.mktemp("quantized") / "out"
+    chosen = Quantization("int4", activations="int8")
+    write_package(program, folder, target="cpu", quantization=chosen, samples=samples)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_weight_is_the_same_in_all_parts_and_there_once(quantized: Path) -> None:
+    held = [
+        {tensor.name: {e.key: e.value for e in tensor.external_data} for tensor in initializers}
+        for initializers in (
+            onnx.load(quantized / file, load_external_data=False).graph.initializer
+            for file in (read_package(quantized).parts or {}).values()
+        )
+    ]
+    places = [part["shared.weight.int4.rows"] for part in held]
+    places += [part["shared.weight.int4"] for part in held[1:]]
+    assert {place["location"] for place in places} == {"model.onnx.data"}
+    assert len({place["offset"] for place in places}) == 1
+    assert not list(quantized.glob("*coder*.data"))
+
+
+@pytest.mark.slow
+def test_quantized_parts_are_judged_by_labels_proven_and_run(quantized: Path) -> None:
+    package = read_package(quantized)
+    assert package.quantization is not None
+    quality = package.quantization["quality"]
+    assert (quality["measure"], quality["samples"]) == ("loss", 3)
+    assert quality["quantized"] == pytest.approx(quality["pruned"], rel=0.1)
+    ran = verify_package(quantized)
+    assert ran.max_relative_error is not None
+    assert ran.max_relative_error < 1e-5
+    assert any("loss on 3 windows" in note for note in ran.notes)
+    (row, *_) = gp.EncoderDecoderRunner(quantized).generate(inputs_of("t5"), max_new_tokens=3)
+    assert 1 <= len(row.tokens) <= 3
+
+
 # -- refused --
 
 
@@ -248,8 +296,6 @@ def test_what_genai_cannot_run_is_refused_before_anything_is_written(tmp_path: P
         write_package(captured(model_of("t5")), tmp_path / "out", layout="genai")
     with pytest.raises(BackendError, match="takes sounds of 3,000 frames, and the model 20"):
         write_package(captured(model_of("whisper")), tmp_path / "out", layout="genai")
-    with pytest.raises(BackendError, match="not quantized yet"):
-        write_package(captured(model_of("t5")), tmp_path / "out", quantization=Quantization("int8"))
     assert not (tmp_path / "out").exists()
 
 
