@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -13,7 +13,10 @@ from graphprune.calibration.layerwise import logits_of_all
 from graphprune.calibration.logits import Logits, RowLoss, as_logits
 from graphprune.errors import CalibrationError
 from graphprune.ir.compare import relative_error, tolerance_of
-from graphprune.ir.program import Program
+from graphprune.ir.program import PRESENT, Program
+
+Departure = Callable[[Logits, Logits], Tensor]
+"""Of an output of a program and of the original: how far each sample is off, ``[samples]``."""
 
 _INSTEAD = "give labels, or a criterion that needs no loss, such as criterion=wanda or criterion=l2"
 
@@ -179,6 +182,34 @@ def divergence(before: Tensor, after: Tensor) -> Tensor:
     """Return KL(before || after) of the classes of every row, in nats and float32."""
     wanted, found = before.float().log_softmax(-1), after.float().log_softmax(-1)
     return (wanted.exp() * (wanted - found)).sum(-1)
+
+
+def departure_of(program: Program) -> tuple[str, str, Departure]:
+    """Return how far programs made of `program` are from it: a name, the output, the measure.
+
+    That is the divergence of the logits, as a mean over positions, or the relative squared change
+    of the first output.
+    """
+    outputs = program.outputs
+    if any(value.name == "logits" for value in outputs):
+        return "divergence", "logits", _divergence
+    name = next(
+        value.name
+        for value in outputs
+        if value.dtype.is_floating_point and not value.name.startswith(PRESENT)
+    )
+    return f"relative squared change of {name}", name, _change
+
+
+def _divergence(found: Logits, whole: Logits) -> Tensor:
+    at = torch.arange(found.shape[:-1].numel(), device=found.device)
+    each = found.each(at, lambda logits, piece: divergence(whole.rows(piece), logits))
+    return each.reshape(found.shape[0], -1).mean(1)
+
+
+def _change(found: Logits, whole: Logits) -> Tensor:
+    after, before = found.all(), whole.all()
+    return (after - before).square().flatten(1).sum(1) / before.square().flatten(1).sum(1)
 
 
 def _targets(logits: Logits, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,9 @@ from torch import Tensor
 from graphprune.calibration.data import LABELS, inputs_of
 from graphprune.calibration.layerwise import logits_of_all
 from graphprune.calibration.logits import Logits
-from graphprune.calibration.losses import divergence, sample_losses
+from graphprune.calibration.losses import departure_of, sample_losses
 from graphprune.evaluation.perplexity import why_not_causal
-from graphprune.ir.program import PRESENT, Program
+from graphprune.ir.program import Program
 
 Batch = Mapping[str, Tensor]
 
@@ -36,15 +36,9 @@ def measure_of(program: Program, batches: Sequence[Batch]) -> tuple[str, Measure
     if labeled or ("decoder_input_ids" not in batches[0] and not why_not_causal(program)):
         name = "cross entropy" if labeled else "next-token loss"
         return name, lambda run: map(sample_losses, run(logits), batches)
+    name, output, departure = departure_of(program)
     whole = runner(program, [inputs_of(batch) for batch in batches])
-    if logits == "logits":
-        return "divergence", lambda run: map(_divergence, run("logits"), whole("logits"))
-    name = next(
-        value.name
-        for value in program.outputs
-        if value.dtype.is_floating_point and not value.name.startswith(PRESENT)
-    )
-    return f"relative squared change of {name}", lambda run: map(_change, run(name), whole(name))
+    return name, lambda run: map(departure, run(output), whole(output))
 
 
 def runner(program: Program, inputs: Sequence[Batch]) -> Run:
@@ -56,14 +50,3 @@ def runner(program: Program, inputs: Sequence[Batch]) -> Run:
 def measured(run: Run, measure: Measure) -> Tensor:
     """Return the measure of every sample, ``[samples]``, float64."""
     return torch.cat(list(measure(run))).double().cpu()
-
-
-def _divergence(found: Logits, whole: Logits) -> Tensor:
-    at = torch.arange(found.shape[:-1].numel(), device=found.device)
-    each = found.each(at, lambda logits, piece: divergence(whole.rows(piece), logits))
-    return each.reshape(found.shape[0], -1).mean(1)
-
-
-def _change(found: Logits, whole: Logits) -> Tensor:
-    after, before = found.all(), whole.all()
-    return (after - before).square().flatten(1).sum(1) / before.square().flatten(1).sum(1)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import fx
 
@@ -24,6 +25,20 @@ Cost = Literal["params", "macs", "kv_bytes"]
 
 TOKENS = 512
 """Length of the prompt whose multiply-accumulates are counted, where a length is dynamic."""
+
+KernelKind = Literal["product", "attention"]
+
+
+class Kernel(NamedTuple):
+    """A piece of work that a runtime has a kernel for, and its sizes.
+
+    Of a product: matrices at once, rows, what is summed over, columns. Of an attention: heads,
+    rows, keys, and the widths of keys and of values.
+    """
+
+    kind: KernelKind
+    sizes: tuple[int, ...]
+
 
 Owners = tuple[tuple[Atom, int], ...]
 """Units (axis, index) without any one of which a product is not there."""
@@ -70,12 +85,28 @@ class Costs:
         How many is all that matters, but for units that own whole weights, which may be of
         different sizes: there a sequence says which ones, and a number means the first.
         """
+        return self._total(self._terms(cost), self._cuts(lost))
+
+    def kernels(self, lost: Mapping[str, int]) -> Counter[Kernel]:
+        """Return the matrix products and attentions of a prompt, with how often each is run.
+
+        As they are once groups (by name) have lost units under each parent. Convolutions count as
+        the products that they amount to.
+        """
+        cuts, found = self._cuts(lost), Counter[Kernel]()
+        for kind, dims, owners in self._kernels:
+            if not _gone(owners, cuts):
+                sizes = (math.prod(self._size(axis, cuts) for axis in each) for each in dims)
+                found[Kernel(kind, tuple(sizes))] += 1
+        return found
+
+    def _cuts(self, lost: Mapping[str, int | Sequence[int]]) -> dict[Axis, AxisCut]:
         cuts: dict[Axis, AxisCut] = {}
         for name, units in lost.items():
             removed = tuple(range(units)) if isinstance(units, int) else tuple(units)
             if removed:
                 cuts[self.coupling.atom(name)] = AxisCut(removed=removed)
-        return self._total(self._terms(cost), cuts)
+        return cuts
 
     def unit(self, cost: Cost, name: str) -> int:
         """Return what the first unit of a group saves when it goes (0 for the only unit)."""
@@ -90,7 +121,7 @@ class Costs:
         return sum(
             factor * math.prod(self._size(axis, cuts) for axis in axes)
             for factor, axes, owners in terms
-            if not any(atom in cuts and unit in cuts[atom].removed for atom, unit in owners)
+            if not _gone(owners, cuts)
         )
 
     def _terms(self, cost: Cost) -> Terms:
@@ -239,3 +270,39 @@ class Costs:
             owners = () if taken_over else self._owners.get(node, ())
             found += [(1, term, owners) for term in terms]
         return found
+
+    @cached_property
+    def _kernels(self) -> list[tuple[KernelKind, Sequence[Sequence[Axis]], Owners]]:
+        """Every matrix product and attention: its kind, the axes of each of its sizes, owners."""
+        types = self.coupling.types.axes_of
+        found: list[tuple[KernelKind, Sequence[Sequence[Axis]], Owners]] = []
+        contracted: dict[fx.Node, list[Axis]] = {}
+        for entry in self.coupling.types.facts.contractions:
+            if len(entry.operands) > 1:
+                contracted.setdefault(entry.node, []).append(entry.axis)
+        for node, inner in contracted.items():
+            name, result = name_of(node), types[node]
+            operands: list[Any] = [types.get(operand) for operand in node.all_input_nodes]
+            held = [types[each] for each in node.all_input_nodes if each in self._weights]
+            kind: KernelKind = "product"
+            if name == "scaled_dot_product_attention":
+                (*heads, rows, width), key, value = operands[:3]
+                kind, dims = "attention", [[heads, [rows], [key[-2]], [width], [value[-1]]]]
+            elif name.startswith("conv_transpose"):
+                source, weight = operands[:2]
+                dims = [[[], [source[0], *source[2:]], [source[1]], weight[1:]]]
+            elif name.startswith("conv"):
+                dims = [[[], [result[0], *result[2:]], operands[1][1:], [result[1]]]]
+            elif name.partition("_")[0] in ("lstm", "gru", "rnn"):
+                matrices = [each for each in held if len(each) == 2]
+                dims = [[[], operands[0][:-1], each[1:], each[:1]] for each in matrices]
+            elif any(len(each) == 2 for each in held):
+                dims = [[[], result[:-1], inner, result[-1:]]]
+            else:
+                dims = [[result[:-2], result[-2:-1], inner, result[-1:]]]
+            found += [(kind, each, self._owners.get(node, ())) for each in dims]
+        return found
+
+
+def _gone(owners: Owners, cuts: Mapping[Axis, AxisCut]) -> bool:
+    return any(atom in cuts and unit in cuts[atom].removed for atom, unit in owners)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -24,6 +25,9 @@ from graphprune.ir.program import Program
 from graphprune.plan.plan import Plan
 from graphprune.transforms.sparsity import check_values
 
+Look = Callable[[Sequence[Matrix], Statistics], None]
+"""Sees matrices and the statistics of their inputs."""
+
 
 def refit(
     program: Program,
@@ -34,6 +38,8 @@ def refit(
     damp: float | None = None,
     track: Progress = no_progress,
     memory: int | None = None,
+    also: Collection[str] = (),
+    look: Look | None = None,
 ) -> tuple[Program, list[str], LayerwiseResult]:
     """Return `program` with the units of `plan` at zero and their consumers refitted.
 
@@ -59,6 +65,11 @@ def refit(
         Wraps the loop over layers in a progress bar.
     memory
         The most bytes that second moments may take at once.
+    also
+        Weights whose matrices `look` is to see beside those that are refitted.
+    look
+        Sees matrices, layer after layer. Rows of units that go stay as they are for it, also in
+        what is returned.
 
     Returns
     -------
@@ -77,17 +88,13 @@ def refit(
         little for those of one.
     """
     _check(coupling, plan)
-    weights, device = program.operands, program.device
-    gone = {name: mask.to(device) for name, mask in plan.masks(program.weights).items()}
-    columns = {
-        matrix: _columns(matrix.read(gone[matrix.weight]))
-        for matrix in contractions(program).matrices
-        if matrix.weight in gone
-    }
-    matrices = [matrix for matrix, lost in columns.items() if bool(lost.any())]
+    weights = program.operands
+    removal = Removal.of(program, plan, every := contractions(program).matrices)
+    matrices = [each for each in every if each in removal.columns or each.weight in also]
     if not matrices:
         raise PlanError("no matrix lost a column: there is nothing to refit")
-    for matrix in matrices:
+    gone = removal.gone
+    for matrix in removal.columns:
         check_values(matrix.name, program.weights[matrix.weight], moved=True)
     names = {node: name for name, node in program.weight_nodes()}
     done: set[str] = set()
@@ -97,24 +104,14 @@ def refit(
     def edit(
         nodes: Sequence[fx.Node], held: Sequence[Matrix], statistics: Statistics
     ) -> Iterator[Mapping[str, Tensor]]:
-        used = {names[other] for n in nodes for other in n.all_input_nodes if other in names}
-        new = {name: weights[name].masked_fill(gone[name], 0) for name in used & gone.keys() - done}
-
-        def solve(matrix: Matrix) -> tuple[Tensor, Tensor]:
-            dense = matrix.read(weights[matrix.weight]).double()
-            seen, centered = statistics[matrix.name], bool(bias_of(program, matrix))
-            return _least_squares(matrix.name, dense, columns[matrix], seen, damp, centered)
-
-        for matrix, (best, shift) in zip(held, ranks.each_once(held, solve), strict=True):
-            weight = new.get(matrix.weight, weights[matrix.weight])
-            bias = bias_of(program, matrix)
-            new[matrix.weight] = matrix.write(weight, best).masked_fill(gone[matrix.weight], 0)
-            if bias:
-                old = new.get(bias, biases.get(bias, weights[bias]))
-                moved = (old.double() + shift.reshape(old.shape)).to(old.dtype)
-                biases[bias] = moved.masked_fill(gone[bias], 0) if bias in gone else moved
-                new[bias] = biases[bias]
-            refitted.append(matrix.name)
+        new = removal.refitted(held, statistics, damp, biases)
+        if look is None:
+            used = {names[other] for n in nodes for other in n.all_input_nodes if other in names}
+            new = {name: weights[name] for name in used & gone.keys() - done} | new
+            new = {n: w.masked_fill(gone[n], 0) if n in gone else w for n, w in new.items()}
+        else:  # it may ask for units that go, so these are still computed, and count for nothing
+            look(held, statistics)
+        refitted.extend(matrix.name for matrix in held if matrix in removal.columns)
         done.update(new)
         yield new
 
@@ -125,6 +122,81 @@ def refit(
         if name not in layerwise.weights
     }
     return program.with_weights({**rest, **layerwise.weights}), refitted, layerwise
+
+
+@dataclass(frozen=True, eq=False)
+class Removal:
+    """What a plan takes of weights, and the inputs that matrices lose by it.
+
+    Parameters
+    ----------
+    program
+        The program that the plan was made for.
+    gone
+        Weight name -> boolean mask of what goes.
+    columns
+        Matrices that lose inputs -> which, boolean, ``[parts, in]``.
+    """
+
+    program: Program
+    gone: Mapping[str, Tensor]
+    columns: Mapping[Matrix, Tensor]
+
+    @classmethod
+    def of(cls, program: Program, plan: Plan, matrices: Sequence[Matrix]) -> Removal:
+        """Return what `plan` takes of `program` and of those of its `matrices` that lose inputs."""
+        masks = plan.masks(program.weights)
+        gone = {name: mask.to(program.device) for name, mask in masks.items()}
+        found = {m: _columns(m.read(gone[m.weight])) for m in matrices if m.weight in gone}
+        return cls(program, gone, {m: lost for m, lost in found.items() if bool(lost.any())})
+
+    def refitted(
+        self,
+        held: Sequence[Matrix],
+        statistics: Statistics,
+        damp: float | None = None,
+        biases: MutableMapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Return the weights and biases of `held` once what stays makes up for what goes.
+
+        Parameters
+        ----------
+        held
+            All matrices of their weights; those that lose nothing are left out.
+        statistics
+            Of their inputs, of kind "gram".
+        damp
+            As in `refit`.
+        biases
+            Takes the biases, and holds those that earlier matrices have moved.
+
+        Returns
+        -------
+        dict
+            Names -> values at their first sizes, with zeros for inputs that go.
+
+        Raises
+        ------
+        CalibrationError
+            As `refit`.
+        """
+        weights, biases = self.program.operands, {} if biases is None else biases
+        new: dict[str, Tensor] = {}
+        lost = [matrix for matrix in held if matrix in self.columns]
+
+        def solve(matrix: Matrix) -> tuple[Tensor, Tensor]:
+            dense = matrix.read(weights[matrix.weight]).double()
+            seen, centered = statistics[matrix.name], bool(bias_of(self.program, matrix))
+            return _least_squares(matrix.name, dense, self.columns[matrix], seen, damp, centered)
+
+        for matrix, (best, shift) in zip(lost, ranks.each_once(lost, solve), strict=True):
+            name, bias = matrix.weight, bias_of(self.program, matrix)
+            new[name] = matrix.write(new.get(name, weights[name]), best)
+            if bias:
+                old = biases.get(bias, weights[bias])
+                biases[bias] = (old.double() + shift.reshape(old.shape)).to(old.dtype)
+                new[bias] = biases[bias]
+        return new
 
 
 def _check(coupling: Coupling, plan: Plan) -> None:

@@ -45,6 +45,19 @@ def test_costs_after_cuts_are_those_of_the_rewritten_program(name: str, seed: in
     assert costs.after("kv_bytes", counts) == pruned.kv_bytes_per_token()
 
 
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "vit", "resnet", "t5"])
+def test_kernels_have_the_sizes_that_the_costs_count(name: str) -> None:
+    coupling = coupling_of(name)
+    costs = Costs(coupling, tokens=TOKENS)
+    for counts in ({}, lost(random_plan(coupling, seed=0))):
+        total = 0
+        for kernel, times in costs.kernels(counts).items():
+            first, second, third, *rest = kernel.sizes
+            macs = first * second * third * (rest[0] if kernel.kind == "product" else sum(rest))
+            total += times * macs
+        assert total == costs.after("macs", counts)
+
+
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "mixtral", "gemma3"])
 def test_a_decoder_captured_without_weights_costs_the_same(name: str) -> None:
     with torch.device("meta"):

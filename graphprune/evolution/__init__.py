@@ -1,0 +1,1 @@
+"""The evolutionary search for how much each group loses: levels, budgets, fitness, generations."""

@@ -1,0 +1,172 @@
+"""The search itself: a ladder around the best state so far, generations on it, and finer again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from graphprune.errors import UsageError
+from graphprune.evolution.clock import Clock
+from graphprune.evolution.fitness import Departures
+from graphprune.evolution.generations import Stage, State, evolve, stages_of
+from graphprune.evolution.ladder import Ladder, Subject
+from graphprune.evolution.record import Progress, Record
+from graphprune.evolution.space import Space, Switch
+from graphprune.io.progress import Progress as Bar
+from graphprune.io.progress import no_progress
+
+PATIENCE = 5
+"""Generations in which nothing better is found, after which a step ends."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How far a search goes.
+
+    Parameters
+    ----------
+    steps
+        How often levels are refitted around the best state so far, each time half as far apart.
+    generations
+        Of each step, at most.
+    children
+        Of each generation.
+    seconds
+        How long it may take; None for any time.
+    seed
+        Of mutations.
+    """
+
+    steps: int
+    generations: int
+    children: int
+    seconds: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best state, and how it was found.
+
+    Parameters
+    ----------
+    state
+        What each group loses.
+    measure
+        What fitness is called.
+    fitness
+        How far it is from the original; `equal` is that of what the search began with.
+    generations
+        How many there were in each step.
+    in_time
+        Whether all of them were; else time was over before.
+    """
+
+    state: State
+    measure: str
+    fitness: float
+    equal: float
+    generations: tuple[int, ...]
+    in_time: bool
+
+
+def search(
+    subject: Subject,
+    space: Space,
+    departures: Departures,
+    record: Record,
+    settings: Settings,
+    track: Bar = no_progress,
+) -> Found:
+    """Search for what groups lose best within all budgets.
+
+    It begins where all lose the same part. Equal settings give equal results where time suffices,
+    also where a record is gone on with.
+
+    Raises
+    ------
+    SelectionError
+        Before any work: when nothing meets the budgets.
+    UsageError
+        When there is no time for one generation.
+    CalibrationError
+        As `Ladder`.
+    """
+    best, fitness, equal = space.equal(), math.nan, math.nan
+    clock, counts, in_time = Clock(settings.seconds), list[int](), True
+    stages = stages_of(departures.samples, settings.children)
+    for step in range(settings.steps):
+        # For these levels, and to refit what is chosen in the end.
+        if step and not clock.has_time_for("refit", "refit"):
+            in_time = False
+            break
+        with clock.timing("refit"):
+            levels = space.levels(best, step)
+            ladder = Ladder(subject, levels, best, record.folder, track=track)
+        measure = _Measure(ladder, departures, record)
+        with clock.timing("measure"):
+            fitness = measure(best, departures.samples)
+        equal = equal if step else fitness
+        clock.expect("generation", "measure", _work(stages, settings.children))
+        if not clock.has_time_for("generation", "refit"):
+            if not step:
+                raise UsageError(
+                    f"{clock.limit:g} seconds are too few for one generation: refitting the levels "
+                    f"takes {clock.taken('refit'):.3g}, and what is chosen in the end as long; a "
+                    f"generation {clock.taken('generation'):.3g}"
+                )
+            in_time = False
+            break
+        born = evolve(
+            best,
+            Switch(space, ladder.levels),
+            measure,
+            stages,
+            children=settings.children,
+            seed=f"{settings.seed} {step}",
+        )
+        found = list[int]()
+        until = (step + 1) / settings.steps
+        better = 0
+        for _ in track(range(settings.generations + 1), f"step {step + 1} of {settings.steps}"):
+            with clock.timing("generation"):
+                generation = next(born, None)
+            if generation is None:  # nothing is left to try
+                break
+            if generation.fitness < fitness:
+                better = generation.number
+            best, fitness = generation.best, generation.fitness
+            found.append(generation.number)
+            record.show(Progress(step, generation.number, fitness, space.counts(best)))
+            if generation.number - better == PATIENCE:
+                break
+            if generation.number and not clock.has_time_for("generation", "refit", part=until):
+                in_time = generation.number == settings.generations and in_time
+                break
+        counts.append(max(found))
+    record.draw()
+    return Found(best, departures.name, fitness, equal, tuple(counts), in_time)
+
+
+class _Measure:
+    """Measures states once; what a record knows of them is taken from there."""
+
+    def __init__(self, ladder: Ladder, departures: Departures, record: Record) -> None:
+        self.ladder, self.departures, self.record = ladder, departures, record
+
+    def __call__(self, state: State, samples: int) -> float:
+        """Return how far a state is from the original on the first so many samples."""
+        known = self.record.find(self.ladder.key, samples, state)
+        if known is None:
+            known = self.departures.of(self.ladder.weights(state), samples)
+            known = known if math.isfinite(known) else math.inf
+            self.record.add(self.ladder.key, samples, state, known)
+        return known
+
+
+def _work(stages: Sequence[Stage], children: int) -> float:
+    """Return what a generation takes, in measurements of one state on all samples."""
+    entering = [children, *(stage.survivors for stage in stages)]
+    pairs = zip(entering, stages, strict=False)
+    return sum(min(count, children) * stage.samples for count, stage in pairs) / stages[-1].samples
