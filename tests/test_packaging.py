@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PASSES = {
     "prune",
     "prune-depth",
+    "evolve",
     "merge-kv-heads",
     "sparsify",
     "reconstruct",
