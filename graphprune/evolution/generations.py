@@ -44,6 +44,20 @@ def stages_of(samples: int, children: int) -> list[Stage]:
     return [Stage(count, max(survivors, 1)) for count, survivors in rounds.items()]
 
 
+def work_of(children: int, samples: int = 8) -> float:
+    """Return what a generation takes at most, in measurements of one state on all samples.
+
+    Examples
+    --------
+    >>> work_of(32)
+    9.0
+    """
+    stages = stages_of(samples, children)
+    entering = [children, *(stage.survivors for stage in stages)]
+    pairs = zip(entering, stages, strict=False)
+    return sum(count * stage.samples for count, stage in pairs) / stages[-1].samples
+
+
 @dataclass(frozen=True)
 class Generation:
     """A generation: its number, the best state so far and how bad it is on all samples."""

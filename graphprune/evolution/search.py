@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from graphprune.errors import UsageError
 from graphprune.evolution.clock import Clock
 from graphprune.evolution.fitness import Departures
-from graphprune.evolution.generations import Stage, State, evolve, stages_of
+from graphprune.evolution.generations import State, evolve, stages_of, work_of
 from graphprune.evolution.ladder import Ladder, Subject
 from graphprune.evolution.record import Progress, Record
 from graphprune.evolution.space import Space, Switch
@@ -108,7 +107,7 @@ def search(
         with clock.timing("measure"):
             fitness = measure(best, departures.samples)
         equal = equal if step else fitness
-        clock.expect("generation", "measure", _work(stages, settings.children))
+        clock.expect("generation", "measure", work_of(settings.children, departures.samples))
         if not clock.has_time_for("generation", "refit"):
             if not step:
                 raise UsageError(
@@ -163,10 +162,3 @@ class _Measure:
             known = known if math.isfinite(known) else math.inf
             self.record.add(self.ladder.key, samples, state, known)
         return known
-
-
-def _work(stages: Sequence[Stage], children: int) -> float:
-    """Return what a generation takes, in measurements of one state on all samples."""
-    entering = [children, *(stage.survivors for stage in stages)]
-    pairs = zip(entering, stages, strict=False)
-    return sum(min(count, children) * stage.samples for count, stage in pairs) / stages[-1].samples

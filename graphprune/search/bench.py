@@ -17,8 +17,10 @@ from graphprune.criteria.score_cache import load_or_score
 from graphprune.errors import GraphPruneError, SelectionError, first_line
 from graphprune.evaluation.journal import Journal
 from graphprune.evaluation.sample_measures import measure_of, measured, runner
+from graphprune.evolution.generations import work_of
 from graphprune.io.progress import DisplayFactory, progress_bar
 from graphprune.io.version import __version__
+from graphprune.passes.evolve import Evolve
 from graphprune.passes.prune import Prune
 from graphprune.passes.reconstruct import Reconstruct
 from graphprune.search.candidates import Candidate
@@ -27,6 +29,9 @@ from graphprune.selection.allocation import LEVELS
 from graphprune.selection.targets import target_groups
 from graphprune.training.local import samples_of_a_step
 from graphprune.weights.tensors import digest
+
+_REFITTING = 20
+"""Runs over the data that take as long as refitting all levels of all groups once."""
 
 
 @dataclass(frozen=True)
@@ -171,9 +176,9 @@ class Bench:
         return tried
 
     def _figures(self, candidate: Candidate, samples: int) -> Figures:
-        scores = self._scores(candidate)
+        kept = self._kept(candidate)
         began = time.monotonic()
-        made = candidate.pipeline(scores).run(
+        made = candidate.pipeline(kept).run(
             self.program, calibration=self.draw.fitted, seed=self.seed, quiet=self.progress is None
         )
         batches = self.draw.first(samples)
@@ -186,6 +191,12 @@ class Bench:
             made.program.kv_bytes_per_token(),
             time.monotonic() - began,
         )
+
+    def _kept(self, candidate: Candidate) -> str | None:
+        """Return where the first pass of a candidate keeps what it measures; None for nowhere."""
+        if candidate.search is not None:
+            return str(self.journal.folder / f"evolve-{self._key}")
+        return self._scores(candidate)
 
     def _scores(self, candidate: Candidate) -> str | None:
         """Return the file with the scores of what a candidate prunes first, made where it is not.
@@ -236,6 +247,17 @@ class Bench:
         runs = LEVELS * len({group.name for group in found})
         return self._seconds_of_a_sample * self.draw.fitted.samples * runs
 
+    def seconds_by_search(self, search: Evolve) -> float:
+        """Return about what it takes to search for what each group loses.
+
+        Levels of all groups are refitted in each step, and children measured; both are taken to be
+        as long as running the data so often.
+        """
+        tokens = min(self.draw.fitted.tokens or math.inf, search.tokens or math.inf)
+        share = min(tokens / self.draw.fitted.tokens, 1.0) if self.draw.fitted.tokens else 1.0
+        runs = _REFITTING + search.generations * share * work_of(search.children)
+        return self._seconds_of_a_sample * self.draw.fitted.samples * runs * search.steps
+
     @property
     def seconds_by_training(self) -> float:
         """Return about what it takes to train the branches of a program one after the other."""
@@ -262,7 +284,7 @@ class Bench:
         alike = [
             each.figures.seconds
             for each in self.tried.values()
-            if each.figures and each.candidate.refit == candidate.refit
+            if each.figures and _kind(each.candidate) == _kind(candidate)
         ]
         if max(alike, default=0.0) <= self.left:
             return True
@@ -273,6 +295,11 @@ class Bench:
 
     def _of(self, text: str, samples: int) -> dict[str, Any]:
         return {**self._identity, "pipeline": text, "samples": samples}
+
+
+def _kind(candidate: Candidate) -> tuple[str, bool]:
+    """Return what candidates have in common that take about the same time."""
+    return candidate.refit, candidate.search is not None
 
 
 def ranked(tried: Iterable[Tried]) -> list[Tried]:

@@ -11,6 +11,7 @@ from typing import Literal
 from graphprune.analysis.coupling import Coupling, analyze
 from graphprune.analysis.groups import Group
 from graphprune.errors import MergeError, SelectionError
+from graphprune.passes.evolve import Evolve
 from graphprune.passes.merge_kv_heads import MergeKvHeads
 from graphprune.passes.prune import Prune
 from graphprune.passes.reconstruct import Reconstruct
@@ -45,15 +46,20 @@ class Candidate:
         What prunes to meet the rest of the budgets; None where there is no rest.
     refit
         How what stays is refitted: not at all, by least squares, or its branches trained as well.
+    search
+        What searches for all that goes, in place of heads and widths; it refits by itself.
     """
 
     heads: Prune | MergeKvHeads | None
     widths: Prune | None
     refit: Refit = "none"
+    search: Evolve | None = None
 
     @property
     def passes(self) -> tuple[Pass, ...]:
         """The passes, in the order in which they run."""
+        if self.search is not None:
+            return (self.search, *([Reconstruct("gradient")] if self.refit == "gradient" else []))
         pruned = [each for each in (self.heads, self.widths) if isinstance(each, Prune)]
         merged = [self.heads] if isinstance(self.heads, MergeKvHeads) else []
         trained = [Reconstruct("gradient")] if self.refit == "gradient" else []
@@ -70,13 +76,16 @@ class Candidate:
     @property
     def criterion(self) -> str:
         """What scores units; "" where none are scored."""
+        if self.search is not None:
+            return self.search.criterion
         pruned = next((each for each in self.passes if isinstance(each, Prune)), None)
         return "" if pruned is None else str(pruned.criterion)
 
     @property
     def alike(self) -> bool:
         """Whether all layers lose the same, as a config of equal layers wants it."""
-        return all(each.scope == "local" for each in self.passes if isinstance(each, Prune))
+        pruned = (each for each in self.passes if isinstance(each, Prune))
+        return self.search is None and all(each.scope == "local" for each in pruned)
 
     def by(self, criterion: str) -> Candidate:
         """Return the same with units scored by another criterion."""
@@ -111,12 +120,17 @@ class Candidate:
         )
         return dataclasses.replace(self, widths=widths)
 
-    def pipeline(self, scores: str | None = None) -> Pipeline:
-        """Return the passes; the first reads its scores from a file where one is named."""
-        passes = list(self.passes)
-        if scores is not None and passes and isinstance(passes[0], Prune):
-            passes[0] = dataclasses.replace(passes[0], scores=scores)
-        return Pipeline(passes)
+    def pipeline(self, kept: str | None = None) -> Pipeline:
+        """Return the passes; where a place is named, the first one keeps there what it measures.
+
+        That is a file for scores, and a folder for a search.
+        """
+        first, *rest = self.passes or (None,)
+        if kept is not None and isinstance(first, Prune):
+            first = dataclasses.replace(first, scores=kept)
+        elif kept is not None and isinstance(first, Evolve):
+            first = dataclasses.replace(first, folder=kept)
+        return Pipeline([first, *rest] if first is not None else [])
 
     def __str__(self) -> str:
         """Return the text of the passes."""

@@ -16,6 +16,7 @@ from graphprune.criteria import criterion
 from graphprune.errors import PROGRAMS, ProcessError, SelectionError, UsageError, refuse_other
 from graphprune.io.progress import DisplayFactory
 from graphprune.ir.program import Program
+from graphprune.passes.evolve import Evolve
 from graphprune.passes.prune import Prune
 from graphprune.passes.verify import Verify
 from graphprune.pipeline.pass_base import Pass
@@ -26,12 +27,16 @@ from graphprune.search.choice import choose
 from graphprune.search.draws import divide
 from graphprune.search.result import Compressed
 from graphprune.selection.cost import Cost
+from graphprune.selection.targets import target_groups
 
 CRITERIA = ("taylor", "obs", "wanda", DATA_FREE)
 """The criteria that are tried."""
 
 SECONDS = 1800.0
 """How long a search may take, where nobody says."""
+
+_GENERATIONS = (30, 10, 4)
+"""Lengths of a search over levels that are tried: the first one that there is time for."""
 
 _REFITTED = 3
 """Criteria whose best recipe is tried with a refit."""
@@ -56,8 +61,9 @@ def compress(
 
     What is pruned, by which criterion, whether all layers lose the same, and whether what stays is
     refitted or trained: all of it is tried, and measured on data that nothing was fitted to. Many
-    recipes are measured on few samples first, and those that do best there, refitted, on all; the
-    best of these is trained.
+    recipes are measured on few samples first, and those that do best there, refitted, on all. Where
+    there is time, an evolutionary search looks for what each group loses best (`Evolve`), and the
+    best of all is trained.
 
     Parameters
     ----------
@@ -121,7 +127,7 @@ def compress(
         bench = Bench(
             coupling, list(pruned), draw, Path(kept), seed=seed, limit=seconds, progress=progress
         )
-        _search(bench, starts, criteria, plain=plain)
+        _search(bench, starts, criteria, budgets, plain=plain)
         return _chosen(bench, seed)
 
 
@@ -139,7 +145,12 @@ def _budgets(**given: float | None) -> Budgets:
 
 
 def _search(
-    bench: Bench, starts: Sequence[Candidate], names: Sequence[str], *, plain: bool
+    bench: Bench,
+    starts: Sequence[Candidate],
+    names: Sequence[str],
+    budgets: Budgets,
+    *,
+    plain: bool,
 ) -> None:
     """Measure more and more of what is promising, on more and more samples."""
     few, samples = max(bench.draw.samples // 4, 1), bench.draw.samples
@@ -157,7 +168,34 @@ def _search(
     shared: list[Tried] = []
     if not plain:
         shared = bench.measure(_elsewhere(bench, refitted), samples, "sharing out over layers")
+        shared += bench.measure(
+            _searched(bench, [*refitted, *shared], budgets), samples, "searching over levels"
+        )
     bench.measure(_trained(bench, [*refitted, *shared]), samples, "training branches")
+
+
+def _searched(bench: Bench, tried: Sequence[Tried], budgets: Budgets) -> list[Candidate]:
+    """Return the search for what each group loses, as long as there is time for.
+
+    Units go in the order of the best criterion so far.
+    """
+    targets = [
+        name
+        for name in bench.targets
+        if all(group.is_zeroing for group in target_groups(bench.coupling, name))
+    ]
+    criteria = (each.candidate.criterion for each in ranked(tried))
+    best = next((name for name in criteria if name), None)
+    if not targets or best is None:
+        return []
+    parts = {str(name): part for name, part in budgets.items()}
+    for generations in _GENERATIONS:
+        given = Evolve(tuple(targets), criterion=best, generations=generations, **parts)
+        # It is measured, and made once more when it is chosen.
+        if 2 * bench.seconds_by_search(given) <= bench.left:
+            return [Candidate(None, None, search=given)]
+    bench.left_out.append(Candidate(None, None, search=given))
+    return []
 
 
 def _trained(bench: Bench, tried: Sequence[Tried]) -> list[Candidate]:

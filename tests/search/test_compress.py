@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,13 @@ def run(folder: Path | None = None, **options: Any) -> Compressed:
     return gp.compress(program(), folder=folder, **{**given, **options})
 
 
+@pytest.fixture(autouse=True, scope="module")
+def short_searches() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("graphprune.search.compress._GENERATIONS", (1,))
+        yield
+
+
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Compressed]:
     folder = tmp_path_factory.mktemp("search") / "work"
@@ -68,6 +76,7 @@ def test_the_best_of_what_was_tried_is_taken_and_its_text_gives_the_same_weights
     assert "prune{target=ffn criterion=wanda scope=local params=0.1}" in texts
     assert "prune{target=ffn criterion=l2 scope=local params=0.1},reconstruct" in texts
     assert any("scope=global normalize=loss" in each for each in texts)
+    assert any(each.startswith("evolve{target=ffn params=0.1 criterion=") for each in texts)
     assert any(each.endswith("},reconstruct{method=gradient}") for each in texts)
     full = [each for each in found.tried if each.figures and len(each.figures.values) > 16]
     assert full and all(found.added(full[0]) <= found.added(each) for each in full)
