@@ -188,9 +188,15 @@ def _searched(bench: Bench, tried: Sequence[Tried], budgets: Budgets) -> list[Ca
     best = next((name for name in criteria if name), None)
     if not targets or best is None:
         return []
-    parts = {str(name): part for name, part in budgets.items()}
     for generations in _GENERATIONS:
-        given = Evolve(tuple(targets), criterion=best, generations=generations, **parts)
+        given = Evolve(
+            tuple(targets),
+            criterion=best,
+            generations=generations,
+            params=budgets.get("params"),
+            macs=budgets.get("macs"),
+            kv_bytes=budgets.get("kv_bytes"),
+        )
         # It is measured, and made once more when it is chosen.
         if 2 * bench.seconds_by_search(given) <= bench.left:
             return [Candidate(None, None, search=given)]
