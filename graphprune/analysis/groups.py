@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import html
 import itertools
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from graphprune.analysis.axes import Atom, Axis
+from graphprune.analysis.index_maps import unit_indices
 from graphprune.analysis.roles import Role
 from graphprune.errors import PlanError
 from graphprune.plan.checks import check_change
@@ -194,3 +199,23 @@ def common_path(weights: Iterable[str]) -> str:
         )
         common = [part for part, _ in same]
     return ".".join(common or [])
+
+
+def unit_numbers(sizes: Sequence[int], group: Group, member: IndexMap, size: int) -> Tensor:
+    """Return the unit of each index of a dimension, counted over all parents, or -1: ``[size]``.
+
+    `sizes` are the sizes of the parents of `group`, and its own.
+    """
+    numbers = torch.arange(math.prod(sizes)).view(sizes)
+    line = torch.full((size,), -1 if member.owner is None else member.owner)
+    if member.owner is not None:
+        return line
+    indices = unit_indices(member, group.size)
+    keep = [member.outer_groups.index(parent) for parent in group.parents]
+    order = sorted(keep)
+    numbers = numbers.permute(*(keep.index(dim) for dim in order), len(keep))
+    shape = [1] * indices.ndim
+    for dim, count in zip((*order, indices.ndim - 2), numbers.shape, strict=True):
+        shape[dim] = count
+    line[indices] = numbers.reshape(shape).expand_as(indices)
+    return line

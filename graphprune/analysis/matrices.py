@@ -40,12 +40,16 @@ class Use:
         Gives the activations as (part, ``[n, in]``), from the values computed so far.
     picks
         What else that looks at: the node whose values say which parts were picked, if any were.
+    right
+        Whether the matrix stands to the right of the activations, whose last dimension it sums
+        over; else that is the last but one.
     """
 
     node: fx.Node
     source: fx.Node
     rows: Callable[[Values], Iterator[tuple[int, Tensor]]]
     picks: tuple[fx.Node, ...] = ()
+    right: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,7 +281,7 @@ def _product(
             yield from enumerate(x.reshape(math.prod(batch), -1, x.shape[-1]))
 
     picks = () if ids is None else (ids,)
-    return Matrix(name, held, len(batch), [Use(node, source, rows, picks)])
+    return Matrix(name, held, len(batch), [Use(node, source, rows, picks, right)])
 
 
 def _by_part(x: Tensor, ids: Tensor) -> Iterator[tuple[int, Tensor]]:

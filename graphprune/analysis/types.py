@@ -9,9 +9,9 @@ from functools import cached_property
 from torch import fx
 
 from graphprune.analysis.axes import Atom, Axis
+from graphprune.analysis.experts.ownership import Ownership, UnitEntries, UnitOwnership
 from graphprune.analysis.index_maps import indices_by_unit
 from graphprune.analysis.operators.facts import Frozen, Routing, Statistic
-from graphprune.analysis.ownership import Ownership, UnitEntries, UnitOwnership
 from graphprune.analysis.typed_graph import TypedGraph
 from graphprune.analysis.zeros import Zeros
 from graphprune.ir.aten import MOVES, SPLITS, is_operator, plain_name

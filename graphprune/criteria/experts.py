@@ -10,7 +10,7 @@ import itertools
 import math
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,59 +18,12 @@ import torch
 from torch import Tensor, fx
 
 from graphprune import ranks
-from graphprune.analysis.groups import Group
-from graphprune.analysis.matrices import Matrix, Use, contractions
+from graphprune.analysis.experts.outputs import ExpertOutputs, expert_outputs, own_matrices
 from graphprune.calibration.data import own_batches
 from graphprune.calibration.layerwise import BatchExecution, not_run, unpadded
 from graphprune.calibration.segments import segments
 from graphprune.criteria.base import Criterion, Scores, ScoringContext
-from graphprune.criteria.units import unit_numbers
-from graphprune.errors import SelectionError
-from graphprune.ir.aten import LOOKUPS, RESHAPES, is_copy, name_of, plain_name, printed_name
 from graphprune.ir.interpreter import ancestors
-from graphprune.ir.nodes import arguments_of
-
-# -- the matrices of experts -----------------------------------------------------------------------
-
-
-def own_matrices(context: ScoringContext, group: Group) -> list[tuple[Matrix, Tensor]]:
-    """Return the matrices whose parts are units of `group`, with the unit of each part.
-
-    Units are ``[parts]``, counted over all parents. What has units along a side of a matrix, as a
-    router does, is not among them.
-
-    Raises
-    ------
-    SelectionError
-        When a unit has none, as what is no expert.
-    """
-    program, sizes = context.program, context.sizes(group)
-    found: list[tuple[Matrix, Tensor]] = []
-    for matrix, member in itertools.product(contractions(program).matrices, group.members):
-        if member.weight != matrix.weight or member.dim:
-            continue
-        shape = program.weights[matrix.weight].shape
-        line = unit_numbers(sizes, group, member, shape[0])
-        # Elements between the first and the last of a part lie between them along dimension 0.
-        first, last = (at // math.prod(shape[1:]) for at in _ends(matrix))
-        if bool((line[first] == line[last]).all()) and (len(first) > 1 or member.owner is not None):
-            found.append((matrix, line[first]))
-    held = {unit for _, units in found for unit in units.tolist()}
-    if not held >= set(range(math.prod(sizes))):
-        raise SelectionError(f"{group.name}: its units are no experts, with matrices of their own")
-    return found
-
-
-def _ends(matrix: Matrix) -> tuple[Tensor, Tensor]:
-    """Return where in the weight the first and the last element of each part are: ``[parts]``."""
-    view, first = matrix.view, torch.tensor([matrix.view.storage_offset()])
-    for size, stride in zip(view.shape[: matrix.outer], view.stride(), strict=False):
-        first = (first[:, None] + torch.arange(size) * stride).flatten()
-    inner = zip(view.shape[matrix.outer :], view.stride()[matrix.outer :], strict=True)
-    return first, first + sum((size - 1) * stride for size, stride in inner)
-
-
-# -- where their outputs are added up --------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -98,6 +51,15 @@ class Rows:
     routed: Tensor
 
     @classmethod
+    def of(cls, outputs: ExpertOutputs, values: Mapping[fx.Node, Any]) -> Rows:
+        """Return those of one contraction, from the values before they are added up."""
+        norms = values[outputs.end].double().norm(dim=-1).flatten()
+        gates = outputs.factors(values)
+        units, tokens = outputs.units_of_rows(values), outputs.tokens(values)
+        routed = (gates if outputs.gates else norms) != 0
+        return cls(tokens.to(norms.device), units.to(norms.device), norms, gates.abs(), routed)
+
+    @classmethod
     def joined(cls, parts: Sequence[Rows]) -> Rows:
         """Return the rows of all `parts`."""
         return cls(*map(torch.cat, zip(*(vars(part).values() for part in parts), strict=True)))
@@ -108,133 +70,6 @@ class Rows:
         tokens, numbers = self.tokens.unique(return_inverse=True)
         sums = self.gates.new_zeros(len(tokens)).index_add_(0, numbers, self.gates)
         return torch.where(self.routed, self.norms / sums[numbers], 0)
-
-
-@dataclass(frozen=True, eq=False)
-class ExpertOutputs:
-    """Where a graph adds up the outputs of a matrix of experts.
-
-    Parameters
-    ----------
-    use
-        Its contraction.
-    units
-        ``[parts]``: the unit that each part of the matrix is.
-    end
-        The outputs as they are added up, behind their gates.
-    gates
-        What outputs are multiplied with, each with the outputs before.
-    sum
-        The operator that adds them up.
-    """
-
-    use: Use
-    units: Tensor
-    end: fx.Node
-    gates: tuple[tuple[fx.Node, fx.Node], ...]
-    sum: fx.Node
-
-    def rows(self, values: Mapping[fx.Node, Any]) -> Rows:
-        """Return the rows, from the values before `sum`."""
-        outputs = values[self.end]
-        norms = outputs.double().norm(dim=-1).flatten()
-        gates = torch.ones_like(norms)
-        for gate, before in self.gates:
-            gates *= values[gate].double().expand_as(values[before])[..., 0].flatten()
-        if self.use.picks:
-            units = self.units[values[self.use.picks[0]].flatten().cpu()]
-        else:
-            units = self.units.repeat_interleave(len(norms) // len(self.units))
-        routed = (gates if self.gates else norms) != 0
-        tokens = self._tokens(values, outputs.shape[:-1]).flatten().to(norms.device)
-        return Rows(tokens, units.to(norms.device), norms, gates.abs(), routed)
-
-    def _tokens(self, values: Mapping[fx.Node, Any], form: torch.Size) -> Tensor:
-        """Return a number of the token that each row is added to; rows have this `form`."""
-        given, how = arguments_of(self.sum), plain_name(self.sum)
-        if how == "sum":
-            summed = {dim % (len(form) + 1) for dim in given["dim"]}
-            left = [1 if dim in summed else size for dim, size in enumerate(form)]
-            return torch.arange(math.prod(left)).view(left).expand(form)
-        if how == "index_add":
-            index: Tensor = values[given["index"]]
-            return index
-        if how == "index_put":
-            whole = values[given["self"]].shape[:-1]
-            indices = (slice(None) if at is None else values[at].cpu() for at in given["indices"])
-            return torch.arange(math.prod(whole)).view(whole)[tuple(indices)]
-        return torch.arange(math.prod(form))
-
-
-def expert_outputs(context: ScoringContext, group: Group) -> list[ExpertOutputs]:
-    """Return where the outputs of the units of `group` are added up, each unit once.
-
-    Raises
-    ------
-    SelectionError
-        When a unit is no expert, or its outputs cannot be followed, with the operator.
-    """
-    owned = own_matrices(context, group)
-    last = {unit: matrix for matrix, units in owned for unit in units.tolist()}
-    weights = {node for name, node in context.program.weight_nodes() if name in group.weights()}
-    found = []
-    for matrix, units in owned:
-        if matrix not in last.values():
-            continue
-        if len(matrix.uses) != 1:
-            raise SelectionError(f"{group.name}: {matrix.name} is used more than once")
-        found.append(_followed(group, matrix.uses[0], units, weights))
-    return found
-
-
-def _followed(group: Group, use: Use, units: Tensor, weights: Collection[fx.Node]) -> ExpertOutputs:
-    """Follow the outputs of a contraction to where they are added up."""
-    end, gates = use.node, list[tuple[fx.Node, fx.Node]]()
-    if not use.picks and len(units) > 1 and end.meta["val"].ndim != 3:
-        raise SelectionError(f"{group.name}: {printed_name(end.target)} has no row of experts")
-    while True:
-        users = [user for user in end.users if name_of(user) != "sym_size"]
-        user, how = users[0], plain_name(users[0])
-        others = [other for other in user.all_input_nodes if other is not end]
-        if len(users) > 1:
-            break
-        if how in ("mul", "div"):
-            gates += [(other, end) for other in others if other.meta["val"].shape[-1:] == (1,)]
-        elif how == "add" and others and _stored(others[0]) in weights:
-            pass  # a bias
-        elif not (is_copy(user) or how in RESHAPES or _of_one(user)):
-            break
-        end = user
-    if len(users) == 1 and _adds_up(user, end):
-        return ExpertOutputs(use, units, end, tuple(gates), user)
-    raise SelectionError(
-        f"{group.name}: the outputs of its units go into {printed_name(user.target)}, which is no "
-        "sum of them"
-    )
-
-
-def _stored(node: fx.Node) -> fx.Node:
-    """Return the weight that `node` holds rows of, or the first value that is more than that."""
-    while is_copy(node) or name_of(node) in RESHAPES | LOOKUPS:
-        node = node.all_input_nodes[0]
-    return node
-
-
-def _of_one(node: fx.Node) -> bool:
-    """Return whether `node` takes the only index of a dimension."""
-    given = arguments_of(node)
-    return plain_name(node) == "select" and given["self"].meta["val"].shape[given["dim"]] == 1
-
-
-def _adds_up(node: fx.Node, rows: fx.Node) -> bool:
-    """Return whether `node` adds `rows` to the tokens that they belong to."""
-    given, how = arguments_of(node), plain_name(node)
-    if how == "sum":
-        last = rows.meta["val"].ndim - 1
-        return bool(given.get("dim")) and all(dim % (last + 1) != last for dim in given["dim"])
-    if how == "index_add":
-        return given["dim"] == 0 and given["source"] is rows
-    return how == "add" or (how == "index_put" and given["values"] is rows)
 
 
 # -- the criteria ----------------------------------------------------------------------------------
@@ -255,7 +90,10 @@ class ExpertCriterion(Criterion):
         CalibrationError
             Without calibration data that fit the program.
         """
-        found = {group.name: expert_outputs(context, group) for group in context.groups}
+        found = {
+            group.name: expert_outputs(context.program, group, context.sizes(group))
+            for group in context.groups
+        }
         seen = {
             group.name: torch.zeros(2, math.prod(context.sizes(group)), dtype=torch.float64)
             for group in context.groups
@@ -295,7 +133,7 @@ def _rows_of_all(
             ) -> None:
                 if node in at:
                     name, outputs = at[node]
-                    held[name].append(outputs.rows(values))
+                    held[name].append(Rows.of(outputs, values))
 
             execution.advance(part, look)
             for name in [name for name, rows in held.items() if len(rows) == len(found[name])]:
@@ -349,7 +187,7 @@ class Aimer(Criterion):
         for group in context.track(context.groups, "scoring experts"):
             count = math.prod(context.sizes(group))
             sums = torch.zeros(3, count, dtype=torch.float64)
-            for matrix, units in own_matrices(context, group):
+            for matrix, units in own_matrices(context.program, group, context.sizes(group)):
                 parts = matrix.read(context.weight(matrix.weight)).flatten(1)
                 for unit, part in zip(units.tolist(), parts, strict=True):
                     wide = part.double()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from graphprune.analysis.groups import Group
+from graphprune.analysis.groups import Group, unit_numbers
 from graphprune.analysis.index_maps import unit_indices
 from graphprune.analysis.matrices import Matrix
 from graphprune.plan.index_map import IndexMap
@@ -47,23 +46,3 @@ def consumers(
             if bool((units[:, :1] == units).all()) and bool((units >= 0).any()):
                 found.append((matrix, units[:, 0]))
     return found
-
-
-def unit_numbers(sizes: Sequence[int], group: Group, member: IndexMap, size: int) -> Tensor:
-    """Return the unit of each index of a dimension, counted over all parents, or -1: ``[size]``.
-
-    `sizes` are the sizes of the parents of `group`, and its own.
-    """
-    numbers = torch.arange(math.prod(sizes)).view(sizes)
-    line = torch.full((size,), -1 if member.owner is None else member.owner)
-    if member.owner is not None:
-        return line
-    indices = unit_indices(member, group.size)
-    keep = [member.outer_groups.index(parent) for parent in group.parents]
-    order = sorted(keep)
-    numbers = numbers.permute(*(keep.index(dim) for dim in order), len(keep))
-    shape = [1] * indices.ndim
-    for dim, count in zip((*order, indices.ndim - 2), numbers.shape, strict=True):
-        shape[dim] = count
-    line[indices] = numbers.reshape(shape).expand_as(indices)
-    return line

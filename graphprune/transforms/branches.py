@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import fx
 
-from graphprune.analysis.ownership import Removal
+from graphprune.analysis.experts.ownership import Removal
 from graphprune.analysis.residual.branches import Branches
 from graphprune.errors import PlanError
 from graphprune.ir.nodes import copy_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from graphprune.analysis.ownership import Removal
+from graphprune.analysis.experts.ownership import Removal
 
 
 def take_out(graph: fx.Graph, new: dict[fx.Node, fx.Node], removal: Removal) -> None:

@@ -1,8 +1,8 @@
 """Residual branches: what is added to a residual stream, with all that leads there alone.
 
 Where a branch adds nothing, its sum is the stream as it was. Zeros are followed to that sum, as
-they are for experts (`graphprune.analysis.ownership`), and whatever only led there goes: weights,
-and caches that nothing else reads. No name of a module and no form of layer is looked for.
+they are for experts (`graphprune.analysis.experts.ownership`), and whatever only led there goes:
+weights, and caches that nothing else reads. No name of a module and no form of layer is looked for.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from functools import cached_property
 from torch import fx
 
 from graphprune.analysis.attention.attentions import attentions
+from graphprune.analysis.experts.ownership import Removal, UnitEntries
 from graphprune.analysis.groups import common_path
-from graphprune.analysis.ownership import Removal, UnitEntries
 from graphprune.analysis.residual.sums import ResidualSum, residual_sums
 from graphprune.analysis.types import Types
 from graphprune.errors import PlanError, UsageError, nearest
