@@ -189,20 +189,20 @@ class Evolve(Pass):
         with nullcontext(self.folder) if self.folder else TemporaryDirectory() as folder:
             space, times = self._space(coupling, groups, Path(folder))
             subject, found = self._search(space, times, coupling, Path(folder), context)
-            fitted, names, layerwise = subject.refit(found.state, track=context.track)
+            fitted = subject.refit(found.state, track=context.track)
         plan = subject.plan(found.state)
         lost = space.counts(found.state)
         details: dict[str, Any] = {
             "removed": {g.name: f"{lost[g.name]} of {g.size}" for g in groups if g.name in lost},
             f"{found.measure}, of equal parts and as found": [found.equal, found.fitness],
             "generations": list(found.generations),
-            "refitted": names,
-            "calibration bytes": layerwise.peak_bytes,
+            "refitted": fitted.names,
+            "calibration bytes": fitted.peak_bytes,
         }
         if not found.in_time:
             details["note"] = "time was over before all generations were"
-        baseline = Baseline(fitted, len(context.plan_so_far.steps))
-        smaller = apply_plan(fitted, plan)
+        baseline = Baseline(fitted.program, len(context.plan_so_far.steps))
+        smaller = apply_plan(fitted.program, plan)
         return Outcome(smaller, plan, details, edited=True, baseline=baseline)
 
     def _groups(self, coupling: Coupling) -> list[Group]:

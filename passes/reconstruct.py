@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -15,7 +14,6 @@ from graphprune.transforms.apply import apply_plan, apply_step
 if TYPE_CHECKING:
     from graphprune.ir.program import Program
     from graphprune.plan.plan import Plan
-    from graphprune.plan.steps import Step
 
 
 @dataclass(frozen=True)
@@ -71,8 +69,8 @@ class Reconstruct(Pass):
     Refuses
     -------
     Heads that were merged, but by gradient, branches that went after units did, and units whose
-    removal is no zeroing of weights: the residual width, experts together with other units in one
-    step (`PlanError`); experts whose outputs cannot be followed, weights that are integers or not finite (`SelectionError`); a memory too small for one matrix
+    removal is no zeroing of weights: the residual width (`PlanError`); experts whose outputs cannot
+    be followed, weights that are integers or not finite (`SelectionError`); a memory too small for one matrix
     (`CalibrationError`); for gradient a single sample (`TrainingError`).
 
     Reference
@@ -128,8 +126,8 @@ class Reconstruct(Pass):
         if not plan and not (trains and program is not context.original):
             return Outcome(program, details={"note": "nothing was pruned before: nothing to refit"})
         if not trains:
-            smaller, baseline, details = self._refitted(before, plan, context)
-            baseline = Baseline(baseline.program, steps + baseline.steps)
+            smaller, fitted, details = self._refitted(before, plan, context)
+            baseline = Baseline(fitted, steps)
             return Outcome(smaller, None, details, edited=True, baseline=baseline)
         details, start = {}, program
         if plan and all(step.cuts and not step.merges for step in plan.steps):
@@ -139,32 +137,12 @@ class Reconstruct(Pass):
 
     def _refitted(
         self, before: Program, plan: Plan, context: Context
-    ) -> tuple[Program, Baseline, dict[str, Any]]:
-        """Return the cut program with refitted weights, what its last cuts start from, and details.
-
-        Experts and other units are refitted by turns, in the order in which they went.
-        """
-        smaller, baseline, done = before, Baseline(before, 0), 0
-        details: dict[str, Any] = {"refitted": [], "calibration bytes": 0}
-        for experts, steps in itertools.groupby(plan.steps, _is_of_experts):
-            part = dataclasses.replace(plan, steps=tuple(steps))
-            refit = self._experts_refitted if experts else self._consumers_refitted
-            fitted, found = refit(smaller, part, context)
-            baseline, done = Baseline(fitted, done), done + len(part.steps)
-            smaller = apply_plan(fitted, part)
-            details["refitted"] += found.pop("refitted")
-            peak = max(details["calibration bytes"], found.pop("calibration bytes"))
-            details |= found | {"calibration bytes": peak}
-        return smaller, baseline, details
-
-    def _consumers_refitted(
-        self, before: Program, plan: Plan, context: Context
-    ) -> tuple[Program, dict[str, Any]]:
-        """Refit what consumed units that went."""
+    ) -> tuple[Program, Program, dict[str, Any]]:
+        """Return the refitted program, cut and at its first size, and what there is to say."""
         from graphprune.transforms.refit import refit
 
         assert context.calibration is not None, "the pass manager has asked for it"
-        fitted, names, layerwise = refit(
+        found = refit(
             before,
             COUPLING.compute(before),
             plan,
@@ -173,32 +151,14 @@ class Reconstruct(Pass):
             track=context.track,
             memory=None if self.memory is None else int(self.memory * 2**20),
         )
-        return fitted, {
-            "refitted": names,
-            "calibration bytes": layerwise.peak_bytes,
-            "statistics bytes": layerwise.statistics_bytes,
-        }
-
-    def _experts_refitted(
-        self, before: Program, plan: Plan, context: Context
-    ) -> tuple[Program, dict[str, Any]]:
-        """Refit the experts that stay."""
-        from graphprune.transforms.expert_refit import refit_experts
-
-        assert context.calibration is not None, "the pass manager has asked for it"
-        found = refit_experts(
-            before,
-            COUPLING.compute(before),
-            plan,
-            context.calibration,
-            damp=self.damp,
-            track=context.track,
-        )
-        return found.program, {
+        details = {
             "refitted": found.names,
             "calibration bytes": found.peak_bytes,
-            "held-out error": _rounded(found.errors),
+            "statistics bytes": found.statistics_bytes,
         }
+        if found.errors:
+            details["held-out error"] = _rounded(found.errors)
+        return apply_plan(found.program, plan), found.program, details
 
     def _trained(
         self, program: Program, start: Program, context: Context, details: dict[str, Any]
@@ -226,11 +186,6 @@ class Reconstruct(Pass):
         if start is program and not trained.weights:
             return Outcome(program, details=details)
         return Outcome(start.with_weights(trained.weights), None, details, edited=True)
-
-
-def _is_of_experts(step: Step) -> bool:
-    """Return whether all that a step takes are experts."""
-    return bool(step.cuts) and all(cut.role == "expert" for cut in step.cuts)
 
 
 def _rounded(errors: Mapping[str, tuple[float, float]]) -> dict[str, list[float]]:

@@ -120,6 +120,17 @@ def test_norms_are_taken_anew_on_the_device() -> None:
         same(there[name], weight)
 
 
+def test_experts_are_refitted_on_the_device() -> None:
+    text, program = (
+        "prune{target=experts ratio=0.25 criterion=l2},reconstruct",
+        program_of("mixtral"),
+    )
+    there = ran(moved(program), text, "mixtral").weights
+    for name, weight in ran(program, text, "mixtral").weights.items():
+        assert there[name].device == DEVICE, name
+        torch.testing.assert_close(here(there[name]), weight, rtol=1e-3, atol=1e-5)
+
+
 def comparison(program: Program) -> Any:
     batches = list(data_of(NAME))
     found = dataclasses.asdict(compare(program, program, batches))

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from byte_llama import byte_llama, save_checkpoint
 from captures import captured
+from mixtures import WIDTH, Picked
 from processes import Ended, together
 from torch import Tensor, nn
 
@@ -35,6 +36,7 @@ from graphprune.ir.program import Program
 from graphprune.weights.placement import device_of
 
 PIPELINES = {
+    "experts": "prune{target=experts ratio=0.4 criterion=reap},reconstruct",
     "samples": "prune{target=ffn ratio=0.25 criterion=taylor-mixed}",
     "refit": "prune{target=ffn ratio=0.25 criterion=obs},reconstruct",
     "aligned": "merge-kv-heads{groups=2 init=aligned}",
@@ -80,6 +82,11 @@ def given(name: str) -> tuple[Program, Calibration]:
         (value,) = program.inputs
         images = [{value.name: torch.randn(rows, 2, 8, 8)} for rows in (3, 1, 2)]
         return program, Calibration.from_batches(images)
+    if name == "experts":
+        program = gp.capture(Picked().eval(), (torch.zeros(3, WIDTH),))
+        (value,) = program.inputs
+        rows = [{value.name: torch.randn(count, WIDTH)} for count in (30, 9, 20)]
+        return program, Calibration.from_batches(rows)
     program, batches = captured(byte_llama()), []
     sizes = [(3, 12), (2, 9), (4, 12), (2, 20), (2, 12)]
     for rows, length in sizes[-1:] if name == "aligned" else sizes:  # one process has none

@@ -348,6 +348,10 @@ def experts() -> Section:
     }
     anew = "prune{target=experts ratio=0.5 criterion=reap steps=4}"
     cells["reap, 4 steps", "-50%"] = partial(after_experts, anew)
+    for (row, column), cell in list(cells.items()):
+        if row in ("reap", "frequency", "l2"):
+            (cut,) = cell.args
+            cells[f"{row}, refitted", column] = partial(after_experts, cut + ",reconstruct")
     return Section(
         "REAP: experts of a mixture",
         "Lasby et al. 2510.13999; AIMER, 2603.18492, needs no data. 3 layers of 8 experts of which "
@@ -358,6 +362,7 @@ def experts() -> Section:
         (
             below("REAP below frequency (-25%)", "-25%", "reap", "frequency"),
             share("-50%", "reap", "frequency", 0.5),
+            share("-50%", "reap, refitted", "frequency", 0.5),
         ),
         base="frequency",
     )

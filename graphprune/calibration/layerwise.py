@@ -305,13 +305,13 @@ class _Inside(Values):
         return node in self.data or node in self._before
 
 
-def not_run(idle: Collection[fx.Node]) -> Compute:
+def not_run(idle: Collection[fx.Node], compute: Compute = call) -> Compute:
     """Return what computes nodes but those of `idle`, which are only looked at before they are."""
 
-    def compute(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return None if node in idle else call(node, args, kwargs)
+    def others(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return None if node in idle else compute(node, args, kwargs)
 
-    return compute
+    return others
 
 
 def unpadded(calibration: Calibration) -> Iterator[dict[str, Tensor]]:

@@ -8,7 +8,6 @@ before, and can be bounded: a layer whose statistics do not fit at once is run s
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -28,7 +27,7 @@ from graphprune.calibration.segments import segments
 from graphprune.errors import CalibrationError
 from graphprune.io.atomic import staged_file
 from graphprune.io.progress import Progress, no_progress
-from graphprune.ir.interpreter import Before, Memory, ancestors
+from graphprune.ir.interpreter import Before, Compute, Memory, ancestors, call
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import layer_of
 
@@ -117,6 +116,7 @@ def run_layerwise(
     *,
     replay: bool = True,
     memory: int | None = None,
+    compute: Callable[[], Compute] = lambda: call,
 ) -> LayerwiseResult:
     """Run all batches through the graph, segment by segment.
 
@@ -136,6 +136,8 @@ def run_layerwise(
     memory
         The most bytes that statistics may take at once. A segment whose statistics take more is
         run several times, each time for some of its matrices.
+    compute
+        Gives, for each batch, what makes the values of its nodes.
 
     Raises
     ------
@@ -160,7 +162,7 @@ def run_layerwise(
         own,
         [part.nodes for part in parts],
         memory=account,
-        computes=itertools.repeat(not_run(looked_at - needed)),
+        computes=(not_run(looked_at - needed, compute()) for _ in own),
     )
     changed = ChangedWeights(program, [part.nodes for part in parts], account)
     statistics: Statistics = {}

@@ -18,7 +18,7 @@ from graphprune.analysis.groups import Group
 from graphprune.analysis.matrices import Matrix, bias_of, contractions
 from graphprune.calibration.cache import read_cache, write_cache
 from graphprune.calibration.data import Calibration
-from graphprune.calibration.statistics import LayerwiseResult, Statistics
+from graphprune.calibration.statistics import Statistics
 from graphprune.criteria import Scores
 from graphprune.evolution.generations import State
 from graphprune.evolution.space import parts_of
@@ -27,7 +27,7 @@ from graphprune.ir.program import Program
 from graphprune.plan.plan import Plan
 from graphprune.plan.steps import Step
 from graphprune.selection.selector import lowest_units
-from graphprune.transforms.refit import Removal, refit
+from graphprune.transforms.refit import Refitted, Removal, refit
 
 _WHAT = "levels"
 
@@ -74,7 +74,7 @@ class Subject:
         )
         return Plan((Step(self.program.fingerprint(), cuts),) if cuts else ())
 
-    def refit(self, state: State, **options: Any) -> tuple[Program, list[str], LayerwiseResult]:
+    def refit(self, state: State, **options: Any) -> Refitted:
         """Return what `graphprune.transforms.refit.refit` makes of a state."""
         given = self.program, self.coupling, self.plan(state), self.calibration
         return refit(*given, damp=self.damp, **options)

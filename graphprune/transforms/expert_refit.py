@@ -9,7 +9,7 @@ Gauss-Seidel), on products of pairs of each expert's own inputs alone.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +19,7 @@ from torch import Tensor, fx
 from graphprune import ranks
 from graphprune.analysis.coupling import Coupling
 from graphprune.analysis.experts.outputs import ExpertOutputs, end_of_all, expert_outputs
-from graphprune.analysis.groups import Group
-from graphprune.calibration.damping import DAMPS, damped
+from graphprune.calibration.damping import DAMPS, UNTRIED_DAMP, damped
 from graphprune.calibration.data import Calibration, own_batches
 from graphprune.calibration.layerwise import BatchExecution, ChangedWeights, unpadded
 from graphprune.calibration.segments import segments
@@ -35,7 +34,7 @@ from graphprune.verification.masked_reference import MaskedReference
 HELD_OUT = 8
 """The last token of so many of a batch is not fitted to: what predicts it best is the damping."""
 
-SWEEPS, STILL = 50, 1e-4
+SWEEPS, STILL = 100, 1e-8
 """How often all experts are fitted in turn at most, and the part of what is left to be explained by
 which a sweep that changes less is the last."""
 
@@ -52,7 +51,7 @@ class FittedExperts:
         What was refitted.
     errors
         Name of a group -> the squared error at the stream behind its experts, as a part of the
-        stream, on tokens that the damping was chosen with: before and after.
+        stream, before and after a fit to the other tokens: on those that the damping was chosen by.
     peak_bytes
         The most that activations and rows took together.
     """
@@ -63,8 +62,54 @@ class FittedExperts:
     peak_bytes: int
 
 
+@dataclass(frozen=True, eq=False)
+class Experts:
+    """The experts of one layer, and the stream that their outputs are added to."""
+
+    group: str
+    outputs: Sequence[ExpertOutputs]
+    end: fx.Node
+
+    @property
+    def weights(self) -> set[str]:
+        """Names of the weights that hold their last matrices."""
+        return {each.matrix.weight for each in self.outputs}
+
+    def changed(
+        self, weights: Mapping[str, Tensor], changes: Mapping[int, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the weights with the changes, which are by unit, added to their matrices."""
+        new: dict[str, Tensor] = {}
+        for each in self.outputs:
+            weight = new.get(each.matrix.weight, weights[each.matrix.weight])
+            matrix = each.matrix.read(weight).double()
+            for part, unit in enumerate(each.units.tolist()):
+                if unit in changes:
+                    matrix[part] += changes[unit]
+            new[each.matrix.weight] = each.matrix.write(weight, matrix)
+        return new
+
+
+def experts_of(program: Program, coupling: Coupling, plan: Plan) -> Iterator[Experts]:
+    """Yield the experts of every layer in which `plan` takes some.
+
+    Raises
+    ------
+    SelectionError
+        When their outputs cannot be followed, or are not linear in their last matrices.
+    """
+    cuts = {cut.group for step in plan.steps for cut in step.cuts if cut.role == "expert"}
+    for name in sorted(cuts):
+        group = coupling.group(name)
+        found = expert_outputs(program, group, coupling.sizes(group))
+        if not all(each.linear for each in found):
+            raise SelectionError(f"{name}: more is done to its outputs than weighing them")
+        yield Experts(name, found, end_of_all(group, found))
+
+
 def refit_experts(
     program: Program,
+    original: Program,
     coupling: Coupling,
     plan: Plan,
     calibration: Calibration,
@@ -75,18 +120,20 @@ def refit_experts(
     """Refit the last matrices of the experts that stay when those of `plan` go.
 
     With x_e the inputs of expert e's last matrix W_e, times the gate that a token now has for it,
-    and r what the stream behind the experts lacks of what `program` gives there, the changes D_e
+    and r what the stream behind the experts lacks of what `original` gives there, the changes D_e
     minimize ``sum over tokens |r - sum_e D_e x_e|^2 / |stream|^2 + lambda_e |D_e|^2``. Layers
     follow each other, so that what went wrong before is made up for as well.
 
     Parameters
     ----------
     program
-        The program that `plan` was made for.
+        The program that `plan` was made for, in which other weights may have been refitted.
+    original
+        What it is to resemble, of the same graph.
     coupling
         Its analysis.
     plan
-        Cuts of groups of experts.
+        Cuts, of groups of experts among others.
     calibration
         Batches to run it on.
     damp
@@ -104,9 +151,8 @@ def refit_experts(
         When the batches do not fit the program, or inputs are too alike in spite of the damping.
     """
     calibration.check(program)
-    cut = {each.group for step in plan.steps for each in step.cuts}
-    found = [_Experts.of(program, coupling, coupling.group(name)) for name in sorted(cut)]
-    for name in {outputs.matrix.weight for each in found for outputs in each.outputs}:
+    found = list(experts_of(program, coupling, plan))
+    for name in {name for each in found for name in each.weights}:
         check_values(name, program.weights[name], moved=True)
     ends = {each.end for each in found}
     needed = ancestors(list(ends))
@@ -119,7 +165,7 @@ def refit_experts(
     nodes = [part.nodes for part in parts]
     where = {node: at for at, part in enumerate(nodes) for node in part}
     kept = {end for end in ends if max(where.get(user, 0) for user in end.users) <= where[end]}
-    theirs = BatchExecution.of_all(program, own, nodes, memory=account, goals=kept)
+    theirs = BatchExecution.of_all(original, own, nodes, memory=account, goals=kept)
     ours = BatchExecution.of_all(
         program,
         own,
@@ -156,36 +202,6 @@ def refit_experts(
 
 
 @dataclass(frozen=True, eq=False)
-class _Experts:
-    """The experts of one layer, and the stream that their outputs are added to."""
-
-    group: str
-    outputs: Sequence[ExpertOutputs]
-    end: fx.Node
-
-    @classmethod
-    def of(cls, program: Program, coupling: Coupling, group: Group) -> _Experts:
-        found = expert_outputs(program, group, coupling.sizes(group))
-        if not all(each.linear for each in found):
-            raise SelectionError(f"{group.name}: more is done to its outputs than weighing them")
-        return cls(group.name, found, end_of_all(group, found))
-
-    def changed(
-        self, weights: Mapping[str, Tensor], changes: Mapping[int, Tensor]
-    ) -> dict[str, Tensor]:
-        """Return the weights with the changes, which are by unit, added to their matrices."""
-        new: dict[str, Tensor] = {}
-        for each in self.outputs:
-            weight = new.get(each.matrix.weight, weights[each.matrix.weight])
-            matrix = each.matrix.read(weight).double()
-            for part, unit in enumerate(each.units.tolist()):
-                if unit in changes:
-                    matrix[part] += changes[unit]
-            new[each.matrix.weight] = each.matrix.write(weight, matrix)
-        return new
-
-
-@dataclass(frozen=True, eq=False)
 class _Seen:
     """What experts were given for each token, and what the stream behind them lacks.
 
@@ -207,7 +223,7 @@ class _Seen:
         rows = [x for each in self.inputs.values() for pair in each for x in pair]
         return sum(tensor.nbytes for tensor in (*rows, *self.lacks))
 
-    def add(self, experts: _Experts, values: Mapping[fx.Node, Any], wanted: Tensor) -> None:
+    def add(self, experts: Experts, values: Mapping[fx.Node, Any], wanted: Tensor) -> None:
         """Take more tokens, from the values of a batch and what the stream was."""
         size = wanted.shape[-1]
         wanted = wanted.reshape(-1, size)
@@ -240,6 +256,8 @@ class _Seen:
         lacks = torch.cat(self.lacks).double()
         held = torch.cat([_last(len(each), each.device) for each in self.lacks])
         fitted = {u: (x[~held[at]], at[~held[at]]) for u, (x, at) in rows.items()}
+        if damp is None and not bool(held.any()):
+            damp = UNTRIED_DAMP
         if damp is not None:
             changes = _together(fitted, lacks, damp)
         else:
@@ -247,9 +265,11 @@ class _Seen:
             left = {each: _left(rows, lacks, tried[each])[held] for each in DAMPS}
             damp = min(DAMPS, key=lambda each: float(left[each].square().sum()))
             changes = tried[damp]
-        after = _left(rows, lacks, changes)[held]
-        errors = tuple(float(each.square().mean(-1).mean()) for each in (lacks[held], after))
-        return _together(rows, lacks, damp), (errors[0], errors[1])
+        judged = held if bool(held.any()) else ~held
+        before, after = (
+            float(each[judged].square().mean()) for each in (lacks, _left(rows, lacks, changes))
+        )
+        return _together(rows, lacks, damp), (before, after)
 
 
 _ByUnit = Mapping[int, tuple[Tensor, Tensor]]

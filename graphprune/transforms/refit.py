@@ -14,19 +14,41 @@ from graphprune.analysis.matrices import Matrix, bias_of, contractions
 from graphprune.calibration.damping import validated_damp, without_columns
 from graphprune.calibration.data import Calibration
 from graphprune.calibration.input_statistics import InputStatistics
-from graphprune.calibration.statistics import (
-    LayerwiseResult,
-    Statistics,
-    run_layerwise,
-)
+from graphprune.calibration.statistics import Statistics, run_layerwise
 from graphprune.errors import CalibrationError, PlanError
 from graphprune.io.progress import Progress, no_progress
+from graphprune.ir.interpreter import call
 from graphprune.ir.program import Program
 from graphprune.plan.plan import Plan
+from graphprune.transforms.expert_refit import experts_of, refit_experts
 from graphprune.transforms.sparsity import check_values
+from graphprune.verification.masked_reference import MaskedReference
 
 Look = Callable[[Sequence[Matrix], Statistics], None]
 """Sees matrices and the statistics of their inputs."""
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """A program whose weights make up for what is going to go.
+
+    Parameters
+    ----------
+    program
+        The program at its first size, on which the plan can be applied.
+    names
+        What was refitted.
+    errors
+        Group of experts -> the error behind them, as `FittedExperts` has it.
+    peak_bytes, statistics_bytes
+        The most that activations and statistics took together, and statistics alone.
+    """
+
+    program: Program
+    names: list[str]
+    errors: Mapping[str, tuple[float, float]]
+    peak_bytes: int
+    statistics_bytes: int
 
 
 def refit(
@@ -40,14 +62,15 @@ def refit(
     memory: int | None = None,
     also: Collection[str] = (),
     look: Look | None = None,
-) -> tuple[Program, list[str], LayerwiseResult]:
+) -> Refitted:
     """Return `program` with the units of `plan` at zero and their consumers refitted.
 
     For a matrix W whose columns R go and K stay, with the second moments C of its inputs on the
     calibration data, the least squares solution is W' = W C[:, K] (C[K, K] + lambda I)^-1, where
     lambda is `damp` times the mean of the diagonal. Where the contraction has a bias of its own, C
     is the covariance, and the bias takes up the mean of what is gone. Layers follow each other: the
-    inputs are those that the refitted layers before give.
+    inputs are those that the refitted layers before give. Experts that stay are fitted together at
+    the end, where others go (`refit_experts`).
 
     Parameters
     ----------
@@ -56,7 +79,7 @@ def refit(
     coupling
         Its analysis.
     plan
-        Cuts of groups whose removal equals zeroing; no merges, and no branches.
+        Cuts of groups whose removal equals zeroing, or of experts; no merges, and no branches.
     calibration
         Batches to run it on.
     damp
@@ -71,27 +94,25 @@ def refit(
         Sees matrices, layer after layer. Rows of units that go stay as they are for it, also in
         what is returned.
 
-    Returns
-    -------
-    Program, list of str, LayerwiseResult
-        The program at its first size, on which the plan can be applied; names of what was refitted;
-        what it took.
-
     Raises
     ------
     PlanError
         When the plan merges, takes branches, or cuts units whose removal is no zeroing.
     SelectionError
-        When a matrix that is to be refitted holds integers, or values that are not finite.
+        When a matrix that is to be refitted holds integers, or values that are not finite; when
+        outputs of experts cannot be followed.
     CalibrationError
         When a matrix of second moments is singular in spite of the damping, or `memory` is too
         little for those of one.
     """
     _check(coupling, plan)
     weights = program.operands
-    removal = Removal.of(program, plan, every := contractions(program).matrices)
+    experts = list(experts_of(program, coupling, plan))
+    later = {name for each in experts for name in each.weights}
+    every = [each for each in contractions(program).matrices if each.weight not in later]
+    removal = Removal.of(program, plan, every)
     matrices = [each for each in every if each in removal.columns or each.weight in also]
-    if not matrices:
+    if not matrices and not experts:
         raise PlanError("no matrix lost a column: there is nothing to refit")
     gone = removal.gone
     for matrix in removal.columns:
@@ -115,13 +136,22 @@ def refit(
         done.update(new)
         yield new
 
-    layerwise = run_layerwise(program, matrices, calibration, "gram", edit, track, memory=memory)
+    compute = MaskedReference(program, plan).computing if experts else lambda: call
+    layerwise = run_layerwise(
+        program, matrices, calibration, "gram", edit, track, memory=memory, compute=compute
+    )
     rest = {
         name: weights[name].masked_fill(mask, 0)
         for name, mask in gone.items()
         if name not in layerwise.weights
     }
-    return program.with_weights({**rest, **layerwise.weights}), refitted, layerwise
+    fitted = program.with_weights({**rest, **layerwise.weights})
+    bytes_taken = layerwise.peak_bytes, layerwise.statistics_bytes
+    if not experts:
+        return Refitted(fitted, refitted, {}, *bytes_taken)
+    found = refit_experts(fitted, program, coupling, plan, calibration, damp=damp, track=track)
+    peak = max(bytes_taken[0], found.peak_bytes)
+    return Refitted(found.program, refitted + found.names, found.errors, peak, bytes_taken[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,7 +236,7 @@ def _check(coupling: Coupling, plan: Plan) -> None:
         raise PlanError("what branches went after cannot be refitted: refit before prune-depth")
     for cut in (cut for step in plan.steps for cut in step.cuts):
         group = coupling.group(cut.group)
-        if not group.is_zeroing:
+        if not group.is_zeroing and group.role != "expert":
             raise PlanError(
                 f"{cut.group} ({group.role}, {group.exactness}): its removal is no zeroing of "
                 "weights, so what stays cannot be refitted"

@@ -203,7 +203,7 @@ class MaskedReference:
             drawn = draws.again(number)
             if drawn is not None and self._kept:
                 for dim, left in self._stays_along(nodes[number], drawn.shape).items():
-                    drawn = drawn.index_select(dim, left.nonzero().flatten())
+                    drawn = drawn.index_select(dim, left.nonzero().flatten().to(drawn.device))
             return drawn
 
         return narrow
@@ -248,7 +248,7 @@ class MaskedReference:
         if node in self._absent:
             return torch.zeros_like(call(node, args, kwargs))
         for left in self.choices.get(node, ()):
-            args = (args[0].masked_fill(~left, -torch.inf), *args[1:])
+            args = (args[0].masked_fill(~left.to(args[0].device), -torch.inf), *args[1:])
         if node in self.statistics:
             return _over_what_stays(node, self.statistics[node], *args, **kwargs)
         result = draws.compute(node, args, kwargs)
@@ -272,7 +272,7 @@ class MaskedReference:
         for dim, stays in self._stays_along(node, result.shape).items():
             shape = [1] * result.ndim
             shape[dim] = -1
-            spoiled = ~result.isfinite() & ~stays.view(shape)
+            spoiled = ~result.isfinite() & ~stays.view(shape).to(result.device)
             # Zero by zero is zero: what goes may be divided by what goes along with it.
             is_quotient = node.target is torch.ops.aten.div.Tensor
             result = torch.where(spoiled, (args[0] != 0) if is_quotient else 1, result)
@@ -330,6 +330,7 @@ def _over_what_stays(
     node: fx.Node, left: Sequence[Left], whole: Tensor, *args: Any, **kwargs: Any
 ) -> Any:
     """Return what `node` makes of the indices of `whole` that are left, with zeros elsewhere."""
+    left = [(dim, kept.to(whole.device), clears) for dim, kept, clears in left]
     names = argument_names(node)[1:]
     given = dict(zip(names, args, strict=False)) | kwargs
     narrow = whole

@@ -1,0 +1,73 @@
+"""Experts refitted together, against one least squares problem, however code takes them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import inputs_of, program_of
+from mixtures import CHOSEN, INNER, WIDTH, Dense, Looped, Mixture, Picked
+from torch import Tensor
+
+import graphprune as gp
+from graphprune.calibration.data import Calibration
+from graphprune.transforms.apply import apply_plan
+
+TOKENS, DAMP = 120, 0.1
+
+
+def calibration_of(program: gp.Program, x: Tensor) -> Calibration:
+    return Calibration.from_batches([{program.inputs[0].name: part} for part in x.split(40)])
+
+
+def given_by(program: gp.Program, x: Tensor) -> Tensor:
+    (output,) = program.outputs
+    parts = [program(**batch)[output.name] for batch in calibration_of(program, x)]
+    return torch.cat(parts)
+
+
+def expected(model: Mixture, kept: list[int], x: Tensor) -> Tensor:
+    """What the mixture gives after its experts were fitted in one problem of all their inputs."""
+    whole = model(x)
+    shares, chosen = model.router(x)[:, kept].softmax(-1).topk(CHOSEN, -1)
+    gates = torch.zeros(len(x), len(kept)).scatter(1, chosen, shares)
+    inputs = torch.stack([torch.relu(x @ model.up[each].T) for each in kept], 1) * gates[..., None]
+    biases = gates @ model.bias[kept]
+    now = x + torch.einsum("neh,ewh->nw", inputs, model.down[kept]) + biases
+    squares = whole.square().mean(-1, keepdim=True)
+    scale = squares.clamp(min=squares.mean() / 100).rsqrt()
+    rows = (inputs.flatten(1) * scale).double()
+    products = rows.T @ rows
+    each = products.diagonal().view(len(kept), -1).mean(1, keepdim=True)
+    ridge = torch.diag((DAMP * each).expand(-1, INNER).flatten())
+    change = torch.linalg.solve(products + ridge, rows.T @ ((whole - now) * scale).double())
+    return now + (inputs.flatten(1).double() @ change).float()
+
+
+@pytest.mark.parametrize("form", [Picked, Dense, Looped])
+def test_experts_are_fitted_together_whatever_runs_them(form: type[Mixture]) -> None:
+    model = form().eval()
+    x = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
+    program = gp.capture(model, (x[:40],))
+    result = gp.Pipeline.parse(
+        f"prune{{target=experts ratio=0.4 criterion=reap}},reconstruct{{damp={DAMP}}},verify"
+    ).run(program, calibration=calibration_of(program, x), quiet=True)
+    (cut,) = result.plan.steps[0].cuts
+    kept = [each for each in range(len(model.up)) if each not in cut.units[()]]
+    found = given_by(result.program, x)
+    with torch.no_grad():
+        wanted, whole = expected(model, kept, x), model(x)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    before = given_by(apply_plan(program, result.plan.without_edits()), x)
+    assert (found - whole).square().mean() < 0.5 * (before - whole).square().mean()
+
+
+def test_experts_and_their_units_are_refitted_together() -> None:
+    program = program_of("mixtral")
+    data = Calibration.from_batches([inputs_of(program)])
+    text = "prune{target=experts,ffn ratio=0.25 criterion=l2},reconstruct,verify"
+    made = gp.Pipeline.parse(text).run(program, calibration=data)
+    details = made.report.passes[1].details
+    assert sum("down_proj" in name for name in details["refitted"]) == len(
+        details["held-out error"]
+    )
+    assert all(after < before for before, after in details["held-out error"].values())
