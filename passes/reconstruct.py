@@ -70,8 +70,8 @@ class Reconstruct(Pass):
     -------
     Heads that were merged, but by gradient, branches that went after units did, and units whose
     removal is no zeroing of weights: the residual width (`PlanError`); experts whose outputs cannot
-    be followed, weights that are integers or not finite (`SelectionError`); a memory too small for one matrix
-    (`CalibrationError`); for gradient a single sample (`TrainingError`).
+    be followed, weights that are integers or not finite (`SelectionError`); a memory too small for
+    one matrix (`CalibrationError`); for gradient a single sample (`TrainingError`).
 
     Reference
     ---------
