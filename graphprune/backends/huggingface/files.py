@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections import Counter
@@ -49,6 +50,7 @@ def write(
             Path(folder, "model.safetensors").unlink(missing_ok=True)
             for file in Path(folder).iterdir():
                 file.replace(directory / file.name)
+        _name_layers(model, directory / "config.json")
         published = _as_published(model, weights)
     write_shards(published, directory, shard_size=shard_size, track=track)
     main = cast or _main_type(weights)
@@ -63,6 +65,7 @@ def write_config(model: Any, directory: Path) -> None:
     _place_modeling_file(model, directory)
     with quiet():
         model.config.save_pretrained(directory)
+    _name_layers(model, directory / "config.json")
 
 
 def _place_modeling_file(model: Any, directory: Path) -> None:
@@ -172,7 +175,30 @@ def _name_modeling_file(config: Any, base: type) -> None:
             if base in (known if isinstance(known, tuple | list) else (known,)):
                 config.auto_map[name] = target
     config.auto_map = config.auto_map or {"AutoModel": target}
-    layers = config.graphprune["layers"]
-    indices = [path.rpartition(".")[2] for path in layers]
-    if len(set(indices)) == len(indices):
-        config.graphprune_per_layer_config = dict(zip(indices, layers.values(), strict=True))
+
+
+def _name_layers(model: Any, path: Path) -> None:
+    """Write the sizes of layers as transformers does too, where that says what is meant and loads.
+
+    It knows one list of layers, each by its index, and fields of the config itself.
+    """
+    config = model.config
+    ours = getattr(config, "graphprune", {})
+    layers = ours.get("layers", {})
+    lists = {layer.rpartition(".")[0] for layer in layers}
+    nested = config.sub_configs or any("." in name for sizes in layers.values() for name in sizes)
+    corrected = any(ours.get(name) for name in ("attributes", "shapes", "buffers"))
+    if len(lists) != 1 or nested or corrected:
+        return
+    if len(model.get_submodule(*lists)) != getattr(config, "num_hidden_layers", None):
+        return
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    # Its models are built from one size for all layers, which reading fails without this.
+    fields["allow_global_per_layer_attribute_access"] = True
+    fields["per_layer_config"] = {at.rpartition(".")[2]: sizes for at, sizes in layers.items()}
+    try:
+        with quiet():
+            type(config).from_dict(copy.deepcopy(fields))
+    except Exception:  # noqa: BLE001 - a config may refuse them in any way
+        return
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")

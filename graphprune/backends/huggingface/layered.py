@@ -1,10 +1,12 @@
 """Models whose layers differ in size, as a config and a small modeling file beside it.
 
 transformers has a field for that, ``per_layer_config``, but as of 5.23 its models are not built
-from it and reading a field that differs raises. So the sizes of each layer stand in a field of our
-own, ``graphprune``, which the modeling file reads; ``graphprune_per_layer_config`` repeats them in
-the form of ``per_layer_config``, under another name because under its own the config would not
-load.
+from it. So the sizes of each layer stand in a field of our own, ``graphprune``, which the modeling
+file reads; ``per_layer_config`` repeats them where it can say all: for one list of layers, by
+fields of the config itself, and without numbers or shapes that no field sets. Reading such a field
+of the whole config raises in transformers unless the config allows it, so it does, and the
+modeling file takes the list out of the config before a model is built. Its ``skip``, of branches
+that a layer lacks, is never written: no model of transformers reads that yet.
 """
 
 from __future__ import annotations
@@ -72,6 +74,8 @@ class Pruned{base}({base}):
     graphprune_base = {base}
 
     def __init__(self, config, *args, **kwargs):
+        # What per_layer_config says is done below; transformers warns of every field in it.
+        vars(config).pop("_heterogeneity_spec", None)
         super().__init__(config, *args, **kwargs)
         changes = config.graphprune
         donors = {{}}

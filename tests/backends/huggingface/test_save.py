@@ -231,6 +231,7 @@ def _reloaded(directory: Path, tmp_path: Path, *, trust: bool) -> tuple[str, Ten
         command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False
     )
     assert done.returncode == 0, done.stderr
+    assert "per-layer attribute" not in done.stderr
     return done.stdout.strip(), torch.load(logits)
 
 
@@ -254,7 +255,10 @@ def test_layers_of_different_size_need_no_graphprune(tmp_path: Path) -> None:
 
     save_pretrained(program, tmp_path / "out")
     stored = json.loads((tmp_path / "out/config.json").read_text())
-    assert stored["graphprune_per_layer_config"] == {"1": layers["model.layers.1"]}
+    assert stored["per_layer_config"] == {"1": layers["model.layers.1"]}
+    read = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    whole = model("llama").config.intermediate_size
+    assert [each.intermediate_size for each in read.per_layer_config] == [whole, 80]
     name, logits = _reloaded(tmp_path / "out", tmp_path, trust=True)
     assert name == "PrunedLlamaForCausalLM"
     expected = program(input_ids=torch.arange(10).reshape(2, 5))["logits"]

@@ -114,7 +114,7 @@ def test_its_program_comes_back_whole(package: Path, result: Result, original: P
 
 def test_its_config_has_the_sizes_that_are_left(package: Path) -> None:
     config = json.loads((package / "config.json").read_text())
-    layers = config["graphprune_per_layer_config"]
+    layers = config["per_layer_config"]
     assert [layers[str(layer)].get("num_key_value_heads", 8) for layer in range(4)] == [8, 4, 4, 4]
     assert {layer["intermediate_size"] for layer in layers.values()} == {336}
     assert (package / "modeling_graphprune.py").is_file()
