@@ -123,19 +123,21 @@ def check_target(program: Program, target: Target | None, opset: int) -> None:
 
 
 def form_of(
-    site: Recognition, target: Target, opset: int, shared: set[fx.Node], *, static: bool = True
+    site: Recognition,
+    target: Target,
+    opset: int,
+    shared: set[fx.Node],
+    without: frozenset[Form] = frozenset(),
 ) -> AttentionForm:
     """Return the best form for `site` that `target` has at `opset`.
 
     `shared` are joined keys and values that something else reads too: no operator may hold those.
-    Caches of a program are all `static`, or none is.
+    The forms in `without` are those that not all caches of the program can be in.
     """
     if isinstance(site, UnrecognizedAttention):
         return AttentionForm(site.module, "decomposed", site.why)
-    forms = _FORMS[target]
-    if not static or opset < STATIC_OPSET:
-        forms = tuple(form for form in forms if form != "static")
-    return AttentionForm(site.module, *_best(site, target, opset, shared, forms))
+    forms = [form for form in _FORMS[target] if form != "static" or opset >= STATIC_OPSET]
+    return AttentionForm(site.module, *_best(site, target, opset, shared, forms, without))
 
 
 def _best(
@@ -144,6 +146,7 @@ def _best(
     opset: int,
     shared: set[fx.Node],
     forms: Sequence[Form],
+    without: frozenset[Form],
 ) -> tuple[Form, str]:
     against: dict[Form, Callable[[], str]] = {
         "gqa": lambda: _not_gqa(site, target, shared),
@@ -153,7 +156,7 @@ def _best(
     }
     reasons: list[str] = []
     for form in forms:
-        if why := against[form]():
+        if why := "not every cache can be one" if form in without else against[form]():
             reasons.append(f"no {form}, for {why}")
         else:
             return form, ": ".join((_said(site), *reasons))

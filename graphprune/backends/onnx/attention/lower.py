@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from graphprune.analysis.attention.recognize import (
     Cached,
+    Recognition,
     RecognizedAttention,
     plain,
     recognize_attentions,
@@ -57,12 +58,12 @@ def lower_attention(
     shared = read_by_several(sites)
     read: Rotations | None = None if rotary else {}
     pasts = [value for value in program.inputs if value.name.startswith(PAST)]
-    static = True
+    without: frozenset[Form] = frozenset()
     while True:
         graph, copies = copy_of(program.graph)
-        choices = [form_of(site, target, opset, shared, static=static) for site in sites]
-        if 0 < 2 * sum(choice.form == "static" for choice in choices) < len(pasts):
-            static = False  # one length is of all caches
+        choices = [form_of(site, target, opset, shared, without) for site in sites]
+        if partly := _partly(sites, choices, len(pasts)) - without:
+            without |= partly
             continue
         fused = [
             (site, choice.form)
@@ -102,6 +103,23 @@ def lower_attention(
         kinds={**program.kinds, **dict.fromkeys(tables, "constant")},
     )
     return lowered, tuple(choices)
+
+
+def _partly(
+    sites: Sequence[Recognition], choices: Sequence[AttentionForm], pasts: int
+) -> frozenset[Form]:
+    """Return the forms that some caches of a program are in, and that are of all or of none.
+
+    Static caches are of one length. A gqa that counts a mask's ones puts the tokens that follow a
+    padded row behind its last one, where other attention has them behind the padding.
+    """
+    held: dict[Form, set[fx.Node]] = {"static": set(), "gqa": set()}
+    for site, choice in zip(sites, choices, strict=True):
+        if choice.form not in held or not isinstance(site, RecognizedAttention):
+            continue
+        if choice.form == "static" or site.mask.padding is not None:
+            held[choice.form].update(cached.past for cached in site.caches or ())
+    return frozenset(form for form, found in held.items() if 0 < len(found) < pasts)
 
 
 def _is_kept(node: fx.Node) -> bool:

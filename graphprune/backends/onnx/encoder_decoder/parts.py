@@ -142,7 +142,9 @@ def _for_optimum(anatomy: Anatomy) -> dict[Role, Program]:
     cross = _named(anatomy.cross, lambda at, kind: f"{at}.encoder.{kind}")
     masks = [(_MASK, node) for _, node in anatomy.masks]
     ids = (_IDS, anatomy.tokens[1])
-    given, presents = [ids, *masks, (_STATES, anatomy.hidden)], {**own, **cross}
+    given = [ids, *masks, (_STATES, anatomy.hidden)]
+    # Optimum tells caches apart by their order: those of a layer together, its own tokens' first.
+    presents = dict(sorted({**own, **cross}.items(), key=lambda each: _layer(each[0])))
     return {
         "encoder": _encoder(anatomy, "last_hidden_state", {}),
         "first": piece(
@@ -154,8 +156,13 @@ def _for_optimum(anatomy: Anatomy) -> dict[Role, Program]:
             anatomy,
             [ids, *masks, *((PAST + name, node) for name, node in cross.items())],
             {PAST + name: (PRESENT + name, node) for name, node in own.items()},
+            [_IDS, *(name for name, _ in masks), *(PAST + name for name in presents)],
         ),
     }
+
+
+def _layer(name: str) -> int:
+    return int(name.partition(".")[0])
 
 
 def _for_genai(anatomy: Anatomy) -> dict[Role, Program]:

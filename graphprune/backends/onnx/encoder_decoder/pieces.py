@@ -66,6 +66,14 @@ class Piece:
         placeholder.meta = {"val": node.meta["val"]}
         return placeholder
 
+    def arrange(self, names: Sequence[str]) -> None:
+        """Let the inputs come in the order of `names`, which are theirs."""
+        held = dict(self.inputs)
+        self.inputs = [(name, held[name]) for name in names]
+        first = next(node for node in self.graph.nodes if node.op != "placeholder")
+        for _, node in self.inputs:
+            first.prepend(node)
+
     def body(self) -> list[fx.Node]:
         """Return the calls that are needed, in order."""
         return [n for n in self.program.graph.nodes if n in self.needed and n.op != "placeholder"]

@@ -14,7 +14,7 @@ is proven against the call.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,12 @@ _PAST = 5
 """The example of a past length: any number but those that torch.export treats apart."""
 
 
-def stepwise(anatomy: Anatomy, given: Named, caches: Mapping[str, tuple[str, fx.Node]]) -> Program:
+def stepwise(
+    anatomy: Anatomy,
+    given: Named,
+    caches: Mapping[str, tuple[str, fx.Node]],
+    order: Sequence[str] = (),
+) -> Program:
     """Return the decoder as a program of new tokens and its caches.
 
     Parameters
@@ -47,6 +52,8 @@ def stepwise(anatomy: Anatomy, given: Named, caches: Mapping[str, tuple[str, fx.
     caches
         For each cache of its own tokens that goes in, by name: that of what comes out, and the node
         that makes the keys or values of new tokens.
+    order
+        The names of all inputs in the order that they are to have; by default as they are given.
 
     Raises
     ------
@@ -54,7 +61,7 @@ def stepwise(anatomy: Anatomy, given: Named, caches: Mapping[str, tuple[str, fx.
         When an operator mixes tokens in another way than attention, or the decoder reads what is
         encoded past the caches.
     """
-    return _Stepwise(anatomy, given, caches).made()
+    return _Stepwise(anatomy, given, caches).made(order)
 
 
 class _Stepwise:
@@ -76,7 +83,7 @@ class _Stepwise:
         self.cut: dict[tuple[fx.Node, tuple[int, ...]], fx.Node] = {}
         self.of_keys = self._of_keys()
 
-    def made(self) -> Program:
+    def made(self, order: Sequence[str]) -> Program:
         first = next(iter(self.pasts.values()))
         self.past = self._call(_ATEN.sym_size.int, first, 2)
         self.new = self._call(_ATEN.sym_size.int, self.tokens, 1)
@@ -87,6 +94,8 @@ class _Stepwise:
         outputs = [(value.name, self.copies[node])]
         outputs += [(name, self.copies[node]) for name, node in self.presents.items()]
         symbol = self.length.node.expr
+        if order:
+            self.piece.arrange(order)
         return self.piece.program_of(outputs, {symbol: ValueRanges(0, int_oo)})
 
     # -- inputs --

@@ -223,6 +223,27 @@ def test_head_sizes_decide() -> None:
         assert "keys have size 8 and values 4" in why
 
 
+def test_caches_count_the_ones_of_a_mask_all_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = program_of("llama-gqa")
+    first, not_gqa = recognize_attentions(program)[0].module, attention_forms._not_gqa
+    monkeypatch.setattr(
+        attention_forms,
+        "_not_gqa",
+        lambda site, *given: "a reason" if site.module == first else not_gqa(site, *given),
+    )
+    (one, _), (other, why) = forms(program, "cpu")
+    assert (one, other) == ("standard", "standard")
+    assert "no gqa, for not every cache can be one" in why
+
+
+@pytest.mark.slow
+def test_chunked_attention_and_whole_beside_it_are_operators_of_onnx(tmp_path: Path) -> None:
+    report = backend.export(built("llama4"), tmp_path / "model.onnx", target="cpu")
+    assert report.operators["Attention"] == 2, report.notes
+    assert report.max_relative_error is not None
+    assert report.max_relative_error < 1e-5
+
+
 def test_attention_without_a_cache_keeps_its_parity(tmp_path: Path) -> None:
     for opset, kind in ((20, MHA), (23, "Attention")):
         path = tmp_path / f"{opset}.onnx"
@@ -253,6 +274,17 @@ def built(name: str) -> Program:
         ),
         "gpt-oss": lambda: tf.GptOssForCausalLM(
             tf.GptOssConfig(**sizes, **heads, head_dim=8, num_local_experts=4, sliding_window=4)
+        ),
+        "llama4": lambda: tf.Llama4ForCausalLM(
+            tf.Llama4TextConfig(
+                **sizes,
+                **heads,
+                head_dim=8,
+                intermediate_size_mlp=24,
+                num_local_experts=2,
+                attention_chunk_size=4,
+                no_rope_layers=[1, 0],
+            )
         ),
     }.get(name, lambda: None)()
     return program_of(name) if model is None else capture(perturb(model))
