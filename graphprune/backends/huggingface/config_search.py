@@ -34,11 +34,8 @@ Sizes = dict[str, tuple[int, ...]]
 IMPLICIT = ("head_dim", "d_kv", "kv_channels", "attention_head_size", "ffn_dim", "n_inner")
 """Fields that many models read where a config has them, and otherwise derive from other fields."""
 
-OURS = ("auto_map", "graphprune")
-"""Fields that this back end writes, and that are made anew for every program."""
-
-OF_LAYERS = ("per_layer_config", "allow_global_per_layer_attribute_access")
-"""Fields of transformers that it writes beside ``graphprune``; without that, they are a model's."""
+OURS = ("auto_map", "graphprune", "per_layer_config", "allow_global_per_layer_attribute_access")
+"""Fields that are written anew for every program; all but the first where there is `graphprune`."""
 
 _BUDGET = 400
 
@@ -63,7 +60,7 @@ class Builder:
         self.failure = ""
         self._source = config
         self._fields: dict[str, Any] = config.to_dict()
-        for name in OURS + (OF_LAYERS if "graphprune" in self._fields else ()):
+        for name in OURS if "graphprune" in self._fields else OURS[:1]:
             self._fields.pop(name, None)
         fields = json.dumps(self._fields, sort_keys=True, default=repr)
         classes: tuple[Any, Any] = (type(config), model_class)
