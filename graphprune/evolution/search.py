@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from graphprune.errors import UsageError
 from graphprune.evolution.clock import Clock
 from graphprune.evolution.fitness import Departures
-from graphprune.evolution.generations import State, evolve, stages_of, work_of
+from graphprune.evolution.generations import Generation, State, evolve, stages_of, work_of
 from graphprune.evolution.ladder import Ladder, Subject
 from graphprune.evolution.record import Progress, Record
 from graphprune.evolution.space import Space, Switch
@@ -94,7 +94,6 @@ def search(
     """
     best, fitness, equal = space.equal(), math.nan, math.nan
     clock, counts, in_time = Clock(settings.seconds), list[int](), True
-    stages = stages_of(departures.samples, settings.children)
     for step in range(settings.steps):
         # For these levels, and to refit what is chosen in the end.
         if step and not clock.has_time_for("refit", "refit"):
@@ -117,33 +116,9 @@ def search(
                 )
             in_time = False
             break
-        born = evolve(
-            best,
-            Switch(space, ladder.levels),
-            measure,
-            stages,
-            children=settings.children,
-            seed=f"{settings.seed} {step}",
-        )
-        found = list[int]()
-        until = (step + 1) / settings.steps
-        better = 0
-        for _ in track(range(settings.generations + 1), f"step {step + 1} of {settings.steps}"):
-            with clock.timing("generation"):
-                generation = next(born, None)
-            if generation is None:  # nothing is left to try
-                break
-            if generation.fitness < fitness:
-                better = generation.number
-            best, fitness = generation.best, generation.fitness
-            found.append(generation.number)
-            record.show(Progress(step, generation.number, fitness, space.counts(best)))
-            if generation.number - better == PATIENCE:
-                break
-            if generation.number and not clock.has_time_for("generation", "refit", part=until):
-                in_time = generation.number == settings.generations and in_time
-                break
-        counts.append(max(found))
+        last, over = _climb(best, step, space, measure, settings, clock, track)
+        best, fitness, in_time = last.best, last.fitness, in_time and not over
+        counts.append(last.number)
     record.draw()
     return Found(best, departures.name, fitness, equal, tuple(counts), in_time)
 
@@ -162,3 +137,40 @@ class _Measure:
             known = known if math.isfinite(known) else math.inf
             self.record.add(self.ladder.key, samples, state, known)
         return known
+
+
+def _climb(
+    start: State,
+    step: int,
+    space: Space,
+    measure: _Measure,
+    settings: Settings,
+    clock: Clock,
+    track: Bar,
+) -> tuple[Generation, bool]:
+    """Return the last generation of a step, and whether time was over before it ended."""
+    samples, record = measure.departures.samples, measure.record
+    born = evolve(
+        start,
+        Switch(space, measure.ladder.levels),
+        measure,
+        stages_of(samples, settings.children),
+        children=settings.children,
+        seed=f"{settings.seed} {step}",
+    )
+    last, better = next(born), 0
+    record.show(Progress(step, 0, last.fitness, space.counts(last.best)))
+    for number in track(range(1, settings.generations + 1), f"step {step + 1}"):
+        with clock.timing("generation"):
+            found = next(born, last)
+        if found is last:  # nothing is left to try
+            break
+        better = number if found.fitness < last.fitness else better
+        last = found
+        record.show(Progress(step, number, last.fitness, space.counts(last.best)))
+        if number - better == PATIENCE:
+            break
+        until = (step + 1) / settings.steps
+        if not clock.has_time_for("generation", "refit", part=until):
+            return last, number < settings.generations
+    return last, False
