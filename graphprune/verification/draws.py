@@ -19,6 +19,14 @@ _VALUES = frozenset({
 })  # fmt: skip
 """What gives what it draws, whatever the values of its operands."""
 
+_COINS = "bernoulli"
+"""What compares chances, its operand, with numbers that are drawn alike for all."""
+
+
+def is_repeatable(node: fx.Node) -> bool:
+    """Return whether a random operator can draw the same where units of what it acts on went."""
+    return name_of(node) in _FACTORS | _VALUES or _is_coins(node)
+
 
 class Draws:
     """The numbers that the random operators of a graph draw in one run, in order.
@@ -51,14 +59,20 @@ class Draws:
             return call(node, args, kwargs)
         number = len(self.made)
         drawn = self.given(number)
-        factor, values = name_of(node) in _FACTORS, name_of(node) in _VALUES
+        factor, coins = name_of(node) in _FACTORS, _is_coins(node)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(number)
-            if not factor and not values:
+            if not is_repeatable(node):
                 self.made.append(None)
                 return call(node, args, kwargs)
             if drawn is None:
                 on = (torch.ones_like(args[0]), *args[1:]) if factor else args
-                drawn = call(node, on, kwargs)
+                drawn = torch.rand_like(args[0]) if coins else call(node, on, kwargs)
         self.made.append(drawn)
+        if coins:
+            return (drawn < args[0]).to(args[0].dtype)
         return args[0] * drawn if factor else drawn
+
+
+def _is_coins(node: fx.Node) -> bool:
+    return name_of(node) == _COINS and len(node.args) == 1

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from graphprune.analysis.inference import infer
 from graphprune.analysis.types import Types
@@ -22,7 +22,7 @@ from graphprune.ir.program import PRESENT, Program, caches_of
 from graphprune.ir.provenance import whereabouts
 from graphprune.ir.sample_inputs import continuation, random_inputs
 from graphprune.plan.plan import Plan
-from graphprune.verification.draws import Draws
+from graphprune.verification.draws import Draws, is_repeatable
 from graphprune.verification.kept_norms import narrow_weights
 from graphprune.verification.masked_reference import MaskedReference
 from graphprune.verification.narrow_weights import NarrowWeights
@@ -227,6 +227,18 @@ def _check_draws(plan: Plan, original: Program, program: Program) -> None:
             f"not comparable: {whereabouts(ours[0])} draws at random, and the plan changes which "
             "draws there are or their order"
         )
+    for ours_node, theirs_node in zip(ours, theirs, strict=True):
+        if not is_repeatable(ours_node) and _sizes(ours_node) != _sizes(theirs_node):
+            raise VerificationError(
+                f"not comparable: {whereabouts(ours_node)} draws at random, and cannot draw the "
+                "same for the units that stay"
+            )
+
+
+def _sizes(node: fx.Node) -> list[int]:
+    """Return the sizes of a tensor that are numbers."""
+    value = node.meta.get("val")
+    return [s for s in value.shape if isinstance(s, int)] if isinstance(value, Tensor) else []
 
 
 def _moved(reference: MaskedReference, wide: Walk, draws: Draws, seed: int) -> float:

@@ -543,6 +543,10 @@ class Noisy(nn.Module):
             return self.outer(nn.functional.dropout(x, 0.5, training=True))
         if self.kind == "noise":
             return self.outer(x + torch.randn_like(x) * x)
+        if self.kind == "coins":
+            return self.outer(torch.bernoulli(x.sigmoid()))
+        if self.kind == "selu":
+            return self.outer(nn.functional.alpha_dropout(x, 0.5, training=True))
         return self.outer(x) + torch.randn(3)
 
 
@@ -567,7 +571,7 @@ def test_padding_that_hides_tokens_from_some_heads_is_verified() -> None:
     assert gp.Pipeline.parse(text).run(program).report.passes[-1].verified is not None
 
 
-@pytest.mark.parametrize("kind", ["dropout", "noise", "elsewhere"])
+@pytest.mark.parametrize("kind", ["dropout", "noise", "coins", "elsewhere"])
 def test_both_sides_draw_the_same(kind: str) -> None:
     program = gp.capture(Noisy(kind).eval(), (torch.randn(4, 8),))
     result = gp.Pipeline.parse("prune{target=ffn ratio=0.5 criterion=l2}").run(program)
@@ -577,6 +581,13 @@ def test_both_sides_draw_the_same(kind: str) -> None:
     )
     with pytest.raises(VerificationError, match="outer.weight"):
         gp.verify(program, result.plan, wrong)
+
+
+def test_draws_that_cannot_be_the_same_on_both_sides_are_named() -> None:
+    program = gp.capture(Noisy("selu").eval(), (torch.randn(4, 8),))
+    pipeline = gp.Pipeline.parse("prune{target=ffn ratio=0.5 criterion=l2},verify")
+    with pytest.raises(VerificationError, match=r"alpha_dropout.* cannot draw the same for"):
+        pipeline.run(program)
 
 
 def test_a_verification_that_no_output_depends_on_says_that_it_proves_nothing() -> None:
