@@ -160,8 +160,12 @@ class Call:
 
     def is_wide(self) -> bool:
         """Tell whether every dynamic size is worth more than the example's own."""
-        ranges = self.program.limits.values()
-        return all(most is None or most >= 2 * least for least, most in ranges)
+        return not self.narrow()
+
+    def narrow(self) -> set[str]:
+        """Return the dynamic sizes that are worth little more than the example's own."""
+        ranges = self.program.limits.items()
+        return {size for size, (least, most) in ranges if most is not None and most < 2 * least}
 
     def takes(self, example: Sequence[Tensor]) -> bool:
         """Tell whether the program takes inputs of the sizes of `example`."""
@@ -334,7 +338,8 @@ def _with_most_dynamic(
     tries = [(several, all_dims)] if all_dims != rows else []
     tries += [(several, rows)]
     tries += [(flat, all_dims)] if alone and all_dims != rows else []
-    for example, dims in tries:
+    while tries:
+        example, dims = tries.pop(0)
         try:
             call = captured(example, dims)
         except CaptureError as error:
@@ -346,6 +351,8 @@ def _with_most_dynamic(
         checked = replace(call, program=call.limited())
         if checked.takes(flat) and checked.is_wide():
             return checked
+        if (wide := _wide_dims(checked, dims)) not in (dims, rows):
+            tries.insert(0, (example, wide))
     if not alone:
         if failure is None:
             return checked
@@ -353,6 +360,15 @@ def _with_most_dynamic(
             raise failure
     call = captured(flat, [dict.fromkeys(dims, Dim.STATIC) for dims in rows])
     return replace(call, program=with_fixed(call.program, all_dims, call.model, call.example))
+
+
+def _wide_dims(call: Call, dims: Sequence[Any]) -> list[Any]:
+    """Return `dims` without those of sizes that are worth little more than the example's own."""
+    narrow = call.narrow()
+    return [
+        {dim: how for dim, how in of.items() if str(value.shape[dim]) not in narrow}
+        for value, of in zip(call.program.inputs, dims, strict=True)
+    ]
 
 
 def _shared_dims(call: Call, dims: Sequence[Any]) -> list[Any]:

@@ -10,6 +10,7 @@ size breaks limit the program.
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -212,7 +213,30 @@ def _few(conditions: Collection[sympy.Basic], seen: Sizes) -> dict[str, tuple[in
             least, most = _range(symbol, own, seen)
             if most is not None and most < 2 * least:
                 found[symbol] = (least, most)
+        elif _is_alone(symbol, conditions, seen):
+            found[symbol] = (seen[symbol], seen[symbol])
     return found
+
+
+def _is_alone(symbol: str, conditions: Collection[sympy.Basic], seen: Sizes) -> bool:
+    """Tell whether equations leave `symbol` the size that was seen, whatever other sizes are.
+
+    Those of up to two more symbols are tried, at sizes that equations are likely to hold at.
+    """
+    about = [each for each in conditions if symbol in {s.name for s in each.free_symbols}]
+    equations = [each for each in about if isinstance(each, sympy.Eq)]
+    others = sorted({s.name for each in equations for s in each.free_symbols} - {symbol})
+    if not equations or len(others) > 2:
+        return False
+    own = seen[symbol]
+    for size in {1, 3, own + 1, 2 * own, 2 * own + 1, 3 * own} - {own}:
+        likely = {*range(1, _SHORT), size, 2 * size, size // 2, 3 * size}
+        sizes = [sorted(likely | {seen[each], 2 * seen[each], 3 * seen[each]}) for each in others]
+        for tried in itertools.product(*sizes):
+            at = {symbol: size, **dict(zip(others, tried, strict=True))}
+            if all(_holds(each, at) for each in equations):
+                return False
+    return True
 
 
 def _work(sizes: Sizes) -> int:

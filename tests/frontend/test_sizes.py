@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -118,6 +119,27 @@ def test_a_length_of_which_the_model_takes_few_is_not_dynamic(
     program = gp.capture(Module(function).eval(), (torch.randn(2, 4, 6),))
     assert program.inputs[0].shape[1] == 4
     assert isinstance(program.inputs[0].shape[0], str)
+
+
+def test_a_size_that_an_equation_with_others_leaves_alone_is_not_dynamic(tmp_path: Path) -> None:
+    class Thirds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(12, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows, length, width = x.shape
+            return self.linear(x.reshape(rows, length // 3, 3 * width))
+
+    module = Thirds().eval()
+    program = gp.capture(module, (torch.randn(2, 9, 4),))
+    rows, length, width = program.inputs[0].shape
+    assert isinstance(rows, str)
+    assert isinstance(length, str)
+    assert width == 4
+    x = torch.randn(3, 12, 4)
+    assert torch.allclose(program(x)["output"], module(x), atol=1e-6)
+    assert program.export_onnx(tmp_path / "model.onnx").max_relative_error < 1e-5
 
 
 def test_limits_stay_with_an_archive(tmp_path: object) -> None:
