@@ -91,6 +91,8 @@ def read_plan(path: Path) -> Plan:
     if path_of(path, PlanError).is_dir():
         path = path / "plan.json"
     if not path.is_file():
+        if path.parent.is_dir():
+            raise PlanError(f"{path.parent} holds no {path.name}: give a plan, or what 'run' wrote")
         raise PlanError(f"{path} does not exist")
     return Plan.load(path)
 

@@ -100,6 +100,8 @@ def from_data(data: Any) -> tuple[tuple[Step, ...], Edits | None, dict[str, Any]
     PlanError
         When the data is no plan.
     """
+    if not isinstance(data, dict):
+        raise PlanError(f"not a plan: it holds {type(data).__name__}, and a plan is an object")
     try:
         if data["format"] not in (_FORMAT, _WITH_EDITS, _WITH_BRANCHES):
             raise PlanError(

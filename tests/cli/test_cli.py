@@ -448,7 +448,7 @@ def test_verify_refuses_a_checkpoint_that_was_changed(
 
 
 def test_verify_refuses_a_folder_without_a_plan(graphprune: Run, checkpoint: Path) -> None:
-    assert_refused(graphprune("verify", checkpoint, checkpoint), "plan.json does not exist")
+    assert_refused(graphprune("verify", checkpoint, checkpoint), "holds no plan.json")
 
 
 def test_a_quiet_run_says_nothing(graphprune: Run, checkpoint: Path, tmp_path: Path) -> None:
