@@ -26,9 +26,12 @@ from typing import Annotated, Any
 from unittest import mock
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
+import transformers
 import typer
+from onnx_routes import build
 
 import graphprune as gp
 from graphprune.backends.onnx import export as backend
@@ -45,6 +48,12 @@ KINDS: dict[str, Quantization | None] = {
     "int4, head int8": Quantization("int4", head="int8", activations="int8"),
     "int4 by k-quant": Quantization("int4", algorithm="k-quant", activations="int8"),
 }
+PRUNED = ("float32", "int8", "int4")
+"""What of `KINDS` a pruned model is written as."""
+
+BUILT = "genai builder, int4"
+_AS_OURS = ("int4_block_size=32", "int4_accuracy_level=4")
+
 TURNS = 7
 _PAST, _NEW = 64, 256
 
@@ -56,6 +65,9 @@ def main(
     kinds: Annotated[str, typer.Option(help="Kinds, joined by semicolons.")] = ";".join(KINDS),
     passes: Annotated[str, typer.Option()] = "prune{target=ffn ratio=0.25 runtime=cpu},reconstruct",
     windows: Annotated[int, typer.Option(help="Of 64 tokens, of the text.")] = 16,
+    genai: Annotated[
+        Path | None, typer.Option(help="Python of an environment with onnxruntime-genai's builder.")
+    ] = None,
 ) -> None:
     """Measure, and write the table."""
     torch.set_num_threads(1)
@@ -71,8 +83,10 @@ def main(
         if passes:
             fitted = gp.Calibration.from_text(calibration, str(directory))
             pruned = gp.Pipeline.parse(passes).run(dense, calibration=fitted, quiet=True).program
-            for kind in ("float32", "int4"):
+            for kind in PRUNED:
                 _write(rows, Path(folder), f"pruned, {kind}", pruned, KINDS[kind])
+        if genai is not None:
+            rows[BUILT] = _built(genai.absolute(), directory.absolute(), Path(folder) / "built")
         for name, row in rows.items():
             if "path" in row:
                 row |= _loaded(row["path"])
@@ -111,6 +125,23 @@ def _write(
     spent = time.process_time() - start
     rows[name] = {"path": str(path), "bytes": report.bytes, "export": spent}
     print(name, rows[name], file=sys.stderr, flush=True)
+
+
+def _built(genai: Path, directory: Path, folder: Path) -> dict[str, Any]:
+    """Return what onnxruntime-genai's builder makes of a checkpoint, with blocks as ours."""
+    try:
+        build(genai, directory, folder, "int4", *_AS_OURS)
+    except RuntimeError as error:
+        return {"why": first_line(error)}
+    config = transformers.AutoConfig.from_pretrained(directory)
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    for value in model.graph.input:
+        if value.name.startswith("past_key_values"):  # their sizes are names there
+            sizes = value.type.tensor_type.shape.dim
+            sizes[1].dim_value, sizes[3].dim_value = config.num_key_value_heads, config.head_dim
+    onnx.save(model, folder / "model.onnx")
+    size = sum(path.stat().st_size for path in folder.glob("*.onnx*"))
+    return {"path": str(folder / "model.onnx"), "bytes": size}
 
 
 def _loaded(path: str) -> dict[str, Any]:

@@ -200,17 +200,8 @@ class Workshop:
     def _built(self, model: str) -> Path:
         path = self._place(model, BUILDER)
         if not path.exists():
-            given = ["-i", self.checkpoint(model), "-o", path, "-p", "fp32", "-e", "cpu"]
-            ran = subprocess.run(
-                [str(self.genai), "-m", "onnxruntime_genai.models.builder", *map(str, given)],
-                check=False,
-                capture_output=True,
-                text=True,
-                cwd=self.folder,
-                env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            )
-            if ran.returncode:
-                raise RuntimeError(f"the builder: {ran.stderr.strip().splitlines()[-1]}")
+            assert self.genai is not None
+            build(self.genai, self.checkpoint(model), path, "fp32")
         return path
 
     def _exported(self, model: str, route: str) -> Path:
@@ -229,6 +220,39 @@ class Workshop:
                 )
                 exported.save_pretrained(path)
         return path
+
+
+def build(genai: Path, checkpoint: Path, folder: Path, precision: str, *options: str) -> None:
+    """Let the builder of onnxruntime-genai write the model of a checkpoint for the CPU.
+
+    Parameters
+    ----------
+    genai
+        The interpreter that has it.
+    checkpoint, folder
+        Where the model is, and where it goes.
+    precision
+        "fp32" or "int4".
+    options
+        Further ones of the builder, such as ``int4_block_size=32``.
+
+    Raises
+    ------
+    RuntimeError
+        When the builder fails, with its last line.
+    """
+    given = ["-i", checkpoint, "-o", folder, "-p", precision, "-e", "cpu"]
+    further = ["--extra_options", *options] if options else []
+    ran = subprocess.run(
+        [str(genai), "-m", "onnxruntime_genai.models.builder", *map(str, given), *further],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=folder.parent,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    if ran.returncode:
+        raise RuntimeError(f"the builder: {ran.stderr.strip().splitlines()[-1]}")
 
 
 def genai_version(python: Path) -> str:
