@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
 
 from graphprune.errors import UsageError
 from graphprune.pipeline.pass_base import COUPLING, Baseline, Context, Outcome, Pass
@@ -14,6 +17,8 @@ from graphprune.transforms.apply import apply_plan, apply_step
 if TYPE_CHECKING:
     from graphprune.ir.program import Program
     from graphprune.plan.plan import Plan
+    from graphprune.transforms.joint_refit import Fitted
+    from graphprune.transforms.refit import Refitted
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,8 @@ class Reconstruct(Pass):
         down[64, 84]  refitted; its bias, where it has one, takes up the mean of what went
 
     Where experts went, tokens are sent to others: the last matrices of those that stay are fitted
-    together, so that the stream behind them comes near to what it was.
+    together, so that the stream behind them comes near to what it was. So are the matrices behind
+    KV heads that were merged.
 
     With ``method=gradient`` every residual branch (an attention or an MLP, with its norms and its
     nonlinearity) that lost something is then trained as a whole, one after the other, so that the
@@ -68,10 +74,10 @@ class Reconstruct(Pass):
 
     Refuses
     -------
-    Heads that were merged, but by gradient, branches that went after units did, and units whose
-    removal is no zeroing of weights: the residual width (`PlanError`); experts whose outputs cannot
-    be followed, weights that are integers or not finite (`SelectionError`); a memory too small for
-    one matrix (`CalibrationError`); for gradient a single sample (`TrainingError`).
+    Branches that went after units did, and units whose removal is no zeroing of weights: the
+    residual width (`PlanError`); experts whose outputs cannot be followed, weights that are
+    integers or not finite (`SelectionError`); a memory too small for one matrix
+    (`CalibrationError`); for gradient a single sample (`TrainingError`).
 
     Reference
     ---------
@@ -126,23 +132,53 @@ class Reconstruct(Pass):
         if not plan and not (trains and program is not context.original):
             return Outcome(program, details={"note": "nothing was pruned before: nothing to refit"})
         if not trains:
-            smaller, fitted, details = self._refitted(before, plan, context)
-            baseline = Baseline(fitted, steps)
+            smaller, baseline, details = self._refitted(before, plan, context)
+            baseline = Baseline(baseline.program, steps + baseline.steps)
             return Outcome(smaller, None, details, edited=True, baseline=baseline)
         details, start = {}, program
-        if plan and all(step.cuts and not step.merges for step in plan.steps):
+        if plan and not any(step.branches for step in plan.steps):
             smaller, _, details = self._refitted(before, plan, context)
             start = program.with_weights(smaller.weights)
         return self._trained(program, start, context, details)
 
     def _refitted(
         self, before: Program, plan: Plan, context: Context
-    ) -> tuple[Program, Program, dict[str, Any]]:
-        """Return the refitted program, cut and at its first size, and what there is to say."""
+    ) -> tuple[Program, Baseline, dict[str, Any]]:
+        """Return the cut and refitted program, what its last steps start from, and details.
+
+        Cuts and merges are refitted by turns, in the order of the plan.
+        """
+        smaller, baseline, done = before, Baseline(before, 0), 0
+        details: dict[str, Any] = {"refitted": [], "calibration bytes": 0}
+        errors: dict[str, tuple[float, float]] = {}
+        found: Fitted | Refitted
+        for merges, steps in itertools.groupby(plan.steps, lambda step: bool(step.merges)):
+            part = dataclasses.replace(plan, steps=tuple(steps))
+            if merges and not any(step.cuts for step in part.steps):
+                found, fitted = self._merges_refitted(smaller, part, context)
+                smaller = found.program
+                baseline = (
+                    Baseline(fitted, done) if fitted else Baseline(smaller, done + len(part.steps))
+                )
+            else:
+                refitted = self._cuts_refitted(smaller, part, context)
+                found, fitted = refitted, refitted.program
+                smaller, baseline = apply_plan(fitted, part), Baseline(fitted, done)
+                details["statistics bytes"] = refitted.statistics_bytes
+            done += len(part.steps)
+            details["refitted"] += found.names
+            details["calibration bytes"] = max(details["calibration bytes"], found.peak_bytes)
+            errors |= found.errors
+        if errors:
+            details["held-out error"] = _rounded(errors)
+        return smaller, baseline, details
+
+    def _cuts_refitted(self, before: Program, plan: Plan, context: Context) -> Refitted:
+        """Refit what consumed units that go, and experts that stay, at their first sizes."""
         from graphprune.transforms.refit import refit
 
         assert context.calibration is not None, "the pass manager has asked for it"
-        found = refit(
+        return refit(
             before,
             COUPLING.compute(before),
             plan,
@@ -151,14 +187,33 @@ class Reconstruct(Pass):
             track=context.track,
             memory=None if self.memory is None else int(self.memory * 2**20),
         )
-        details = {
-            "refitted": found.names,
-            "calibration bytes": found.peak_bytes,
-            "statistics bytes": found.statistics_bytes,
-        }
-        if found.errors:
-            details["held-out error"] = _rounded(found.errors)
-        return apply_plan(found.program, plan), found.program, details
+
+    def _merges_refitted(
+        self, before: Program, plan: Plan, context: Context
+    ) -> tuple[Fitted, Program | None]:
+        """Refit what is behind merged heads; return the result, and what gives it by the plan.
+
+        The latter is None where the plan itself changes what was refitted, as it does where it
+        brings heads into another order.
+        """
+        from graphprune.transforms.joint_refit import behind_merges, refit_together
+
+        assert context.calibration is not None, "the pass manager has asked for it"
+        merged = apply_plan(before, plan)
+        behind = behind_merges(merged, plan)
+        found = refit_together(
+            merged,
+            context.original,  # `before` may hold heads that were made equal for the merge
+            behind,
+            context.calibration,
+            damp=self.damp,
+            track=context.track,
+        )
+        new = {name: found.program.weights[name] for each in behind for name in each.weights}
+        fitted = before.with_weights(new)
+        again = apply_plan(fitted, plan).weights
+        same = all(torch.equal(again[name], weight) for name, weight in new.items())
+        return found, fitted if same else None
 
     def _trained(
         self, program: Program, start: Program, context: Context, details: dict[str, Any]

@@ -16,7 +16,16 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from graphprune.ir.aten import PARTS, PERMUTES, PRODUCTS, RESHAPES, SPLITS, is_copy, name_of
+from graphprune.ir.aten import (
+    PARTS,
+    PERMUTES,
+    PRODUCTS,
+    RESHAPES,
+    SPLITS,
+    is_copy,
+    name_of,
+    plain_name,
+)
 from graphprune.ir.nodes import arguments_of
 from graphprune.ir.program import Program
 
@@ -347,3 +356,26 @@ def bias_of(program: Program, matrix: Matrix) -> str:
     parts, out, _ = matrix.shape
     fits = name and program.weights[name].shape == (parts * out,) and len(bias.users) == 1  # type: ignore[union-attr]
     return name if fits and program.kinds[name] == "parameter" else ""
+
+
+def last_sum(node: fx.Node) -> fx.Node:
+    """Return the last of the sums of whole rows that `node` goes into, each with no other use.
+
+    It is `node` itself where there is none. Rows run along all dimensions but the last, and keep
+    their order.
+    """
+    width, last = node.meta["val"].shape[-1], node
+    while True:
+        users = [user for user in node.users if name_of(user) != "sym_size"]
+        if len(users) != 1 or not isinstance(value := users[0].meta.get("val"), Tensor):
+            return last
+        given, how = arguments_of(users[0]), plain_name(users[0])
+        adds = how == "add" and given.get("alpha", 1) == 1
+        adds = adds and value.shape == node.meta["val"].shape
+        adds = adds or (how == "index_add" and given["self"] is node and given["dim"] == 0)
+        adds = adds or (how == "index_put" and given["self"] is node)
+        moves = is_copy(users[0]) or name_of(users[0]) in RESHAPES
+        if not (adds or moves) or value.shape[-1:] != (width,):
+            return last
+        node = users[0]
+        last = node if adds else last

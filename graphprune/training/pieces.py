@@ -51,7 +51,7 @@ def pieces(program: Program, original: Program) -> list[Piece]:
         What it is compared with.
     """
     ends = _results(program, original)
-    pairs = {**_pairs(program, original), **ends}
+    pairs = {**counterparts(program, original), **ends}
     ours, theirs = _Order(program, ends), _Order(original, ends.values())
     found: list[Piece] = []
     start = model_start = 0
@@ -153,7 +153,11 @@ def _results(program: Program, original: Program) -> dict[fx.Node, fx.Node]:
     }
 
 
-def _pairs(program: Program, original: Program) -> dict[fx.Node, fx.Node]:
+def counterparts(program: Program, original: Program) -> dict[fx.Node, fx.Node]:
+    """Return nodes of `program` -> those of `original`, where both have a value of the same sizes.
+
+    Nodes of what was made of the original have kept their names.
+    """
     named = {node.name: node for node in original.graph.nodes}
     return {
         node: named[name]

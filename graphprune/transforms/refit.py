@@ -20,7 +20,7 @@ from graphprune.io.progress import Progress, no_progress
 from graphprune.ir.interpreter import call
 from graphprune.ir.program import Program
 from graphprune.plan.plan import Plan
-from graphprune.transforms.expert_refit import experts_of, refit_experts
+from graphprune.transforms.joint_refit import experts_of, refit_together
 from graphprune.transforms.sparsity import check_values
 from graphprune.verification.masked_reference import MaskedReference
 
@@ -39,7 +39,7 @@ class Refitted:
     names
         What was refitted.
     errors
-        Group of experts -> the error behind them, as `FittedExperts` has it.
+        Group of experts -> the error behind them, as `Fitted` has it.
     peak_bytes, statistics_bytes
         The most that activations and statistics took together, and statistics alone.
     """
@@ -70,7 +70,7 @@ def refit(
     lambda is `damp` times the mean of the diagonal. Where the contraction has a bias of its own, C
     is the covariance, and the bias takes up the mean of what is gone. Layers follow each other: the
     inputs are those that the refitted layers before give. Experts that stay are fitted together at
-    the end, where others go (`refit_experts`).
+    the end, where others go (`refit_together`).
 
     Parameters
     ----------
@@ -107,7 +107,7 @@ def refit(
     """
     _check(coupling, plan)
     weights = program.operands
-    experts = list(experts_of(program, coupling, plan))
+    experts = experts_of(program, coupling, plan)
     later = {name for each in experts for name in each.weights}
     every = [each for each in contractions(program).matrices if each.weight not in later]
     removal = Removal.of(program, plan, every)
@@ -149,7 +149,10 @@ def refit(
     bytes_taken = layerwise.peak_bytes, layerwise.statistics_bytes
     if not experts:
         return Refitted(fitted, refitted, {}, *bytes_taken)
-    found = refit_experts(fitted, program, coupling, plan, calibration, damp=damp, track=track)
+    reference = MaskedReference(fitted, plan)
+    found = refit_together(
+        fitted, program, experts, calibration, reference=reference, damp=damp, track=track
+    )
     peak = max(bytes_taken[0], found.peak_bytes)
     return Refitted(found.program, refitted + found.names, found.errors, peak, bytes_taken[1])
 

@@ -139,13 +139,35 @@ def test_channels_of_a_convolution_are_refitted() -> None:
 @pytest.mark.parametrize(
     ("passes", "message"),
     [
-        ((MergeKvHeads(1), Reconstruct()), "refit before merging"),
         ((Prune("hidden", 0.25, "l2"), Reconstruct()), "residual, rescaled.*is no zeroing"),
     ],
 )
 def test_what_cannot_be_refitted_is_refused(passes: tuple[Any, ...], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         run("llama-gqa", *passes)
+
+
+@pytest.mark.parametrize("init", ["mean", "aligned"])
+def test_what_is_behind_merged_heads_is_refitted_towards_the_original(init: Any) -> None:
+    merge = MergeKvHeads(1, init=init)
+    bare, result = run("llama-mha", merge), run("llama-mha", merge, Reconstruct(), Verify())
+    fitted = {name for name, weight in result.program.weights.items() if "o_proj" in name}
+    assert set(result.report.passes[1].details["refitted"]) == fitted
+    for name, weight in bare.program.weights.items():
+        if name not in fitted:
+            assert torch.equal(result.program.weights[name], weight), name
+    program, batch = program_of("llama-mha"), next(iter(calibration_of("llama-mha")))
+    expected, worse, better = (
+        p(**batch)["logits"] for p in (program, bare.program, result.program)
+    )
+    assert (better - expected).norm() < 0.9 * (worse - expected).norm()
+
+
+def test_cuts_and_merges_are_refitted_by_turns() -> None:
+    passes = Prune("ffn", 0.25, "l2"), MergeKvHeads(1), Reconstruct(), Verify()
+    details = run("llama-mha", *passes).report.passes[2].details
+    for name in ("down_proj", "o_proj"):
+        assert any(name in each for each in details["refitted"])
 
 
 def test_where_nothing_was_pruned_it_says_so() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.analysis.groups import Group, unit_numbers
-from graphprune.analysis.matrices import Matrix, contractions
+from graphprune.analysis.matrices import Matrix, contractions, last_sum
 from graphprune.errors import SelectionError
 from graphprune.ir.aten import LOOKUPS, RESHAPES, is_copy, name_of, plain_name, printed_name
 from graphprune.ir.nodes import arguments_of
@@ -229,28 +229,9 @@ def end_of_all(group: Group, outputs: Sequence[ExpertOutputs]) -> fx.Node:
     SelectionError
         When the experts do not come together in one value.
     """
-    ends = {_behind(each.sum) for each in outputs}
+    ends = {last_sum(each.sum) for each in outputs}
     if len(ends) != 1:
         raise SelectionError(
             f"{group.name}: the outputs of its units are not added up in one value"
         )
     return ends.pop()
-
-
-def _behind(node: fx.Node) -> fx.Node:
-    """Return the last of the sums of whole rows that `node` goes into, each with no other use."""
-    width, last = node.meta["val"].shape[-1], node
-    while True:
-        users = [user for user in node.users if name_of(user) != "sym_size"]
-        if len(users) != 1 or not isinstance(value := users[0].meta.get("val"), Tensor):
-            return last
-        given, how = arguments_of(users[0]), plain_name(users[0])
-        adds = how == "add" and given.get("alpha", 1) == 1
-        adds = adds and value.shape == node.meta["val"].shape
-        adds = adds or (how == "index_add" and given["self"] is node and given["dim"] == 0)
-        adds = adds or (how == "index_put" and given["self"] is node)
-        moves = is_copy(users[0]) or name_of(users[0]) in RESHAPES
-        if not (adds or moves) or value.shape[-1:] != (width,):
-            return last
-        node = users[0]
-        last = node if adds else last
