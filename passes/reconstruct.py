@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-
 from graphprune.errors import UsageError
 from graphprune.pipeline.pass_base import COUPLING, Baseline, Context, Outcome, Pass
 from graphprune.transforms.apply import apply_plan, apply_step
@@ -196,6 +194,8 @@ class Reconstruct(Pass):
         The latter is None where the plan itself changes what was refitted, as it does where it
         brings heads into another order.
         """
+        import torch
+
         from graphprune.transforms.joint_refit import behind_merges, refit_together
 
         assert context.calibration is not None, "the pass manager has asked for it"

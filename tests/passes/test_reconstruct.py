@@ -164,7 +164,7 @@ def test_what_is_behind_merged_heads_is_refitted_towards_the_original(init: Any)
 
 
 def test_cuts_and_merges_are_refitted_by_turns() -> None:
-    passes = Prune("ffn", 0.25, "l2"), MergeKvHeads(1), Reconstruct(), Verify()
+    passes = Prune("ffn", 0.25, "l2"), MergeKvHeads(1, init="mean"), Reconstruct(), Verify()
     details = run("llama-mha", *passes).report.passes[2].details
     for name in ("down_proj", "o_proj"):
         assert any(name in each for each in details["refitted"])
