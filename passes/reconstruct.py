@@ -131,6 +131,9 @@ class Reconstruct(Pass):
             return Outcome(program, details={"note": "nothing was pruned before: nothing to refit"})
         if not trains:
             smaller, baseline, details = self._refitted(before, plan, context)
+            if not details["refitted"]:
+                note = "no matrix behind the merged heads stands alone: nothing to refit"
+                return Outcome(program, details={"note": note})
             baseline = Baseline(baseline.program, steps + baseline.steps)
             return Outcome(smaller, None, details, edited=True, baseline=baseline)
         details, start = {}, program
@@ -153,16 +156,14 @@ class Reconstruct(Pass):
         for merges, steps in itertools.groupby(plan.steps, lambda step: bool(step.merges)):
             part = dataclasses.replace(plan, steps=tuple(steps))
             if merges and not any(step.cuts for step in part.steps):
-                found, fitted = self._merges_refitted(smaller, part, context)
-                smaller = found.program
-                baseline = (
-                    Baseline(fitted, done) if fitted else Baseline(smaller, done + len(part.steps))
-                )
+                found, first = self._merges_refitted(smaller, part, context)
+                smaller, after = found.program, done + len(part.steps)
+                baseline = Baseline(first, done) if first else Baseline(smaller, after)
             else:
-                refitted = self._cuts_refitted(smaller, part, context)
-                found, fitted = refitted, refitted.program
-                smaller, baseline = apply_plan(fitted, part), Baseline(fitted, done)
-                details["statistics bytes"] = refitted.statistics_bytes
+                found = cut = self._cuts_refitted(smaller, part, context)
+                smaller, baseline = apply_plan(cut.program, part), Baseline(cut.program, done)
+                most = max(details.get("statistics bytes", 0), cut.statistics_bytes)
+                details["statistics bytes"] = most
             done += len(part.steps)
             details["refitted"] += found.names
             details["calibration bytes"] = max(details["calibration bytes"], found.peak_bytes)

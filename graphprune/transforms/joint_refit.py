@@ -35,7 +35,8 @@ from graphprune.transforms.sparsity import check_values
 from graphprune.verification.masked_reference import MaskedReference
 
 HELD_OUT = 8
-"""The last token of so many of a batch is not fitted to: what predicts it best is the damping."""
+"""One in so many tokens, the last ones of each batch, is not fitted to: what predicts them best is
+the damping."""
 
 SWEEPS, STILL = 100, 1e-8
 """How often all experts are fitted in turn at most, and the part of what is left to be explained by

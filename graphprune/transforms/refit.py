@@ -234,7 +234,7 @@ class Removal:
 
 def _check(coupling: Coupling, plan: Plan) -> None:
     if any(step.merges for step in plan.steps):
-        raise PlanError("merged heads cannot be refitted: refit before merging")
+        raise PlanError("heads that were merged in one step with cuts cannot be refitted")
     if any(step.branches for step in plan.steps):
         raise PlanError("what branches went after cannot be refitted: refit before prune-depth")
     for cut in (cut for step in plan.steps for cut in step.cuts):
