@@ -50,7 +50,7 @@ def work_of(children: int, samples: int = 8) -> float:
     Examples
     --------
     >>> work_of(32)
-    9.0
+    10.0
     """
     stages = stages_of(samples, children)
     entering = [children, *(stage.survivors for stage in stages)]
