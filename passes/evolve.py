@@ -53,7 +53,9 @@ class Evolve(Pass):
         The part of its KV cache.
     latency
         The part of the time that the matrix products and attentions of such a prompt take together,
-        each by itself in ONNX Runtime on `provider`.
+        each by itself in ONNX Runtime on `provider`, in float32 whatever the program's type. Times
+        differ from one measuring to the next, and with them what is found: it is found again only
+        with the same file of `times`.
     criterion
         In what order the units of a group go, as in `prune`.
     skip
@@ -68,8 +70,9 @@ class Evolve(Pass):
     children
         Of each generation.
     tokens
-        How many tokens of the calibration data states are measured on at most; 0 for all. An eighth
-        of them tells which children are measured on more.
+        How many tokens of the calibration data states are measured on, made up to whole batches; 0
+        for all, as with inputs that are no tokens. About an eighth of the batches, one at least,
+        tells which children are measured on more.
     seconds
         How long the search may take, looked at between generations; what it has found by then is
         taken. None for any time.
@@ -83,8 +86,8 @@ class Evolve(Pass):
         Of latency: what the result is to run on, an execution provider of ONNX Runtime such as cpu
         or cuda; its times are measured here.
     times
-        Of latency: a file that keeps the times, each measured once. None: in the folder, if there
-        is one.
+        Of latency: a file that keeps the times, each measured once and written at once. None: in
+        the folder, if there is one.
 
     Requires
     --------
@@ -96,10 +99,10 @@ class Evolve(Pass):
 
     Refuses
     -------
-    What `prune` refuses; groups whose removal is no zeroing of weights; a budget that nothing meets
-    (`SelectionError`); no time for one generation (`UsageError`); a folder of another program or
-    other data (`CalibrationError`); a provider that is not here, or a file of times of another one
-    (`BackendError`); several processes (`ProcessError`).
+    What `prune` refuses; groups whose removal is no zeroing of weights; a budget that all they may
+    lose does not meet (`SelectionError`); no time for one generation (`UsageError`); a folder of
+    another program or other data (`CalibrationError`); a provider that is not here, or a file of
+    times of another one (`BackendError`); several processes (`ProcessError`).
 
     Reference
     ---------
@@ -222,7 +225,7 @@ class Evolve(Pass):
     def _space(
         self, coupling: Coupling, groups: list[Group], folder: Path
     ) -> tuple[Space, KernelTimes | None]:
-        """Return what meets the budgets; refuse, before any other work, where nothing does."""
+        """Return what meets the budgets; refuse, before any other work, where all would not."""
         from pathlib import Path
 
         from graphprune.backends.onnx.kernel_times import KernelTimes
@@ -258,7 +261,7 @@ class Evolve(Pass):
         assert data is not None, "the pass manager has asked for it"
         record = Record(folder, program, data, self.tokens)
         if times is not None:
-            times.save()
+            times.keep()
         scoring = ScoringContext(
             program, coupling, space.groups, data, seed=context.seed, track=context.track
         )
@@ -267,7 +270,4 @@ class Evolve(Pass):
         subject = Subject(coupling, space.groups, scores, data, self.damp)
         departures = Departures(program, data, self.tokens)
         settings = Settings(self.steps, self.generations, self.children, self.seconds, context.seed)
-        found = search(subject, space, departures, record, settings, context.track)
-        if times is not None:
-            times.save()
-        return subject, found
+        return subject, search(subject, space, departures, record, settings, context.track)

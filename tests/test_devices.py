@@ -88,6 +88,7 @@ PIPELINES = [
     "sparsify{pattern=0.5 criterion=sparsegpt}",
     "sparsify{pattern=0.5 criterion=alps}",
     "sparsify{pattern=0.5 criterion=wanda scope=global sequential=false}",
+    "evolve{target=ffn params=0.05 steps=1 generations=1 children=2}",
     "recover{method=full steps=2 batch=2 micro=2}",
     "recover{method=lora steps=2 batch=2 micro=2}",
     "prune{target=ffn ratio=0.25 criterion=l2},recover{method=full steps=2 batch=2 distil=0.5}",

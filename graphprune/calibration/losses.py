@@ -15,8 +15,9 @@ from graphprune.errors import CalibrationError
 from graphprune.ir.compare import relative_error, tolerance_of
 from graphprune.ir.program import PRESENT, Program
 
-Departure = Callable[[Logits, Logits], Tensor]
-"""Of an output of a program and of the original: how far each sample is off, ``[samples]``."""
+Departure = Callable[[Logits, Logits, Mapping[str, Tensor]], Tensor]
+"""Of an output of a program and of the original on a batch: how far each sample is off,
+``[samples]``; not finite where all of it is padding."""
 
 _INSTEAD = "give labels, or a criterion that needs no loss, such as criterion=wanda or criterion=l2"
 
@@ -153,11 +154,7 @@ def sample_losses(logits: Tensor | Logits, batch: Mapping[str, Tensor]) -> Tenso
     """
     logits = as_logits(logits)
     at, labels = _targets(logits, batch)
-    losses = logits.each(at, cross_entropy(labels))
-    of = at // logits.shape[1:-1].numel()
-    totals = losses.new_zeros(2, logits.shape[0])
-    total, count = totals.index_add_(1, of, torch.stack([losses, torch.ones_like(losses)]))
-    return total / count
+    return _means(logits.each(at, cross_entropy(labels)), at, logits)
 
 
 def predicted(batch: Mapping[str, Tensor]) -> Tensor:
@@ -188,28 +185,63 @@ def departure_of(program: Program) -> tuple[str, str, Departure]:
     """Return how far programs made of `program` are from it: a name, the output, the measure.
 
     That is the divergence of the logits, as a mean over positions, or the relative squared change
-    of the first output.
+    of the first output. Positions that are padding do not count.
+
+    Raises
+    ------
+    CalibrationError
+        When no output is of floating-point numbers.
     """
     outputs = program.outputs
     if any(value.name == "logits" for value in outputs):
         return "divergence", "logits", _divergence
-    name = next(
-        value.name
-        for value in outputs
-        if value.dtype.is_floating_point and not value.name.startswith(PRESENT)
-    )
+    own = [value for value in outputs if not value.name.startswith(PRESENT)]
+    name = next((value.name for value in own if value.dtype.is_floating_point), None)
+    if name is None:
+        names = ", ".join(value.name for value in own)
+        raise CalibrationError(
+            f"no output is of floating-point numbers ({names}): how far one is from the original "
+            "cannot be measured"
+        )
     return f"relative squared change of {name}", name, _change
 
 
-def _divergence(found: Logits, whole: Logits) -> Tensor:
+def _divergence(found: Logits, whole: Logits, batch: Mapping[str, Tensor]) -> Tensor:
     at = torch.arange(found.shape[:-1].numel(), device=found.device)
-    each = found.each(at, lambda logits, piece: divergence(whole.rows(piece), logits))
-    return each.reshape(found.shape[0], -1).mean(1)
+    real = _real(found, batch)
+    if real is not None:
+        at = at[real.flatten()]
+    each = found.each(at, lambda logits, piece: divergence(whole.rows(at[piece]), logits))
+    return _means(each, at, found)
 
 
-def _change(found: Logits, whole: Logits) -> Tensor:
+def _change(found: Logits, whole: Logits, batch: Mapping[str, Tensor]) -> Tensor:
     after, before = found.all(), whole.all()
+    real = _real(found, batch)
+    if real is not None:
+        padding = ~real.view(*real.shape, *[1] * (after.ndim - 2))
+        after, before = (each.masked_fill(padding, 0) for each in (after, before))
     return (after - before).square().flatten(1).sum(1) / before.square().flatten(1).sum(1)
+
+
+def _real(logits: Logits, batch: Mapping[str, Tensor]) -> Tensor | None:
+    """Return a mask, ``[batch, length]``, of tokens that are no padding; None where none says so.
+
+    None, too, where the logits are not of these tokens one by one.
+    """
+    side = "decoder_" if "decoder_input_ids" in batch else ""
+    ids, mask = batch.get(f"{side}input_ids"), batch.get(f"{side}attention_mask")
+    if ids is None or mask is None or not ids.shape == mask.shape == logits.shape[:2]:
+        return None
+    return mask.bool().to(logits.device)
+
+
+def _means(each: Tensor, at: Tensor, logits: Logits) -> Tensor:
+    """Return the mean of what the rows `at` have, ``[n]``, over every sample, ``[samples]``."""
+    of = at // logits.shape[1:-1].numel()
+    totals = each.new_zeros(2, logits.shape[0])
+    total, count = totals.index_add_(1, of, torch.stack([each, torch.ones_like(each)]))
+    return total / count
 
 
 def _targets(logits: Logits, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -37,8 +37,9 @@ def measure_of(program: Program, batches: Sequence[Batch]) -> tuple[str, Measure
         name = "cross entropy" if labeled else "next-token loss"
         return name, lambda run: map(sample_losses, run(logits), batches)
     name, output, departure = departure_of(program)
-    whole = runner(program, [inputs_of(batch) for batch in batches])
-    return name, lambda run: map(departure, run(output), whole(output))
+    inputs = [inputs_of(batch) for batch in batches]
+    whole = runner(program, inputs)
+    return name, lambda run: map(departure, run(output), whole(output), inputs)
 
 
 def runner(program: Program, inputs: Sequence[Batch]) -> Run:

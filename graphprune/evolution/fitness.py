@@ -12,18 +12,15 @@ from graphprune.calibration.layerwise import logits_of_all
 from graphprune.calibration.losses import departure_of
 from graphprune.ir.program import Program
 
-TOKENS = 4096
-"""Tokens that states are measured on at most, where nobody says."""
-
 _ROWS = 4
-"""Samples that are run at once."""
+"""The most samples of a batch."""
 
 
 class Departures:
     """The departure of changed weights from the program that they are of.
 
-    Of language models that is the divergence KL(original || changed) of their logits; of others the
-    relative squared change of the first output.
+    Where there is an output called logits that is their divergence, KL(original || changed); else
+    the relative squared change of the first output. Padding does not count.
 
     Parameters
     ----------
@@ -32,31 +29,37 @@ class Departures:
     calibration
         What it is measured on.
     tokens
-        How many of its tokens, the first ones; 0 for all.
+        So many of its tokens, the first ones, made up to whole batches; 0 for all, as with inputs
+        that are no tokens.
+
+    Raises
+    ------
+    CalibrationError
+        When the program gives nothing whose change can be measured.
     """
 
-    def __init__(self, program: Program, calibration: Calibration, tokens: int = TOKENS) -> None:
+    def __init__(self, program: Program, calibration: Calibration, tokens: int) -> None:
         self.program = program
         self.name, self._output, self._departure = departure_of(program)
         self.batches = _first(calibration, tokens)
         self._whole = list(logits_of_all(program, self.batches, self._output))
 
     @property
-    def samples(self) -> int:
+    def count(self) -> int:
         """How many batches there are to measure on."""
         return len(self.batches)
 
-    def of(self, weights: Mapping[str, Tensor], samples: int) -> float:
+    def of(self, weights: Mapping[str, Tensor], count: int) -> float:
         """Return the mean departure of `weights` on the first so many batches."""
-        given, whole = self.batches[:samples], self._whole[:samples]
+        given, whole = self.batches[:count], self._whole[:count]
         found = logits_of_all(self.program, given, self._output, weights=weights)
         with torch.no_grad():
-            each = [self._departure(*pair) for pair in zip(found, whole, strict=True)]
+            each = [self._departure(*pair) for pair in zip(found, whole, given, strict=True)]
         return float(torch.cat(each).double().mean())
 
 
 def _first(calibration: Calibration, tokens: int) -> list[dict[str, Tensor]]:
-    """Return the first samples of calibration data, a few at a time."""
+    """Return the first samples of calibration data, in small batches."""
     found: list[dict[str, Tensor]] = []
     left = tokens
     for batch in calibration:

@@ -16,7 +16,7 @@ Mutate = Callable[[State, random.Random], State]
 """Gives a state near another one, that meets all that is asked for."""
 
 Fitness = Callable[[State, int], float]
-"""How bad a state is on the first so many samples; the lower, the better."""
+"""How bad a state is on the first so many batches; the lower, the better."""
 
 _TRIES = 8
 """Mutations that are tried for each child: where few states are left, most are known."""
@@ -24,43 +24,43 @@ _TRIES = 8
 
 @dataclass(frozen=True)
 class Stage:
-    """A round of selection: on how many samples children are measured, and how many go on."""
+    """A round of selection: on how many batches children are measured, and how many go on."""
 
-    samples: int
+    batches: int
     survivors: int
 
 
-def stages_of(samples: int, children: int) -> list[Stage]:
-    """Return the rounds in which one child of many is found, on an eighth of the samples first.
+def stages_of(batches: int, children: int) -> list[Stage]:
+    """Return the rounds in which one child of many is found, on an eighth of the batches first.
 
     Examples
     --------
-    >>> [(stage.samples, stage.survivors) for stage in stages_of(96, 32)]
+    >>> [(stage.batches, stage.survivors) for stage in stages_of(96, 32)]
     [(12, 8), (48, 2), (96, 1)]
     >>> stages_of(1, 32)
-    [Stage(samples=1, survivors=1)]
+    [Stage(batches=1, survivors=1)]
     """
-    rounds = {max(samples // 8, 1): children // 4, max(samples // 2, 1): children // 16, samples: 1}
+    rounds = {max(batches // 8, 1): children // 4, max(batches // 2, 1): children // 16, batches: 1}
     return [Stage(count, max(survivors, 1)) for count, survivors in rounds.items()]
 
 
-def work_of(children: int, samples: int = 8) -> float:
-    """Return what a generation takes at most, in measurements of one state on all samples.
+def work_of(children: int, batches: int = 8) -> float:
+    """Return what a generation takes at most, in measurements of one state on all batches.
 
     Examples
     --------
     >>> work_of(32)
     10.0
     """
-    stages = stages_of(samples, children)
+    stages = stages_of(batches, children)
     entering = [children, *(stage.survivors for stage in stages)]
     pairs = zip(entering, stages, strict=False)
-    return sum(count * stage.samples for count, stage in pairs) / stages[-1].samples
+    return sum(count * stage.batches for count, stage in pairs) / stages[-1].batches
 
 
 @dataclass(frozen=True)
 class Generation:
-    """A generation: its number, the best state so far and how bad it is on all samples."""
+    """A generation: its number, the best state so far and how bad it is on all batches."""
 
     number: int
     best: State
@@ -79,7 +79,7 @@ def evolve(
     """Yield generations, each with a parent at least as good as the one before, without an end.
 
     From one parent come children by mutation, none of which was there before; those that survive
-    all stages replace it if one of them is better on all samples: (1 + lambda) with multi-step
+    all stages replace it if one of them is better on all batches: (1 + lambda) with multi-step
     selection, as in EvoPress (Sieberling et al. 2410.14649, algorithm 2). It ends where no new
     child is found.
 
@@ -92,7 +92,7 @@ def evolve(
     fitness
         Measures one.
     stages
-        Ascending in samples; the last one is of all.
+        Ascending in batches; the last one is of all.
     children
         How many a generation has.
     seed
@@ -103,12 +103,12 @@ def evolve(
     >>> def mutate(state, draw):  # one up, another one down: the sum stays
     ...     more, less = draw.sample(range(3), 2)
     ...     return tuple(each + (at == more) - (at == less) for at, each in enumerate(state))
-    >>> far = lambda state, samples: sum((a - b) ** 2 for a, b in zip(state, (4, -1, 0)))
+    >>> far = lambda state, batches: sum((a - b) ** 2 for a, b in zip(state, (4, -1, 0)))
     >>> found = evolve((1, 1, 1), mutate, far, [Stage(1, 1)], children=6, seed=0)
     >>> [next(found).best for _ in range(4)][-1]
     (4, -1, 0)
     """
-    everything = stages[-1].samples
+    everything = stages[-1].batches
     best = start, fitness(start, everything)
     known = {start}
     yield Generation(0, *best)
@@ -121,7 +121,7 @@ def evolve(
             return
         known.update(born)
         for stage in stages:
-            measured = sorted((fitness(each, stage.samples), each) for each in born)
+            measured = sorted((fitness(each, stage.batches), each) for each in born)
             born = [each for _, each in measured[: stage.survivors]]
         found, child = measured[0]
         if found < best[1]:

@@ -27,7 +27,8 @@ from graphprune.ir.program import Program
 from graphprune.plan.plan import Plan
 from graphprune.plan.steps import Step
 from graphprune.selection.selector import lowest_units
-from graphprune.transforms.refit import Refitted, Removal, refit
+from graphprune.transforms.refit import LostInputs, Refitted, refit
+from graphprune.weights.overlay import overlaid
 
 _WHAT = "levels"
 
@@ -85,7 +86,7 @@ class Subject:
         matrices, found = contractions(self.program).matrices, list[set[str]]()
         for at, group in enumerate(self.groups):
             plan = self.plan({at: group.size - group.min_units})
-            lost = Removal.of(self.program, plan, matrices).columns
+            lost = LostInputs.of(self.program, plan, matrices).columns
             found.append({matrix.weight for matrix in lost})
         return found
 
@@ -200,7 +201,7 @@ class Ladder:
         part, found = self.subject.parts[at], dict[str, Tensor]()
         for counts in itertools.product(*(self.levels[group] for group in part)):
             plan = self.subject.plan(dict(zip(part, counts, strict=True)))
-            removal = Removal.of(self.subject.program, plan, matrices)
+            removal = LostInputs.of(self.subject.program, plan, matrices)
             refits = removal.refitted(matrices, statistics, self.subject.damp)
             found |= {f"{_text(counts)} {name}": value for name, value in refits.items()}
         return found
@@ -210,11 +211,15 @@ class Ladder:
         write_cache(self._files[at], _WHAT, refits, program, data, key=self.key)
 
     def _read(self, file: Path) -> dict[str, dict[str, Tensor]]:
+        """Return the refits of a part by state and name, where and as the program stores them."""
         program, data = self.subject.program, self.subject.calibration
         found: dict[str, dict[str, Tensor]] = {}
         for key, value in read_cache(file, _WHAT, program, data, key=self.key).items():
             counts, _, name = key.partition(" ")
             found.setdefault(counts, {})[name] = value
+        for counts, new in found.items():
+            every = overlaid(program.weights, new, program.placement)
+            found[counts] = {name: every[name] for name in new}
         return found
 
 

@@ -17,13 +17,14 @@ from graphprune.ir.program import Program
 from graphprune.report.plots import Point, curves
 from graphprune.weights.tensors import digest
 
-MEASURED, PROGRESS, PICTURE = "measured.jsonl", "progress.json", "progress.svg"
+MEASURED, SECONDS = "measured.jsonl", "seconds.json"
+PROGRESS, PICTURE = "progress.json", "progress.svg"
 
 _WHAT = "evolution"
 
 
 @dataclass(frozen=True)
-class Progress:
+class Milestone:
     """A generation as it is written down.
 
     Parameters
@@ -52,7 +53,7 @@ class Record:
     program, calibration
         What is measured, on what.
     tokens
-        How many tokens of it at most.
+        How many tokens of it, as `graphprune.evolution.fitness.Departures` takes them.
 
     Raises
     ------
@@ -66,7 +67,7 @@ class Record:
         self, folder: Path, program: Program, calibration: Calibration, tokens: int
     ) -> None:
         self.folder, self._path = folder, folder / MEASURED
-        self.generations: list[Progress] = []
+        self.generations: list[Milestone] = []
         about = {
             "what": _WHAT,
             "fingerprint": program.fingerprint(),
@@ -93,18 +94,18 @@ class Record:
         key = hashlib.sha256("\n".join(groups).encode()).hexdigest()[:16]
         return self.folder / f"scores-{criterion}-{key}.safetensors"
 
-    def find(self, ladder: str, samples: int, state: State) -> float | None:
+    def find(self, ladder: str, batches: int, state: State) -> float | None:
         """Return what was measured of a state with refits of a ladder, by its key."""
-        return self._values.get((ladder, samples, state))
+        return self._values.get((ladder, batches, state))
 
-    def add(self, ladder: str, samples: int, state: State, value: float) -> None:
+    def add(self, ladder: str, batches: int, state: State, value: float) -> None:
         """Write down what was measured."""
-        self._values[ladder, samples, state] = value
+        self._values[ladder, batches, state] = value
         with writing(self._path), self._path.open("a", encoding="utf-8") as file:
-            file.write(as_json([ladder, samples, state, value]) + "\n")
+            file.write(as_json([ladder, batches, state, value]) + "\n")
 
-    def show(self, generation: Progress) -> None:
-        """Write down how far it is: as JSON, and as a picture of all generations so far."""
+    def show(self, generation: Milestone) -> None:
+        """Write down how far it is: all generations so far, as JSON."""
         self.generations.append(generation)
         with staged_file(self.folder / PROGRESS, overwrite=True) as file:
             data = [asdict(each) for each in self.generations]
@@ -133,9 +134,9 @@ class Record:
     def _read(self, lines: Sequence[str]) -> None:
         for number, line in enumerate(lines, 2):
             try:
-                ladder, samples, state, value = json.loads(line)
+                ladder, batches, state, value = json.loads(line)
                 found = float("inf") if value is None else float(value)
-                self._values[str(ladder), int(samples), tuple(map(int, state))] = found
+                self._values[str(ladder), int(batches), tuple(map(int, state))] = found
             except (ValueError, TypeError) as error:
                 raise OutputError(f"{self._path}:{number} is no measurement: {error}") from error
 
@@ -146,7 +147,7 @@ class Record:
             "fingerprint": "of another program",
             "weights": "of this program with other weights",
             "data": "on other calibration data",
-            "tokens": f"on at most {found.get('tokens')} tokens, not {about['tokens']}",
+            "tokens": f"of tokens={found.get('tokens')}, not {about['tokens']}",
         }
         for key, what in says.items():
             if found.get(key) != about[key]:

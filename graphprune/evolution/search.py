@@ -10,10 +10,9 @@ from graphprune.evolution.clock import Clock
 from graphprune.evolution.fitness import Departures
 from graphprune.evolution.generations import Generation, State, evolve, stages_of, work_of
 from graphprune.evolution.ladder import Ladder, Subject
-from graphprune.evolution.record import Progress, Record
+from graphprune.evolution.record import SECONDS, Milestone, Record
 from graphprune.evolution.space import Space, Switch
-from graphprune.io.progress import Progress as Bar
-from graphprune.io.progress import no_progress
+from graphprune.io.progress import Progress, no_progress
 
 PATIENCE = 5
 """Generations in which nothing better is found, after which a step ends."""
@@ -42,6 +41,11 @@ class Settings:
     children: int
     seconds: float | None = None
     seed: int = 0
+
+    @property
+    def work(self) -> str:
+        """What a `Clock` calls a generation."""
+        return f"generation of {self.children}"
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def search(
     departures: Departures,
     record: Record,
     settings: Settings,
-    track: Bar = no_progress,
+    track: Progress = no_progress,
 ) -> Found:
     """Search for what groups lose best within all budgets.
 
@@ -86,14 +90,14 @@ def search(
     Raises
     ------
     SelectionError
-        Before any work: when nothing meets the budgets.
+        When a budget is missed: before any work, by all that groups may lose.
     UsageError
         When there is no time for one generation.
     CalibrationError
         As `Ladder`.
     """
     best, fitness, equal = space.equal(), math.nan, math.nan
-    clock, counts, in_time = Clock(settings.seconds), list[int](), True
+    clock, counts, in_time = Clock(settings.seconds, record.folder / SECONDS), list[int](), True
     for step in range(settings.steps):
         # For these levels, and to refit what is chosen in the end.
         if step and not clock.has_time_for("refit", "refit"):
@@ -104,21 +108,22 @@ def search(
             ladder = Ladder(subject, levels, best, record.folder, track=track)
         measure = _Measure(ladder, departures, record)
         with clock.timing("measure"):
-            fitness = measure(best, departures.samples)
+            fitness = measure(best, departures.count)
         equal = equal if step else fitness
-        clock.expect("generation", "measure", work_of(settings.children, departures.samples))
-        if not clock.has_time_for("generation", "refit"):
+        clock.expect(settings.work, "measure", work_of(settings.children, departures.count))
+        if not clock.has_time_for(settings.work, "refit"):
             if not step:
                 raise UsageError(
                     f"{clock.limit:g} seconds are too few for one generation: refitting the levels "
                     f"takes {clock.taken('refit'):.3g}, and what is chosen in the end as long; a "
-                    f"generation {clock.taken('generation'):.3g}"
+                    f"generation {clock.taken(settings.work):.3g}"
                 )
             in_time = False
             break
         last, over = _climb(best, step, space, measure, settings, clock, track)
         best, fitness, in_time = last.best, last.fitness, in_time and not over
         counts.append(last.number)
+    space.check(best, "what was found")
     record.draw()
     return Found(best, departures.name, fitness, equal, tuple(counts), in_time)
 
@@ -129,13 +134,13 @@ class _Measure:
     def __init__(self, ladder: Ladder, departures: Departures, record: Record) -> None:
         self.ladder, self.departures, self.record = ladder, departures, record
 
-    def __call__(self, state: State, samples: int) -> float:
-        """Return how far a state is from the original on the first so many samples."""
-        known = self.record.find(self.ladder.key, samples, state)
+    def __call__(self, state: State, batches: int) -> float:
+        """Return how far a state is from the original on the first so many batches."""
+        known = self.record.find(self.ladder.key, batches, state)
         if known is None:
-            known = self.departures.of(self.ladder.weights(state), samples)
+            known = self.departures.of(self.ladder.weights(state), batches)
             known = known if math.isfinite(known) else math.inf
-            self.record.add(self.ladder.key, samples, state, known)
+            self.record.add(self.ladder.key, batches, state, known)
         return known
 
 
@@ -146,31 +151,31 @@ def _climb(
     measure: _Measure,
     settings: Settings,
     clock: Clock,
-    track: Bar,
+    track: Progress,
 ) -> tuple[Generation, bool]:
     """Return the last generation of a step, and whether time was over before it ended."""
-    samples, record = measure.departures.samples, measure.record
+    batches, record = measure.departures.count, measure.record
     born = evolve(
         start,
         Switch(space, measure.ladder.levels),
         measure,
-        stages_of(samples, settings.children),
+        stages_of(batches, settings.children),
         children=settings.children,
         seed=f"{settings.seed} {step}",
     )
     last, better = next(born), 0
-    record.show(Progress(step, 0, last.fitness, space.counts(last.best)))
+    record.show(Milestone(step, 0, last.fitness, space.counts(last.best)))
     for number in track(range(1, settings.generations + 1), f"step {step + 1}"):
-        with clock.timing("generation"):
+        with clock.timing(settings.work):
             found = next(born, last)
         if found is last:  # nothing is left to try
             break
         better = number if found.fitness < last.fitness else better
         last = found
-        record.show(Progress(step, number, last.fitness, space.counts(last.best)))
+        record.show(Milestone(step, number, last.fitness, space.counts(last.best)))
         if number - better == PATIENCE:
             break
         until = (step + 1) / settings.steps
-        if not clock.has_time_for("generation", "refit", part=until):
+        if not clock.has_time_for(settings.work, "refit", part=until):
             return last, number < settings.generations
     return last, False

@@ -79,13 +79,29 @@ class Space:
             self._fitting[state] = all(each.left(counts) <= most for each, most in self._wanted)
         return self._fitting[state]
 
+    def check(self, state: State, what: str) -> None:
+        """Refuse a state, called `what`, that misses a budget.
+
+        Raises
+        ------
+        SelectionError
+            When it does: says which one, and what part of it goes.
+        """
+        counts = self.counts(state)
+        for budget, most in self._wanted:
+            if (left := budget.left(counts)) > most:
+                raise SelectionError(
+                    f"{budget.name} {budget.part:g} is not met: {what} is "
+                    f"{1 - left / budget.whole:.3g} of it"
+                )
+
     def equal(self) -> State:
         """Return the state in which all groups lose the same part, as little as budgets allow.
 
         Raises
         ------
         SelectionError
-            When nothing meets them: says how much could go at most.
+            When all that groups may lose does not meet them.
         """
         shares = sorted({n / group.size for group in self.groups for n in range(group.size)})
 
@@ -93,13 +109,7 @@ class Space:
             return tuple(self._allowed(group, share * group.size) for group in self.groups)
 
         most = at(1.0)
-        for budget, wanted in self._wanted:
-            if budget.left(self.counts(most)) > wanted:
-                share = 1 - budget.left(self.counts(most)) / budget.whole
-                raise SelectionError(
-                    f"{budget.name} {budget.part:g} cannot go: these groups hold at most "
-                    f"{share:.3g} of it"
-                )
+        self.check(most, "all that these groups may lose")
         first = bisect_left(shares, True, key=lambda share: self.fits(at(share)))
         return at(shares[first]) if first < len(shares) else most
 
@@ -149,8 +159,12 @@ class Switch:
         places = [{count: at for at, count in enumerate(each)} for each in self.levels]
         object.__setattr__(self, "_at", places)
 
-    def __call__(self, state: State, draw: random.Random) -> State:
-        """Return another state that meets the budgets, or the same where there is none."""
+    def __call__(self, start: State, draw: random.Random) -> State:
+        """Return another state that meets the budgets, or `start` where it finds none.
+
+        To lose more may miss a budget: kernels of odd widths take longer than wider ones.
+        """
+        state = start
         for _ in range(_few(draw)):
             able = [at for at in range(len(state)) if self._next(state, at, 1) is not None]
             if not able:
@@ -160,7 +174,7 @@ class Switch:
                 if self._next(state, more, 1) is not None:
                     state = self._moved(state, more, 1)
             state = self._given_back(state, more, draw)
-        return state
+        return state if self.space.fits(state) else start
 
     def _given_back(self, state: State, more: int, draw: random.Random) -> State:
         """Give levels back to all groups but one, at random, until no other one fits."""

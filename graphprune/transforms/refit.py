@@ -110,7 +110,7 @@ def refit(
     experts = experts_of(program, coupling, plan)
     later = {name for each in experts for name in each.weights}
     every = [each for each in contractions(program).matrices if each.weight not in later]
-    removal = Removal.of(program, plan, every)
+    removal = LostInputs.of(program, plan, every)
     matrices = [each for each in every if each in removal.columns or each.weight in also]
     if not matrices and not experts:
         raise PlanError("no matrix lost a column: there is nothing to refit")
@@ -158,7 +158,7 @@ def refit(
 
 
 @dataclass(frozen=True, eq=False)
-class Removal:
+class LostInputs:
     """What a plan takes of weights, and the inputs that matrices lose by it.
 
     Parameters
@@ -176,7 +176,7 @@ class Removal:
     columns: Mapping[Matrix, Tensor]
 
     @classmethod
-    def of(cls, program: Program, plan: Plan, matrices: Sequence[Matrix]) -> Removal:
+    def of(cls, program: Program, plan: Plan, matrices: Sequence[Matrix]) -> LostInputs:
         """Return what `plan` takes of `program` and of those of its `matrices` that lose inputs."""
         masks = plan.masks(program.weights)
         gone = {name: mask.to(program.device) for name, mask in masks.items()}

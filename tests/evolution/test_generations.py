@@ -34,7 +34,7 @@ def space(part: float = 0.4) -> Space:
     return Space(groups(), budgets)
 
 
-def worse(state: State, samples: int = 1) -> float:
+def worse(state: State, batches: int = 1) -> float:
     """Separable, convex in one group and not in another, unlike for each."""
     a, b, c, d = state
     return a**2 + 3 * b + (6 if c > 1 else c) + 0.1 * d**1.5
@@ -68,8 +68,8 @@ def test_it_finds_what_brute_force_finds() -> None:
 def test_equal_seeds_give_equal_generations_and_children_are_measured_once() -> None:
     seen: list[tuple[State, int]] = []
 
-    def fitness(state: State, samples: int) -> float:
-        seen.append((state, samples))
+    def fitness(state: State, batches: int) -> float:
+        seen.append((state, batches))
         return worse(state)
 
     first = run(3, fitness=fitness)
@@ -85,6 +85,20 @@ def test_all_budgets_are_met_by_whatever_is_born_and_little_is_left_of_them() ->
         state = switch(state, draw)
         assert held.fits(state)
         assert 0.6 * left(PRICES)({}) >= left(PRICES)(held.counts(state))
+
+
+def test_a_child_that_misses_a_budget_is_none() -> None:
+    """As of a latency, where odd widths take longer than wider ones."""
+
+    def odd_is_slow(lost: Mapping[str, int]) -> float:
+        return sum(n + 4 * (lost.get(f"g{at}", 0) % 2) for at, n in enumerate(SIZES))
+
+    held, draw = Space(groups(), [Budget("latency", 0.0, odd_is_slow)]), random.Random(0)
+    start = (0, 0, 0, 0)
+    switch = Switch(held, [range(n) for n in SIZES])
+    assert all(held.fits(switch(start, draw)) for _ in range(50))
+    with pytest.raises(SelectionError, match=r"latency 0 is not met: that is -0\.111 of it"):
+        held.check((1, 0, 0, 0), "that")
 
 
 def test_equal_parts_are_the_smallest_that_meet_the_budgets() -> None:
@@ -105,5 +119,5 @@ def test_levels_come_nearer_to_each_other_in_every_step() -> None:
 
 
 def test_a_budget_that_nothing_meets_is_refused() -> None:
-    with pytest.raises(SelectionError, match=r"params 0\.95 cannot go: .* at most 0\.852"):
+    with pytest.raises(SelectionError, match=r"params 0\.95 is not met: all .* is 0\.852 of it"):
         space(0.95).equal()

@@ -82,7 +82,7 @@ def test_levels_are_composed_and_nothing_lost_is_the_original(made: tuple[Path, 
     assert torch.equal(kept, one["2.weight"][3:]) and not both["2.weight"][:3].any()
     assert torch.equal(both["4.weight"], other["4.weight"])
     departures = Departures(ladder.subject.program, data(), 0)
-    assert departures.of(whole, departures.samples) == 0
+    assert departures.of(whole, departures.count) == 0
     assert departures.of(both, 2) > departures.of(ladder.weights((2, 0)), 2)
 
 
@@ -111,7 +111,7 @@ def test_levels_and_measurements_of_another_program_are_refused(
     Record(tmp_path, subject().program, data(), 0)
     with pytest.raises(CalibrationError, match="of this program with other weights"):
         Record(tmp_path, subject(other).program, data(), 0)
-    with pytest.raises(CalibrationError, match="on at most 0 tokens, not 8"):
+    with pytest.raises(CalibrationError, match="holds an evolution of tokens=0, not 8"):
         Record(tmp_path, subject().program, data(), 8)
     with pytest.raises(OutputError, match="is not empty, and holds no evolution"):
         Record(folder, subject().program, data(), 0)

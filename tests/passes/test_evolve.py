@@ -15,7 +15,13 @@ from byte_llama import byte_llama
 import graphprune as gp
 from graphprune.backends.onnx.kernel_times import KernelTimes
 from graphprune.calibration.data import Calibration
-from graphprune.errors import BackendError, CalibrationError, SelectionError, UsageError
+from graphprune.errors import (
+    BackendError,
+    CalibrationError,
+    OutputError,
+    SelectionError,
+    UsageError,
+)
 from graphprune.evolution import clock
 from graphprune.evolution.fitness import Departures
 from graphprune.ir.program import Program
@@ -58,8 +64,6 @@ def test_what_is_found_meets_the_budget_and_is_nearer_than_equal_parts(
     assert result.program.parameter_count() <= 0.8 * program().parameter_count()
     before, after = details(result)["divergence, of equal parts and as found"]
     assert 0 < after < before
-    pairs = Departures(program(), data()), Departures(program(), data(1))
-    assert pairs[0].name == "divergence"
     # That is KL(original || smaller), and what is measured of masked weights is what comes out.
     ids = data().batches[0]["input_ids"]
     whole = byte_llama()(ids).logits.log_softmax(-1)
@@ -105,6 +109,19 @@ def test_a_limit_of_time_is_kept_and_one_without_a_generation_is_refused(
     assert details(result)["note"] == "time was over before all generations were"
 
 
+def test_what_is_found_again_says_nothing_of_how_long_work_takes(tmp_path: Path) -> None:
+    with clock.Clock(None, tmp_path / "seconds.json").timing("refit"):
+        pass
+    (tmp_path / "seconds.json").write_text('{"refit": 50.0}')
+    again = clock.Clock(60, tmp_path / "seconds.json")
+    with again.timing("refit"):
+        pass
+    assert again.has_time_for("refit") and not again.has_time_for("refit", "refit")
+    (tmp_path / "seconds.json").write_text("[]")
+    with pytest.raises(OutputError, match="does not say what took how long"):
+        clock.Clock(60, tmp_path / "seconds.json")
+
+
 def test_a_latency_is_met_by_times_that_are_measured_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,7 +156,7 @@ def test_a_provider_that_is_not_here_is_refused_before_any_work(tmp_path: Path) 
         ({"steps": 0}, UsageError, "steps 0 is not positive"),
         ({"tokens": -1}, UsageError, "tokens -1 is negative"),
         ({"provider": "cuda"}, UsageError, "provider is of a latency, and none is asked for"),
-        ({"params": 0.99}, SelectionError, r"params 0\.99 cannot go: these groups hold at most"),
+        ({"params": 0.99}, SelectionError, r"params 0\.99 is not met: all that these groups may"),
     ],
 )
 def test_what_makes_no_sense_is_refused(

@@ -31,7 +31,8 @@ class KernelTimes:
     provider
         An execution provider of ONNX Runtime, or a short name such as "cuda".
     path
-        A file to keep them in: read where it exists, written by `save`. None: they are not kept.
+        A file to keep them in: read where it exists, written from `keep` on. None: they are not
+        kept.
     threads
         Threads of the CPU provider; by default as many as torch has.
 
@@ -49,6 +50,7 @@ class KernelTimes:
         self._threads = threads or torch.get_num_threads()
         self._about = {"provider": self.provider, "threads": self._threads}
         self._times: dict[str, float] = {}
+        self._kept = False
         if path is not None and path.exists():
             self._times = self._read(path)
         self._measured(Kernel("product", (1, 8, 8, 8)))  # refuses a provider that is not there
@@ -58,14 +60,17 @@ class KernelTimes:
         name = f"{kernel.kind} {' '.join(map(str, kernel.sizes))}"
         if name not in self._times:
             self._times[name] = self._measured(kernel)
+            if self._kept:
+                self.keep()
         return self._times[name]
 
     def total(self, kernels: Mapping[Kernel, int]) -> float:
         """Return the seconds that kernels take together, each run so often."""
         return sum(count * self.of(kernel) for kernel, count in kernels.items())
 
-    def save(self) -> None:
-        """Write the file, where there is one to keep times in."""
+    def keep(self) -> None:
+        """Write the file, where there is one, now and whenever a time is added from now on."""
+        self._kept = True
         if self.path is None:
             return
         with staged_file(self.path, overwrite=True) as file:
