@@ -64,7 +64,7 @@ def write_cache(
         "options": options,
     }
     with staged_file(path) as staged:
-        held = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(held, str(staged), {_KEY: json.dumps(about)})
 
 
