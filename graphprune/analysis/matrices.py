@@ -373,7 +373,8 @@ def last_sum(node: fx.Node) -> fx.Node:
         adds = how == "add" and given.get("alpha", 1) == 1
         adds = adds and value.shape == node.meta["val"].shape
         adds = adds or (how == "index_add" and given["self"] is node and given["dim"] == 0)
-        adds = adds or (how == "index_put" and given["self"] is node)
+        sums_into = how == "index_put" and given["accumulate"] and given["self"] is node
+        adds = adds or sums_into
         moves = is_copy(users[0]) or name_of(users[0]) in RESHAPES
         if not (adds or moves) or value.shape[-1:] != (width,):
             return last

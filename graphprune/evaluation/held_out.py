@@ -94,7 +94,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class HeldOutSamples:
-    """The samples that models which predict no next token are measured on.
+    """Samples by name, for any model.
 
     Parameters
     ----------

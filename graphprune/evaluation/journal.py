@@ -66,10 +66,10 @@ class Journal(Generic[Measured]):
         )
 
     def add(self, identity: Mapping[str, Any], size: Measured | None, reason: str) -> None:
-        """Write a point down, to the disk."""
+        """Write a point down, to the disk; a field that is None is left out."""
         record = {
             "identity": dict(identity),
-            "size": None if size is None else asdict(size),  # type: ignore[call-overload]
+            "size": None if size is None else _known(size),
             "reason": reason,
         }
         self.records.append(record)
@@ -90,3 +90,7 @@ class Journal(Generic[Measured]):
                     f"{self.path}:{number} is no point of a {self.work}: {error}"
                 ) from error
             yield record
+
+
+def _known(size: Any) -> dict[str, Any]:
+    return {name: value for name, value in asdict(size).items() if value is not None}

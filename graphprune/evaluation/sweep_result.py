@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from graphprune.evaluation.held_out import PERPLEXITY
 from graphprune.io.atomic import as_json
@@ -18,8 +18,7 @@ from graphprune.report import plots
 if TYPE_CHECKING:
     from rich.console import Group as Shown
 
-_LARGEST = 700.0
-"""Losses in nats above it have no perplexity that is a number."""
+_Loss = TypeVar("_Loss", float, float | None)
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,6 @@ class MeasuredProgram(ProgramSize):
     loss: float
     perplexity: float | None
 
-    @property
-    def figure(self) -> float:
-        """What is shown: the perplexity, or what is measured where there is none."""
-        return self.loss if self.perplexity is None else self.perplexity
-
     @classmethod
     def measured(cls, program: Program, loss: float, perplexity: float | None) -> MeasuredProgram:
         """Count the parameters of `program`, whose loss is known."""
@@ -58,12 +52,9 @@ class MeasuredProgram(ProgramSize):
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> MeasuredProgram:
-        """Read what JSON kept of one, which has null for what is infinite."""
-        loss = math.inf if data["loss"] is None else data["loss"]
-        perplexity = data["perplexity"]
-        if perplexity is None and loss > _LARGEST:
-            perplexity = math.inf
-        return cls(**{**data, "loss": loss, "perplexity": perplexity})
+        """Read what JSON kept of one: null for what is infinite, and nothing for None."""
+        kept = {name: math.inf if value is None else value for name, value in data.items()}
+        return cls(**{"perplexity": None, **kept})
 
 
 @dataclass(frozen=True)
@@ -118,11 +109,6 @@ class RecipeSummary:
     measured: int
     reasons: tuple[str, ...]
 
-    @property
-    def figure(self) -> float | None:
-        """What is shown: the perplexity, or what is measured where there is none."""
-        return self.loss if self.perplexity is None else self.perplexity
-
 
 @dataclass(frozen=True)
 class Sweep:
@@ -154,11 +140,14 @@ class Sweep:
         return [_summary(*key, points) for key, points in together.items()]
 
     def to_json(self) -> str:
-        """Return everything as JSON text; a number that is not finite is null."""
+        """Return everything as JSON text.
+
+        A number that is not finite is null; a perplexity that is not measured is left out.
+        """
         document = {
             "format": 1,
-            **asdict(self),
-            "summary": [asdict(each) for each in self.summaries()],
+            **asdict(self, dict_factory=_fields),
+            "summary": [asdict(each, dict_factory=_fields) for each in self.summaries()],
         }
         return as_json(document, indent=1)
 
@@ -172,13 +161,14 @@ class Sweep:
         """
         series: dict[str, list[plots.Point]] = {}
         for each in self.summaries():
-            if each.nonzero and each.figure is not None and math.isfinite(each.figure):
-                point = plots.Point(each.nonzero, each.figure, each.spread or 0.0)
+            figure = _shown(each.loss, each.perplexity)
+            if each.nonzero and figure is not None and math.isfinite(figure):
+                point = plots.Point(each.nonzero, figure, each.spread or 0.0)
                 series.setdefault(each.recipe, []).append(point)
         plots.curves(
             path,
             series,
-            marks={"unpruned": plots.Point(self.dense.nonzero, self.dense.figure)},
+            marks={"unpruned": plots.Point(self.dense.nonzero, self._dense_figure)},
             labels=("parameters that are not zero", self.measure),
         )
 
@@ -196,7 +186,7 @@ class Sweep:
         table.add_column(self.measure, justify="right")
         dense = self.dense
         whole = f"{dense.parameters:,}", f"{dense.nonzero / dense.parameters:.1%}"
-        table.add_row("(unpruned)", "", *whole, self._number(dense.figure), end_section=True)
+        table.add_row("(unpruned)", "", *whole, self._number(self._dense_figure), end_section=True)
         summaries = self.summaries()
         for at, each in enumerate(summaries):
             first = not at or summaries[at - 1].recipe != each.recipe
@@ -215,18 +205,33 @@ class Sweep:
         return Shown(table, *lines)
 
     def _cells(self, summary: RecipeSummary) -> tuple[str, str, str]:
-        if summary.parameters is None or summary.nonzero is None or summary.figure is None:
+        figure = _shown(summary.loss, summary.perplexity)
+        if summary.parameters is None or summary.nonzero is None or figure is None:
             return "", "", "failed"
         dense = self.dense.parameters
         spread = "" if summary.spread is None else f" ± {self._number(summary.spread)}"
         return (
             f"{summary.parameters:,.0f} ({summary.parameters / dense - 1:+.1%})",
             f"{summary.nonzero / dense:.1%}",
-            f"{self._number(summary.figure)}{spread}",
+            f"{self._number(figure)}{spread}",
         )
+
+    @property
+    def _dense_figure(self) -> float:
+        return _shown(self.dense.loss, self.dense.perplexity)
 
     def _number(self, figure: float) -> str:
         return f"{figure:.2f}" if self.measure == PERPLEXITY else f"{figure:.4g}"
+
+
+def _shown(loss: _Loss, perplexity: float | None) -> _Loss | float:
+    """Return the perplexity, or what is measured where there is none."""
+    return loss if perplexity is None else perplexity
+
+
+def _fields(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return fields by name, without a perplexity that is not measured."""
+    return {name: value for name, value in pairs if (name, value) != ("perplexity", None)}
 
 
 def _summary(recipe: str, ratio: float, points: Sequence[SweepPoint]) -> RecipeSummary:
@@ -234,7 +239,7 @@ def _summary(recipe: str, ratio: float, points: Sequence[SweepPoint]) -> RecipeS
     reasons = tuple(dict.fromkeys(point.reason for point in points if point.reason))
     if not sizes:
         return RecipeSummary(recipe, ratio, None, None, None, None, None, 0, reasons)
-    figures = [size.figure for size in sizes]
+    figures = [_shown(size.loss, size.perplexity) for size in sizes]
     perplexities = [size.perplexity for size in sizes if size.perplexity is not None]
     certain = len(sizes) > 1 and all(map(math.isfinite, figures))
     return RecipeSummary(

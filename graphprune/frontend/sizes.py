@@ -219,9 +219,10 @@ def _few(conditions: Collection[sympy.Basic], seen: Sizes) -> dict[str, tuple[in
 
 
 def _is_alone(symbol: str, conditions: Collection[sympy.Basic], seen: Sizes) -> bool:
-    """Tell whether equations leave `symbol` the size that was seen, whatever other sizes are.
+    """Tell whether equations seem to leave `symbol` the size that was seen.
 
-    Those of up to two more symbols are tried, at sizes that equations are likely to hold at.
+    That is where they hold for no other of a few sizes, tried with those of up to two more symbols
+    that equations are likely to hold at; it may be that they hold for one which is not tried.
     """
     about = [each for each in conditions if symbol in {s.name for s in each.free_symbols}]
     equations = [each for each in about if isinstance(each, sympy.Eq)]
@@ -231,7 +232,10 @@ def _is_alone(symbol: str, conditions: Collection[sympy.Basic], seen: Sizes) -> 
     own = seen[symbol]
     for size in {1, 3, own + 1, 2 * own, 2 * own + 1, 3 * own} - {own}:
         likely = {*range(1, _SHORT), size, 2 * size, size // 2, 3 * size}
-        sizes = [sorted(likely | {seen[each], 2 * seen[each], 3 * seen[each]}) for each in others]
+        sizes = [
+            sorted(likely | {seen[each], 2 * seen[each], 3 * seen[each], seen[each] + size - own})
+            for each in others
+        ]
         for tried in itertools.product(*sizes):
             at = {symbol: size, **dict(zip(others, tried, strict=True))}
             if all(_holds(each, at) for each in equations):

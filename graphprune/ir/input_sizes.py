@@ -14,6 +14,8 @@ from graphprune.ir.aten import LOOKUPS, name_of
 
 Limits = Mapping[str, tuple[int, int | None]]
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 TYPES = "token_type_ids"
 """The input that says of which text each token is; plans from before programs had it hold."""
@@ -127,32 +129,49 @@ def named(
     UsageError
         In place of what operators raise.
     """
+    if any(tensor.device.type not in ("cpu", "meta") for tensor in given):
+        # A row that is not there ends all work on such a device, and is told of too late.
+        for (value, node), tensor in zip(nodes(), given, strict=True):
+            _check_rows(value, node, tensor)
     try:
         yield
-    except Exception:
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         pairs = [*nodes()]
         for (value, node), tensor in zip(pairs, given, strict=True):
-            _check_like(value, node, tensor)
+            _check_nonempty(value, tensor)
+            _check_rows(value, node, tensor)
         values = [value for value, _ in pairs]
         check_inputs(values, limits, {v.name: t for v, t in zip(values, given, strict=True)})
+        for value, tensor in zip(values, given, strict=True):
+            if tensor.is_floating_point() and tensor.dtype != value.dtype:
+                raise UsageError(_unlike(value, tensor)) from error
         raise
 
 
-def _check_like(value: Any, node: fx.Node, given: Tensor) -> None:
-    name = value.name
-    if given.is_floating_point() and given.dtype != value.dtype:
-        raise UsageError(f"input {name!r} is of {given.dtype}; the program takes {value.dtype}")
-    if not given.numel():
-        dim = given.shape.index(0)
-        if isinstance(value.shape[dim], str) and not value.is_cache:
-            raise UsageError(f"dimension {dim} of input {name!r} is 0: there is nothing to compute")
+def _check_nonempty(value: Any, given: Tensor) -> None:
+    if given.numel() or value.is_cache:
         return
-    rows = None if given.is_floating_point() else table_rows(node, shifted=False)
+    dim = given.shape.index(0)
+    if dim < len(value.shape) and isinstance(value.shape[dim], str):
+        where = f"dimension {dim} of input {value.name!r}"
+        raise UsageError(f"{where} is 0: there is nothing to compute")
+
+
+def _check_rows(value: Any, node: fx.Node, given: Tensor) -> None:
+    if given.is_meta or given.dtype not in _INTEGERS or not given.numel():
+        return
+    rows = table_rows(node, shifted=False)
     if rows is None:
         return
     for found in (int(given.min()), int(given.max())):
         if not 0 <= found < rows:
-            raise UsageError(f"input {name!r} holds {found}, and picks from {rows} rows")
+            raise UsageError(f"input {value.name!r} holds {found}, and picks from {rows} rows")
+
+
+def _unlike(value: Any, given: Tensor) -> str:
+    return f"input {value.name!r} is of {given.dtype}; the program takes {value.dtype}"
 
 
 def check_inputs(values: Sequence[Any], limits: Limits, inputs: Mapping[str, Tensor]) -> None:
@@ -178,7 +197,7 @@ def check_inputs(values: Sequence[Any], limits: Limits, inputs: Mapping[str, Ten
         name, wanted = value.name, value.shape
         given_type, shape = inputs[name].dtype, inputs[name].shape
         if _kind(given_type) != _kind(value.dtype):
-            raise UsageError(f"input {name!r} is of {given_type}; the program takes {value.dtype}")
+            raise UsageError(_unlike(value, inputs[name]))
         if len(shape) != len(wanted):
             raise UsageError(
                 f"input {name!r} has {len(shape)} dimensions, and the program takes {len(wanted)}"

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 from torch import fx
 
@@ -17,7 +17,7 @@ from graphprune.analysis.axis_cuts import AxisCut
 from graphprune.analysis.coupling import Coupling
 from graphprune.analysis.operators.facts import Type
 from graphprune.ir.aten import name_of
-from graphprune.ir.nodes import dynamic_sizes, symbols_of
+from graphprune.ir.nodes import arguments_of, dynamic_sizes, symbols_of
 from graphprune.ir.program import PAST
 
 Cost = Literal["params", "macs", "kv_bytes"]
@@ -94,8 +94,8 @@ class Costs:
         the products that they amount to.
         """
         cuts, found = self._cuts(lost), Counter[Kernel]()
-        for kind, dims, owners in self._kernels:
-            if not _gone(owners, cuts):
+        for node, kind, dims in self._work:
+            if not _gone(self._owners.get(node, ()), cuts):
                 sizes = (math.prod(self._size(axis, cuts) for axis in each) for each in dims)
                 found[Kernel(kind, tuple(sizes))] += 1
         return found
@@ -239,69 +239,55 @@ class Costs:
 
     @cached_property
     def _macs(self) -> Terms:
-        types, facts = self.coupling.types.axes_of, self.coupling.types.facts
-        summed: dict[fx.Node, list[Axis]] = {}
-        for entry in facts.contractions:
-            if len(entry.operands) > 1:
-                summed.setdefault(entry.node, []).append(entry.axis)
         found: Terms = []
-        for node, axes in summed.items():
-            result = types[node]
-            name = name_of(node)
-            terms: list[Type] = []
-            operands: list[Any] = [types.get(operand) for operand in node.all_input_nodes]
-            if name == "scaled_dot_product_attention":
-                (*heads, rows, _), key, value = operands[:3]
-                terms += [(*heads, rows, key[-2], width[-1]) for width in (key, value)]
-            elif name.startswith("conv_transpose"):
-                terms.append((*operands[0], *operands[1][1:]))
-            elif name.startswith("conv"):
-                terms.append((*result, *operands[1][1:]))
-            elif name.partition("_")[0] in ("lstm", "gru", "rnn"):
-                rows = operands[0][:-1]  # every matrix meets every one of them
-                terms += [
-                    (*rows, *types[operand])
-                    for operand in node.all_input_nodes
-                    if operand in self._weights and len(types[operand]) == 2
-                ]
+        for node, kind, dims in self._work:
+            if kind == "attention":
+                heads, rows, keys, *widths = dims
+                terms = [(*heads, *rows, *keys, *width) for width in widths]
             else:
-                terms.append((*result, *axes))
+                terms = [tuple(itertools.chain(*dims))]
             taken_over = not self._chosen.keys().isdisjoint(symbols_of(node))
             owners = () if taken_over else self._owners.get(node, ())
             found += [(1, term, owners) for term in terms]
         return found
 
     @cached_property
-    def _kernels(self) -> list[tuple[KernelKind, Sequence[Sequence[Axis]], Owners]]:
-        """Every matrix product and attention: its kind, the axes of each of its sizes, owners."""
+    def _work(self) -> list[tuple[fx.Node, KernelKind, Sequence[Sequence[Axis]]]]:
+        """Every matrix product and attention: its node, its kind, the axes of each of its sizes."""
         types = self.coupling.types.axes_of
-        found: list[tuple[KernelKind, Sequence[Sequence[Axis]], Owners]] = []
+        found: list[tuple[fx.Node, KernelKind, Sequence[Sequence[Axis]]]] = []
         contracted: dict[fx.Node, list[Axis]] = {}
         for entry in self.coupling.types.facts.contractions:
             if len(entry.operands) > 1:
                 contracted.setdefault(entry.node, []).append(entry.axis)
         for node, inner in contracted.items():
             name, result = name_of(node), types[node]
-            operands: list[Any] = [types.get(operand) for operand in node.all_input_nodes]
             held = [types[each] for each in node.all_input_nodes if each in self._weights]
             kind: KernelKind = "product"
+            dims: Sequence[Sequence[Sequence[Axis]]]
             if name == "scaled_dot_product_attention":
-                (*heads, rows, width), key, value = operands[:3]
+                (*heads, rows, width), key, value = self._operands(node, "query", "key", "value")
                 kind, dims = "attention", [[heads, [rows], [key[-2]], [width], [value[-1]]]]
             elif name.startswith("conv_transpose"):
-                source, weight = operands[:2]
+                source, weight = self._operands(node, "input", "weight")
                 dims = [[[], [source[0], *source[2:]], [source[1]], weight[1:]]]
             elif name.startswith("conv"):
-                dims = [[[], [result[0], *result[2:]], operands[1][1:], [result[1]]]]
+                (weight,) = self._operands(node, "weight")
+                dims = [[[], [result[0], *result[2:]], weight[1:], [result[1]]]]
             elif name.partition("_")[0] in ("lstm", "gru", "rnn"):
-                matrices = [each for each in held if len(each) == 2]
-                dims = [[[], operands[0][:-1], each[1:], each[:1]] for each in matrices]
+                source = types[node.all_input_nodes[0]]  # every matrix meets each of its rows
+                dims = [[[], source[:-1], each[1:], each[:1]] for each in held if len(each) == 2]
             elif any(len(each) == 2 for each in held):
                 dims = [[[], result[:-1], inner, result[-1:]]]
             else:
                 dims = [[result[:-2], result[-2:-1], inner, result[-1:]]]
-            found += [(kind, each, self._owners.get(node, ())) for each in dims]
+            found += [(node, kind, each) for each in dims]
         return found
+
+    def _operands(self, node: fx.Node, *names: str) -> list[Type]:
+        """Return the axes of what a call is given as `names`, though one node be given twice."""
+        given = arguments_of(node)
+        return [self.coupling.types.axes_of[given[name]] for name in names]
 
 
 def _gone(owners: Owners, cuts: Mapping[Axis, AxisCut]) -> bool:

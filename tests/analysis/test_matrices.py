@@ -11,7 +11,7 @@ from architectures import ARCHITECTURES, inputs_of, program_of
 from torch import Tensor, fx, nn
 
 import graphprune as gp
-from graphprune.analysis.matrices import Contractions, Matrix, contractions
+from graphprune.analysis.matrices import Contractions, Matrix, contractions, last_sum
 from graphprune.ir.interpreter import Hooks, Interpreter, Values, given_of
 from graphprune.ir.program import Program
 
@@ -154,3 +154,19 @@ def test_a_weight_that_is_looked_up_too_has_a_reason_and_a_shared_one_two_uses()
     found = contractions(program)
     assert [(m.weight, len(m.uses)) for m in found.matrices] == [("inner.weight", 2)]
     assert found.others == {"table.weight": "it is used by aten.embedding.default"}
+
+
+@pytest.mark.parametrize("accumulate", [True, False])
+def test_rows_that_are_put_into_others_are_a_sum_where_they_are_added(accumulate: bool) -> None:
+    class Put(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            at = (torch.tensor([1, 0]),)
+            return torch.ops.aten.index_put.default(self.linear(x), at, x[:2, :3], accumulate)
+
+    program = captured(Put(), torch.randn(5, 4))
+    node = contractions(program).matrices[0].uses[0].node
+    assert (last_sum(node) is not node) == accumulate

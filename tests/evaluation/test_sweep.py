@@ -21,7 +21,7 @@ import graphprune as gp
 from graphprune.calibration.data import Calibration
 from graphprune.errors import CalibrationError, OutputError, PipelineError, UsageError
 from graphprune.evaluation.held_out import HeldOut, HeldOutSamples
-from graphprune.evaluation.journal import POINTS
+from graphprune.evaluation.journal import POINTS, Journal
 from graphprune.evaluation.perplexity import perplexity
 from graphprune.evaluation.sweep import PICTURE, RESULT, sweep
 from graphprune.evaluation.sweep_result import MeasuredProgram, Sweep, SweepPoint
@@ -256,7 +256,7 @@ def printed(found: Sweep) -> str:
     return console.export_text()
 
 
-def made(*perplexities: float) -> Sweep:
+def made(*perplexities: float | None) -> Sweep:
     points = tuple(
         SweepPoint("first", 0.5, seed, MeasuredProgram(50, 8, 40, 1.0, value))
         for seed, value in enumerate(perplexities)
@@ -273,6 +273,15 @@ def test_one_seed_has_no_spread_and_an_infinite_perplexity_is_null() -> None:
     assert made(3.0).summaries()[0].spread is None
     assert made(3.0, math.inf).summaries()[0].spread is None
     assert json.loads(made(math.inf).to_json())["points"][0]["size"]["perplexity"] is None
+
+
+@pytest.mark.parametrize("perplexity", [2.0, math.inf, None])
+def test_what_json_keeps_of_a_program_is_read_back(tmp_path: Path, perplexity: Any) -> None:
+    size, identity = MeasuredProgram(50, 8, 40, 1e4, perplexity), {"pipeline": "first"}
+    Journal(tmp_path, "sweep", MeasuredProgram.from_json).add(identity, size, "")
+    assert Journal(tmp_path, "sweep", MeasuredProgram.from_json).find(identity) == size
+    (point,) = json.loads(made(perplexity).to_json())["points"]
+    assert MeasuredProgram.from_json(point["size"]).perplexity == perplexity
 
 
 def test_the_picture_shows_every_recipe(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from architectures import build
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.export import Dim
 import graphprune as gp
 from graphprune.backends.archive import archive
 from graphprune.errors import UsageError
+from graphprune.frontend import sizes
 
 
 class Module(nn.Module):
@@ -184,3 +186,10 @@ def test_tokens_and_masks_of_one_size_take_one_export(monkeypatch: pytest.Monkey
     shapes = {value.name: value.shape for value in program.inputs}
     assert shapes["input_ids"] == shapes["attention_mask"]
     assert len(exports) == 1
+
+
+def test_a_size_that_another_follows_at_a_distance_is_not_alone() -> None:
+    first, second = sympy.symbols("first second", integer=True)
+    conditions, seen = [sympy.Eq(first - second, 3)], {"first": 40, "second": 37}
+    assert not sizes._is_alone("first", conditions, seen)
+    assert sizes._is_alone("first", [*conditions, sympy.Eq(first * second, 40 * 37)], seen)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from architectures import build, coupling_of, program_of, random_plan
 from torch import nn
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import graphprune as gp
 from graphprune.ir.sample_inputs import random_inputs
-from graphprune.selection.cost import Costs
+from graphprune.selection.cost import Costs, Kernel
 
 TOKENS = 24
 
@@ -93,6 +94,32 @@ def test_a_recurrent_layer_costs_its_matrices_for_every_step() -> None:
         Costs(gp.analyze(program), tokens=5).after("macs", {})
         == 5 * (4 * 6 * 4 + 4 * 6 * 6) + 5 * 6 * 3
     )
+
+
+class Attending(nn.Module):
+    """Attention of one tensor to itself, or with its keys as values too, under a mask."""
+
+    def __init__(self, alone: bool) -> None:
+        super().__init__()
+        self.alone = alone
+        self.queries, self.keys = nn.Linear(6, 8), nn.Linear(6, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        queries, keys = (
+            each(x).unflatten(-1, (2, 4)).transpose(1, 2) for each in (self.queries, self.keys)
+        )
+        if self.alone:
+            return functional.scaled_dot_product_attention(keys, keys, keys)
+        mask = x.sum(-1)[:, None, None].expand(-1, -1, x.shape[1], -1)
+        return functional.scaled_dot_product_attention(queries, keys, keys, mask)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_attention_counts_what_is_given_twice(alone: bool) -> None:
+    costs = Costs(gp.analyze(gp.capture(Attending(alone), (torch.zeros(2, 5, 6),))), tokens=5)
+    projections = (1 if alone else 2) * 5 * 6 * 8
+    assert costs.after("macs", {}) == projections + 2 * 5 * 5 * (4 + 4)
+    assert Kernel("attention", (2, 5, 5, 4, 4)) in costs.kernels({})
 
 
 class Recurrent(nn.Module):

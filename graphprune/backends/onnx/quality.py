@@ -86,7 +86,7 @@ class Quality:
             )
         before = f"{self.original:.4f} before pruning, " if self.original is not None else ""
         return (
-            f"loss on {self.samples} windows: {before}{self.pruned:.4f} before quantizing, "
+            f"loss on {self.samples} samples: {before}{self.pruned:.4f} before quantizing, "
             f"{self.quantized:.4f} quantized"
         )
 
@@ -189,7 +189,7 @@ def check_quality(record: Mapping[str, Any], program: Program, run: Run, folder:
             raise ParityError(
                 f"the loss is {found:.4f} here, and was {recorded:.4f} as the model was written"
             )
-        return f"loss on {len(batches)} windows: {found:.4f}, {recorded:.4f} as it was written"
+        return f"loss on {len(batches)} samples: {found:.4f}, {recorded:.4f} as it was written"
     # Activations alone are rounded otherwise than in the package's program.
     found, _ = _distance(program, run, batches)
     if not found <= max(recorded * (1 + _WORSE), 1e-5):

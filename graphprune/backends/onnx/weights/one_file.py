@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import onnx_ir
 
 DATA = "model.onnx.data"
-"""The file."""
+"""Its name, beside the models."""
 
 
 def in_one_file(models: Sequence[Path]) -> None:

@@ -142,8 +142,9 @@ class Quantization:
         return kind
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields by name."""
-        return dataclasses.asdict(self)
+        """Return the fields by name, `named` only where something is."""
+        found = dataclasses.asdict(self)
+        return found if self.named else {k: v for k, v in found.items() if k != "named"}
 
 
 @dataclass(frozen=True)
