@@ -261,8 +261,8 @@ class Calibration:
             When the file cannot be read, holds no samples, or fewer than are asked for.
         """
         chosen, held_out = draw_samples(source, samples, seed)
-        found = cls.from_batches(_split(chosen, batch_size))
-        inputs = tuple(inputs_of(batch) for batch in _split(held_out, batch_size))
+        found = cls.from_batches(split_samples(chosen, batch_size))
+        inputs = tuple(inputs_of(batch) for batch in split_samples(held_out, batch_size))
         return dataclasses.replace(found, held_out=inputs, seed=seed)
 
     def for_program(self, program: Program) -> Calibration:
@@ -398,7 +398,9 @@ class _Text:
 
     def _divided(self, windows: Tensor) -> Sequence[Tensor]:
         """Return windows in as few batches as will do, about equal ones."""
-        return windows.tensor_split(-(-len(windows) // self.batch_size)) if len(windows) else ()
+        return (
+            windows.tensorsplit_samples(-(-len(windows) // self.batch_size)) if len(windows) else ()
+        )
 
 
 def own_batches(batches: Sequence[Mapping[str, Tensor]]) -> range:
@@ -406,7 +408,7 @@ def own_batches(batches: Sequence[Mapping[str, Tensor]]) -> range:
     return ranks.own([next(iter(batch.values())).numel() for batch in batches])
 
 
-def _split(samples: Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]:
+def split_samples(samples: Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]:
     """Divide samples into batches of `size` at most."""
     parts = (slice(at, at + size) for at in range(0, _rows(samples), size))
     return [{name: tensor[part] for name, tensor in samples.items()} for part in parts]

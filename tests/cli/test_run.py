@@ -75,6 +75,22 @@ def test_what_predicts_no_tokens_is_compared_by_its_outputs(
     )
 
 
+def test_a_sweep_on_tensors_with_labels_measures_their_cross_entropy(
+    graphprune: Run, tmp_path: Path
+) -> None:
+    model, images, out = tmp_path / "vit", tmp_path / "images.safetensors", tmp_path / "out"
+    build("vit").save_pretrained(model)
+    labels = torch.arange(11) % 2
+    save_file({"pixel_values": torch.randn(11, 3, 16, 16), "labels": labels}, images)
+    recipe = ["--passes", "prune{target=ffn ratio={ratio} criterion=l2}", "--ratios", "0.5"]
+    done = graphprune("sweep", model, *recipe, "--text", images, "-o", out)
+    assert done.status == 0, done
+    found = json.loads((out / "sweep.json").read_text())
+    assert (found["measure"], found["tokens"]) == ("cross entropy", 11)
+    compared = graphprune("evaluate", model, "--original", model, "--text", images)
+    assert "11 rows of outputs" in compared.out
+
+
 def test_json_is_the_report_and_nothing_else(
     graphprune: Run, checkpoint: Path, tmp_path: Path
 ) -> None:

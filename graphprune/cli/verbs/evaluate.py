@@ -90,9 +90,10 @@ def _compare(
     """Print how far `program` is from `original` on held-out data."""
     from rich.table import Table
 
+    from graphprune.calibration.data import inputs_of
     from graphprune.evaluation.comparison import compare
 
-    batches = _batches(original, directory, heldout)
+    batches = [inputs_of(batch) for batch in _batches(original, directory, heldout)]
     found = compare(original, program, batches, session.progress)
     if as_json:
         print(to_json({"text": str(heldout.path), **found.to_dict()}))
@@ -107,14 +108,18 @@ def _compare(
 def _batches(
     program: Program, directory: str, heldout: HeldOutOptions
 ) -> Sequence[Mapping[str, Tensor]]:
-    """Return held-out tensors by name, or what `program` takes of held-out text."""
-    from graphprune.calibration.data import Calibration
+    """Return held-out tensors by name, labels too, or what `program` takes of held-out text."""
+    from graphprune.calibration.data import Calibration, split_samples
     from graphprune.calibration.tokens import why_no_text
+    from graphprune.io.tensor_sources import draw_samples
 
     if heldout.path.suffix == ".safetensors":
-        data = Calibration.from_tensors(heldout.path, batch_size=heldout.batch_size)
+        drawn = draw_samples(heldout.path, None, seed=0)
+        data = Calibration.from_batches(
+            [batch for part in drawn for batch in split_samples(part, heldout.batch_size)]
+        )
         data.check(program)
-        return (*data.batches, *data.held_out)
+        return list(data.labeled())
     if problem := why_no_text(program):
         raise EvaluationError(f"{problem}: give --text FILE.safetensors with inputs by name")
     return _text_batches(program, directory, heldout)

@@ -24,6 +24,7 @@ from graphprune.backends.onnx.session import CPU
 from graphprune.backends.onnx.weights.one_file import in_one_file
 from graphprune.backends.onnx.weights.quantize import Bits, Quantization
 from graphprune.backends.onnx.weights.widths import kinds_of
+from graphprune.errors import UsageError
 from graphprune.ir.program import Program
 
 CACHED = "token by token"
@@ -57,13 +58,19 @@ def write_parts(
     quantization
         How weights are quantized: each becomes the same in all parts.
     options
-        As for `export`.
+        As for `export`; weights always go to a file of their own, which the models share.
 
     Raises
     ------
-    BackendError, UsageError
+    BackendError
         As `export` does.
+    UsageError
+        As `export` does, and for external_data=False.
     """
+    if options.get("external_data") is False:
+        raise UsageError(
+            "external_data=False: the models of an encoder-decoder share their weights"
+        )
     kinds = kinds_of(program, quantization) if quantization is not None else {}
     reports = {
         role: export(

@@ -294,10 +294,12 @@ def test_quantized_parts_are_judged_by_labels_proven_and_run(quantized: Path) ->
 # -- refused --
 
 
-def test_what_genai_cannot_run_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_what_cannot_be_written_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     why = "cannot run this encoder-decoder: it serves those that take input_features"
     with pytest.raises(BackendError, match=why):
         write_package(captured(model_of("t5")), tmp_path / "out", layout="genai")
+    with pytest.raises(UsageError, match="external_data=False: the models of an encoder-decoder"):
+        write_package(captured(model_of("t5")), tmp_path / "out", external_data=False)
     with pytest.raises(BackendError, match="takes sounds of 3,000 frames, and the model 20"):
         write_package(captured(model_of("whisper")), tmp_path / "out", layout="genai")
     assert not (tmp_path / "out").exists()
