@@ -398,9 +398,7 @@ class _Text:
 
     def _divided(self, windows: Tensor) -> Sequence[Tensor]:
         """Return windows in as few batches as will do, about equal ones."""
-        return (
-            windows.tensorsplit_samples(-(-len(windows) // self.batch_size)) if len(windows) else ()
-        )
+        return windows.tensor_split(-(-len(windows) // self.batch_size)) if len(windows) else ()
 
 
 def own_batches(batches: Sequence[Mapping[str, Tensor]]) -> range:

@@ -53,8 +53,9 @@ class MeasuredProgram(ProgramSize):
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> MeasuredProgram:
         """Read what JSON kept of one: null for what is infinite, and nothing for None."""
-        kept = {name: math.inf if value is None else value for name, value in data.items()}
-        return cls(**{"perplexity": None, **kept})
+        kept: dict[str, Any] = {"perplexity": None}
+        kept |= {name: math.inf if value is None else value for name, value in data.items()}
+        return cls(**kept)
 
 
 @dataclass(frozen=True)
