@@ -89,10 +89,10 @@ def read_plan(path: Path) -> Plan:
     from graphprune.plan.plan import Plan
 
     if path_of(path, PlanError).is_dir():
+        if not (path / "plan.json").is_file():
+            raise PlanError(f"{path} holds no plan.json: give a plan, or what 'run' wrote")
         path = path / "plan.json"
     if not path.is_file():
-        if path.parent.is_dir():
-            raise PlanError(f"{path.parent} holds no {path.name}: give a plan, or what 'run' wrote")
         raise PlanError(f"{path} does not exist")
     return Plan.load(path)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from graphprune.errors import UsageError
 from graphprune.ir.aten import LOOKUPS, name_of
@@ -160,7 +161,8 @@ def _check_nonempty(value: Any, given: Tensor) -> None:
 
 
 def _check_rows(value: Any, node: fx.Node, given: Tensor) -> None:
-    if given.is_meta or given.dtype not in _INTEGERS or not given.numel():
+    no_values = given.is_meta or isinstance(given, FakeTensor)
+    if no_values or given.dtype not in _INTEGERS or not given.numel():
         return
     rows = table_rows(node, shifted=False)
     if rows is None:

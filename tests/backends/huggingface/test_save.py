@@ -231,7 +231,6 @@ def _reloaded(directory: Path, tmp_path: Path, *, trust: bool) -> tuple[str, Ten
         command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "per-layer attribute" not in done.stderr
     return done.stdout.strip(), torch.load(logits)
 
 

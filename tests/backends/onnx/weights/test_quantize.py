@@ -140,7 +140,7 @@ def test_it_is_proven_against_these_values_and_measured_again(
     assert done.status == 0
     out = done.out
     assert "15 weights are quantized" in out
-    assert "loss on 2 windows" in out
+    assert "loss on 2 samples" in out
     assert out.splitlines()[-1].startswith(f"verified: {package} gives what its program gives")
 
 
