@@ -198,6 +198,8 @@ class Reconstruct(Pass):
         import torch
 
         from graphprune.transforms.joint_refit import behind_merges, refit_together
+        from graphprune.verification.narrow_weights import NarrowWeights
+        from graphprune.weights.deferred import made
 
         assert context.calibration is not None, "the pass manager has asked for it"
         merged = apply_plan(before, plan)
@@ -212,8 +214,8 @@ class Reconstruct(Pass):
         )
         new = {name: found.program.weights[name] for each in behind for name in each.weights}
         fitted = before.with_weights(new)
-        again = apply_plan(fitted, plan).weights
-        same = all(torch.equal(again[name], weight) for name, weight in new.items())
+        left = NarrowWeights(fitted.weights, plan, new).values
+        same = all(torch.equal(made(left[name]), made(weight)) for name, weight in new.items())
         return found, fitted if same else None
 
     def _trained(

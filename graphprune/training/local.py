@@ -153,9 +153,17 @@ def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
     >>> float(relative_error(wanted + torch.tensor([[1.0, 0.0], [0.0, 0.0]]), wanted)) < 0.25
     True
     """
-    size = wanted.float().square().mean(-1)
     difference = (found.float() - wanted.float()).square().mean(-1)
-    return (difference / size.clamp(min=max(float(size.mean()) / 100, 1e-30))).mean()
+    return (difference / squares_of_rows(wanted)).mean()
+
+
+def squares_of_rows(wanted: Tensor) -> Tensor:
+    """Return what errors of rows are divided by: mean squares, a hundredth of their mean at least.
+
+    ``[...]`` for ``[..., size]``, float32.
+    """
+    squares = wanted.float().square().mean(-1)
+    return squares.clamp(min=max(float(squares.mean()) / 100, 1e-30))
 
 
 def samples_of_a_step(batches: Iterable[Batch]) -> int:

@@ -30,6 +30,7 @@ from graphprune.io.progress import Progress, no_progress
 from graphprune.ir.interpreter import Memory, ancestors, call
 from graphprune.ir.program import Program
 from graphprune.plan.plan import Plan
+from graphprune.training.local import squares_of_rows
 from graphprune.training.pieces import counterparts
 from graphprune.transforms.sparsity import check_values
 from graphprune.verification.masked_reference import MaskedReference
@@ -340,8 +341,7 @@ class _Seen:
         """Take more tokens, from the values of a batch and what the stream was."""
         size = wanted.shape[-1]
         wanted = wanted.reshape(-1, size)
-        squares = wanted.float().square().mean(-1)
-        scale = squares.clamp(min=max(float(squares.mean()) / 100, 1e-30)).rsqrt()[:, None]
+        scale = squares_of_rows(wanted).rsqrt()[:, None]
         first = sum(map(len, self.lacks))
         for rows, units, tokens in addends.rows(values):
             tokens = tokens.to(rows.device)
@@ -368,20 +368,17 @@ class _Seen:
         lacks = torch.cat(self.lacks).double()
         held = torch.cat([_last(len(each), each.device) for each in self.lacks])
         fitted = {u: (x[~held[at]], at[~held[at]]) for u, (x, at) in rows.items()}
-        if damp is None and not bool(held.any()):
-            damp = UNTRIED_DAMP
-        if damp is not None:
-            changes = _together(fitted, lacks, damp)
-        else:
-            tried = {each: _together(fitted, lacks, each) for each in DAMPS}
-            left = {each: _left(rows, lacks, tried[each])[held] for each in DAMPS}
-            damp = min(DAMPS, key=lambda each: float(left[each].square().sum()))
-            changes = tried[damp]
+        tried = DAMPS if bool(held.any()) else (UNTRIED_DAMP,)
+        damps = tried if damp is None else (damp,)
         judged = held if bool(held.any()) else ~held
-        before, after = (
-            float(each[judged].square().mean()) for each in (lacks, _left(rows, lacks, changes))
-        )
-        return _together(rows, lacks, damp), (before, after)
+        grams = _grams(fitted)
+        after = {
+            each: _left(rows, lacks, _together(fitted, grams, lacks, each))[judged].square().mean()
+            for each in damps
+        }
+        best = min(damps, key=lambda each: float(after[each]))
+        errors = float(lacks[judged].square().mean()), float(after[best])
+        return _together(rows, _grams(rows), lacks, best), errors
 
 
 _ByUnit = Mapping[int, tuple[Tensor, Tensor]]
@@ -409,11 +406,18 @@ def _last(count: int, device: torch.device) -> Tensor:
     return torch.arange(count, device=device) >= count - count // HELD_OUT
 
 
-def _together(rows: _ByUnit, lacks: Tensor, damp: float) -> dict[int, Tensor]:
+def _grams(rows: _ByUnit) -> dict[int, Tensor]:
+    """Return the products of all pairs of inputs, by unit."""
+    return {unit: inputs.mT @ inputs for unit, (inputs, _) in rows.items()}
+
+
+def _together(
+    rows: _ByUnit, grams: Mapping[int, Tensor], lacks: Tensor, damp: float
+) -> dict[int, Tensor]:
     """Return the changes of all units that explain most of what is lacking."""
     factors: dict[int, Tensor] = {}
-    for unit, (inputs, _) in rows.items():
-        factors[unit], failed = torch.linalg.cholesky_ex(damped(inputs.mT @ inputs, damp))
+    for unit, gram in grams.items():
+        factors[unit], failed = torch.linalg.cholesky_ex(damped(gram, damp))
         if int(failed):
             raise CalibrationError("inputs are too alike to refit: give more data or damp")
     left = lacks.clone()

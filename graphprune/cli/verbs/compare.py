@@ -51,7 +51,7 @@ def verify(
     if output is None:
         _check_parity(session, directory, provider, as_json)
         return
-    plan = read_plan(output if output.is_dir() else output / "plan.json")
+    plan = read_plan(output)
     original = session.load(directory, loading)
     smaller = session.load(str(output), loading)
     gone = {name for step in plan.steps for name in step.whole}
