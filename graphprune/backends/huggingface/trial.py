@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -31,6 +32,10 @@ _TOLERANCE = 1e-4
 
 _SCALES = (1.0, 0.1, None)
 """Of drawn weights, tried until all outputs are finite; None is the program's own weights."""
+
+_DRAWN = 1_048_583
+"""Numbers that are drawn for one weight, again and again where it holds more: drawing takes far
+longer than computing with them. It is prime, so that rows and columns are not alike."""
 
 
 class Trial:
@@ -171,4 +176,8 @@ def _draw(name: str, shape: tuple[int, ...], dtype: torch.dtype, scale: float) -
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     if len(shape) == 1:
         return torch.rand(shape, generator=generator, dtype=dtype).add_(0.5)
-    return torch.randn(shape, generator=generator, dtype=dtype).mul_(scale / max(shape[1:]) ** 0.5)
+    count = math.prod(shape)
+    numbers = torch.randn(min(count, _DRAWN), generator=generator, dtype=dtype)
+    if count > _DRAWN:
+        numbers = numbers.repeat(-(-count // _DRAWN))[:count]
+    return numbers.view(shape).mul_(scale / max(shape[1:]) ** 0.5)
