@@ -91,9 +91,9 @@ class BackwardWalk:
         self._goal = goals[0]
         needed = ancestors((*goals, *self._beside))
         nodes = {node for node in needed if node.op != "placeholder"}
-        self._held = SegmentWeights(program)
+        self._names = {node: name for name, node in program.weight_nodes()}
         self._wanted = {
-            node: name for name, node in program.weight_nodes() if name in set(self.weights)
+            node: name for node, name in self._names.items() if name in set(self.weights)
         }
         found = segments(program, among=nodes)
         self._parts = [self._part(each.nodes, each.inputs) for each in found[:-1]]
@@ -111,13 +111,15 @@ class BackwardWalk:
             for node in part.weights:
                 self._uses.setdefault(node, []).append(at)
         self._own = own_batches(self.batches)
-        self._kept: Kept[Hashable] = Kept(self._held.room([part.nodes for part in self._parts]))
+        ways = [*self._parts[:-1], *reversed(self._parts)]
+        self._held = SegmentWeights(program, parts=[part.weights for part in ways])
+        self._kept: Kept[Hashable] = Kept(self._held.room)
 
     def _part(self, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> _Part:
-        weights = [node for node in inputs if node in self._held.names]
+        weights = [node for node in inputs if node in self._names]
         return _Part(
             tuple(nodes),
-            tuple(node for node in inputs if node not in self._held.names),
+            tuple(node for node in inputs if node not in self._names),
             tuple(weights),
         )
 
@@ -238,7 +240,7 @@ class BackwardWalk:
             else:  # of a batch, it is whole only when all segments have added theirs
                 part = "weight", number, node
                 self._kept[part] = _plus(self._kept.get(part), gradient)
-        if node in self._watched or node not in self._held.names:
+        if node in self._watched or node not in self._names:
             self._kept[key] = _plus(self._kept.get(key), gradient)
 
     def _first(self, node: fx.Node, at: int) -> bool:
@@ -271,7 +273,7 @@ class BackwardWalk:
     def _show_given(self, visit: Visit) -> None:
         """Show what the graph is given, whose gradients are whole at the end."""
         given = [node for node in self._watched if node.op == "placeholder"]
-        weights = self._held.of([node for node in given if node in self._held.names])
+        weights = self._held.of([node for node in given if node in self._names])
         for number in self._own if given else ():
             values = {n: weights[n] if n in weights else self._kept[number, n] for n in given}
             gradients = {n: self._kept.get(("gradient", number, n)) for n in given}

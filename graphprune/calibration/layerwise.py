@@ -28,6 +28,7 @@ from graphprune.ir.interpreter import (
     last_uses,
 )
 from graphprune.ir.program import Program
+from graphprune.weights.ahead import ReadAhead, can_read_ahead
 from graphprune.weights.deferred import Deferred, made
 from graphprune.weights.overlay import overlaid
 from graphprune.weights.placement import Placement
@@ -37,64 +38,113 @@ from graphprune.weights.scratch import ScratchFile
 class SegmentWeights:
     """The weights of a program as its graph computes with them, one segment's at a time.
 
+    While one segment's are computed with, a thread makes those of the next, where both are small
+    beside the program's limit of memory.
+
     Parameters
     ----------
     program
         The program; its weights may lie in files, in another type, or on another device.
     weights
         What to compute with instead of its own.
+    parts
+        The nodes that are going to be asked for, in this order.
     """
 
-    def __init__(self, program: Program, weights: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        weights: Mapping[str, Tensor] | None = None,
+        parts: Sequence[Iterable[fx.Node]] = (),
+    ) -> None:
         self._program = program
         self._weights = program.weights if weights is None else weights
         self.names = {node: name for name, node in program.weight_nodes()}
         self._replaced: dict[str, Tensor] = {}
         self._held: dict[fx.Node, Tensor] = {}
+        self._order = [read for part in parts if (read := self._read_by(part))]
+        self._at = -1
+        self._ahead: ReadAhead | None = None
+        self._room, self._looks_ahead = self._planned()
+
+    @property
+    def room(self) -> int | None:
+        """Bytes that the program's limit of memory leaves beside weights."""
+        return self._room
 
     def of(self, nodes: Iterable[fx.Node]) -> dict[fx.Node, Tensor]:
         """Return the weights that `nodes` read or are; others are let go."""
-        read = dict.fromkeys(each for node in nodes for each in (node, *node.all_input_nodes))
-        wanted = [node for node in read if node in self.names]
-        missing = [self.names[node] for node in wanted if node not in self._held]
+        wanted = self._read_by(nodes)
         held = {node: self._held[node] for node in wanted if node in self._held}
         self._held = {}  # what is not wanted any more goes before more is read
-        unread = {name: self._replaced.get(name, self._weights[name]) for name in missing}
-        taken = {n: made(weight) for n, weight in self._program.as_operands(unread).items()}
-        for node in wanted:
-            if node not in held:
-                held[node] = taken[self.names[node]].detach()
+        if missing := [self.names[node] for node in wanted if node not in held]:
+            taken = self._made(missing)
+            for node in wanted:
+                if node not in held:
+                    held[node] = taken[self.names[node]].detach()
         self._held = held
+        self._look_ahead(wanted)
         return held
+
+    def _read_by(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
+        read = {each for node in nodes for each in (node, *node.all_input_nodes)}
+        return [node for node in self.names if node in read]
+
+    def _made(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Make the weights called `names`, but those that a thread has made."""
+        found: dict[str, Tensor] = {}
+        if self._ahead is not None and not self._ahead.names.isdisjoint(names):
+            ahead, self._ahead = self._ahead.taken(), None
+            found = {name: ahead[name] for name in names if name in ahead}
+        missing = [name for name in names if name not in found]
+        return found | {name: made(weight) for name, weight in self._operands(missing).items()}
+
+    def _operands(self, names: Iterable[str]) -> dict[str, Tensor]:
+        given = {name: self._replaced.get(name, self._weights[name]) for name in names}
+        return self._program.as_operands(given)
+
+    def _look_ahead(self, wanted: list[fx.Node]) -> None:
+        """Let a thread make the weights that are wanted after those of `wanted`."""
+        further = self._order[self._at + 1 :] if self._looks_ahead else []
+        if wanted in self._order[self._at : self._at + 1] or wanted not in further[:-1]:
+            return
+        self._at += 1 + further.index(wanted)
+        names = [self.names[n] for n in self._order[self._at + 1] if n not in self._held]
+        waiting = {n: w for n, w in self._operands(names).items() if isinstance(w, Deferred)}
+        if waiting:
+            self._ahead = ReadAhead(waiting, self._program.device)
 
     def replace(self, weights: Mapping[str, Tensor]) -> None:
         """Go on with other weights, which are held as they are given."""
         self._replaced |= weights
+        if self._ahead is not None and not self._ahead.names.isdisjoint(weights):
+            self._ahead = None
         self._held = {n: w for n, w in self._held.items() if self.names[n] not in weights}
 
-    def room(self, parts: Sequence[Iterable[fx.Node]]) -> int | None:
-        """Return the bytes that the program's limit of memory leaves beside weights.
+    def _planned(self) -> tuple[int | None, bool]:
+        """Return the bytes that are left beside weights, and whether those of two parts are held.
 
         Raises
         ------
         CalibrationError
-            When it leaves none: the weights of the largest of the segments `parts` take more.
+            When none are left: the weights of one part take more than the limit.
         """
-        limit = self._program.placement.memory
+        limit, ahead = self._program.placement.memory, can_read_ahead(self._program.device)
         if limit is None:
-            return None
+            return None, ahead
         weights, types = self._program.weights, self._program.compute_types
-        needed = 0
-        for nodes in parts:
-            read = {self.names.get(n) for node in nodes for n in (node, *node.all_input_nodes)}
-            sizes = (weights[n].numel() * types[n].itemsize for n in read if n is not None)
-            needed = max(needed, sum(sizes))
+        sizes = [
+            sum(weights[n].numel() * types[n].itemsize for n in map(self.names.__getitem__, part))
+            for part in self._order
+        ]
+        needed = max(sizes, default=0)
         if needed >= limit:
             raise CalibrationError(
                 f"memory: the weights of one layer take {needed / 2**20:.4g} MiB, and "
                 f"{limit / 2**20:.4g} MiB are allowed"
             )
-        return limit - needed
+        both = max(map(sum, itertools.pairwise(sizes)), default=needed)
+        return (limit - both, True) if ahead and 2 * both <= limit else (limit - needed, False)
 
 
 class ChangedWeights:
@@ -120,7 +170,7 @@ class ChangedWeights:
         memory: Memory | None = None,
     ) -> None:
         self._program, self._memory = program, memory or Memory()
-        self._room = SegmentWeights(program).room(parts)
+        self._room = SegmentWeights(program, parts=parts).room
         self.weights: dict[str, Tensor] = {}
 
     def store(self, new: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -225,13 +275,12 @@ class BatchExecution:
             When the weights of one part take more memory than is allowed.
         """
         memory, file = memory or Memory(), ScratchFile()
-        held = SegmentWeights(program, weights)
-        room = held.room(parts)
+        held = SegmentWeights(program, weights, parts)
         last = last_uses(program.graph, {node for part in parts for node in part})
         last = {node: by for node, by in last.items() if node not in goals}
         last |= {node: node for node in goals if node.op == "placeholder"}
         return [
-            cls(program, batch, Kept(room, memory, file), held, last, compute)
+            cls(program, batch, Kept(held.room, memory, file), held, last, compute)
             for batch, compute in zip(batches, computes or itertools.repeat(call), strict=False)
         ]
 

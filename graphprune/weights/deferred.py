@@ -126,7 +126,16 @@ def converted(weight: Tensor, dtype: torch.dtype, device: torch.device) -> Tenso
     """Return `weight` in a type and on a device, made where it is used if it is not so already."""
     if weight.dtype is dtype and weight.device == device:
         return weight
-    return Deferred(lambda: made(weight.detach()).to(device, dtype), weight.shape, dtype, device)
+    return Deferred(
+        lambda: _moved(made(weight.detach()), dtype, device), weight.shape, dtype, device
+    )
+
+
+def _moved(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return `tensor` in a type and on a device, to which it goes as it is, from pinned memory."""
+    if tensor.device.type == "cpu" and device.type != "cpu" and torch.accelerator.is_available():
+        tensor = tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device, dtype)
 
 
 # fmt: off

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import inputs_of, program_of
+from limits import least_memory
 from torch import Tensor, fx, nn
 
 import graphprune as gp
@@ -98,10 +99,8 @@ def test_gradients_are_those_of_one_pass(name: str, memory: str | None) -> None:
     program, batches = case(name)
     walked = program
     if memory:
-        roomy = dataclasses.replace(program, placement=Placement(memory=2**40))
-        room = BackwardWalk(roomy, batches, squares)._kept.limit
-        assert room is not None
-        walked = dataclasses.replace(program, placement=Placement(memory=2**40 - room + 1000))
+        room = least_memory(program, lambda each: BackwardWalk(each, batches, squares)._kept.limit)
+        walked = dataclasses.replace(program, placement=Placement(memory=room + 1000))
     nodes = {
         use.node
         for matrix in contractions(program).matrices

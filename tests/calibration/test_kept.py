@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import inputs_of, program_of
+from limits import least_memory
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -134,7 +135,7 @@ def test_a_limit_that_leaves_no_room_for_activations_changes_no_bit(
     free = work(program_of(name))
     written: list[Tensor] = []
     write = ScratchFile.write
-    monkeypatch.setattr(SegmentWeights, "room", lambda *_: 0)
+    monkeypatch.setattr(SegmentWeights, "room", property(lambda _: 0))
     monkeypatch.setattr(
         ScratchFile, "write", lambda file, each: (written.append(each), write(file, each))[1]
     )
@@ -147,11 +148,9 @@ def test_a_limit_that_leaves_no_room_for_activations_changes_no_bit(
 
 def limited(program: Program, beside: int) -> Program:
     """Return the program with a limit that leaves so many bytes beside a segment's weights."""
-    roomy = dataclasses.replace(program, placement=Placement(memory=2**40))
     parts = [part.nodes for part in segments(program, contractions(program).matrices)]
-    room = SegmentWeights(roomy).room(parts)
-    assert room is not None
-    return dataclasses.replace(program, placement=Placement(memory=2**40 - room + beside))
+    needed = least_memory(program, lambda roomy: SegmentWeights(roomy, parts=parts).room)
+    return dataclasses.replace(program, placement=Placement(memory=needed + beside))
 
 
 def test_activations_between_layers_take_no_memory_past_the_limit() -> None:
@@ -195,7 +194,7 @@ def test_past_the_limit_no_layer_that_was_changed_is_held_while_the_next_one_is(
 
     pipeline, data = gp.Pipeline.parse(passes), data_of("llama-gqa")
     expected = pipeline.run(free, calibration=data, quiet=True).program.weights
-    monkeypatch.setattr(SegmentWeights, "room", lambda *_: 0)
+    monkeypatch.setattr(SegmentWeights, "room", property(lambda _: 0))
     monkeypatch.setattr(ChangedWeights, "store", watched)
     found = pipeline.run(free, calibration=data, quiet=True).program.weights
     assert len(changed) > 3 and sum(held) == 0

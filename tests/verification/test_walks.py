@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from architectures import coupling_of, program_of, random_plan, renamed_outputs
+from limits import least_memory
 from torch import Tensor, fx
 
 import graphprune as gp
@@ -37,10 +38,8 @@ def with_change(program: Program, name: str, change: Callable[[Tensor], object])
 
 def limited(program: Program) -> tuple[Program, int]:
     """Return the program with a limit that leaves a byte beside a segment's weights."""
-    roomy = dataclasses.replace(program, placement=Placement(memory=2**40))
-    room = SegmentWeights(roomy).room([part.nodes for part in segments(program)])
-    assert room is not None
-    needed = 2**40 - room
+    parts = [part.nodes for part in segments(program)]
+    needed = least_memory(program, lambda roomy: SegmentWeights(roomy, parts=parts).room)
     return dataclasses.replace(program, placement=Placement(memory=needed + 1)), needed
 
 
