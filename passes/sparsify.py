@@ -52,6 +52,11 @@ class Sparsify(Pass):
     scope
         What elements are compared within: row (an output's inputs), layer (a matrix) or global;
         none takes row for wanda, and layer for ria and without data, as their papers do.
+    permute
+        Of n:m: whether channels are brought into the order in which n of m neighbors lose least,
+        before anything becomes zero, wherever their order is free: FFN units, the width of heads,
+        the residual stream. What makes them is permuted as well, so that this by itself changes
+        nothing that the program gives.
     sequential
         Whether a layer is scored on what the sparse layers before it give.
     target
@@ -102,6 +107,7 @@ class Sparsify(Pass):
         "wanda", "wanda-variant", "ria", "magnitude", "sparsegpt", "alps", "random"
     ] = "wanda"
     scope: Literal["row", "layer", "global"] | None = None
+    permute: bool = False
     sequential: bool = True
     target: str = "layers"
     skip: tuple[str, ...] = ()
@@ -132,6 +138,11 @@ class Sparsify(Pass):
             raise SelectionError(
                 f"sparsify: {self.criterion} measures nothing: give neither statistics nor memory"
             )
+        if self.permute and not pattern.of:
+            raise SelectionError(f"sparsify: permute is of n:m, and pattern is {self.pattern}")
+        if self.permute and (self.criterion == "random" or self.statistics is not None):
+            what = "a file of statistics" if self.statistics else "criterion=random"
+            raise SelectionError(f"sparsify: permute looks at the program itself: not with {what}")
         if self.memory is not None and not self.memory > 0:
             raise SelectionError(f"sparsify: memory {self.memory:g} is not positive")
 
@@ -172,6 +183,9 @@ class Sparsify(Pass):
             check_values(matrix.name, program.weights[matrix.weight], moved=self._updates)
         if pattern.ratio == 0:
             return Outcome(program, details={"note": "ratio 0: nothing becomes zero"})
+        permuted: dict[str, Any] = {}
+        if self.permute:
+            program, permuted = self._permuted(program, matrices, pattern, context)
         work = _Work(self, program, pattern, context.seed)
         new, taken = self._new(program, matrices, work, context)
         elements = sum(program.weights[name].numel() for name in new)
@@ -183,6 +197,7 @@ class Sparsify(Pass):
             "sparsity": round(zeros / elements, 4),
             "scored by magnitude": work.unseen,
             "untouched": dict(found.others),
+            **permuted,
             **taken,
         }
         if pattern.of and 4 % pattern.of == 0 and 2 * pattern.kept <= pattern.of:
@@ -190,6 +205,34 @@ class Sparsify(Pass):
         promised = dict.fromkeys(new, self.pattern) if pattern.of else {}
         sparse = program.with_weights(new)
         return Outcome(sparse, details=details, edited=True, patterns=promised)
+
+    def _permuted(
+        self, program: Program, matrices: Sequence[Matrix], pattern: Pattern, context: Context
+    ) -> tuple[Program, dict[str, Any]]:
+        """Return the same program with channels in a better order, and what that keeps more."""
+        import torch
+
+        from graphprune.calibration.statistics import observe
+        from graphprune.transforms.heads.deinterleave import permute_weights
+        from graphprune.transforms.permute_channels import best_order, free_axes, kept, reordered
+
+        coupling = context.coupling(program)
+        statistics: Statistics = {}
+        if self._looks:
+            assert context.calibration is not None, "the pass manager has asked for it"
+            bound = None if self.memory is None else int(self.memory * 2**20)
+            given = program, matrices, context.calibration, "moments", context.track, bound
+            statistics = observe(*given)
+        work = _Work(self, program, pattern, context.seed)
+        found, told = [], {}
+        for axis in context.track(free_axes(coupling, matrices, pattern), "permuting channels"):
+            scores = axis.rows(lambda matrix: work.scores(matrix, statistics), pattern)
+            order = best_order(scores, pattern)
+            found += reordered(coupling, axis, order)
+            both = (kept(scores, at, pattern) for at in (torch.arange(len(order)), order))
+            told[axis.name] = [round(each / len(axis.matrices), 4) for each in both]
+        new = program.with_weights(permute_weights(program.weights, found))
+        return new, {"score kept, in order and permuted": told}
 
     def _new(
         self, program: Program, matrices: Sequence[Matrix], work: _Work, context: Context
@@ -355,14 +398,15 @@ class _Work:
         """Return which elements go of matrices that are compared with each other."""
         from graphprune.transforms.sparsity import zeros_by_score, zeros_by_share
 
-        scores = [self._scores(matrix, statistics) for matrix in matrices]
+        scores = [self.scores(matrix, statistics) for matrix in matrices]
         if self.options.criterion == "wanda-variant":
             return [zeros_by_share(score, self.pattern.ratio) for score in scores]
         by_row = statistics and self.options.criterion != "ria"
         scope = self.options.scope or ("row" if by_row else "layer")
         return zeros_by_score(scores, self.pattern, scope)
 
-    def _scores(self, matrix: Matrix, statistics: Statistics) -> Tensor:
+    def scores(self, matrix: Matrix, statistics: Statistics) -> Tensor:
+        """Return the scores of the elements of a matrix, ``[parts, out, in]``."""
         import torch
 
         from graphprune.transforms.sparsity import ria_scores, wanda_scores

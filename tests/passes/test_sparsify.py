@@ -106,6 +106,41 @@ def test_alps_loses_less_than_sparsegpt_and_that_less_than_wanda() -> None:
     assert lost("alps") < lost("sparsegpt") < lost("wanda")
 
 
+def test_permuted_channels_keep_more_and_change_nothing_by_themselves() -> None:
+    program = program_of("llama-gqa")
+    result = run("llama-gqa", Sparsify("2:4", permute=True), Verify())
+    (details,) = (each.details for each in result.report.passes if each.name == "sparsify")
+    told = details["score kept, in order and permuted"]
+    assert set(told) >= {"residual", f"{PREFIX}.mlp:ffn"}
+    assert all(before <= after for before, after in told.values())
+    before, after = told[f"{PREFIX}.mlp:ffn"]
+    assert before < after
+    down = result.program.weights[f"{PREFIX}.mlp.down_proj.weight"]
+    assert ((down.reshape(-1, 4) == 0).sum(1) == 2).all()
+    # What stays are the original's elements, each column in another place.
+    assert set(down[down != 0].tolist()) <= set(
+        program.weights[f"{PREFIX}.mlp.down_proj.weight"].flatten().tolist()
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"pattern": "0.5"}, "permute is of n:m"),
+        ({"pattern": "2:4", "criterion": "random"}, "not with criterion=random"),
+        (
+            {"pattern": "2:4", "statistics": "kept.safetensors", "sequential": False},
+            "not with a file of statistics",
+        ),
+    ],
+)
+def test_permuting_where_nothing_can_be_compared_is_refused(
+    options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(SelectionError, match=said):
+        Sparsify(permute=True, **options)
+
+
 def test_routers_embeddings_and_heads_stay_whole() -> None:
     program = program_of("mixtral")
     sparse = run("mixtral", Sparsify("0.5")).program
