@@ -213,6 +213,7 @@ class Sparsify(Pass):
         import torch
 
         from graphprune.calibration.statistics import observe
+        from graphprune.plan.steps import Permutation
         from graphprune.transforms.heads.deinterleave import permute_weights
         from graphprune.transforms.permute_channels import best_order, free_axes, kept, reordered
 
@@ -221,10 +222,10 @@ class Sparsify(Pass):
         if self._looks:
             assert context.calibration is not None, "the pass manager has asked for it"
             bound = None if self.memory is None else int(self.memory * 2**20)
-            given = program, matrices, context.calibration, "moments", context.track, bound
-            statistics = observe(*given)
+            data, track = context.calibration, context.track
+            statistics = observe(program, matrices, data, track=track, memory=bound)
         work = _Work(self, program, pattern, context.seed)
-        found, told = [], {}
+        found, told = list[Permutation](), dict[str, list[float]]()
         for axis in context.track(free_axes(coupling, matrices, pattern), "permuting channels"):
             scores = axis.rows(lambda matrix: work.scores(matrix, statistics), pattern)
             order = best_order(scores, pattern)
