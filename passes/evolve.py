@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -70,9 +71,10 @@ class Evolve(Pass):
     children
         Of each generation.
     tokens
-        How many tokens of the calibration data states are measured on, made up to whole batches; 0
-        for all, as with inputs that are no tokens. About an eighth of the batches, one at least,
-        tells which children are measured on more.
+        How many tokens of the calibration data states are measured on, the last ones: a quarter of
+        the samples at most, and that for 0 or inputs that are no tokens. No level is fitted to
+        them; what is found is, in the end. About an eighth of them, a batch at least, tells which
+        children are measured on more.
     seconds
         How long the search may take, looked at between generations; what it has found by then is
         taken. None for any time.
@@ -192,7 +194,8 @@ class Evolve(Pass):
         with nullcontext(self.folder) if self.folder else TemporaryDirectory() as folder:
             space, times = self._space(coupling, groups, Path(folder))
             subject, found = self._search(space, times, coupling, Path(folder), context)
-            fitted = subject.refit(found.state, track=context.track)
+            whole = dataclasses.replace(subject, calibration=context.calibration)
+            fitted = whole.refit(found.state, track=context.track)
         plan = subject.plan(found.state)
         lost = space.counts(found.state)
         details: dict[str, Any] = {
@@ -252,7 +255,7 @@ class Evolve(Pass):
         """Return what was searched, and what was found."""
         from graphprune.criteria import ScoringContext
         from graphprune.criteria.score_cache import load_or_score
-        from graphprune.evolution.fitness import Departures
+        from graphprune.evolution.fitness import Departures, divided
         from graphprune.evolution.ladder import Subject
         from graphprune.evolution.record import Record
         from graphprune.evolution.search import Settings, search
@@ -267,7 +270,8 @@ class Evolve(Pass):
         )
         file = record.scores_file(self.criterion, [group.name for group in space.groups])
         scores = load_or_score(file, self.criterion, scoring)
-        subject = Subject(coupling, space.groups, scores, data, self.damp)
-        departures = Departures(program, data, self.tokens)
+        fitted, measured = divided(data, self.tokens)
+        subject = Subject(coupling, space.groups, scores, fitted, self.damp)
+        departures = Departures(program, measured, self.tokens)
         settings = Settings(self.steps, self.generations, self.children, self.seconds, context.seed)
         return subject, search(subject, space, departures, record, settings, context.track)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -11,9 +12,40 @@ from graphprune.calibration.data import Calibration
 from graphprune.calibration.layerwise import logits_of_all
 from graphprune.calibration.losses import departure_of
 from graphprune.ir.program import Program
+from graphprune.training.samples import Samples
 
-_ROWS = 4
-"""The most samples of a batch."""
+_ROWS, _FITTED_ROWS = 4, 8
+"""The most samples of a batch to measure on, and of one to fit to."""
+
+_HELD_OUT = 4
+"""At most one in so many samples is measured on."""
+
+
+def divided(calibration: Calibration, tokens: int) -> tuple[Calibration, Calibration]:
+    """Return what levels are fitted to, and what states are measured on.
+
+    Levels that take much away fit best what they were fitted to, so that states are measured on the
+    last samples, which no level has seen; of a single sample both are all of it.
+
+    Parameters
+    ----------
+    calibration
+        All there is.
+    tokens
+        So many tokens are measured on, made up to whole samples, but no more than a quarter of the
+        samples; 0 for a quarter, as with inputs that are no tokens.
+    """
+    rows = list(calibration.singly())
+    if len(rows) < 2:
+        return calibration, calibration
+    count = max(len(rows) // _HELD_OUT, 1)
+    if tokens and "input_ids" in rows[-1]:
+        count = min(count, math.ceil(tokens / rows[-1]["input_ids"].numel()))
+    fitted, held = (
+        Calibration.from_batches(Samples(part).all(size))
+        for part, size in ((rows[:-count], _FITTED_ROWS), (rows[-count:], _ROWS))
+    )
+    return fitted, held
 
 
 class Departures:

@@ -23,7 +23,8 @@ from graphprune.errors import (
     UsageError,
 )
 from graphprune.evolution import clock
-from graphprune.evolution.fitness import Departures
+from graphprune.evolution.fitness import Departures, divided
+from graphprune.evolution.ladder import Subject
 from graphprune.ir.program import Program
 from graphprune.passes.evolve import Evolve
 from graphprune.pipeline.pass_manager import Result
@@ -176,3 +177,28 @@ def test_a_folder_of_other_data_is_refused(found: tuple[Path, Result]) -> None:
     pass_ = Evolve(("ffn",), params=0.1, folder=str(found[0]))
     with pytest.raises(CalibrationError, match="holds an evolution on other calibration data"):
         Pipeline([pass_]).run(program(), calibration=data(1), quiet=True)
+
+
+def test_states_are_measured_on_what_no_level_was_fitted_to() -> None:
+    whole = Calibration.from_batches([{"input_ids": torch.arange(160).view(10, 16)}])
+    fitted, measured = (
+        torch.cat([batch["input_ids"] for batch in each]) for each in divided(whole, 0)
+    )
+    assert fitted.flatten().tolist() == list(range(128)) and len(measured) == 2
+    assert measured.flatten().tolist() == list(range(128, 160))
+    assert divided(whole, 16)[1].samples == 1 and divided(whole, 10**6)[1].samples == 2
+    alone = Calibration.from_batches([{"input_ids": torch.arange(16)[None]}])
+    assert divided(alone, 0) == (alone, alone)
+
+
+def test_what_is_found_is_refitted_to_all_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[bool, int]] = []
+    refit = Subject.refit
+
+    def watched(self: Subject, state: Any, **options: Any) -> Any:
+        seen.append(("look" in options, self.calibration.samples))
+        return refit(self, state, **options)
+
+    monkeypatch.setattr(Subject, "refit", watched)
+    run(steps=1, generations=1)
+    assert seen == [(True, 6), (False, 8)]
