@@ -13,6 +13,7 @@ from torch import Tensor
 from graphprune.analysis.coupling import Coupling
 from graphprune.analysis.groups import Group
 from graphprune.analysis.matrices import Matrix, contractions
+from graphprune.analysis.roles import Role
 from graphprune.calibration.data import Calibration
 from graphprune.criteria.units import consumers
 from graphprune.errors import CalibrationError, SelectionError, UsageError, nearest
@@ -136,6 +137,9 @@ class Criterion(ABC):
     comparable: ClassVar[bool] = False
     """Whether scores estimate one thing in all groups, such as the loss: the units that are missed
     least can then be looked for in all of them."""
+
+    only: ClassVar[frozenset[Role]] = frozenset()
+    """The roles of the groups that it scores; none for groups of any role."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -79,6 +79,7 @@ class ExpertCriterion(Criterion):
     """Scores experts by the rows that each computes on calibration data."""
 
     requires_calibration = True
+    only = frozenset({"expert"})
 
     def scores(self, context: ScoringContext) -> Scores:
         """Run the data through the graph as far as the last experts.
@@ -174,6 +175,7 @@ class Aimer(Criterion):
     """
 
     name = "aimer"
+    only = frozenset({"expert"})
 
     def scores(self, context: ScoringContext) -> Scores:
         """Take sums over the matrices of every unit.

@@ -10,6 +10,7 @@ from typing import Literal
 
 from graphprune.analysis.coupling import Coupling, analyze
 from graphprune.analysis.groups import Group
+from graphprune.criteria import criterion
 from graphprune.errors import MergeError, SelectionError
 from graphprune.passes.evolve import Evolve
 from graphprune.passes.merge_kv_heads import MergeKvHeads
@@ -80,6 +81,12 @@ class Candidate:
             return self.search.criterion
         pruned = next((each for each in self.passes if isinstance(each, Prune)), None)
         return "" if pruned is None else str(pruned.criterion)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """What is pruned."""
+        pruned = (each for each in self.passes if isinstance(each, Prune))
+        return tuple(dict.fromkeys(target for each in pruned for target in each.target))
 
     @property
     def alike(self) -> bool:
@@ -195,6 +202,13 @@ def candidates(
     if not found:
         raise SelectionError(known.why_not(budgets))
     return found
+
+
+def scores_all(name: str, coupling: Coupling, targets: Iterable[str]) -> bool:
+    """Return whether the criterion called `name` scores whatever is pruned of `targets`."""
+    only = criterion(name).only
+    held = (group for target in targets for group in target_groups(coupling, target))
+    return not only or all(group.role in only for group in held)
 
 
 class _Known:

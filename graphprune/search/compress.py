@@ -17,20 +17,18 @@ from graphprune.errors import PROGRAMS, ProcessError, SelectionError, UsageError
 from graphprune.io.progress import DisplayFactory
 from graphprune.ir.program import Program
 from graphprune.passes.evolve import Evolve
-from graphprune.passes.prune import Prune
 from graphprune.passes.verify import Verify
-from graphprune.pipeline.pass_base import Pass
 from graphprune.pipeline.pipeline import Pipeline
 from graphprune.search.bench import Bench, Tried, ranked
-from graphprune.search.candidates import DATA_FREE, Budgets, Candidate, candidates
+from graphprune.search.candidates import DATA_FREE, Budgets, Candidate, candidates, scores_all
 from graphprune.search.choice import choose
 from graphprune.search.draws import divide
 from graphprune.search.result import Compressed
 from graphprune.selection.cost import Cost
 from graphprune.selection.targets import target_groups
 
-CRITERIA = ("taylor", "obs", "wanda", DATA_FREE)
-"""The criteria that are tried."""
+CRITERIA = ("taylor", "obs", "wanda", DATA_FREE, "reap")
+"""The criteria that are tried, each on what it can score."""
 
 SECONDS = 1800.0
 """How long a search may take, where nobody says."""
@@ -78,7 +76,7 @@ def compress(
     targets
         What may be pruned, as in `Prune`; left out, FFN units, experts, channels and heads.
     criteria
-        What units may be scored by.
+        What units may be scored by, each where it can: "reap" scores experts alone.
     seconds
         How long it may take, looked at between candidates; None for any time. When it is over, the
         best so far is taken. One recipe is always measured.
@@ -117,13 +115,15 @@ def compress(
         criterion(name)  # refuses one that there is not
     coupling = analyze(program)
     starts = candidates(coupling, budgets, targets, plain=plain)
+    if not any(scores_all(name, coupling, each.targets) for name in criteria for each in starts):
+        raise SelectionError(f"{', '.join(criteria)} cannot score what is to be pruned")
     if calibration is None:
         return _unmeasured(program, starts[0], seed)
     calibration = calibration.for_program(program)
     calibration.check(program)
     draw = divide(calibration, program)
     with nullcontext(folder) if folder is not None else TemporaryDirectory() as kept:
-        pruned = {t: 0 for each in starts for p in each.passes for t in _targets(p)}
+        pruned = dict.fromkeys(target for each in starts for target in each.targets)
         bench = Bench(
             coupling, list(pruned), draw, Path(kept), seed=seed, limit=seconds, progress=progress
         )
@@ -156,12 +156,12 @@ def _search(
     few, samples = max(bench.draw.samples // 4, 1), bench.draw.samples
     # Those that prune once share the scores of a criterion; the others take scores of their own.
     single = [each for each in starts if each.prunings < 2] or list(starts)
-    screened = bench.measure(
-        [each.by(name) for name in names for each in single], few, "trying criteria and targets"
-    )
+    screened = bench.measure(_scored(bench, single, names), few, "trying criteria and targets")
     contenders = _contenders([each.candidate for each in screened])
     best = [each.candidate for each in screened[:1]]
-    rest = [each.by(best[0].criterion) for each in starts if best and each not in single]
+    by_turn = [each.criterion for each in contenders]
+    several = (_scored(bench, [each], by_turn) for each in starts if each not in single)
+    rest = [found[0] for found in several if found]
     refitted = bench.measure(
         [*best, *(each.refitted() for each in (*contenders, *rest))], samples, "refitting"
     )
@@ -172,6 +172,16 @@ def _search(
             _searched(bench, [*refitted, *shared], budgets), samples, "searching over levels"
         )
     bench.measure(_trained(bench, [*refitted, *shared]), samples, "training branches")
+
+
+def _scored(bench: Bench, starts: Sequence[Candidate], names: Sequence[str]) -> list[Candidate]:
+    """Return candidates by each of the criteria that can score what they prune."""
+    return [
+        each.by(name)
+        for name in names
+        for each in starts
+        if scores_all(name, bench.coupling, each.targets)
+    ]
 
 
 def _searched(bench: Bench, tried: Sequence[Tried], budgets: Budgets) -> list[Candidate]:
@@ -185,7 +195,8 @@ def _searched(bench: Bench, tried: Sequence[Tried], budgets: Budgets) -> list[Ca
         if all(group.is_zeroing for group in target_groups(bench.coupling, name))
     ]
     criteria = (each.candidate.criterion for each in ranked(tried))
-    best = next((name for name in criteria if name), None)
+    able = (name for name in criteria if name and scores_all(name, bench.coupling, targets))
+    best = next(able, None)
     if not targets or best is None:
         return []
     for generations in _GENERATIONS:
@@ -235,6 +246,7 @@ def _elsewhere(bench: Bench, refitted: Sequence[Tried]) -> list[Candidate]:
     """
     able = [each.candidate for each in refitted]
     able = [each for each in able if each.widths is not None and each.heads is None]
+    able = [each for each in able if scores_all(each.criterion, bench.coupling, bench.targets)]
     comparable = [each for each in able if criterion(each.criterion).comparable][:1]
     found = [each.everywhere("none", names) for each in comparable for names in ((), bench.targets)]
     for each in able[:1]:
@@ -285,10 +297,6 @@ def _unmeasured(program: Program, start: Candidate, seed: int) -> Compressed:
         f"by the size of their weights ({DATA_FREE})"
     )
     return Compressed(pipeline.run(program, seed=seed), pipeline, why)
-
-
-def _targets(pass_: Pass) -> Sequence[str]:
-    return pass_.target if isinstance(pass_, Prune) else ()
 
 
 def _values(tried: Tried) -> Sequence[float]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import coupling_of
 from byte_llama import byte_llama, byte_tokenizer
 from fakes import pipelines_run
 
@@ -30,7 +31,7 @@ from graphprune.ir.program import Program
 from graphprune.passes.merge_kv_heads import MergeKvHeads
 from graphprune.passes.prune import Prune
 from graphprune.search.bench import Figures, Tried
-from graphprune.search.candidates import Candidate, candidates
+from graphprune.search.candidates import Candidate, candidates, scores_all
 from graphprune.search.choice import choose
 from graphprune.search.result import Compressed
 
@@ -177,6 +178,14 @@ def test_widths_heads_and_both_are_tried() -> None:
     assert found[-1].startswith("prune{target=kv-heads ratio=0.25 criterion=l2 scope=local},prune")
 
 
+def test_criteria_of_experts_are_tried_where_nothing_else_goes() -> None:
+    coupling = coupling_of("mixtral")
+    pruned = {each.targets for each in candidates(coupling, {"params": 0.1})}
+    assert ("experts",) in pruned and len(pruned) > 1
+    assert [each for each in pruned if scores_all("reap", coupling, each)] == [("experts",)]
+    assert all(scores_all("wanda", coupling, each) for each in pruned)
+
+
 def test_a_smaller_cache_is_pruned_or_merged_and_the_rest_is_met_by_widths() -> None:
     found = candidates(analyze(program()), {"kv_bytes": 0.5, "params": 0.2})
     kinds = {type(each.heads) for each in found}
@@ -229,6 +238,7 @@ def test_layers_that_stay_alike_are_preferred_where_it_costs_little(
         ({"targets": ["fnn"]}, SelectionError, "did you mean 'ffn'"),
         ({"criteria": ["tailor"]}, UsageError, "did you mean 'taylor'"),
         ({"criteria": []}, UsageError, "no criterion"),
+        ({"criteria": ["reap"]}, SelectionError, "reap cannot score what is to be pruned"),
         ({"seconds": 0}, UsageError, "no time"),
     ],
 )

@@ -87,7 +87,8 @@ def compress(
     criterion: Annotated[
         list[str] | None,
         typer.Option(
-            help="How units may be scored; taylor, obs, wanda and l2 if left out. May be repeated.",
+            help="How units may be scored; if left out taylor, obs, wanda, l2, reap of experts. "
+            "May be repeated.",
             rich_help_panel=_SEARCHING,
         ),
     ] = None,
