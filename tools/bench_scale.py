@@ -3,6 +3,7 @@
     python tools/bench_scale.py make FOLDER [--shape 7b]
     python tools/bench_scale.py measure FOLDER [--row NAME ...]
     python tools/bench_scale.py measure-on-data FOLDER [--row NAME ...]
+    python tools/bench_scale.py beside-forward FOLDER [--passes TEXT ...]
     python tools/bench_scale.py divide FOLDER [--rounds N]
 
 `make` writes a checkpoint with the shapes of Llama 2 7B in bfloat16 (13.5 GB of random numbers),
@@ -10,8 +11,9 @@ shard by shard. `measure` runs the command line on it, each row in a process of 
 writes ``tools/SCALE.md`` from all rows that FOLDER has figures of. Peak is anonymous memory, which
 mapped pages of files are not counted in. The limit beside a row that moves weights is the time in
 which the files are copied. `measure-on-data` does so with passes that run the model on text; two
-layers of the same widths (``--shape 7b-two-layers``) show what they hold. `divide` measures
-statistics by one process and by two that divide the data, in turns, on a small checkpoint that it
+layers of the same widths (``--shape 7b-two-layers``) show what they hold. `beside-forward` measures
+passes and plain forward passes of the same windows in one process. `divide` measures statistics by
+one process and by two that divide the data, in turns, on a small checkpoint that it
 makes.
 """
 
@@ -267,6 +269,61 @@ def _about(folder: Path) -> str:
     size = sum(each.stat().st_size for each in (folder / "model").glob("*.safetensors"))
     cores, load = os.cpu_count(), os.getloadavg()[0]
     return f"{size / 1e9:.1f} GB in bfloat16, on {cores} cores with {load:.0f} processes running"
+
+
+# -- beside plain forward passes ------------------------------------------------------------------
+
+PASSES = (
+    "sparsify{pattern=0.5 criterion=wanda}",
+    "prune{target=ffn ratio=0.25}",
+    "prune{target=ffn ratio=0.25 criterion=obs},reconstruct",
+    "merge-kv-heads{ratio=0.5 init=aligned}",
+)
+
+
+@app.command()
+def beside_forward(
+    folder: Path,
+    passes: Annotated[list[str] | None, typer.Option(help="Pipelines to measure.")] = None,
+    samples: Annotated[int, typer.Option(help="Windows of text.")] = 32,
+    length: Annotated[int, typer.Option(help="Tokens of each.")] = 128,
+    memory: Annotated[str, typer.Option(help="The limit for passes.")] = "6GB",
+) -> None:
+    """Measure passes beside forward passes by transformers, one window at a time, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    import graphprune as gp
+
+    model, found = folder / "model", []
+    text = reference.calibration_text()
+    data = gp.Calibration.from_text(text, model, samples=samples, length=length)
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    start = time.process_time()
+    with torch.no_grad():
+        for batch in data:
+            for window in batch["input_ids"].split(1):
+                plain(window)
+    forward = time.process_time() - start
+    del plain
+    program = gp.load(model, memory=memory)
+    for each in passes or PASSES:
+        start = time.process_time()
+        gp.Pipeline.parse(each).run(program, calibration=data, quiet=True)
+        found.append((each, time.process_time() - start))
+        print(*found[-1], forward, flush=True)
+    layers = program.source.config.num_hidden_layers if program.source else 0
+    lines = [
+        f"## Beside forward passes: {layers} layers, {samples} x {length} tokens, {memory}",
+        "",
+        "Written by `python tools/bench_scale.py beside-forward`, in one process: processor time",
+        "of a pass, and of forward passes by plain transformers, in float32, a window at a time.",
+        "",
+        "| work | seconds | of the forward passes |",
+        "|---|---|---|",
+        f"| forward passes | {forward:.0f} | |",
+        *(f"| {each} | {took:.0f} | {took / forward:.2f} |" for each, took in found),
+    ]
+    write_part("\n".join(lines) + "\n")
 
 
 # -- dividing --------------------------------------------------------------------------------------
