@@ -15,7 +15,7 @@ from graphprune.transforms.apply import apply_plan, apply_step
 if TYPE_CHECKING:
     from graphprune.ir.program import Program
     from graphprune.plan.plan import Plan
-    from graphprune.transforms.joint_refit import Fitted
+    from graphprune.transforms.joint.refit import Fitted
     from graphprune.transforms.refit import Refitted
 
 
@@ -197,7 +197,8 @@ class Reconstruct(Pass):
         """
         import torch
 
-        from graphprune.transforms.joint_refit import behind_merges, refit_together
+        from graphprune.transforms.joint.addends import behind_merges
+        from graphprune.transforms.joint.refit import refit_together
         from graphprune.verification.narrow_weights import NarrowWeights
         from graphprune.weights.deferred import made
 

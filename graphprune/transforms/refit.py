@@ -20,7 +20,8 @@ from graphprune.io.progress import Progress, no_progress
 from graphprune.ir.interpreter import call
 from graphprune.ir.program import Program
 from graphprune.plan.plan import Plan
-from graphprune.transforms.joint_refit import experts_of, refit_together
+from graphprune.transforms.joint.addends import experts_of
+from graphprune.transforms.joint.refit import refit_together
 from graphprune.transforms.sparsity import check_values
 from graphprune.verification.masked_reference import MaskedReference
 

@@ -11,6 +11,9 @@ from torch import Tensor
 import graphprune as gp
 from graphprune.calibration.data import Calibration
 from graphprune.transforms.apply import apply_plan
+from graphprune.transforms.joint import refit
+from graphprune.transforms.joint.addends import behind_merges
+from graphprune.transforms.joint.seen import SeenRows
 
 TOKENS, DAMP = 120, 0.1
 
@@ -71,3 +74,22 @@ def test_experts_and_their_units_are_refitted_together() -> None:
         details["held-out error"]
     )
     assert all(after < before for before, after in details["held-out error"].values())
+
+
+def test_sums_over_tokens_give_what_all_rows_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = program_of("llama-mha")
+    data = Calibration.from_batches(
+        [inputs_of(program, batch=2, length=24, seed=s) for s in (0, 1)]
+    )
+    plan = gp.Pipeline.parse("merge-kv-heads{groups=1 init=mean}").run(program, quiet=True).plan
+    merged = apply_plan(program, plan)
+    given = merged, program, behind_merges(merged, plan), data
+    sums = refit.refit_together(*given)
+    monkeypatch.setattr(refit, "_nothing_seen", lambda *_: SeenRows())
+    rows = refit.refit_together(*given)
+    assert len(sums.names) == 2 and sums.names == rows.names
+    for name, errors in rows.errors.items():
+        assert errors[1] < errors[0]
+        assert sums.errors[name] == pytest.approx(errors, rel=1e-6)
+    for name, weight in rows.program.weights.items():
+        torch.testing.assert_close(sums.program.weights[name], weight, rtol=1e-5, atol=1e-6)

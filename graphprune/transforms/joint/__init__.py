@@ -1,0 +1,1 @@
+"""Matrices that are refitted together, or towards the original's residual stream."""
