@@ -63,6 +63,9 @@ class ExportOnnx(Pass):
         as well is what that is.
     activations
         "float", or "int8": rounded too where they meet quantized weights, faster on a CPU.
+    zeros
+        Whether blocks of "default" have a zero of their own: often closer to what weights were, but
+        larger and slower. What the other algorithms make has them.
     check
         Whether to check the file with `onnx.checker` once it is written, and to run it in ONNX
         Runtime; a directory by the whole protocol of `graphprune.backends.onnx.parity`. A quantized
@@ -111,6 +114,7 @@ class ExportOnnx(Pass):
     head: Literal["int4", "int8", "float"] | None = None
     embedding: Literal["int4", "int8", "float"] | None = None
     activations: Literal["float", "int8"] = "float"
+    zeros: bool = False
     check: bool = True
 
     def __post_init__(self) -> None:
@@ -178,7 +182,7 @@ class ExportOnnx(Pass):
         return Outcome(program, details=details)
 
 
-_OF_WEIGHTS = ("block", "algorithm", "head", "embedding", "activations")
+_OF_WEIGHTS = ("block", "algorithm", "head", "embedding", "activations", "zeros")
 """Options that say how weights are quantized."""
 
 

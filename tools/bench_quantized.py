@@ -1,11 +1,12 @@
 """Quantized ONNX models of one checkpoint: bytes, what loading takes, loss, and tokens a second.
 
-    python tools/bench_quantized.py DIR --text heldout.txt --calibration text.txt
+    python tools/bench_quantized.py DIR --text heldout.txt --calibration text.txt --genai PYTHON
 
-Models are exported, with a share of the FFN pruned or not, and quantized or not. Each is loaded in
+Models are exported, with shares of the FFN pruned or not, and quantized or not. Each is loaded in
 a process of its own; loss is that of the same windows of text, and prompts and single tokens
-take turns in one process, in another order each time, by the process time of one thread. The tables
-are printed, and kept in ``tools/ONNX_QUANTIZED.md`` under the name of the checkpoint.
+take turns in one process, in another order each time, by the process time of one thread: ratios
+are of times in the same turn. The tables are printed, and kept in ``tools/ONNX_QUANTIZED.md``
+under the name of the checkpoint.
 """
 
 from __future__ import annotations
@@ -20,10 +21,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
-from unittest import mock
 
 import numpy as np
 import onnx
@@ -38,24 +37,37 @@ from graphprune.backends.onnx import export as backend
 from graphprune.backends.onnx.weights.quantize import Quantization
 from graphprune.calibration.losses import next_token_loss
 from graphprune.errors import first_line
+from graphprune.selection.cost import Costs
 
 TABLES = Path(__file__).with_name("ONNX_QUANTIZED.md")
-TRANSPOSED = "float32, transposed when loaded"
 KINDS: dict[str, Quantization | None] = {
     "float32": None,
     "int8": Quantization("int8", activations="int8"),
     "int4": Quantization("int4", activations="int8"),
+    "int4, zeros": Quantization("int4", activations="int8", zeros=True),
     "int4, head int8": Quantization("int4", head="int8", activations="int8"),
     "int4 by k-quant": Quantization("int4", algorithm="k-quant", activations="int8"),
+    "int4, blocks of 64": Quantization("int4", block=64, activations="int8"),
+    "int4, blocks of 128": Quantization("int4", block=128, activations="int8"),
 }
-PRUNED = ("float32", "int8", "int4")
+PRUNED = ("float32", "int4")
 """What of `KINDS` a pruned model is written as."""
 
 BUILT = "genai builder, int4"
-_AS_OURS = ("int4_block_size=32", "int4_accuracy_level=4")
+_AS_OURS = ("block_size=32", "accuracy_level=4")
 
+_RECIPE = "prune{{target=ffn ratio={} runtime=cpu}},reconstruct"
+
+Work = tuple[int, int]
+"""Tokens that are cached, and new ones."""
+
+WORKS: dict[str, Work] = {
+    "512 tokens": (0, 512),
+    "past 64": (64, 1),
+    "past 512": (512, 1),
+    "past 2048": (2048, 1),
+}
 TURNS = 7
-_PAST, _NEW = 64, 256
 
 
 def main(
@@ -63,7 +75,7 @@ def main(
     text: Annotated[Path, typer.Option(help="Text that loss is measured on.")],
     calibration: Annotated[Path, typer.Option(help="Text that pruning is planned on.")],
     kinds: Annotated[str, typer.Option(help="Kinds, joined by semicolons.")] = ";".join(KINDS),
-    passes: Annotated[str, typer.Option()] = "prune{target=ffn ratio=0.25 runtime=cpu},reconstruct",
+    ratios: Annotated[str, typer.Option(help="Of the FFN to prune, joined by commas.")] = ".25,.5",
     windows: Annotated[int, typer.Option(help="Of 64 tokens, of the text.")] = 16,
     genai: Annotated[
         Path | None, typer.Option(help="Python of an environment with onnxruntime-genai's builder.")
@@ -73,18 +85,20 @@ def main(
     torch.set_num_threads(1)
     onnxruntime.set_default_logger_severity(3)
     held = gp.Calibration.from_text(text, str(directory), samples=windows, length=64, batch_size=1)
-    chosen = kinds.split(";")
     rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_FOLDER")) as folder:
         dense = gp.load(directory)
-        _write(rows, Path(folder), TRANSPOSED, dense, None)
-        for kind in chosen:
+        for kind in kinds.split(";"):
             _write(rows, Path(folder), kind, dense, KINDS[kind])
-        if passes:
+        for ratio in map(float, filter(None, ratios.split(","))):
             fitted = gp.Calibration.from_text(calibration, str(directory))
-            pruned = gp.Pipeline.parse(passes).run(dense, calibration=fitted, quiet=True).program
+            passes = gp.Pipeline.parse(_RECIPE.format(ratio))
+            pruned = passes.run(dense, calibration=fitted, quiet=True).program
             for kind in PRUNED:
-                _write(rows, Path(folder), f"pruned, {kind}", pruned, KINDS[kind])
+                _write(rows, Path(folder), f"-{ratio:.0%} FFN, {kind}", pruned, KINDS[kind])
+                rows[f"-{ratio:.0%} FFN, {kind}"] |= {"dense": kind, "macs": _macs(pruned)}
+        for row in rows.values():
+            row.setdefault("macs", _macs(dense))
         if genai is not None:
             rows[BUILT] = _built(genai.absolute(), directory.absolute(), Path(folder) / "built")
         for name, row in rows.items():
@@ -92,10 +106,16 @@ def main(
                 row |= _loaded(row["path"])
                 row["loss"] = _loss(row["path"], held.batches)
                 print(name, row, file=sys.stderr, flush=True)
-        _time({n: row for n, row in rows.items() if "path" in row and n != TRANSPOSED})
-        report = _table(directory.name, rows, windows, passes)
+        longest = dense.context_length or 2048
+        works = [work for work, sizes in WORKS.items() if sum(sizes) <= longest]
+        _time({name: row for name, row in rows.items() if "path" in row}, works)
+        report = _table(directory.name, rows, windows, works)
     print(report)
     keep(TABLES, directory.name, report)
+
+
+def _macs(program: gp.Program) -> float:
+    return float(Costs(gp.analyze(program)).after("macs", {}))
 
 
 def _write(
@@ -107,21 +127,14 @@ def _write(
 ) -> None:
     path = folder / re.sub(r"\W+", "_", name) / "model.onnx"
     path.parent.mkdir()
-    as_it_was = mock.patch.object(backend, "write_as_used", lambda model: None)
     start = time.process_time()
-    with as_it_was if name == TRANSPOSED else nullcontext():
-        try:
-            report = backend.export(
-                program,
-                path,
-                target="cpu",
-                check=False,
-                quantization=chosen,
-                external_data=True,
-            )
-        except gp.errors.GraphPruneError as error:
-            rows[name] = {"why": first_line(error)}
-            return
+    try:
+        report = backend.export(
+            program, path, target="cpu", check=False, quantization=chosen, external_data=True
+        )
+    except gp.errors.GraphPruneError as error:
+        rows[name] = {"why": first_line(error)}
+        return
     spent = time.process_time() - start
     rows[name] = {"path": str(path), "bytes": report.bytes, "export": spent}
     print(name, rows[name], file=sys.stderr, flush=True)
@@ -188,55 +201,124 @@ def _loss(path: str, batches: Any) -> float:
     return statistics.mean(losses)
 
 
-def _time(rows: dict[str, dict[str, Any]]) -> None:
-    """Add milliseconds of a prompt and of a token, a median over turns."""
-    ids = np.random.default_rng(0).integers(3, 1000, (1, _NEW))
-    works: list[tuple[str, str, Callable[[], Any]]] = []
+def _time(rows: dict[str, dict[str, Any]], works: list[str]) -> None:
+    """Add the milliseconds of every turn of each work."""
+    longest = max(new for _, new in WORKS.values())
+    ids = np.random.default_rng(0).integers(3, 1000, (1, longest))
+    turns: list[tuple[str, str, Callable[[], Any]]] = []
     for name, row in rows.items():
         session = session_of(row["path"])
-        for what, new, past in (("prompt", _NEW, 0), ("token", 1, _PAST)):
+        row["cache"] = sum(
+            4 * int(v.shape[1]) * int(v.shape[3])
+            for v in session.get_inputs()
+            if v.name.startswith("past_key_values")
+        )
+        for work in works:
+            past, new = WORKS[work]
             feeds = _feeds(session, ids[:, :new], past)
-            works.append((name, what, lambda s=session, f=feeds: s.run(None, f)))  # type: ignore[misc]
-    times: dict[tuple[str, str], list[float]] = {(name, what): [] for name, what, _ in works}
+            turns.append((name, work, lambda s=session, f=feeds: s.run(None, f)))  # type: ignore[misc]
+            row[work] = []
     for turn in range(TURNS + 1):
-        random.Random(turn).shuffle(works)
-        for name, what, run in works:
+        random.Random(turn).shuffle(turns)
+        for name, work, run in turns:
             start = time.process_time()
             run()
             if turn:
-                times[name, what].append(1e3 * (time.process_time() - start))
-    for (name, what), taken in times.items():
-        rows[name][what] = statistics.median(taken)
+                rows[name][work].append(1e3 * (time.process_time() - start))
 
 
-def _table(name: str, rows: dict[str, dict[str, Any]], windows: int, passes: str) -> str:
+def _ratio(row: dict[str, Any], other: dict[str, Any], work: str) -> list[float]:
+    """Return the quartiles of how many times as long `row` takes as `other`, the median first."""
+    ratios = [one / two for one, two in zip(row[work], other[work], strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return [middle, low, high]
+
+
+def _ideal(row: dict[str, Any], other: dict[str, Any], work: str) -> float:
+    """Return how many times as fast `row` is than `other` by what each reads or computes."""
+    past, new = WORKS[work]
+    if new > 1:
+        return float(other["macs"] / row["macs"])
+    read = [each["bytes"] + past * each["cache"] for each in (other, row)]
+    return float(read[0] / read[1])
+
+
+def _table(name: str, rows: dict[str, dict[str, Any]], windows: int, works: list[str]) -> str:
+    timed = {kind: row for kind, row in rows.items() if "loss" in row}
     lines = [
         f"## {name}",
         "",
-        f"Loss in nats on {windows} windows of 64 tokens. A prompt has {_NEW} tokens, a single",
-        f"token {_PAST} before it. Anonymous memory is that of the loaded session."
-        + (f" Pruned by `{passes}`." if passes else ""),
+        f"Loss in nats on {windows} windows of 64 tokens. Anonymous memory is that of the loaded",
+        "session. Pruned by `" + _RECIPE.format("R") + "`.",
         "",
-        "| | MB | export, s | load, s | anonymous MB | most MB | loss "
-        "| tokens/s of a prompt | tokens/s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| | MB | export, s | load, s | anonymous MB | most MB | loss |",
+        "|---|---|---|---|---|---|---|",
     ]
     for kind, row in rows.items():
-        if "why" in row:
-            lines.append(f"| {kind} | {row['why']} | | | | | | | |")
+        if kind not in timed:
+            lines.append(f"| {kind} | {row['why']} | | | | | |")
             continue
-        cells = [
-            f"{row['bytes'] / 1e6:.1f}",
-            f"{row['export']:.0f}" if "export" in row else "",
-            f"{row['load']:.2f}",
-            f"{row['anon'] / 1e3:.0f}",
-            f"{row['peak'] / 1e3:.0f}",
-            f"{row['loss']:.4f}",
-            f"{1e3 * _NEW / row['prompt']:.0f}" if "prompt" in row else "",
-            f"{1e3 / row['token']:.1f}" if "token" in row else "",
-        ]
+        made = f"{row['export']:.0f}" if "export" in row else ""
+        memory = f"{row['anon'] / 1e3:.0f} | {row['peak'] / 1e3:.0f}"
+        size, load, loss = f"{row['bytes'] / 1e6:.2f}", f"{row['load']:.2f}", f"{row['loss']:.4f}"
+        lines.append(f"| {kind} | {size} | {made} | {load} | {memory} | {loss} |")
+    lines += ["", f"Milliseconds, medians of {TURNS} turns" + _against(timed) + ":", ""]
+    lines += ["| | " + " | ".join(works) + " |", "|---" * (len(works) + 1) + "|"]
+    for kind, row in timed.items():
+        cells = [f"{statistics.median(row[work]):.2f}" for work in works]
+        if BUILT in timed and "int4" in kind and kind != BUILT:
+            for at, work in enumerate(works):
+                cells[at] += ": {:.2f} ({:.2f} to {:.2f})".format(*_ratio(row, timed[BUILT], work))
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_gains(timed, works), *_equal_bytes(timed)]) + "\n"
+
+
+def _against(timed: dict[str, Any]) -> str:
+    return f", and how many times as long as `{BUILT}`" if BUILT in timed else ""
+
+
+def _gains(timed: dict[str, dict[str, Any]], works: list[str]) -> list[str]:
+    """Return the lines on what pruning gains, of what it could."""
+    pairs = [(kind, row) for kind, row in timed.items() if row.get("dense") in timed]
+    if not pairs:
+        return []
+    lines = [
+        "",
+        "How many times as fast as before pruning, by the ratio of bytes (single tokens) or",
+        "operations (prompts) at best, and the part of that gain that is there:",
+        "",
+        "| | " + " | ".join(works) + " |",
+        "|---" * (len(works) + 1) + "|",
+    ]
+    for kind, row in pairs:
+        cells = []
+        for work in works:
+            gain = _ratio(timed[row["dense"]], row, work)[0]
+            ideal = _ideal(row, timed[row["dense"]], work)
+            cells.append(f"{gain:.2f} of {ideal:.2f}, {(gain - 1) / (ideal - 1):.0%}")
+        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _equal_bytes(timed: dict[str, dict[str, Any]]) -> list[str]:
+    """Return the lines on pruned and quantized models beside quantized ones as large."""
+    pruned = [kind for kind, row in timed.items() if "dense" in row and "int4" in kind]
+    alone = [kind for kind, row in timed.items() if "dense" not in row and kind != BUILT]
+    if not pruned or len(alone) < 2:
+        return []
+    lines = [
+        "",
+        "Pruned and quantized beside what is only quantized and nearest in bytes:",
+        "",
+        "| | MB | loss | beside | MB | loss |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind in pruned:
+        row = timed[kind]
+        near = min(alone, key=lambda other: abs(timed[other]["bytes"] - row["bytes"]))
+        cells = [f"{r['bytes'] / 1e6:.2f} | {r['loss']:.4f}" for r in (row, timed[near])]
+        lines.append(f"| {kind} | {cells[0]} | {near} | {cells[1]} |")
+    return lines
 
 
 def keep(tables: Path, name: str, report: str) -> None:

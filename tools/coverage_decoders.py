@@ -5,7 +5,8 @@
 
 Each type is written as a package for the CPU, whose parity protocol is run, and generates by
 onnxruntime-genai, of which PYTHON is an environment that has it; greedy tokens are compared with
-those of transformers. The table goes to ``tools/COVERAGE_DECODERS.md``. Features that the defaults
+those of transformers. What its own builder makes of the model takes turns with the package's, one
+token at a time. The table goes to ``tools/COVERAGE_DECODERS.md``. Features that the defaults
 of a small config leave out, such as windows of some layers or scaled rotation, stand in `FEATURES`.
 """
 
@@ -13,26 +14,34 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import statistics
 import subprocess
 import tempfile
+import time
 import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import transformers as tf
 import typer
+from onnx_routes import build, session
 from tiny_models import FIELDS, VOCABULARY, perturb, tiny_config
 from transformers.models.auto import modeling_auto
 
 import graphprune as gp
 from graphprune.backends.onnx.package import read_package, write_package
 from graphprune.errors import first_line
+from graphprune.io import reference
 
 RESULTS = Path("out/decoders")
 TABLE = Path(__file__).with_name("COVERAGE_DECODERS.md")
 NEW = 12
+PAST, TURNS, AT_ONCE = 64, 20, 25
+"""Tokens in the cache, and how often a token is timed: turns, and runs in a turn."""
 
 _MIXED = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
 _LONG = {
@@ -128,6 +137,7 @@ def measured(kind: str, genai: Path) -> dict[str, Any]:
             row["notes"] = list(report.notes)
             if (package / "genai_config.json").is_file():
                 row["genai"] = _compared(model, package, genai)
+                row["builder"] = _timed(model, package, genai)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is the row's reason
         row["failed"] = first_line(error, typed=True)
     return row
@@ -166,6 +176,38 @@ def _compared(model: Any, package: Path, genai: Path) -> str:
     return "same" if tokens == wanted else f"{tokens} in place of {wanted}"
 
 
+def _timed(model: Any, package: Path, genai: Path) -> str:
+    """Return how many times as long a token takes as in what the builder makes, or why not."""
+    checkpoint, built = package.with_name("checkpoint"), package.with_name("built")
+    model.save_pretrained(checkpoint)
+    for source in reference.checkpoint_dir().glob("tokenizer*"):
+        shutil.copy(source, checkpoint)
+    try:
+        build(genai, checkpoint, built, "fp32")
+    except RuntimeError as error:
+        return str(error)
+    ours, theirs = (session(folder / "model.onnx", 1) for folder in (package, built))
+    caches = {
+        value.name: np.zeros((1, value.shape[1], PAST, value.shape[3]), np.float32)
+        for value in ours.get_inputs()
+        if value.name.startswith("past_key_values")
+    }
+    own = {"input_ids": np.ones((1, 1), np.int64), "position_ids": np.full((1, 1), PAST)}
+    own["attention_mask"] = np.ones((1, PAST + 1), np.int64)
+    taken: dict[Any, list[float]] = {ours: [], theirs: []}
+    for turn in range(TURNS + 1):
+        for each in sorted(taken, key=lambda one: (one is ours) == turn % 2):
+            feeds = {v.name: (own | caches)[v.name] for v in each.get_inputs()}
+            start = time.process_time()
+            for _ in range(AT_ONCE):
+                each.run(None, feeds)
+            if turn:
+                taken[each].append(time.process_time() - start)
+    ratios = [one / two for one, two in zip(taken[ours], taken[theirs], strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Everything that was measured, as Markdown."""
     lines = [
@@ -174,15 +216,17 @@ def table(rows: list[dict[str, Any]]) -> str:
         "Made by `tools/coverage_decoders.py`: a tiny random model of each type with the features",
         "of the real ones, as a package for the CPU that passed the parity protocol. Fused: how",
         "many of its attentions are one operator, with the rotation inside or not; onnxruntime-",
-        f"genai: whether {NEW} greedy tokens after 17 are those of transformers.",
+        f"genai: whether {NEW} greedy tokens after 17 are those of transformers. Its builder's:",
+        "how many times as long a token takes as in what its builder makes of the model",
+        f"({PAST} tokens in the cache, process time of one thread), or why it makes nothing.",
         "",
-        "| type | attention fused | as | error | onnxruntime-genai |",
-        "|---|---|---|---|---|",
+        "| type | attention fused | as | error | onnxruntime-genai | its builder's |",
+        "|---|---|---|---|---|---|",
     ]
     reasons = []
     for row in rows:
         if "failed" in row:
-            lines.append(f"| {row['type']} | {row['failed']} | | | |")
+            lines.append(f"| {row['type']} | {row['failed']} | | | | |")
             continue
         forms = Counter(_form(said) for said in row["attention"].values())
         fused = sum(n for form, n in forms.items() if form != "decomposed")
@@ -190,7 +234,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         why = [note for note in row["notes"] if note.startswith("no genai_config.json")]
         ran = row.get("genai") or "not for it: " + why[0].partition(": ")[2]
         count = f"{fused} of {forms.total()}" if forms else "it has none"
-        lines.append(f"| {row['type']} | {count} | {as_} | {row['error']:.0e} | {ran} |")
+        cells = [row["type"], count, as_, f"{row['error']:.0e}", ran, row.get("builder", "")]
+        lines.append(f"| {' | '.join(cells)} |")
         reasons += [
             f"- `{row['type']}`, {module}: {said.partition(': ')[2]}"
             for module, said in row["attention"].items()

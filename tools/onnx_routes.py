@@ -222,6 +222,33 @@ class Workshop:
         return path
 
 
+_BUILD = """
+import runpy, sys
+from importlib.util import find_spec
+
+# Its modules are top-level ones, as the builder imports them.
+sys.path.insert(0, find_spec("onnxruntime_genai.models").submodule_search_locations[0])
+from builders import base, gemma
+
+def flat(config):
+    kinds = getattr(config, "rope_parameters", None) or {}
+    if "full_attention" in kinds:
+        config.rope_local_base_freq = kinds["sliding_attention"]["rope_theta"]
+        config.rope_theta = kinds["full_attention"]["rope_theta"]
+        config.rope_parameters = dict(kinds["full_attention"])
+
+def flattening(method):
+    def called(self, config, *further):
+        flat(config)
+        return method(self, config, *further)
+    return called
+
+for kind, name in ((gemma.Gemma3Model, "__init__"), (base.Model, "make_rope_init")):
+    setattr(kind, name, flattening(getattr(kind, name)))
+runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__", alter_sys=True)
+"""
+
+
 def build(genai: Path, checkpoint: Path, folder: Path, precision: str, *options: str) -> None:
     """Let the builder of onnxruntime-genai write the model of a checkpoint for the CPU.
 
@@ -236,6 +263,9 @@ def build(genai: Path, checkpoint: Path, folder: Path, precision: str, *options:
     options
         Further ones of the builder, such as ``int4_block_size=32``.
 
+    A config with a rotation for layers with windows and another one for the others, as that of
+    Gemma 3, is handed over the way that the builder (0.18) reads it.
+
     Raises
     ------
     RuntimeError
@@ -244,7 +274,7 @@ def build(genai: Path, checkpoint: Path, folder: Path, precision: str, *options:
     given = ["-i", checkpoint, "-o", folder, "-p", precision, "-e", "cpu"]
     further = ["--extra_options", *options] if options else []
     ran = subprocess.run(
-        [str(genai), "-m", "onnxruntime_genai.models.builder", *map(str, given), *further],
+        [str(genai), "-c", _BUILD, *map(str, given), *further],
         check=False,
         capture_output=True,
         text=True,

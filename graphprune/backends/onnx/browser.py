@@ -15,6 +15,7 @@ import torch
 from graphprune.backends.onnx.encoder_decoder.anatomy import is_encoder_decoder
 from graphprune.backends.onnx.weights.held import MODEL
 from graphprune.backends.onnx.weights.quantize import Quantization
+from graphprune.backends.onnx.weights.widths import picked_from
 from graphprune.errors import BackendError
 from graphprune.ir.program import Program
 
@@ -22,29 +23,28 @@ FOLDER = "onnx"
 _SUFFIXES = {"int4": "_q4", "int8": "_quantized"}
 
 
-def check_browser(program: Program) -> None:
-    """Refuse a program that transformers.js takes no single model of.
+def check_browser(program: Program, quantization: Quantization | None) -> None:
+    """Refuse a program that transformers.js (4) or onnxruntime-web (1.30) takes no model of.
 
     Raises
     ------
     BackendError
-        When it is an encoder-decoder.
+        When it is an encoder-decoder, or rows of quantized weights would be picked.
     """
     if is_encoder_decoder(program):
         raise BackendError(
             "transformers.js takes an encoder-decoder whose decoder is one model with a branch for "
             "the first tokens, which is not written: layout=optimum writes two"
         )
+    if quantization is not None and (names := picked_from(program, quantization)):
+        raise BackendError(
+            f"onnxruntime-web picks no rows of quantized weights, as of {names[0]}: give "
+            "embedding=float, and head=float where it is the same matrix"
+        )
 
 
 def arrange(folder: Path, program: Program, quantization: Quantization | None) -> str:
-    """Move the model in `folder` to where transformers.js looks; returns its file from there on.
-
-    Raises
-    ------
-    BackendError
-        When it holds an operator that onnxruntime-web (1.30) lacks.
-    """
+    """Move the model in `folder` to where transformers.js looks; returns its file from there on."""
     import onnx
 
     half = program.outputs[0].dtype == torch.float16
@@ -54,11 +54,6 @@ def arrange(folder: Path, program: Program, quantization: Quantization | None) -
     name = f"model{suffix}.onnx"
     (folder / FOLDER).mkdir()
     model = onnx.load(folder / MODEL, load_external_data=False)
-    if any(node.op_type == "GatherBlockQuantized" for node in model.graph.node):
-        raise BackendError(
-            "onnxruntime-web picks no rows of quantized weights: give embedding=float, and "
-            "head=float where it is the same matrix"
-        )
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         for size in value.type.tensor_type.shape.dim:
             if size.dim_param == "batch":

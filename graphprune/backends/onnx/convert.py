@@ -10,7 +10,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from graphprune.backends.onnx.dimension_names import check_dimensions, output_names
 from graphprune.backends.onnx.prepare import prepared
 from graphprune.backends.onnx.translations import translations
+from graphprune.backends.onnx.weights.as_used import whole_numbers
 from graphprune.errors import BackendError, first_line
 from graphprune.ir.nodes import size_environment
 from graphprune.ir.program import Program
@@ -183,6 +184,7 @@ def simplify(model: onnx_ir.Model, weights: set[str]) -> None:
         for _ in range(2):
             optimizer.fold_constants_ir(model, should_fold=fold)
             rewriter.rewrite(model, rules)
+        _keep_sizes(model)
         onnx_ir.passes.Sequential(
             common.CommonSubexpressionEliminationPass(),
             common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
@@ -190,6 +192,37 @@ def simplify(model: onnx_ir.Model, weights: set[str]) -> None:
             common.OutputFixPass(),
             common.NameFixPass(),
         )(model)
+
+
+def _keep_sizes(model: onnx_ir.Model) -> None:
+    """Let reshapes say which sizes stay, where they are told the sizes that were there already.
+
+    Asking for a size and putting sizes together are operators of their own, several to each reshape
+    of a decoder, which a single token waits for.
+    """
+    for node in list(model.graph):
+        if node.op_type != "Reshape" or node.inputs[1].is_initializer():  # type: ignore[union-attr]
+            continue
+        given, made = node.inputs[0].shape, node.outputs[0].shape  # type: ignore[union-attr]
+        kept = _kept_sizes(given, made) if given is not None and made is not None else None
+        if kept is not None:
+            node.attributes.pop("allowzero", None)
+            node.replace_input_with(1, whole_numbers(model, *kept))
+
+
+def _kept_sizes(given: onnx_ir.Shape, made: onnx_ir.Shape) -> list[int] | None:
+    """Return the sizes `made`, zero for each that was `given`; None where one is unknown."""
+    kept = []
+    for at, size in enumerate(made):
+        if isinstance(size, int) and size > 0:
+            kept.append(size)
+        elif at < len(given) and not isinstance(size, int) and size.value is not None:
+            if given[at] != size:
+                return None
+            kept.append(0)
+        else:
+            return None
+    return kept
 
 
 _NAMED_AS_STANDARD = ("SimplifiedLayerNormalization",)
@@ -202,6 +235,8 @@ def fuse_norms(model: onnx_ir.Model) -> int:
     ONNX Runtime's own fusions at load do not know the spelling that torch's exporter writes. The
     rules are onnxscript's, which calls them experimental: they are used where they are found.
     """
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
     try:
         from onnxscript.rewriter.ort_fusions import rms_normalization, skip_normalization
 
@@ -212,7 +247,37 @@ def fuse_norms(model: onnx_ir.Model) -> int:
     count = int(norms(model))
     if count:
         skips(model)
+        _norm_before_turning(model)
+        RemoveUnusedNodesPass()(model)
     return count
+
+
+def _norm_before_turning(model: onnx_ir.Model) -> None:
+    """Let norms over the last dimension read their rows unturned, where they are turned back after.
+
+    Queries and keys are normed with heads in front, and operators read them with heads behind.
+    """
+    for node in list(model.graph):
+        turned = node.inputs[0].producer() if node.op_type in _NAMED_AS_STANDARD else None
+        if turned is None or turned.op_type != "Transpose" or node.outputs[0].is_graph_output():
+            continue
+        order = list(turned.attributes["perm"].as_ints())
+        back = [user for user, _ in node.outputs[0].uses()]
+        last = len(order) - 1
+        inside = order[last] == last and node.attributes["axis"].as_int() in (-1, last)
+        if inside and back and all(_turns_back(user, order) for user in back):
+            node.replace_input_with(0, turned.inputs[0])
+            node.outputs[0].shape = back[0].outputs[0].shape
+            for user in back:
+                user.outputs[0].replace_all_uses_with(node.outputs[0], replace_graph_outputs=True)
+                model.graph.remove(user, safe=True)
+
+
+def _turns_back(node: onnx_ir.Node, order: Sequence[int]) -> bool:
+    """Return whether `node` undoes a transpose to `order`."""
+    if node.op_type != "Transpose":
+        return False
+    return [order[dim] for dim in node.attributes["perm"].as_ints()] == sorted(order)
 
 
 def as_checked(model: onnx.ModelProto) -> bool:

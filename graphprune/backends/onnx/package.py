@@ -43,7 +43,6 @@ from graphprune.backends.huggingface.model import quiet
 from graphprune.backends.onnx.attention.forms import Target, forms_in
 from graphprune.backends.onnx.browser import arrange, check_browser
 from graphprune.backends.onnx.dimension_names import dimension_names
-from graphprune.backends.onnx.encoder_decoder.anatomy import anatomy_of
 from graphprune.backends.onnx.encoder_decoder.parts import (
     FILES,
     Layout,
@@ -234,7 +233,7 @@ def write_package(
         When there is no such target or opset, or a layout is named for what has no parts.
     """
     program = last_only(program) if logits == "last" else program
-    parts, proven, why_whole = proven_parts(program, _checked(program, layout))
+    parts, proven, why_whole = proven_parts(program, _checked(program, layout, quantization))
     with staged_directory(directory) as staged:
         describe = archive.describe(program)
         if parts is not None:
@@ -330,9 +329,9 @@ def check_package(
     said where a file is written in place of a package.
     """
     check_export(program, target, opset, quantization)
-    of_parts = _checked(program, layout)
+    of_parts = _checked(program, layout, quantization)
     if not one_model and has_parts(program, of_parts) and of_parts:
-        check_layout(anatomy_of(program), of_parts)
+        check_layout(program, of_parts)
     if quantization is not None and settled:
         check_widths(program, quantization)
 
@@ -408,10 +407,12 @@ def _without_fused(program: Program, names: Mapping[str, str], provider: str) ->
         return f"without fused operators the largest error is {ran.max_relative_error or 0:.1e}"
 
 
-def _checked(program: Program, layout: PackageLayout | None) -> Layout | None:
+def _checked(
+    program: Program, layout: PackageLayout | None, quantization: Quantization | None
+) -> Layout | None:
     """Return a layout of parts; None for one of a single model, which is refused for others."""
     if layout == "browser":
-        check_browser(program)
+        check_browser(program, quantization)
         return None
     return layout
 

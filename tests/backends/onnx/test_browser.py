@@ -25,7 +25,7 @@ import graphprune as gp
 from graphprune import reference
 from graphprune.backends.onnx.package import read_package, write_package
 from graphprune.backends.onnx.weights.quantize import Quantization
-from graphprune.errors import BackendError
+from graphprune.errors import BackendError, OutputError
 from graphprune.frontend.capture import capture
 
 MODULES = os.environ.get("GRAPHPRUNE_NODE_MODULES", "")
@@ -102,18 +102,20 @@ def test_a_browser_finds_the_model_by_its_place_and_sizes(tmp_path: Path) -> Non
     assert len(gp.load(tmp_path / "out").weights) == len(program.weights)
 
 
-def test_what_a_browser_cannot_run_is_refused(tmp_path: Path) -> None:
-    chosen = Quantization("int4", block=16, embedding="int4")
-    with pytest.raises(BackendError, match="picks no rows of quantized weights: give embedding"):
-        write_package(
-            capture(_tiny()),
-            tmp_path / "out",
-            target="cpu",
-            check=False,
-            layout="browser",
-            quantization=chosen,
-        )
+def test_what_a_browser_cannot_run_is_refused_before_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graphprune.backends.onnx.package.export", lambda *_, **__: pytest.fail())
+    program, chosen = capture(_tiny()), Quantization("int4", block=16, embedding="int4")
+    write = functools.partial(write_package, program, target="cpu", layout="browser")
+    with pytest.raises(BackendError, match=r"picks no rows of .*embed_tokens\.weight: give embed"):
+        write(tmp_path / "out", quantization=chosen)
     assert not (tmp_path / "out").exists()
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "mine.txt").write_text("mine")
+    with pytest.raises(OutputError, match="is not empty"):
+        write(tmp_path / "used")
+    assert [path.name for path in tmp_path.rglob("*")] == ["used", "mine.txt"]
 
 
 def _tiny() -> Any:

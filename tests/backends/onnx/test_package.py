@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +229,20 @@ def test_a_decoder_that_names_no_end_has_no_genai_config() -> None:
     found, why = genai_config(program, shares_buffers=True)
     assert found is None
     assert "names a token that ends a text" in why
+
+
+def test_keys_and_values_of_unlike_sizes_are_not_for_genai() -> None:
+    program = program_of("llama-gqa")
+    unlike = tuple(
+        dataclasses.replace(value, shape=(*value.shape[:3], 4))
+        if value.name == "past_key_values.1.value"
+        else value
+        for value in program.inputs
+    )
+    assert genai_config(program, shares_buffers=False)[1] == ""
+    found, why = genai_config(dataclasses.replace(program, inputs=unlike), shares_buffers=False)
+    assert found is None
+    assert re.match(r"keys have size \d+ and values 4", why)
 
 
 @pytest.mark.parametrize("name", ["t5", "vit"])

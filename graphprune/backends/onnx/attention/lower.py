@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from graphprune.analysis.attention.recognize import (
     Cached,
@@ -17,6 +17,7 @@ from graphprune.analysis.attention.recognize import (
     recognize_attentions,
 )
 from graphprune.analysis.attention.rotary import Rotary
+from graphprune.backends.onnx.attention.angles import Angles
 from graphprune.backends.onnx.attention.forms import (
     STANDARD_OPSET,
     STATIC_OPSET,
@@ -43,7 +44,7 @@ def lower_attention(
     """`program` with every attention in the best form that is legal for `target` and `opset`.
 
     Where `rotary` says so, a rotary embedding of queries and keys goes into `gqa`, with the angles
-    of as many positions as the model's config names.
+    of as many positions as the model's config names (`Angles` says where they come from).
 
     The result is for the exporter alone: operators of ONNX stand in its graph, which give zeros
     when they are run. A decoder with attention of the form `gqa` takes masks that pad on the right,
@@ -76,8 +77,7 @@ def lower_attention(
         if read is None:  # other rounds have no more of them
             read = rotations_of(program, inside)
         rotations: Rotations = {site: read[site] for site in inside if site in read}
-        first = copies[next(node for _, node in program.input_nodes())]
-        lowering = _Lowering(program, graph, copies, rotations, first)
+        lowering = _Lowering(program, graph, copies, rotations)
         for site, form in fused:
             lowering.replace(site, form)
         _drop_round_trips(graph)
@@ -88,7 +88,7 @@ def lower_attention(
         if not alive:
             break
         shared |= alive
-    tables = lowering.place_tables()
+    tables = lowering.angles.weights
     graph.lint()
     for index, found in enumerate(sites):
         if found in rotations:
@@ -148,24 +148,14 @@ class _Lowering(Writer):
         graph: fx.Graph,
         copies: dict[fx.Node, fx.Node],
         rotations: Rotations,
-        first_input: fx.Node,
     ) -> None:
         super().__init__(graph)
         inputs = {value.name: copies[node] for value, node in program.input_nodes()}
         self.static = StaticCaches(self, inputs.get("input_ids"), inputs.get("attention_mask"))
-        self.first_input = first_input
         self.copies = copies
         self.rotations = rotations
         self.lengths: dict[Any, tuple[fx.Node, fx.Node]] = {}
-        self.tables: list[tuple[Tensor, Tensor, fx.Node, fx.Node]] = []
-
-    def place_tables(self) -> dict[str, Tensor]:
-        """Return the angles that operators read, by the weight names of their nodes."""
-        return {
-            f"rotary.{index}.{name}": table
-            for index, (cos, sin, *_) in enumerate(self.tables)
-            for name, table in (("cos", cos), ("sin", sin))
-        }
+        self.angles = Angles(self, program, copies)
 
     def replace(self, site: RecognizedAttention, form: Form) -> None:
         """Put an operator in the place of `site`."""
@@ -220,27 +210,12 @@ class _Lowering(Writer):
         """Angles, positions, a bias and a sink, as far as there are any."""
         further: list[fx.Node | None] = [None] * 5
         if site in self.rotations:
-            further[:2] = self._angles(self.rotations[site][0])
+            further[:2] = self.angles.of(self.rotations[site][0])
         if site.sink is not None:
             further[4] = self.copies[site.sink]
         while further and further[-1] is None:
             further.pop()
         return further
-
-    def _angles(self, rotary: Rotary) -> tuple[fx.Node, fx.Node]:
-        """Nodes of its cosines and sines, which layers share."""
-        for cos, sin, *nodes in self.tables:
-            if cos is rotary.cos or (torch.equal(cos, rotary.cos) and torch.equal(sin, rotary.sin)):
-                return nodes[0], nodes[1]
-        made = []
-        # They stand for weights, which come before inputs.
-        with self.graph.inserting_before(self.first_input):
-            for name, table in (("cos", rotary.cos), ("sin", rotary.sin)):
-                node = self.graph.placeholder(f"rotary_{len(self.tables)}_{name}")
-                node.meta["val"] = self.at.meta["val"].fake_mode.from_tensor(table)
-                made.append(node)
-        self.tables.append((rotary.cos, rotary.sin, made[0], made[1]))
-        return made[0], made[1]
 
     def _rows_before(self, rotary: Rotary) -> fx.Node:
         """Return what is rotated, as ``[batch, length, heads * size]``."""

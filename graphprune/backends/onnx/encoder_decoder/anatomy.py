@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
@@ -54,8 +55,6 @@ class Anatomy:
 
     Parameters
     ----------
-    program
-        The program of the call.
     tokens
         The input with the decoder's tokens, ``[batch, length]``.
     masks
@@ -73,7 +72,6 @@ class Anatomy:
         The one node through which the encoder's inputs come to the cross caches.
     """
 
-    program: Program
     tokens: tuple[Value, fx.Node]
     masks: tuple[tuple[Value, fx.Node], ...]
     encoded: frozenset[fx.Node]
@@ -89,8 +87,13 @@ def is_encoder_decoder(program: Program) -> bool:
     return not program.is_decoder and any(value.name == TOKENS for value in program.inputs)
 
 
+_known: WeakKeyDictionary[Program, Anatomy] = WeakKeyDictionary()
+
+
 def anatomy_of(program: Program) -> Anatomy:
     """Say what is what in `program`, the call of an encoder-decoder.
+
+    What is found is kept as long as the program is.
 
     Raises
     ------
@@ -98,6 +101,12 @@ def anatomy_of(program: Program) -> Anatomy:
         When there is no encoder or no tokens of a decoder, or the decoder attends in a way that
         leaves no keys and values to be kept.
     """
+    if program not in _known:
+        _known[program] = _found(program)
+    return _known[program]
+
+
+def _found(program: Program) -> Anatomy:
     inputs = {value.name: (value, node) for value, node in program.input_nodes()}
     if program.is_decoder or TOKENS not in inputs:
         raise BackendError(f"it is no call of an encoder and a decoder: it takes no {TOKENS}")
@@ -108,7 +117,6 @@ def anatomy_of(program: Program) -> Anatomy:
     encoded = frozenset(_depending(program, others) - decoded - counted)
     own, cross = _caches(program, encoded, decoded)
     return Anatomy(
-        program=program,
         tokens=tokens,
         masks=masks,
         encoded=encoded,

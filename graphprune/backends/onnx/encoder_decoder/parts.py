@@ -89,9 +89,9 @@ def split(program: Program, layout: Layout | None = None) -> Parts:
         cannot be run token by token.
     """
     anatomy = anatomy_of(program)
-    why = check_layout(anatomy, layout)
+    why = check_layout(program, layout)
     layout = layout or ("optimum" if why else "genai")
-    made = {"optimum": _for_optimum, "genai": _for_genai}[layout](anatomy)
+    made = {"optimum": _for_optimum, "genai": _for_genai}[layout](program, anatomy)
     return Parts(layout, made, why)
 
 
@@ -109,23 +109,22 @@ def has_parts(program: Program, layout: Layout | None = None) -> bool:
     return found
 
 
-def check_layout(anatomy: Anatomy, layout: Layout | None) -> str:
+def check_layout(program: Program, layout: Layout | None) -> str:
     """Say why onnxruntime-genai cannot run the model, "" where it can; refuse its layout then.
 
     Raises
     ------
     BackendError
-        When it cannot, and `layout` is its own.
+        When it cannot, and `layout` is its own; or it has no parts.
     """
-    why = _not_genai(anatomy)
+    why = _not_genai(program, anatomy_of(program))
     if layout == "genai" and why:
         raise BackendError(f"onnxruntime-genai cannot run this encoder-decoder: {why}")
     return why
 
 
-def _not_genai(anatomy: Anatomy) -> str:
+def _not_genai(program: Program, anatomy: Anatomy) -> str:
     """Say why onnxruntime-genai (0.18) cannot run the model; "" where it can."""
-    program = anatomy.program
     inputs = [value.name for value in program.inputs if value.name != anatomy.tokens[0].name]
     if inputs != [SPEECH]:
         return f"it serves those that take {SPEECH}, as Whisper does, and not {', '.join(inputs)}"
@@ -137,7 +136,7 @@ def _not_genai(anatomy: Anatomy) -> str:
     return ""
 
 
-def _for_optimum(anatomy: Anatomy) -> dict[Role, Program]:
+def _for_optimum(program: Program, anatomy: Anatomy) -> dict[Role, Program]:
     own = _named(anatomy.own, lambda at, kind: f"{at}.decoder.{kind}")
     cross = _named(anatomy.cross, lambda at, kind: f"{at}.encoder.{kind}")
     masks = [(_MASK, node) for _, node in anatomy.masks]
@@ -146,13 +145,14 @@ def _for_optimum(anatomy: Anatomy) -> dict[Role, Program]:
     # Optimum tells caches apart by their order: those of a layer together, its own tokens' first.
     presents = dict(sorted({**own, **cross}.items(), key=lambda each: _layer(each[0])))
     return {
-        "encoder": _encoder(anatomy, "last_hidden_state", {}),
+        "encoder": _encoder(program, anatomy, "last_hidden_state", {}),
         "first": piece(
-            anatomy.program,
+            program,
             given,
-            [_logits(anatomy), *((PRESENT + name, node) for name, node in presents.items())],
+            [_logits(program), *((PRESENT + name, node) for name, node in presents.items())],
         ),
         "next": stepwise(
+            program,
             anatomy,
             [ids, *masks, *((PAST + name, node) for name, node in cross.items())],
             {PAST + name: (PRESENT + name, node) for name, node in own.items()},
@@ -165,14 +165,15 @@ def _layer(name: str) -> int:
     return int(name.partition(".")[0])
 
 
-def _for_genai(anatomy: Anatomy) -> dict[Role, Program]:
+def _for_genai(program: Program, anatomy: Anatomy) -> dict[Role, Program]:
     own = _named(anatomy.own, lambda at, kind: f"{kind}_self_{at}")
     cross = _named(anatomy.cross, lambda at, kind: f"{kind}_cross_{at}")
     return {
         "encoder": _encoder(
-            anatomy, _STATES, {f"present_{name}": node for name, node in cross.items()}
+            program, anatomy, _STATES, {f"present_{name}": node for name, node in cross.items()}
         ),
         "next": stepwise(
+            program,
             anatomy,
             [
                 (_IDS, anatomy.tokens[1]),
@@ -183,14 +184,16 @@ def _for_genai(anatomy: Anatomy) -> dict[Role, Program]:
     }
 
 
-def _encoder(anatomy: Anatomy, hidden: str, caches: Mapping[str, fx.Node]) -> Program:
+def _encoder(
+    program: Program, anatomy: Anatomy, hidden: str, caches: Mapping[str, fx.Node]
+) -> Program:
     renamed = {SPEECH: "audio_features"} if caches else {}
     given = [
         (renamed.get(value.name, value.name), node)
-        for value, node in anatomy.program.input_nodes()
+        for value, node in program.input_nodes()
         if node is not anatomy.tokens[1]
     ]
-    return piece(anatomy.program, given, [(hidden, anatomy.hidden), *caches.items()])
+    return piece(program, given, [(hidden, anatomy.hidden), *caches.items()])
 
 
 def _named(caches: tuple[Cache, ...], name: Callable[[int, str], str]) -> dict[str, fx.Node]:
@@ -199,6 +202,6 @@ def _named(caches: tuple[Cache, ...], name: Callable[[int, str], str]) -> dict[s
     }
 
 
-def _logits(anatomy: Anatomy) -> tuple[str, fx.Node]:
-    value, node = next(iter(anatomy.program.output_nodes()))
+def _logits(program: Program) -> tuple[str, fx.Node]:
+    value, node = next(iter(program.output_nodes()))
     return value.name, node

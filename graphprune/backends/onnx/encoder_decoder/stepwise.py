@@ -34,8 +34,12 @@ _ATEN = torch.ops.aten
 _PAST = 5
 """The example of a past length: any number but those that torch.export treats apart."""
 
+_RUNNING = (_ATEN.cumsum.default, _ATEN.cumprod.default, _ATEN.logcumsumexp.default)
+"""What makes of each token something of it and all before it."""
+
 
 def stepwise(
+    program: Program,
     anatomy: Anatomy,
     given: Named,
     caches: Mapping[str, tuple[str, fx.Node]],
@@ -45,8 +49,8 @@ def stepwise(
 
     Parameters
     ----------
-    anatomy
-        Of the call.
+    program, anatomy
+        The call, and what is what in it.
     given
         Names and nodes of what goes in beside the caches of its own tokens.
     caches
@@ -61,15 +65,19 @@ def stepwise(
         When an operator mixes tokens in another way than attention, or the decoder reads what is
         encoded past the caches.
     """
-    return _Stepwise(anatomy, given, caches).made(order)
+    return _Stepwise(program, anatomy, given, caches).made(order)
 
 
 class _Stepwise:
     def __init__(
-        self, anatomy: Anatomy, given: Named, caches: Mapping[str, tuple[str, fx.Node]]
+        self,
+        program: Program,
+        anatomy: Anatomy,
+        given: Named,
+        caches: Mapping[str, tuple[str, fx.Node]],
     ) -> None:
         self.anatomy = anatomy
-        self.program = anatomy.program
+        self.program = program
         self.logits = next(iter(self.program.output_nodes()))
         self.piece = Piece(self.program, given, [self.logits[1]])
         self.graph, self.copies = self.piece.graph, self.piece.copies
@@ -136,12 +144,24 @@ class _Stepwise:
             else:
                 self.copies[node] = self._made(node, self._in_all)
         elif node in self.anatomy.decoded:
+            self._refuse_counts(node)
             copy = self._made(node, self._in_all if node in self.of_keys else self._in_new)
             if node in self.pasts:
                 copy = self._call(_ATEN.cat.default, [self.pasts[node], copy], 2)
             self.copies[node] = copy
         else:
             self.piece.copy(node)
+
+    def _refuse_counts(self, node: fx.Node) -> None:
+        """Refuse what sums up tokens from the first on: caches do not say what those were."""
+        if node.target not in _RUNNING:
+            return
+        summed = node.all_input_nodes[0].meta["val"].shape[arguments_of(node)["dim"]]
+        if self._is_length(summed):
+            raise BackendError(
+                f"{operator_of(node)} counts tokens by what they are, as positions are counted "
+                "that leave padding out: it cannot be run token by token"
+            )
 
     def _copy_size(self, node: fx.Node) -> None:
         if not reads_size(node):

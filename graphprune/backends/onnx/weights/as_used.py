@@ -110,10 +110,10 @@ def _write_as_gemm(model: onnx_ir.Model, product: onnx_ir.Node, matrix: Any) -> 
     (result,), rows = product.outputs, product.inputs[0]
     wide, high = matrix.shape
     made = tape.Tape()
-    flat = made.op("Reshape", [rows, _numbers(model, -1, high)])
+    flat = made.op("Reshape", [rows, whole_numbers(model, -1, high)])
     found = made.op("Gemm", [flat, matrix], {"transB": 1})
     sizes = made.op("Shape", [rows], {"start": 0, "end": -1})
-    shape = made.op("Concat", [sizes, _numbers(model, wide)], {"axis": 0})
+    shape = made.op("Concat", [sizes, whole_numbers(model, wide)], {"axis": 0})
     out = made.op("Reshape", [found, shape])
     out.name, out.type, out.shape = result.name, result.type, result.shape
     model.graph.insert_before(product, made.nodes)
@@ -121,7 +121,7 @@ def _write_as_gemm(model: onnx_ir.Model, product: onnx_ir.Node, matrix: Any) -> 
     model.graph.remove(product, safe=True)
 
 
-def _numbers(model: onnx_ir.Model, *numbers: int) -> onnx_ir.Value:
+def whole_numbers(model: onnx_ir.Model, *numbers: int) -> onnx_ir.Value:
     """Return an initializer of whole numbers, which all who need it share."""
     import onnx_ir
 

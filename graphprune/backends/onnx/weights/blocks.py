@@ -5,7 +5,8 @@ Reference: ONNX Runtime, docs/ContribOperators.md, com.microsoft.MatMulNBits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +25,9 @@ ROWS = ".rows"
 
 Activations = Literal["float", "int8"]
 """What a product with quantized weights is computed with: activations as they are, or rounded."""
+
+_ROWS_OF = "graphprune.rows"
+"""In the meta data of a node that reads several weights as one: how many rows each has, as JSON."""
 
 _LEVEL, _INT8 = "accuracy_level", 4
 """The attribute of MatMulNBits that says so, and what it is for 8 bits."""
@@ -90,11 +94,27 @@ def blocks_of(graph: onnx_ir.Graph) -> Iterator[tuple[str, Blocks, list[str]]]:
         held = [value for at, value in enumerate(node.inputs) if at != _READERS[node.op_type]]
         names = [str(value.name) for value in held if value is not None]
         packed, scales, *zeros = (graph.initializers[name].const_value.numpy() for name in names)  # type: ignore[union-attr]
-        bits = node.attributes["bits"].as_int()
-        name = names[0].removesuffix(ROWS).removesuffix(f".int{bits}")
-        rows = packed.shape[0]
+        bits, rows = node.attributes["bits"].as_int(), packed.shape[0]
         packed = packed.reshape(rows, scales.size // rows, -1)
-        yield name, Blocks(bits, packed, scales, zeros[0] if zeros else None), names
+        blocks = Blocks(bits, packed, scales, zeros[0] if zeros else None)
+        first = 0
+        for name, count in json.loads(node.metadata_props.get(_ROWS_OF, "{}")).items():
+            yield name, blocks.rows(slice(first, first + count)), names
+            first += count
+        if not first:
+            yield read_by(node), blocks, names
+
+
+def read_by(node: onnx_ir.Node) -> str:
+    """Return the name of the weight that a node of its own reads quantized."""
+    value = node.inputs[1 - _READERS[node.op_type]]
+    bits = node.attributes["bits"].as_int()
+    return str(value.name).removesuffix(ROWS).removesuffix(f".int{bits}")  # type: ignore[union-attr]
+
+
+def note_rows(node: onnx_ir.Node, rows: Mapping[str, int]) -> None:
+    """Note in a node which weights it reads as one, in their order, and how many rows each has."""
+    node.metadata_props[_ROWS_OF] = json.dumps(rows)
 
 
 def with_activations(path: Path, kind: Activations) -> onnx.ModelProto:

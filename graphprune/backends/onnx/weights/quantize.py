@@ -17,6 +17,7 @@ import torch
 
 from graphprune.backends.onnx.weights.as_used import initializer
 from graphprune.backends.onnx.weights.blocks import ROWS, Activations, Array, Blocks
+from graphprune.backends.onnx.weights.joined import join_projections
 from graphprune.backends.onnx.weights.quantizers import (
     Algorithm,
     check_matrix,
@@ -60,6 +61,9 @@ class Quantization:
     activations
         What a product is computed with: "float", or "int8" for activations that are rounded too,
         which is faster on a CPU. What hqq makes takes "float" only.
+    zeros
+        Whether blocks have a zero of their own, in place of the middle of their range; what "hqq"
+        and "k-quant" make has. Without them "default" is smaller and faster.
     named
         What single matrices become, by name, whatever else is said.
 
@@ -75,6 +79,7 @@ class Quantization:
     head: Bits | None = None
     embedding: Bits | None = None
     activations: Activations = "float"
+    zeros: bool = False
     named: Mapping[str, Bits] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -84,6 +89,11 @@ class Quantization:
                 raise UsageError(f"{name} becomes int4 or int8, not {kind!r}")
         if self.activations == "int8" and self.algorithm == "hqq":
             raise UsageError("activations=int8 is not for hqq: its zeros are no whole numbers")
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether blocks have no zeros of their own."""
+        return self.algorithm == "default" and not self.zeros
 
     def check(self, target: Target | None) -> None:
         """Refuse a target that has no operators for it, and a quantizer that is not there.
@@ -197,12 +207,15 @@ def quantize(
         array = value.const_value.numpy()  # type: ignore[union-attr]
         matrix = array.T if uses[value][0].turned else array
         given = matrix.astype(np.float32, copy=False)
-        found = quantized(given, bits[value], chosen.block, chosen.algorithm)
+        found = quantized(
+            given, bits[value], chosen.block, chosen.algorithm, symmetric=chosen.symmetric
+        )
         distances[str(value.name)] = _distance(given, found)
         name = f"{value.name}.transposed" if uses[value][0].turned else str(value.name)
         parts = _initializers(model, name, found, matrix.dtype, scratch)
         for use in uses[value]:
             _read(model, use, parts, matrix.shape, bits[value], chosen.block)
+    join_projections(model)
     RemoveUnusedNodesPass()(model)
     return distances
 

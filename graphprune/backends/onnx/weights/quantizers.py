@@ -83,8 +83,12 @@ def check_matrix(name: str, columns: int, bits: int, block: int, algorithm: Algo
     raise UsageError(f"{what} do not divide the {columns} columns of {name}: {hint}")
 
 
-def quantized(matrix: Array, bits: int, block: int, algorithm: Algorithm) -> Blocks:
+def quantized(
+    matrix: Array, bits: int, block: int, algorithm: Algorithm, *, symmetric: bool = False
+) -> Blocks:
     """Quantize a matrix ``[N, K]`` whose rows are multiplied with.
+
+    Where it is `symmetric`, blocks have no zeros of their own; the algorithm is "default" then.
 
     Raises
     ------
@@ -93,7 +97,7 @@ def quantized(matrix: Array, bits: int, block: int, algorithm: Algorithm) -> Blo
     """
     count = max(_PIECE // max(matrix.shape[1] * matrix.itemsize, 1), 1)
     pieces = [
-        _piece(matrix[first : first + count], bits, block, algorithm)
+        _piece(matrix[first : first + count], bits, block, algorithm, symmetric)
         for first in range(0, len(matrix), count)
     ]
     packed, scales, zeros = (
@@ -104,7 +108,7 @@ def quantized(matrix: Array, bits: int, block: int, algorithm: Algorithm) -> Blo
     return Blocks(bits, packed, scales, zeros)
 
 
-def _piece(rows: Array, bits: int, block: int, algorithm: Algorithm) -> Blocks:
+def _piece(rows: Array, bits: int, block: int, algorithm: Algorithm, symmetric: bool) -> Blocks:
     from onnx import helper, numpy_helper
 
     with _quietly():
@@ -118,7 +122,9 @@ def _piece(rows: Array, bits: int, block: int, algorithm: Algorithm) -> Blocks:
         node = helper.make_node("MatMul", ["x", "weight"], ["y"], name="product")
         graph = helper.make_graph([node], "one", ends[:1], ends[1:], [weight])
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)])
-        config = getattr(library, _CONFIGS[algorithm])(**_options(bits, block, algorithm))
+        config = getattr(library, _CONFIGS[algorithm])(
+            **_options(bits, block, algorithm, symmetric)
+        )
         quantizer = library.MatMulNBitsQuantizer(
             model, bits=bits, block_size=block, algo_config=config
         )
@@ -131,10 +137,11 @@ def _piece(rows: Array, bits: int, block: int, algorithm: Algorithm) -> Blocks:
     return Blocks(bits, given[0], given[1], given[2] if len(given) > 2 else None)
 
 
-def _options(bits: int, block: int, algorithm: Algorithm) -> dict[str, Any]:
+def _options(bits: int, block: int, algorithm: Algorithm, symmetric: bool) -> dict[str, Any]:
     if algorithm == _PAIRED:
         return {"customized_weight_config": {"product": {"bits": bits}}}
-    return {"bits": bits, "block_size": block}
+    further = {"is_symmetric": True} if symmetric else {}
+    return {"bits": bits, "block_size": block, **further}
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ def check_widths(program: Program, chosen: Quantization) -> None:
     UsageError
         Naming the matrix, and a block that does; or when it would have to become two things.
     """
-    for name, kind, columns in _matrices(program, chosen):
+    for name, kind, columns, _ in _matrices(program, chosen):
         if kind != "float":
             check_matrix(name, columns, BITS[kind], chosen.block, chosen.algorithm)
 
@@ -43,11 +43,17 @@ def kinds_of(program: Program, chosen: Quantization) -> dict[str, Bits]:
     What an embedding of one part becomes may follow from the head of another that it is tied to.
     """
     kinds: dict[str, Bits] = dict.fromkeys(program.weights, "float")
-    return kinds | {name: kind for name, kind, _ in _matrices(program, chosen)}
+    return kinds | {name: kind for name, kind, *_ in _matrices(program, chosen)}
 
 
-def _matrices(program: Program, chosen: Quantization) -> Iterator[tuple[str, Bits, int]]:
-    """Yield each matrix that is only multiplied with and picked from, its kind and its columns."""
+def picked_from(program: Program, chosen: Quantization) -> list[str]:
+    """Return the weights whose rows are picked once they are quantized."""
+    found = _matrices(program, chosen)
+    return [name for name, kind, _, picked in found if picked and kind != "float"]
+
+
+def _matrices(program: Program, chosen: Quantization) -> Iterator[tuple[str, Bits, int, bool]]:
+    """Yield what is only multiplied with and picked from: name, kind, columns, whether picked."""
     head = _head(next(iter(program.output_nodes()))[1])
     for name, node in program.weight_nodes():
         value = node.meta["val"]
@@ -58,8 +64,9 @@ def _matrices(program: Program, chosen: Quantization) -> Iterator[tuple[str, Bit
         if not uses or None in uses.values() or len(turned) > 1:
             continue
         heads = [user is head for user, use in uses.items() if isinstance(use, bool)]
-        kind = chosen.becomes(name, heads=heads, picked=len(heads) < len(uses))
-        yield name, kind, int(value.shape[0 if True in turned else 1])
+        picked = len(heads) < len(uses)
+        kind = chosen.becomes(name, heads=heads, picked=picked)
+        yield name, kind, int(value.shape[0 if True in turned else 1]), picked
 
 
 def _use(weight: fx.Node, user: fx.Node) -> Any:

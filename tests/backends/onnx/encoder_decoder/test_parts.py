@@ -17,16 +17,25 @@ from captures import captured
 from torch import Tensor, nn
 
 import graphprune as gp
+from graphprune.analysis.attention.recognize import recognize_attentions
 from graphprune.backends.onnx.dimension_names import dimension_names
+from graphprune.backends.onnx.encoder_decoder import anatomy
+from graphprune.backends.onnx.encoder_decoder.anatomy import TOKENS
 from graphprune.backends.onnx.encoder_decoder.decoding import Decoding, part_of_program
 from graphprune.backends.onnx.encoder_decoder.generation import generated
 from graphprune.backends.onnx.encoder_decoder.parts import split
 from graphprune.backends.onnx.encoder_decoder.proof import check_parts
 from graphprune.backends.onnx.encoder_decoder.rules import Rules, rules_of
 from graphprune.backends.onnx.export import export
-from graphprune.backends.onnx.package import read_package, verify_package, write_package
+from graphprune.backends.onnx.package import (
+    check_package,
+    read_package,
+    verify_package,
+    write_package,
+)
 from graphprune.backends.onnx.weights.quantize import Quantization
 from graphprune.errors import BackendError, CheckpointError, ParityError, UsageError
+from graphprune.ir.nodes import copy_of
 from graphprune.ir.program import Program
 
 SPEECH = {"num_mel_bins": 4, "max_source_positions": 10}
@@ -321,6 +330,34 @@ def test_a_decoder_that_parts_are_not_right_for_is_one_model(
             write_package(captured(model_of("t5")), tmp_path / "out", check=check)
     with pytest.raises(ParityError, match="token by token"):
         write_package(captured(model_of("t5")), tmp_path / "out", layout="optimum")
+
+
+def test_a_decoder_that_counts_tokens_by_what_they_are_is_told_so() -> None:
+    program = captured(model_of("t5"))
+    graph, copies = copy_of(program.graph)
+    tokens = copies[next(n for value, n in program.input_nodes() if value.name == TOKENS)]
+    with graph.inserting_after(tokens):
+        counted = graph.call_function(torch.ops.aten.cumsum.default, (tokens, 1))
+    counted.meta = {**tokens.meta}
+    tokens.replace_all_uses_with(counted, delete_user_cb=lambda user: user is not counted)
+    counting = dataclasses.replace(program, graph_module=torch.fx.GraphModule({}, graph))
+    with pytest.raises(BackendError, match="cumsum.* counts tokens by what they are"):
+        split(counting)
+
+
+def test_a_call_is_looked_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, seen = dataclasses.replace(captured(model_of("t5"))), []
+
+    def recognized(given: Program) -> Any:
+        seen.append(given)
+        return recognize_attentions(given)
+
+    monkeypatch.setattr(anatomy, "recognize_attentions", recognized)
+    check_package(
+        program, target=None, opset=None, layout="optimum", quantization=None, settled=True
+    )
+    split(program, "optimum")
+    assert seen == [program]
 
 
 def test_a_decoder_that_sees_what_follows_is_refused() -> None:

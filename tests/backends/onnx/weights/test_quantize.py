@@ -54,12 +54,19 @@ def package(llama: Program, samples: Any, tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
-@pytest.mark.parametrize("algorithm", ["default", "hqq", "k-quant"])
-def test_values_are_those_that_the_runtime_multiplies_with(algorithm: Algorithm) -> None:
+@pytest.mark.parametrize(
+    ("algorithm", "symmetric"),
+    [("default", False), ("default", True), ("hqq", False), ("k-quant", False)],
+)
+def test_values_are_those_that_the_runtime_multiplies_with(
+    algorithm: Algorithm, symmetric: bool
+) -> None:
     helper = onnx.helper
     matrix = np.random.default_rng(0).standard_normal((10, 64), dtype=np.float32)
-    blocks = quantized(matrix, 4, 16, algorithm)
-    inits = {"B": blocks.packed, "S": blocks.scales, "Z": blocks.zeros}
+    blocks = quantized(matrix, 4, 16, algorithm, symmetric=symmetric)
+    assert (blocks.zeros is None) == symmetric
+    given = {"B": blocks.packed, "S": blocks.scales, "Z": blocks.zeros}
+    inits = {name: array for name, array in given.items() if array is not None}
     node = helper.make_node(
         "MatMulNBits",
         ["x", *inits],
@@ -95,8 +102,9 @@ def test_a_matrix_is_quantized_in_pieces_as_in_one(monkeypatch: pytest.MonkeyPat
 def test_the_graph_reads_blocks_and_one_copy_serves_head_and_embedding(package: Path) -> None:
     model = onnx.load(package / "model.onnx", load_external_data=False)
     products = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
-    assert len(products) == 15  # of a layer four of attention, three of the FFN; the head
-    assert [n for n in model.graph.node if n.op_type == "GroupQueryAttention"]
+    assert len(products) == 11  # of a layer two of attention, three of the FFN; the head
+    attention = [n for n in model.graph.node if n.op_type == "GroupQueryAttention"]
+    assert [list(node.input[1:3]) for node in attention] == [["", ""]] * 2
     assert all(a.i == 4 for n in products for a in n.attribute if a.name == "accuracy_level")
     assert not [n for n in model.graph.node if n.op_type in ("MatMul", "Gemm", "Transpose")]
     places = {
@@ -105,6 +113,15 @@ def test_the_graph_reads_blocks_and_one_copy_serves_head_and_embedding(package: 
     }
     rows, packed = places[f"{EMBEDDING}.int4.rows"], places[f"{EMBEDDING}.int4"]
     assert (rows["offset"], rows["location"]) == (packed["offset"], packed["location"])
+    assert not [name for name in places if name.endswith(".zeros")]
+
+
+def test_what_positions_rotate_by_is_computed_in_place_of_stored(package: Path) -> None:
+    model = onnx.load(package / "model.onnx", load_external_data=False)
+    kinds = [node.op_type for node in model.graph.node]
+    assert (kinds.count("Cos"), kinds.count("Sin")) == (1, 1)  # layers share them
+    assert "model.rotary_emb.inv_freq" in {tensor.name for tensor in model.graph.initializer}
+    assert not [t.name for t in model.graph.initializer if t.name.startswith("rotary.")]
 
 
 def test_it_is_small_and_its_record_says_what_that_cost(package: Path, llama: Program) -> None:
@@ -235,6 +252,9 @@ def test_options_of_the_pass_say_what_they_are_of() -> None:
 
     assert str(ExportOnnx(path="p", target="cpu", weights="int4", block=64)) == (
         "export-onnx{path=p target=cpu weights=int4 block=64}"
+    )
+    assert str(ExportOnnx(path="p", target="cpu", weights="int4", zeros=True)).endswith(
+        "weights=int4 zeros=true}"
     )
     with pytest.raises(UsageError, match="block is of quantized weights"):
         ExportOnnx(block=64)
