@@ -60,7 +60,12 @@ FEATURES: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {},
     "qwen3_moe": {},
-    "phi3": {"rope_parameters": _LONG, "max_position_embeddings": 128, "hidden_size": 128},
+    "phi3": {
+        "rope_parameters": _LONG,
+        "original_max_position_embeddings": 64,
+        "max_position_embeddings": 128,
+        "hidden_size": 128,
+    },
     "llama4_text": {"attention_chunk_size": 8, "no_rope_layers": [1, 0]},
     "gpt_oss": _MIXED,
     "deepseek_v3": {"head_dim": 8},
