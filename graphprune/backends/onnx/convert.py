@@ -258,7 +258,8 @@ def _norm_before_turning(model: onnx_ir.Model) -> None:
     Queries and keys are normed with heads in front, and operators read them with heads behind.
     """
     for node in list(model.graph):
-        turned = node.inputs[0].producer() if node.op_type in _NAMED_AS_STANDARD else None
+        read = node.inputs[0] if node.op_type in _NAMED_AS_STANDARD else None
+        turned = read.producer() if read is not None else None
         if turned is None or turned.op_type != "Transpose" or node.outputs[0].is_graph_output():
             continue
         order = list(turned.attributes["perm"].as_ints())

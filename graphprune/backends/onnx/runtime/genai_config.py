@@ -43,9 +43,9 @@ def genai_config(
         return None, "not every layer has a cache of keys and values"
     shapes = {cache.name: cache.shape for cache in caches}
     for layer in layers:
-        key, value = (shapes[f"{PAST}{layer}.{kind}"] for kind in ("key", "value"))
-        if key[3] != value[3]:
-            return None, f"keys have size {key[3]} and values {value[3]}: it keeps both alike"
+        of_key, of_value = (shapes[f"{PAST}{layer}.{kind}"][3] for kind in ("key", "value"))
+        if of_key != of_value:
+            return None, f"keys have size {of_key} and values {of_value}: it keeps both alike"
     logits = program.outputs[0]
     if logits.name != "logits" or len(logits.shape) != 3 or not logits.dtype.is_floating_point:
         return None, f"its first output, {logits.name}, is not logits"
