@@ -392,6 +392,7 @@ class _Work:
         for matrix, zero in zip(matrices, zeros, strict=True):
             name = matrix.weight
             weight = new[name] if name in new else made(self.program.weights[name])
+            zero = zero.to(weight.device)
             new[name] = matrix.write(weight, matrix.read(weight).masked_fill_(zero, 0))
         return new
 

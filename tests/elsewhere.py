@@ -6,6 +6,7 @@ as places go: what makes a tensor on the CPU and combines it with one of them is
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
 
 from graphprune.ir.program import Program
+from graphprune.weights.deferred import LOOKS, made
+from graphprune.weights.placement import Placement
 
 DEVICE = torch.device("cuda", 0)
 
@@ -151,6 +154,9 @@ class Present(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if func not in LOOKS and func is not Tensor.detach:
+            with self:  # what deferred tensors are made of is moved there, too
+                args, kwargs = tree_map(made, args), tree_map(made, kwargs)
         if func in (Tensor.to, _ATEN.to.device, _ATEN.to.dtype_layout, _ATEN._to_copy.default):
             return _to(func, args, kwargs)
         flat = [*args, *kwargs.values()]
@@ -193,7 +199,10 @@ def _is_there(value: Any) -> bool:
 
 def moved(program: Program) -> Program:
     """Return `program` with its weights on the device."""
-    import dataclasses
-
     weights = {name: Elsewhere(weight.detach()) for name, weight in program.weights.items()}
     return dataclasses.replace(program, weights=weights)
+
+
+def placed(program: Program) -> Program:
+    """Return `program` with its weights where they are, to be moved when they are used."""
+    return dataclasses.replace(program, placement=Placement(device=DEVICE))

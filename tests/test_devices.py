@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import coupling_of, inputs_of, program_of
-from elsewhere import DEVICE, Elsewhere, Present, moved
+from elsewhere import DEVICE, Elsewhere, Present, moved, placed
 
 import graphprune as gp
 from graphprune.analysis.matrices import contractions
@@ -78,12 +78,13 @@ PIPELINES = [
     "prune{target=ffn ratio=0.25 criterion=taylor},reconstruct",
     "prune{target=hidden ratio=0.25 criterion=l1}",
     "prune{target=ffn ratio=0.25 criterion=obs normalize=loss scope=global}",
-    "merge-kv-heads{groups=1 init=mean}",
+    "merge-kv-heads{groups=1 init=mean},reconstruct",
     "merge-kv-heads{groups=1 init=random}",
     "merge-kv-heads{groups=1 init=aligned}",
     "sparsify{pattern=0.5 criterion=magnitude}",
     "sparsify{pattern=0.5 criterion=random}",
-    "sparsify{pattern=2:4 criterion=wanda}",
+    "sparsify{pattern=2:4 criterion=wanda permute=true}",
+    "prune-depth{count=1 fold=stream skip=model.layers.0}",
     "sparsify{pattern=0.5 criterion=wanda-variant}",
     "sparsify{pattern=0.5 criterion=sparsegpt}",
     "sparsify{pattern=0.5 criterion=alps}",
@@ -100,11 +101,12 @@ def ran(program: Program, text: str, model: str = NAME) -> Program:
     return result.program
 
 
+@pytest.mark.parametrize("at", [moved, placed])
 @pytest.mark.parametrize("text", PIPELINES)
-def test_every_pass_runs_on_the_device(text: str) -> None:
-    there, expected = ran(moved(program_of(NAME)), text), ran(program_of(NAME), text)
+def test_every_pass_runs_on_the_device(text: str, at: Callable[[Program], Program]) -> None:
+    there, expected = ran(at(program_of(NAME)), text), ran(program_of(NAME), text)
     for name, weight in there.weights.items():
-        assert weight.device == DEVICE, name
+        assert weight.device == (DEVICE if at is moved else torch.device("cpu")), name
         assert weight.shape == expected.weights[name].shape
     if "recover" not in text:  # whose products are of bfloat16 on a device
         batch = next(iter(data_of(NAME)))

@@ -223,8 +223,9 @@ def _changed(
     """Return the new matrix, and bias where it has one."""
     name = joint.matrix.weight
     old = weights[name]
-    moved = joint.matrix.read(old).double() + change[None, :, : joint.matrix.shape[2]].cpu()
+    change = change.to(old.device)
+    moved = joint.matrix.read(old).double() + change[None, :, : joint.matrix.shape[2]]
     new = {name: joint.matrix.write(old, moved.to(old.dtype))}
     if bias:
-        new[bias] = (weights[bias].double() + change[:, -1].cpu()).to(weights[bias].dtype)
+        new[bias] = (weights[bias].double() + change[:, -1]).to(weights[bias].dtype)
     return new

@@ -55,7 +55,7 @@ class Addends(ABC):
             values = matrix.read(weight).double()
             for part, unit in enumerate(units.tolist()):
                 if unit in changes:
-                    values[part] += changes[unit]
+                    values[part] += changes[unit].to(values.device)
             new[matrix.weight] = matrix.write(weight, values)
         return new
 
