@@ -129,6 +129,7 @@ VANISHING: dict[str, Case] = {
     "dropout.default": Case(lambda h: A.dropout.default(h, 0.5, False)),
     "feature_dropout.default": Case(lambda h: A.feature_dropout.default(h, 0.5, False)),
     "alpha_dropout.default": Case(lambda h: A.alpha_dropout.default(h, 0.5, False)),
+    "feature_alpha_dropout.default": Case(lambda h: A.feature_alpha_dropout.default(h, 0.5, False)),
     "to.dtype": Case(lambda h: A.to.dtype(h, torch.float64).float()),
     "to.device": Case(lambda h: A.to.device(h, "cpu", torch.float64).float()),
     "to.dtype_layout": Case(lambda h: A.to.dtype_layout(h, dtype=torch.float64).float()),

@@ -129,6 +129,10 @@ class Place:
         (self.folder / name).write_text(content)
         return self.folder / name
 
+    def data(self, content: bytes, name: str = "data.txt") -> Path:
+        (self.folder / name).write_bytes(content)
+        return self.folder / name
+
     def plan(self, change: Callable[[Any], object] = lambda document: None) -> Path:
         text = Pipeline.parse(PRUNE).run(program()).plan.to_json()
         document = json.loads(text)
@@ -367,6 +371,81 @@ COMMANDS: dict[str, Case] = {
         CalibrationError, ["text.txt", "9 tokens", "need 640"], run(text="too short")
     ),
     "calibration that is empty": Case(CalibrationError, ["text.txt is empty"], run(text=" \n")),
+    "calibration that is no UTF-8": Case(
+        CalibrationError,
+        ["data.txt is not UTF-8: byte 3"],
+        lambda at: [*run()(at), "--calibration", at.data("caf\xe9".encode("latin-1"))],
+    ),
+    "JSON lines that break off": Case(
+        CalibrationError,
+        ["data.jsonl:2 is not JSON", "column 10"],
+        lambda at: [
+            *run()(at),
+            "--calibration",
+            at.data(b'{"text": "a"}\n{"text": "b', "data.jsonl"),
+        ],
+    ),
+    "JSON lines without a text": Case(
+        CalibrationError,
+        ["data.jsonl:1 has no field 'text'", "'messages'"],
+        lambda at: [*run()(at), "--calibration", at.data(b'{"body": "a"}', "data.jsonl")],
+    ),
+    "tensors that are cut short": Case(
+        CalibrationError,
+        ["data.safetensors is no safetensors file"],
+        lambda at: [*run()(at), "--calibration", at.data(b"abc", "data.safetensors")],
+    ),
+    "scores that are weights": Case(
+        CalibrationError,
+        ["model.safetensors holds no scores: graphprune did not write it"],
+        lambda at: [
+            *("plot", at.checkpoint, "--scores", at.checkpoint / "model.safetensors"),
+            *("-o", at.folder / "scores.svg"),
+        ],
+    ),
+    "a picture of a plan for another model": Case(
+        PlanError,
+        ["the plan was made for program"],
+        lambda at: [
+            *(
+                "plot",
+                at.checkpoint,
+                "--plan",
+                at.plan(lambda plan: plan["steps"][0].update(fingerprint="0" * 16)),
+            ),
+            *("-o", at.folder / "sizes.svg"),
+        ],
+    ),
+    "a page that is a folder": Case(
+        OutputError,
+        ["out", "is a directory"],
+        lambda at: ["page", at.checkpoint, "-o", at.occupied()],
+    ),
+    "a package that is none": Case(
+        CheckpointError,
+        ["llama holds no ONNX package", "export-onnx"],
+        lambda at: ["verify", at.checkpoint],
+    ),
+    "a package that is not there": Case(
+        CheckpointError,
+        ["gone does not exist"],
+        lambda at: ["generate", at.folder / "gone", "--prompt", "a"],
+    ),
+    "a pipeline that is no YAML": Case(
+        PipelineError,
+        ["passes.yaml: pipeline is not YAML"],
+        lambda at: ["run", at.checkpoint, "--passes", at.text("- {", "passes.yaml"), "-o", at.out],
+    ),
+    "a plugin that ends everything": Case(
+        UsageError,
+        ["plugin.py: SystemExit"],
+        lambda at: ["passes", "--plugin", at.text("raise SystemExit", "plugin.py")],
+    ),
+    "a plugin that fails": Case(
+        UsageError,
+        ["plugin.py", "NameError"],
+        lambda at: ["passes", "--plugin", at.text("nothing", "plugin.py")],
+    ),
     "a text too short to evaluate": Case(
         EvaluationError,
         ["5 tokens", "64"],

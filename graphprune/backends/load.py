@@ -11,7 +11,7 @@ import torch
 from graphprune.backends.archive import archive
 from graphprune.backends.capture_cache import cache_file, read_capture, write_capture
 from graphprune.backends.huggingface.model import quiet
-from graphprune.backends.huggingface.read import read, read_structure, read_unrun, shapes_of
+from graphprune.backends.huggingface.read import check_files, read, read_structure, read_unrun
 from graphprune.backends.onnx.weights.held import weights_beside
 from graphprune.errors import CaptureError, CheckpointError, UsageError, first_line
 from graphprune.io.paths import path_of
@@ -137,7 +137,7 @@ def look(directory_or_name: str | PathLike[str], *, cache: bool = True) -> Progr
         return load(directory_or_name)
     file = cache_file(path) if cache else None
     if file is not None and file.is_file():
-        shapes_of(path)  # refuses files that are cut short
+        check_files(path)
         if (kept := read_capture(file, path)) is not None:
             return kept
     try:

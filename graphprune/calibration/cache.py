@@ -13,6 +13,7 @@ from graphprune import ranks
 from graphprune.calibration.data import Calibration
 from graphprune.errors import CalibrationError
 from graphprune.io.atomic import staged_file
+from graphprune.io.paths import path_of
 from graphprune.ir.program import Program
 from graphprune.plan.drawn import drawn_text
 from graphprune.weights.tensors import digest
@@ -86,9 +87,15 @@ def read_cache(
     """
     from safetensors import SafetensorError, safe_open
 
+    place = path_of(path, CalibrationError)
+    if not place.is_file():
+        why = "is a directory" if place.is_dir() else "does not exist"
+        raise CalibrationError(f"{place} holds no {what}: it {why}")
     try:
         with safe_open(str(path), "pt") as file:
-            about = json.loads((file.metadata() or {})[_KEY])
+            if _KEY not in (written := file.metadata() or {}):
+                raise CalibrationError(f"{path} holds no {what}: graphprune did not write it")
+            about = json.loads(written[_KEY])
             if about.get("format") != _FORMAT or about.get("what") != what:
                 raise CalibrationError(f"{path} holds no {what}, but {about.get('what')}")
             _check(path, what, about, program, calibration, options)

@@ -16,11 +16,11 @@ from graphprune import ranks
 from graphprune.calibration.tokens import (
     TokenizerLike,
     TokenStream,
-    beyond_vocabulary,
     check_takes_text,
     text_inputs,
     token_batch,
     tokenize,
+    unfit_tokens,
 )
 from graphprune.errors import CalibrationError
 from graphprune.io.tensor_sources import draw_samples
@@ -327,7 +327,7 @@ class Calibration:
                         f"calibration batch {index}: {name!r} is {tuple(tensor.shape)} of "
                         f"{tensor.dtype}; the program takes ({sizes}) of {values[name].dtype}"
                     )
-            if problem := beyond_vocabulary(program, batch.get("input_ids")):
+            if problem := unfit_tokens(program, batch):
                 raise CalibrationError(problem)
 
     def describe(self) -> dict[str, Any]:

@@ -161,7 +161,9 @@ def load_tokenizer(
     try:
         return AutoTokenizer.from_pretrained(str(directory))
     except Exception as cause:
-        raise error(f"{directory} holds no tokenizer: {first_line(cause)}") from cause
+        raise error(
+            f"{directory} holds no tokenizer that can be read: {first_line(cause)}"
+        ) from cause
 
 
 def token_batch(ids: Tensor) -> dict[str, Tensor]:
@@ -204,8 +206,17 @@ def check_takes_text(program: Program) -> None:
         )
 
 
-def beyond_vocabulary(program: Program, ids: Tensor | None) -> str:
-    """Return what is wrong with `ids` if `program` has no row for one of them, else ""."""
+def unfit_tokens(program: Program, batch: Mapping[str, Tensor]) -> str:
+    """Return what is wrong with the tokens of a batch, or "".
+
+    `program` may have no row for one, or an attention mask be of another shape, where no cache is.
+    """
+    cached = any(name.startswith(PAST) for name in batch)
+    for name in () if cached else (name for name in batch if name.endswith("attention_mask")):
+        mask, ids = batch[name], batch.get(name.removesuffix("attention_mask") + "input_ids")
+        if ids is not None and mask.shape != ids.shape:
+            return f"{name!r} is {tuple(mask.shape)}, and its tokens are {tuple(ids.shape)}"
+    ids = batch.get("input_ids")
     vocabulary = None if ids is None else _vocabulary(program)
     if ids is None or vocabulary is None:
         return ""

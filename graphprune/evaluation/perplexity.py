@@ -15,7 +15,7 @@ from torch import Tensor
 
 from graphprune.calibration.layerwise import logits_of_all
 from graphprune.calibration.losses import looks_back_only, next_token_loss, predicted
-from graphprune.calibration.tokens import TokenizerLike, beyond_vocabulary, token_batch, tokenize
+from graphprune.calibration.tokens import TokenizerLike, token_batch, tokenize, unfit_tokens
 from graphprune.errors import PROGRAMS, EvaluationError, refuse_other
 from graphprune.io.progress import DisplayFactory, display_factory, progress_bar
 from graphprune.io.text_sources import Document, read_documents
@@ -152,10 +152,11 @@ def _windows(
     windows = stream.windows(length)
     if not len(windows):
         limit = "" if max_tokens is None or max_tokens >= length else f" of {max_tokens} allowed"
+        what = "the text" if documents == [text] else text
         raise EvaluationError(
-            f"the text has {len(stream.ids)} tokens{limit}; a window takes {length}"
+            f"{what} has {len(stream.ids)} tokens{limit}; a window takes {length}"
         )
-    if problem := beyond_vocabulary(program, windows):
+    if problem := unfit_tokens(program, {"input_ids": windows}):
         raise EvaluationError(problem)
     return windows, stream.first
 

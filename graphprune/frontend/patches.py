@@ -260,6 +260,29 @@ def plain_branches() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def lengths_followed(model: nn.Module) -> Iterator[None]:
+    """Let ``len(x)`` of a tensor be a size like any other where the model's classes are defined.
+
+    Python's own `len` makes a number of it, which fixes that dimension at the example's.
+    """
+    classes = {each for module in model.modules() for each in type(module).__mro__}
+    names = {each.__module__ for each in classes if not each.__module__.startswith("torch.")}
+    places = [vars(sys.modules[name]) for name in names - {"builtins"} if name in sys.modules]
+    places = [place for place in places if "len" not in place]
+    for place in places:
+        place["len"] = _length
+    try:
+        yield
+    finally:
+        for place in places:
+            del place["len"]
+
+
+def _length(of: Any) -> Any:
+    return of.shape[0] if isinstance(of, Tensor) and of.ndim else len(of)
+
+
+@contextlib.contextmanager
 def no_packed_sequences() -> Iterator[None]:
     """Refuse sequences that are packed by their lengths, which only their values know.
 

@@ -233,7 +233,7 @@ def capture_call(
     Raises
     ------
     UsageError
-        When an input is no tensor, or `dynamic_shapes` is not for these inputs.
+        When an input is no tensor or without rows, or `dynamic_shapes` is not for these inputs.
     CaptureError
         When `torch.export` refuses.
     """
@@ -245,6 +245,8 @@ def capture_call(
     if not flat or not all(isinstance(leaf, Tensor) for leaf in flat):
         raise UsageError("example_inputs must hold tensors only (nested in tuples, lists, dicts)")
     names = _input_names(model, spec, len(flat))
+    if empty := [n for n, leaf in zip(names, flat, strict=True) if leaf.ndim and not len(leaf)]:
+        raise UsageError(f"example input {empty[0]!r} has no rows: give one of at least one")
     recorded: list[tuple[list[str], list[str]]] = []
     wrapper = _Flat(model, spec, keep, recorded.append)
 
@@ -350,7 +352,12 @@ def _with_most_dynamic(
                 call = captured(example, shared)
         checked = replace(call, program=call.limited())
         if checked.takes(flat) and checked.is_wide():
-            return checked
+            given_up = [
+                {dim: how for dim, how in every.items() if dim not in kept}
+                for every, kept in zip(all_dims, dims, strict=True)
+            ]
+            program = with_fixed(checked.program, given_up, checked.model, checked.example)
+            return replace(checked, program=program)
         if (wide := _wide_dims(checked, dims)) not in (dims, rows):
             tries.insert(0, (example, wide))
     if not alone:

@@ -324,7 +324,8 @@ def with_fixed(
             where = " and ".join(
                 f"dimension {dim} of {program.inputs[at].name}" for at, dim in dims
             )
-            notes.append(Note("fixed-size", f"{where} is {size} alone: {why or _WHY}"))
+            verb = "is" if len(dims) == 1 else "are"
+            notes.append(Note("fixed-size", f"{where} {verb} {size} alone: {why or _WHY}"))
     return replace(program, notes=(*program.notes, *notes))
 
 
@@ -387,7 +388,8 @@ def same(
     except Exception:  # noqa: BLE001 - model code refuses sizes in any way
         return None
     try:
-        found = _result(program.graph_module, *program.operands.values(), *given)
+        run = program.graph_module.forward  # as a module it prints what fails
+        found = _result(run, *program.operands.values(), *given)
         return all(map(_close, expected, found))
     except Exception:  # noqa: BLE001 - so do operators
         return False

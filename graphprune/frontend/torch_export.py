@@ -17,6 +17,7 @@ from graphprune.errors import CaptureError, first_line
 from graphprune.frontend.patches import (
     cheap_records,
     explicit_masks,
+    lengths_followed,
     no_autocast_regions,
     no_cache_of_sizes,
     no_grad_regions,
@@ -92,18 +93,18 @@ def export(
 def export_once(module: nn.Module, args: tuple[Any, ...], shapes: Any) -> ExportedProgram:
     """Call `torch.export.export`, whatever it raises."""
     # Without no_grad, the grad-mode switches in transformers' rotary code become sub-graphs.
-    with torch.no_grad(), warnings.catch_warnings(), _all_patches(args), loops_replaced(module):
+    with torch.no_grad(), warnings.catch_warnings(), _all_patches(module, args):
         warnings.simplefilter("ignore")
         return torch.export.export(module.eval(), args, dynamic_shapes=shapes, strict=False)
 
 
 @contextlib.contextmanager
-def _all_patches(args: tuple[Any, ...]) -> Iterator[None]:
+def _all_patches(module: nn.Module, args: tuple[Any, ...]) -> Iterator[None]:
     device = pytree.tree_leaves(args)[0].device.type
     regions = no_autocast_regions(device), no_grad_regions()
     layers = whole_recurrent_layers(), no_packed_sequences(), explicit_masks()
     calls = quiet_export(), cheap_records(), no_cache_of_sizes()
-    code = no_moves_in_place(), plain_branches()
+    code = no_moves_in_place(), plain_branches(), lengths_followed(module), loops_replaced(module)
     with contextlib.ExitStack() as stack:
         for patch in (*calls, *code, *layers, *regions):
             stack.enter_context(patch)

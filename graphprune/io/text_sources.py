@@ -118,13 +118,21 @@ def _records(path: Path, fields: Sequence[str], error: ErrorClass) -> Iterator[D
         try:
             record = json.loads(line)
         except json.JSONDecodeError as cause:
-            raise error(f"{path}:{number} is not JSON: {cause.msg}") from cause
+            why = f"{cause.msg.removesuffix(' at')} at column {cause.colno}"
+            raise error(f"{path}:{number} is not JSON: {why}; each line is a document") from cause
         held = (record.get(field) for field in fields) if isinstance(record, dict) else ()
         found = next((each for each in held if _is_document(each)), None)
         if found is None:
             others = "".join(f", and no {each!r}" for each in fields[1:])
             raise error(f"{path}:{number} has no field {fields[0]!r} that holds a text{others}")
+        if any(_is_broken(text) for text in _texts(found)):
+            raise error(f"{path}:{number} holds half of a character, as \\ud800 is")
         yield found
+
+
+def _is_broken(text: str) -> bool:
+    """Tell whether `text` has halves of surrogate pairs, which JSON can say and UTF-8 cannot."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _is_document(value: Any) -> bool:
@@ -141,7 +149,10 @@ def _decoded(path: Path, error: ErrorClass) -> Iterator[str]:
             raise error(f"{path} is a directory" if path.is_dir() else f"{path} does not exist")
         with cast("BinaryIO", gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
             for line in file:
-                yield line.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+                text = line.decode("utf-8")
+                if "\0" in text:
+                    raise error(f"{path} is no text: it holds bytes of zero")
+                yield text.replace("\r\n", "\n").replace("\r", "\n")
                 at += len(line)
     except UnicodeDecodeError as cause:
         byte = at + cause.start

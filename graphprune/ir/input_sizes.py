@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from graphprune.errors import UsageError
+from graphprune.errors import GraphPruneError, UsageError, first_line
 from graphprune.ir.aten import LOOKUPS, name_of
 
 Limits = Mapping[str, tuple[int, int | None]]
@@ -148,6 +148,15 @@ def named(
         for value, tensor in zip(values, given, strict=True):
             if tensor.is_floating_point() and tensor.dtype != value.dtype:
                 raise UsageError(_unlike(value, tensor)) from error
+        sized = [
+            f"{value.name} of {tuple(tensor.shape)}"
+            for value, tensor in zip(values, given, strict=True)
+            if any(isinstance(size, str) for size in value.shape) and not value.is_cache
+        ]
+        if sized and not isinstance(error, GraphPruneError):
+            raise UsageError(
+                f"the program does not run on {', '.join(sized)}: {first_line(error)}"
+            ) from error
         raise
 
 

@@ -306,7 +306,7 @@ class Program:
         Raises
         ------
         UsageError
-            When an input is missing, unknown or no tensor.
+            When an input is missing, unknown, no tensor, or of a size that an operator refuses.
         """
         named = input_sizes.by_position([value.name for value in self.inputs], args)
         return self.run(self.operands, {**named, **inputs})
@@ -315,7 +315,8 @@ class Program:
         """Run the graph on other `weights` of the same shapes, in the caller's grad mode."""
         given = self.placed(weights, inputs)
         with input_sizes.named(self.input_nodes, self._bounds, given[len(self.weights) :]):
-            outputs = module_on(self.graph_module, device_of(given))(*given)
+            # Called as a module it prints what fails, whoever catches that.
+            outputs = module_on(self.graph_module, device_of(given)).forward(*given)
         return {value.name: out for value, out in zip(self.outputs, outputs, strict=True)}
 
     def placed(self, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[Tensor]:

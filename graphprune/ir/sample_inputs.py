@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._sympy.functions import CleanDiv, FloorDiv, Mod, PythonMod
 
-from graphprune.ir.aten import MOVES, name_of, plain_name
+from graphprune.ir.aten import CASTS, MOVES, name_of, plain_name
 from graphprune.ir.input_sizes import table_rows
 from graphprune.ir.nodes import arguments_of, size_of
 from graphprune.ir.program import PAST, Program, Value
@@ -21,9 +21,10 @@ from graphprune.ir.program import PAST, Program, Value
 def sample_sizes(program: Program, *, batch: int = 2, length: int = 7) -> dict[str, int]:
     """Return a size for every symbol of a program's inputs.
 
-    First dimensions are `batch`. Other dimensions of numbers, images and the like, are the size
-    that is next to the example's, further by what the graph divides them by, so that strides come
-    out even. All others, tokens and the like, are `length`.
+    First dimensions are `batch`, or a few more where the graph takes them in pairs and the like.
+    Other dimensions of numbers, images and the like, are the size that is next to the example's,
+    further by what the graph divides them by, so that strides come out even. All others, tokens
+    and the like, are `length`.
 
     Parameters
     ----------
@@ -35,9 +36,22 @@ def sample_sizes(program: Program, *, batch: int = 2, length: int = 7) -> dict[s
     near = sizes_near_example(program)
     found: dict[str, int] = {}
     for _, dim, _, symbol in _symbols(program):
-        wanted = batch if dim == 0 else near.get(str(symbol), length)
-        found.setdefault(str(symbol), program.within(str(symbol), wanted))
+        name = str(symbol)
+        if name not in found:
+            wanted = whole_batch(program, name, batch) if dim == 0 else near.get(name, length)
+            found[name] = program.within(name, wanted)
     return found
+
+
+def whole_batch(program: Program, name: str, batch: int) -> int:
+    """Return the least size from `batch` on that the graph divides as evenly as the example's."""
+    batch = program.within(name, batch)
+    for _, _, size, symbol in _symbols(program):
+        example = _example(size, symbol)
+        if str(symbol) == name and example:
+            step = _divisor(program, symbol)
+            return batch if example % step else -(-batch // step) * step
+    return batch
 
 
 def sizes_near_example(program: Program) -> dict[str, int]:
@@ -66,14 +80,20 @@ def _symbols(program: Program) -> Iterator[tuple[Value, int, torch.SymInt, Any]]
 
 def _next_size(program: Program, size: Any, symbol: Any) -> int | None:
     """Return the size next to the example's that is divided as evenly; None for no example."""
+    example = _example(size, symbol)
+    if example is None:
+        return None
+    step = _divisor(program, symbol)
+    further = example + step
+    return further if program.within(str(symbol), further) == further else example - step
+
+
+def _example(size: Any, symbol: Any) -> int | None:
+    """Return the example's size of a symbol that stands in `size`, where it is known."""
     environment = size.node.shape_env
     known = getattr(environment, "backed_var_to_val", None)
     example = (environment.var_to_val if known is None else known).get(symbol)
-    if example is None:
-        return None
-    step, example = _divisor(program, symbol), int(example)
-    further = example + step
-    return further if program.within(str(symbol), further) == further else example - step
+    return None if example is None else int(example)
 
 
 def _divisor(program: Program, symbol: Any) -> int:
@@ -150,10 +170,18 @@ def _random(
         return _mixed(shape, generator) ^ _hides(name, node)
     if name.endswith("mask") and not dtype.is_floating_point:
         return torch.ones(shape, dtype=dtype)
-    if dtype.is_floating_point or dtype.is_complex:
+    rows = _rows_of_whole(node) if dtype.is_floating_point else table_rows(node, shifted=False) or 2
+    if dtype.is_complex or rows is None:
         return torch.randn(shape, generator=generator).to(dtype)
-    rows = table_rows(node, shifted=False) or 2
     return torch.randint(0, rows, shape, generator=generator).to(dtype)
+
+
+def _rows_of_whole(node: fx.Node) -> int | None:
+    """Return the rows that numbers pick from where the graph makes ids of them; None elsewhere."""
+    casts = (user for user in node.users if plain_name(user) in CASTS)
+    whole = [user for user in casts if user.meta["val"].dtype in (torch.int32, torch.int64)]
+    rows = (table_rows(user, shifted=False) for user in whole)
+    return min((found for found in rows if found is not None), default=None)
 
 
 def _mixed(shape: list[int], generator: torch.Generator) -> Tensor:

@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from graphprune.errors import PROGRAMS, PipelineError, UsageError, nearest
+from graphprune.errors import PROGRAMS, PipelineError, UsageError, add_context, nearest
 from graphprune.pipeline import text as pipeline_text
 from graphprune.pipeline.instruments import Dump, Instrument, PrintProgram, VerifyEach
 from graphprune.pipeline.pass_base import Context, Pass
@@ -82,7 +82,13 @@ class Pipeline:
         PipelineError
             When the file cannot be read, is malformed, or a pass or option is unknown or ill-typed.
         """
-        return cls(pipeline_text.read_yaml(_yaml_text(source)))
+        text = _yaml_text(source)
+        try:
+            return cls(pipeline_text.read_yaml(text))
+        except PipelineError as error:
+            if text is not source:
+                add_context(error, str(source))
+            raise
 
     def to_text(self) -> str:
         """Return the text that `parse` reads back."""

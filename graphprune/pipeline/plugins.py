@@ -48,7 +48,7 @@ def load_plugin(path: str | PathLike[str]) -> list[str]:
                 raise UsageError(f"criterion {name!r} is there already")
         for cls in passes.values():
             registry.check_free(cls)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         CRITERIA.clear()
         CRITERIA.update(before)
         reason = first_line(error)

@@ -101,7 +101,7 @@ class Edits:
         try:
             found = TensorFile(self.values).tensors()
         except CheckpointError as error:
-            raise PlanError(f"{self.values} cannot be read: {first_line(error)}") from error
+            raise PlanError(first_line(error)) from error
         if digest([found]) != self.digest:
             raise PlanError(f"{self.values} has changed since the plan was written; it held {what}")
         return found

@@ -114,8 +114,10 @@ def from_data(data: Any) -> tuple[tuple[Step, ...], Edits | None, dict[str, Any]
         calibration = data.get("calibration")
         if calibration is not None:
             _conform({**_UNTOLD, **calibration}, _CALIBRATION, "calibration")
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise PlanError(f"not a plan: {type(error).__name__}: {error}") from error
+    except KeyError as error:
+        raise PlanError(f"not a plan: it has no {error}") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PlanError(f"not a plan: {error}") from error
     for step in steps:
         changes: tuple[Cut | Merge, ...] = (*step.cuts, *step.merges)
         for change in changes:
@@ -126,6 +128,8 @@ def from_data(data: Any) -> tuple[tuple[Step, ...], Edits | None, dict[str, Any]
 def _conform(data: Any, form: Any, where: str) -> None:
     """Refuse JSON data that is not of a form: a dict of forms, a list of one, or a type."""
     if isinstance(form, dict):
+        if not isinstance(data, dict):
+            raise TypeError(f"{where} is no object")
         for key, inner in form.items():
             # Plans of earlier releases name no owners and no branches.
             held = data.get(key, _ABSENT[key]) if key in _ABSENT else data[key]

@@ -148,7 +148,7 @@ class Plan:
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise PlanError(f"not a plan: {type(error).__name__}: {error}") from error
+            raise PlanError(f"not a plan, since it is no JSON: {error}") from error
         return cls(*from_data(data))
 
     def save(self, path: str | PathLike[str]) -> None:

@@ -166,3 +166,6 @@ def test_a_checkpoint_that_is_cut_short_is_refused_all_the_same(
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(CheckpointError, match="cut short"):
         look(checkpoint)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="holds no model.safetensors"):
+        look(checkpoint)

@@ -222,6 +222,13 @@ def test_check_refuses_what_the_program_cannot_take() -> None:
         Calibration.from_batches([{"input_ids": torch.tensor([[256]])}]).check(program)
     with pytest.raises(CalibrationError, match="holds 'pixels'; the program takes input_ids"):
         Calibration.from_batches([{"pixels": torch.ones(1, 2)}]).check(program)
+    for length in (3, 5):
+        batch = {name: torch.ones(2, 4).long() for name in ("input_ids", "attention_mask")}
+        batch["attention_mask"] = torch.ones(2, length).long()
+        with pytest.raises(
+            CalibrationError, match=rf"'attention_mask' is \(2, {length}\), and its"
+        ):
+            Calibration.from_batches([batch]).check(program)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from byte_llama import BOS, byte_llama, byte_tokenizer
 
 import graphprune as gp
 from graphprune.calibration.data import Calibration
-from graphprune.calibration.tokens import beyond_vocabulary, first_tokens, tokenize
+from graphprune.calibration.tokens import first_tokens, tokenize, unfit_tokens
 from graphprune.criteria import ScoringContext
 from graphprune.criteria.score_cache import load_or_score
 from graphprune.errors import CalibrationError
@@ -147,5 +147,5 @@ def test_perplexity_is_measured_behind_the_first_token(text: Path) -> None:
 
 def test_a_token_below_zero_is_no_token() -> None:
     program = program_of("llama-gqa")
-    assert "there is a token -1" in beyond_vocabulary(program, torch.tensor([[3, -1]]))
-    assert not beyond_vocabulary(program, torch.tensor([[3, 0]]))
+    assert "there is a token -1" in unfit_tokens(program, {"input_ids": torch.tensor([[3, -1]])})
+    assert not unfit_tokens(program, {"input_ids": torch.tensor([[3, 0]])})

@@ -102,4 +102,4 @@ def test_sides_of_an_image_that_must_be_even_are_said_to_be_fixed() -> None:
             return x + self.up(self.down(x))
 
     program = gp.capture(Skip(), (torch.randn(2, 3, 8, 8),))
-    assert "is 8 alone: no others were tried" in program.notes[0].text
+    assert "are 8 alone: no others were tried" in program.notes[0].text

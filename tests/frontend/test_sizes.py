@@ -193,3 +193,62 @@ def test_a_size_that_another_follows_at_a_distance_is_not_alone() -> None:
     conditions, seen = [sympy.Eq(first - second, 3)], {"first": 40, "second": 37}
     assert not sizes._is_alone("first", conditions, seen)
     assert sizes._is_alone("first", [*conditions, sympy.Eq(first * second, 40 * 37)], seen)
+
+
+class Counted(nn.Module):
+    """A batch that Python's own `len` counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.last(self.first(x).view(len(x) * x.shape[1], -1))
+        return found.view(len(x), -1)
+
+
+def test_the_len_of_a_tensor_is_a_size_like_any_other() -> None:
+    model = Counted().eval()
+    program = gp.capture(model, (torch.randn(2, 4, 6),))
+    assert not program.notes
+    x = torch.randn(5, 3, 6)
+    torch.testing.assert_close(program(x)["output"], model(x))
+    assert len(x) == 5 and "len" not in globals()
+
+
+def test_a_size_that_operators_refuse_is_named_with_their_reason(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    class Pairs(Counted):
+        def forward(self, x: Tensor) -> Tensor:
+            first, second = self.first(x).reshape(x.shape[0] // 2, 2, 8).unbind(1)
+            found: Tensor = self.last(first * second)
+            return found
+
+    program = gp.capture(Pairs().eval(), (torch.randn(4, 6),))
+    assert program(torch.randn(6, 6))["output"].shape == (3, 3)
+    with pytest.raises(UsageError, match=r"does not run on x of \(5, 6\): shape '\[2, 2, 8\]'"):
+        program(torch.randn(5, 6))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_example_without_rows_is_refused() -> None:
+    with pytest.raises(UsageError, match="example input 'x' has no rows"):
+        gp.capture(Counted(), (torch.randn(0, 4, 6),))
+
+
+def test_a_batch_that_is_worth_little_more_than_the_example_is_said_to_be_fixed(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    class Three(Counted):
+        def forward(self, x: Tensor) -> Tensor:
+            first, *others = self.first(x).chunk(3)
+            found: Tensor = self.last(first * sum(others))
+            return found
+
+    program = gp.capture(Three().eval(), (torch.randn(6, 5, 6),))
+    assert program.inputs[0].shape[0] == 6
+    assert [note.text.partition(": ")[0] for note in program.notes] == [
+        "dimension 0 of x is 6 alone"
+    ]
+    assert capfd.readouterr() == ("", "")

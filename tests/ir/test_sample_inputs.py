@@ -160,3 +160,32 @@ def test_only_sizes_of_numbers_are_near_the_example() -> None:
     assert sizes_near_example(program_of("llama-gqa")) == {}
     program = levels(Dim.AUTO, Dim.AUTO)
     assert sorted(sizes_near_example(program).values()) == [28, 36]
+
+
+@pytest.mark.parametrize("pieces", [2, 3])
+def test_a_batch_that_is_taken_in_pieces_is_a_multiple(pieces: int) -> None:
+    class Pieces(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if pieces == 3:
+                one, two, three = x.chunk(3)
+                return one * two - three
+            return x.reshape(x.shape[0] // 2, 2, 5).prod(1)
+
+    program = gp.capture(Pieces(), (torch.randn(4 * pieces, 5),))
+    assert not isinstance(program.inputs[0].shape[0], int)
+    for batch in (1, pieces + 1):
+        x = random_inputs(program, batch=batch)["x"]
+        assert len(x) % pieces == 0 and len(x) >= batch
+        assert len(program(x)["output"]) == len(x) // pieces
+
+
+def test_numbers_that_become_ids_stay_within_their_table() -> None:
+    class Ids(Offset):
+        def forward(self, codes: Tensor) -> Tensor:
+            found: Tensor = self.table(codes.long())
+            return found
+
+    program = gp.capture(Ids(), (torch.zeros(2, 3),))
+    (codes,) = random_inputs(program, batch=50).values()
+    assert codes.dtype == torch.float32
+    assert {0.0, 8.0} <= set(codes.flatten().tolist()) <= set(map(float, range(9)))

@@ -590,6 +590,25 @@ def test_draws_that_cannot_be_the_same_on_both_sides_are_named() -> None:
         pipeline.run(program)
 
 
+@pytest.mark.parametrize("working", [False, True])
+@pytest.mark.parametrize("dropout", ["alpha_dropout", "feature_alpha_dropout"])
+def test_a_dropout_that_shifts_zeros_leaves_nothing_to_sum_over(
+    dropout: str, working: bool
+) -> None:
+    class Summed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Conv1d(4, 6, 1), nn.Conv1d(6, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = getattr(nn.functional, dropout)(self.inner(x), 0.5, training=working)
+            return self.outer(h) + h.sum(1, keepdim=True)
+
+    coupling = gp.analyze(gp.capture(Summed().eval(), (torch.randn(2, 4, 5),)))
+    assert [group.size for group in coupling.groups] == ([] if working else [6])
+    assert ("do not vanish" in coupling.explain("inner.weight", 0)) == working
+
+
 def test_a_verification_that_no_output_depends_on_says_that_it_proves_nothing() -> None:
     class Deaf(nn.Module):
         def __init__(self) -> None:

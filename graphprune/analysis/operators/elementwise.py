@@ -8,7 +8,7 @@ from graphprune.analysis.axes import UNIT
 from graphprune.analysis.operators.centering import is_centering
 from graphprune.analysis.operators.facts import Type, ZeroRule
 from graphprune.analysis.operators.rule import RuleContext, rule
-from graphprune.ir.aten import rule_name
+from graphprune.ir.aten import is_idle_dropout, rule_name
 
 # fmt: off
 _ZERO_AT_ZERO = [
@@ -25,7 +25,7 @@ _NOT_ZERO_AT_ZERO = [
 ]
 _SAME = [
     "alias", "clone", "contiguous", "detach", "dropout", "feature_dropout", "lift_fresh",
-    "lift_fresh_copy", "alpha_dropout", "resolve_conj", "resolve_neg", "pin_memory", "real", "imag",
+    "lift_fresh_copy", "resolve_conj", "resolve_neg", "pin_memory", "real", "imag",
 ]
 _COMPARISONS = [
     "eq", "ne", "lt", "le", "gt", "ge",
@@ -50,6 +50,14 @@ def unary(ctx: RuleContext) -> Type:
 @rule(*(f"{name}.default" for name in _NOT_ZERO_AT_ZERO), zero=ZeroRule.NEVER)
 def unary_shifted(ctx: RuleContext) -> Type:
     """One operand, f(0) is not 0: same axes."""
+    return unary(ctx)
+
+
+@rule("alpha_dropout.default", "feature_alpha_dropout.default", zero=ZeroRule.NEVER)
+def shifting_dropout(ctx: RuleContext) -> Type:
+    """Same axes; a dropout that is at work shifts what stays, zeros too."""
+    if is_idle_dropout(ctx.node):
+        ctx.zero = ZeroRule.AS_FIRST
     return unary(ctx)
 
 

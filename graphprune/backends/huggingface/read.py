@@ -15,7 +15,7 @@ import torch
 
 from graphprune.backends.huggingface.layered import FILE, modeling_text, pruned_class
 from graphprune.backends.huggingface.model import quiet
-from graphprune.errors import CheckpointError, first_line
+from graphprune.errors import CheckpointError, first_line, last_line
 from graphprune.frontend.capture import capture
 from graphprune.frontend.torch_export import evaluation_mode
 from graphprune.frontend.transformers_models import capture_transformers
@@ -130,7 +130,7 @@ def read_structure(path: Path) -> Program:
 def _described(path: Path) -> tuple[torch.dtype | None, dict[str, torch.dtype], Any, Any]:
     """Return what the files say but for weights: stored types, config and class of the model."""
     fields = _read_json(path / "config.json")
-    types = _check_files(path)
+    types = check_files(path)
     config = _config(path, fields)
     return *types, config, _model_class(path, config)
 
@@ -175,16 +175,21 @@ def _read_json(path: Path) -> dict[str, Any]:
     return fields
 
 
-def _check_files(path: Path) -> tuple[torch.dtype | None, dict[str, torch.dtype]]:
-    """Refuse weight files that are cut short.
+def check_files(path: Path) -> tuple[torch.dtype | None, dict[str, torch.dtype]]:
+    """Refuse weight files that are missing or cut short.
 
     Returns the floating type that most tensors have, and those of the others by name.
+
+    Raises
+    ------
+    CheckpointError
+        Naming the file.
     """
     index = path / "model.safetensors.index.json"
     if index.is_file():
         placed = _read_json(index).get("weight_map")
-        if not isinstance(placed, dict):
-            raise CheckpointError(f"{index} has no weight_map")
+        if not isinstance(placed, dict) or not all(isinstance(f, str) for f in placed.values()):
+            raise CheckpointError(f"{index} has no weight_map of names to files")
         files = sorted({path / name for name in placed.values()})
     elif (path / "model.safetensors").is_file():
         files = [path / "model.safetensors"]
@@ -236,9 +241,9 @@ def _config(path: Path, fields: dict[str, Any]) -> Any:
             raise CheckpointError(
                 f"{path / 'config.json'}: transformers does not know the model type {kind!r}"
             ) from error
-        raise CheckpointError(
-            f"{path / 'config.json'} is no valid config: {first_line(error)}"
-        ) from error
+        why = first_line(error)
+        why += f" {last_line(error)}" if why.endswith(":") else ""  # a validator's reason
+        raise CheckpointError(f"{path / 'config.json'} is no valid config: {why}") from error
 
 
 def _model_class(path: Path, config: Any) -> Any:
@@ -279,6 +284,10 @@ def _model(path: Path, config: Any, model_class: Any, dtype: torch.dtype) -> Any
     if missing := info["missing_keys"]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(f"{path} lacks the weight {min(missing)}{more}")
+    for name, stored, due in sorted(info["mismatched_keys"]):
+        raise CheckpointError(
+            f"{path}: the weight {name} is {tuple(stored)}, and its config makes it {tuple(due)}"
+        )
     return model
 
 
@@ -302,7 +311,11 @@ def _left_in_files() -> Iterator[None]:
 def _loaded(path: Path, config: Any, model_class: Any, dtype: torch.dtype) -> Any:
     try:
         return model_class.from_pretrained(
-            path, config=config, dtype=dtype, output_loading_info=True
+            path,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused by name
         )
     except Exception as error:  # readers and model code may refuse in any way
         raise CheckpointError(f"{path} cannot be loaded: {first_line(error)}") from error

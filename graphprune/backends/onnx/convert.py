@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from graphprune.backends.onnx.dimension_names import check_dimensions, output_names
-from graphprune.backends.onnx.prepare import prepared
+from graphprune.backends.onnx.prepare import prepared, refuse_dynamic_windows
 from graphprune.backends.onnx.translations import translations
 from graphprune.backends.onnx.weights.as_used import whole_numbers
 from graphprune.errors import BackendError, first_line
@@ -43,6 +43,7 @@ def convert(program: Program, opset: int) -> onnx_ir.Model:
     BackendError
         When an operator has no counterpart, or the exporter fixes a size that is dynamic.
     """
+    refuse_dynamic_windows(program)
     try:
         try:
             model = _converted(program, opset)
@@ -165,7 +166,20 @@ def _sizes_kept(program: Program) -> Iterator[None]:
 
 
 def simplify(model: onnx_ir.Model, weights: set[str]) -> None:
-    """Fold constants and drop what does nothing, but leave every weight under its own name."""
+    """Fold constants and drop what does nothing, but leave every weight under its own name.
+
+    Raises
+    ------
+    BackendError
+        When the optimizer fails on what the exporter wrote.
+    """
+    try:
+        _simplify(model, weights)
+    except Exception as error:  # any operator's folding may fail in any way
+        raise BackendError(f"no ONNX export: {first_line(error)}") from error
+
+
+def _simplify(model: onnx_ir.Model, weights: set[str]) -> None:
     import onnx_ir
     from onnx_ir.passes import common
     from onnxscript import optimizer, rewriter

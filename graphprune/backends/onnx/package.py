@@ -158,6 +158,9 @@ def read_package(directory: str | PathLike[str]) -> Package:
         When there is none, or its record is damaged or of another release.
     """
     folder = Path(directory)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise CheckpointError(f"{folder} {what}: a folder with an ONNX package is needed")
     if not is_package(folder):
         missing = MODEL if (folder / PARITY).is_file() else PARITY
         way = (

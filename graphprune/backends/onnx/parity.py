@@ -164,8 +164,10 @@ def compare(
         notes = _DecoderParity(pair, names, protocol, counts).compare()
     else:
         for batch in (3, 1):
-            pair.check = f"batch of {batch}"
-            pair.run(random_inputs(program, sizes_for(program, names, batch), complete=True))
+            sizes = sizes_for(program, names, batch)
+            rows = next((sizes[s] for s, name in names.items() if name == "batch"), batch)
+            pair.check = f"batch of {rows}"
+            pair.run(random_inputs(program, sizes, complete=True))
     worst = max(pair.errors.values(), default=0.0)
     return Parity(worst, version, notes, pair.errors, provider)
 

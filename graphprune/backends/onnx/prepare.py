@@ -20,10 +20,12 @@ from torch._subclasses import FakeTensor
 from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from graphprune.ir.aten import is_mutating, is_view
+from graphprune.errors import BackendError
+from graphprune.ir.aten import is_mutating, is_view, plain_name
 from graphprune.ir.exported import to_exported_program
 from graphprune.ir.nodes import arguments_of, made_from, valued
 from graphprune.ir.program import Program
+from graphprune.ir.provenance import whereabouts
 
 
 def prepared(program: Program, *, anew: bool = False) -> ExportedProgram:
@@ -84,6 +86,27 @@ def prepared(program: Program, *, anew: bool = False) -> ExportedProgram:
 
     exported.run_decompositions = decompose
     return exported
+
+
+def refuse_dynamic_windows(program: Program) -> None:
+    """Refuse pools whose windows follow from dynamic sides: the exporter fixes the example's.
+
+    Raises
+    ------
+    BackendError
+        Naming the operator and its place.
+    """
+    for node in program.graph.nodes:
+        if not plain_name(node).startswith("adaptive_"):
+            continue
+        image, wanted = node.all_input_nodes[0].meta["val"], arguments_of(node)["output_size"]
+        wanted = [wanted] if isinstance(wanted, int) else wanted
+        sides = image.shape[image.ndim - len(wanted) :]
+        if any(isinstance(s, torch.SymInt) and w != 1 for s, w in zip(sides, wanted, strict=True)):
+            raise BackendError(
+                f"no ONNX export: {whereabouts(node)} pools dynamic sizes to {tuple(wanted)}, for "
+                "which ONNX has no operator: capture the model with sizes that are fixed there"
+            )
 
 
 _COPIES = (torch.ops.aten.detach_.default, torch.ops.aten.detach.default)
@@ -195,15 +218,30 @@ def _keep_padding(node: fx.Node) -> None:
 
 
 def _write_out_pieces(node: fx.Node) -> None:
-    """Write equal pieces of a dynamic size as indices: sequences cannot be simplified."""
-    whole, dim = node.args[0], node.args[2] if len(node.args) > 2 else 0
-    sizes = [piece.shape[dim] for piece in node.meta["val"]]
-    if any(size is not sizes[0] and str(size) != str(sizes[0]) for size in sizes):
-        return
+    """Write pieces of a dynamic size as indices or slices: sequences cannot be simplified."""
+    aten, given = torch.ops.aten, arguments_of(node)
+    whole, dim = given["self"], given["dim"]
+    sizes = [str(piece.shape[dim]) for piece in node.meta["val"]]
+    equal = len(set(sizes)) == 1
+
+    def made(target: Any, *args: Any) -> fx.Node:
+        return valued(made_from(node, target, *args))
+
     with node.graph.inserting_before(node):
-        apart = valued(made_from(node, torch.ops.aten.unflatten.int, whole, dim, [len(sizes), -1]))
+        if equal:
+            apart = made(aten.unflatten.int, whole, dim, [len(sizes), -1])
+        else:
+            size = made(aten.sym_size.int, whole, dim)
+            more = made(operator.add, size, given["chunks"] - 1)
+            width = made(operator.floordiv, more, given["chunks"])
         for user in list(node.users):
-            piece = valued(made_from(user, torch.ops.aten.select.int, apart, dim, user.args[1]))
+            at: Any = user.args[1]
+            if equal:
+                piece = made(aten.select.int, apart, dim, at)
+            else:
+                bounds = (made(operator.mul, width, at), made(operator.mul, width, at + 1))
+                piece = made(aten.slice.Tensor, whole, dim, *bounds)
+                piece.meta["val"] = user.meta["val"]
             user.replace_all_uses_with(piece)
             node.graph.erase_node(user)
     node.graph.erase_node(node)

@@ -15,7 +15,7 @@ from graphprune.errors import BackendError, ParityError, first_line
 from graphprune.ir.compare import relative_error, tolerance_of
 from graphprune.ir.input_sizes import table_rows
 from graphprune.ir.program import PAST, PRESENT, Program
-from graphprune.ir.sample_inputs import sizes_near_example
+from graphprune.ir.sample_inputs import sizes_near_example, whole_batch
 
 _LENGTHS = (7, 11, 13, 17, 19)
 _ROOM = 64
@@ -266,7 +266,7 @@ def positions(program: Program, names: Mapping[str, str], wanted: int) -> int:
 
 
 def sizes_for(program: Program, names: Mapping[str, str], batch: int) -> dict[str, int]:
-    """Return a size for every symbol: `batch`, and lengths of which no two are equal.
+    """Return a size for every symbol: `batch` or a few more, and lengths of which no two are equal.
 
     Sizes of images and the like are near the example's, as strides allow.
     """
@@ -275,7 +275,8 @@ def sizes_for(program: Program, names: Mapping[str, str], batch: int) -> dict[st
     chosen: dict[str, int] = {}
     for name in dict.fromkeys(names.values()):
         if name == "batch" or name.endswith("_batch"):
-            chosen[name] = batch
+            symbols = (symbol for symbol, of in names.items() if of == name)
+            chosen[name] = max(whole_batch(program, symbol, batch) for symbol in symbols)
         else:
             chosen[name] = near[name] if name in near else next(lengths)
     for symbol, name in names.items():

@@ -85,11 +85,12 @@ def diff(
     if as_json:
         print(json.dumps(difference_json(*plans), indent=1))
     else:
+        shown = difference(*plans, "A", "B")
         print(f"A: {first}\nB: {second}")
         for name, plan in zip("AB", plans, strict=True):
             if plan.calibration:
                 print(f"{name} is calibrated with {drawn_text(plan.calibration)}")
-        show(difference(*plans, "A", "B"))
+        show(shown)
 
 
 def _check_parity(session: Session, directory: str, provider: str, as_json: bool) -> None:

@@ -492,3 +492,42 @@ def test_images_are_checked_at_sizes_that_strides_divide(tmp_path: Path) -> None
     report = backend.export(program, tmp_path / "model.onnx")
     assert report.max_relative_error is not None
     assert all(isinstance(program.inputs[0].shape[dim], str) for dim in (0, 2, 3))
+
+
+@pytest.mark.parametrize("pieces", [2, 3])
+def test_a_batch_that_is_taken_in_pieces_is_exported_and_checked(
+    pieces: int, tmp_path: Path
+) -> None:
+    class Pieces(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            if pieces == 3:
+                one, two, three = h.chunk(3)
+                return self.last(one * two - three)
+            return self.last(h.reshape(x.shape[0] // 2, 2, 8).prod(1))
+
+    program = capture(Pieces().eval(), (torch.randn(2 * pieces, 6),))
+    report = program.export_onnx(tmp_path / "pieces.onnx")
+    assert report.max_relative_error <= 1e-5
+    assert set(report.parity) == {
+        f"batch of {pieces}",
+        f"batch of {2 * pieces if pieces < 3 else 3}",
+    }
+
+
+@pytest.mark.parametrize("places", [1, 3])
+def test_a_pool_of_dynamic_sizes_is_exported_to_one_place_alone(
+    places: int, tmp_path: Path
+) -> None:
+    model = nn.Sequential(nn.AdaptiveAvgPool1d(places))
+    program = capture(model, (torch.randn(2, 4, 9),))
+    if places == 1:
+        assert backend.export(program, tmp_path / "pool.onnx").parity
+        return
+    with pytest.raises(BackendError, match=r"adaptive_avg_pool1d.* in 0.* pools dynamic sizes to"):
+        backend.export(program, tmp_path / "pool.onnx")
+    assert not list(tmp_path.iterdir())
