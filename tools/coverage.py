@@ -170,10 +170,9 @@ def _at_size(program: Program, model: Any, rows: int, length: int) -> str:
         return "not a size of the model"
     try:
         return mismatch(program(**inputs), expected, FORGIVEN) or "equal"
-    except UsageError:
-        return "refused"
     except Exception as error:  # noqa: BLE001 - what a user would see
-        return first_line(error)
+        by_name = isinstance(error, UsageError) and error.__cause__ is None
+        return "refused" if by_name else first_line(error)
 
 
 def _analysed(program: Program, row: Row) -> Coupling:
