@@ -428,7 +428,7 @@ COMMANDS: dict[str, Case] = {
     ),
     "a package that is not there": Case(
         CheckpointError,
-        ["gone does not exist"],
+        ["gone is no folder with an ONNX package"],
         lambda at: ["generate", at.folder / "gone", "--prompt", "a"],
     ),
     "a pipeline that is no YAML": Case(

@@ -159,8 +159,7 @@ def read_package(directory: str | PathLike[str]) -> Package:
     """
     folder = Path(directory)
     if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise CheckpointError(f"{folder} {what}: a folder with an ONNX package is needed")
+        raise CheckpointError(f"{folder} is no folder with an ONNX package")
     if not is_package(folder):
         missing = MODEL if (folder / PARITY).is_file() else PARITY
         way = (
