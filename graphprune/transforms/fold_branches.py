@@ -15,10 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
-from graphprune import ranks
 from graphprune.analysis.matrices import Matrix, Use, bias_of, contractions
 from graphprune.analysis.residual.branches import Branches, ResidualBranch
-from graphprune.calibration.damping import DAMPS, damped
+from graphprune.calibration.damping import DAMPS
 from graphprune.calibration.data import Calibration, own_batches
 from graphprune.calibration.layerwise import BatchExecution, ChangedWeights, unpadded
 from graphprune.calibration.segments import segments
@@ -27,6 +26,7 @@ from graphprune.io.progress import Progress, no_progress
 from graphprune.ir.aten import RESHAPES, is_copy, name_of
 from graphprune.ir.interpreter import Memory, ancestors, zeroing
 from graphprune.ir.program import Program
+from graphprune.transforms.joint.sums import HeldOutSums
 
 Fold = Literal["linear", "stream"]
 """What is refitted: what precedes each run of branches that go, or each branch behind it, too."""
@@ -96,43 +96,19 @@ def _joint(branch: ResidualBranch, end: fx.Node, matrices: Sequence[Matrix]) -> 
     )
 
 
-class _Fit:
-    """Sums of which the change of a matrix is found; one part of the rows is held out."""
+_DAMPS = (*DAMPS, 3.0, 10.0)
 
-    def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(2, *shape, dtype=torch.float64, device=device)
 
-        self.gram, self.cross = zeros(inputs, inputs), zeros(outputs, inputs)
-        self.squares, self.count = zeros(), zeros()
+def _best_change(sums: HeldOutSums) -> tuple[Tensor, float]:
+    """Return the change ``[out, in]``, and the part of the held-out squares that it leaves.
 
-    def add(self, rows: Tensor, lacking: Tensor) -> None:
-        """Count rows of inputs ``[n, in]`` and what the stream lacks there ``[n, out]`` in."""
-        first = len(rows) - len(rows) // 8
-        for part, at in enumerate((slice(None, first), slice(first, None))):
-            x, y = rows[at].double(), lacking[at].double()
-            self.gram[part] += x.mT @ x
-            self.cross[part] += y.mT @ x
-            self.squares[part] += y.square().sum()
-            self.count[part] += len(x)
-
-    def solve(self) -> tuple[Tensor, float]:
-        """Return the change ``[out, in]``, and the part of the held-out squares that it leaves."""
-        ranks.sum_of([self.gram, self.cross, self.squares, self.count])
-
-        def change(gram: Tensor, cross: Tensor, damp: float) -> Tensor:
-            return torch.linalg.solve(damped(gram, damp), cross.mT).mT
-
-        def error(damp: float) -> float:
-            found = change(self.gram[0], self.cross[0], damp)
-            explained = 2 * (found * self.cross[1]).sum() - ((found @ self.gram[1]) * found).sum()
-            return float(1 - explained / self.squares[1].clamp(min=1e-30))
-
-        errors = {damp: error(damp) for damp in (*DAMPS, 3.0, 10.0)}
-        best = min(errors, key=errors.__getitem__)
-        if errors[best] >= 1:  # on rows that a fit did not see, none is better than no change
-            return torch.zeros_like(self.cross[0]), 1.0
-        return change(self.gram.sum(0), self.cross.sum(0), best), errors[best]
+    Where a fit predicts tokens that it did not see no better than none, there is none.
+    """
+    sums.add_up_over_ranks()
+    damp, before, after = sums.best(_DAMPS)
+    if not sums.held.any or after >= before:
+        return torch.zeros_like(sums.held.cross.mT), 1.0
+    return sums.change(damp), after / before
 
 
 def fold_branches(
@@ -198,7 +174,7 @@ def fold_branches(
         for joint in (joint for joint in held if joint.branch.sum.node in inside):
             bias = bias_of(program, joint.matrix)
             _, outputs, inputs = joint.matrix.shape
-            fit = _Fit(inputs + bool(bias), outputs, program.device)
+            fit = HeldOutSums.empty(inputs + bool(bias), outputs, program.device)
             for execution, original in zip(thin, whole, strict=True):
                 values = execution.trial(part)
                 stream = values[joint.branch.sum.node]
@@ -207,7 +183,7 @@ def fold_branches(
                     one = rows.new_ones(len(rows), int(bool(bias)))
                     fit.add(torch.cat([rows, one], 1), lacking.reshape(-1, outputs))
                 values.clear()
-            change, errors[joint.branch.name] = fit.solve()
+            change, errors[joint.branch.name] = _best_change(fit)
             new = _changed(program, {**program.weights, **changed.weights}, joint, bias, change)
             stored = changed.store(new)
             for execution in thin:

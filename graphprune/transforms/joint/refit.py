@@ -26,6 +26,7 @@ from graphprune.ir.program import Program
 from graphprune.training.pieces import counterparts
 from graphprune.transforms.joint.addends import Addends, Alone
 from graphprune.transforms.joint.seen import Seen, SeenRows, SeenSums
+from graphprune.transforms.joint.sums import HeldOutSums
 from graphprune.transforms.sparsity import check_values
 from graphprune.verification.masked_reference import MaskedReference
 
@@ -140,7 +141,8 @@ def refit_together(
 def _nothing_seen(addends: Addends, device: torch.device) -> Seen:
     """Return what is to be seen of them: sums, where these suffice."""
     if isinstance(addends, Alone):
-        return SeenSums.empty(addends.matrices[0][0], device)
+        _, outputs, inputs = addends.matrices[0][0].shape
+        return SeenSums(HeldOutSums.empty(inputs, outputs, device))
     return SeenRows()
 
 

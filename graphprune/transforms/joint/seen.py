@@ -8,7 +8,7 @@ are divided by the size of the stream at their token.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -16,15 +16,10 @@ import torch
 from torch import Tensor, fx
 
 from graphprune import ranks
-from graphprune.analysis.matrices import Matrix
-from graphprune.calibration.damping import DAMPS, UNTRIED_DAMP, damped
-from graphprune.errors import CalibrationError
+from graphprune.calibration.damping import DAMPS, UNTRIED_DAMP
 from graphprune.training.local import squares_of_rows
 from graphprune.transforms.joint.addends import Addends
-
-HELD_OUT = 8
-"""One in so many tokens, the last ones of each batch, is not fitted to: what predicts them best is
-the damping."""
+from graphprune.transforms.joint.sums import HeldOutSums, factor_of, held_out
 
 SWEEPS, STILL = 100, 1e-8
 """How often all experts are fitted in turn at most, and the part of what is left to be explained by
@@ -70,114 +65,39 @@ def _lacks(
     return (wanted.float() - values[addends.end].reshape(wanted.shape)) * scale, scale
 
 
-def _last(count: int, device: torch.device) -> Tensor:
-    """Return which of so many tokens are not fitted to: neighbors at the end."""
-    return torch.arange(count, device=device) >= count - count // HELD_OUT
-
-
-def _best(error: Callable[[float], Tensor], damp: float | None, held: bool) -> tuple[float, float]:
-    """Return the damping with the least error, and that; it is tried where tokens were held out."""
-    tried = DAMPS if held else (UNTRIED_DAMP,)
-    errors = {each: float(error(each)) for each in (tried if damp is None else (damp,))}
-    best = min(errors, key=errors.__getitem__)
-    return best, errors[best]
-
-
-def _factor(gram: Tensor, damp: float) -> Tensor:
-    factor, failed = torch.linalg.cholesky_ex(damped(gram, damp))
-    if int(failed):
-        raise CalibrationError("inputs are too alike to refit: give more data or damp")
-    return factor
-
-
-# -- one matrix -----------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, eq=False)
 class SeenSums(Seen):
     """Sums over tokens, which suffice for a matrix that nothing is refitted together with.
 
     Parameters
     ----------
-    fitted, held
-        Of tokens that are fitted to, and of those that are not.
+    sums
+        Of its inputs and of what the stream lacks.
     """
 
-    fitted: _Sums
-    held: _Sums
-
-    @classmethod
-    def empty(cls, matrix: Matrix, device: torch.device) -> Self:
-        """Return what is known of no tokens."""
-        _, width, size = matrix.shape
-        return cls(_Sums.empty(width, size, device), _Sums.empty(width, size, device))
+    sums: HeldOutSums
 
     @property
     def nbytes(self) -> int:
         """What it takes."""
-        return sum(each.nbytes for each in (*self.fitted.tensors, *self.held.tensors))
+        return self.sums.nbytes
 
     def add(self, addends: Addends, values: Mapping[fx.Node, Any], wanted: Tensor) -> None:
         """Take more tokens, each a row of the matrix's inputs."""
         lacks, scale = _lacks(addends, values, wanted)
-        held = _last(len(lacks), lacks.device)
         for rows, _, _ in addends.rows(values):
-            inputs = rows * scale
-            self.fitted.add(inputs[~held], lacks[~held])
-            self.held.add(inputs[held], lacks[held])
+            self.sums.add(rows * scale, lacks)
 
     def of_all_processes(self) -> Self:
         """Add up, in place."""
-        ranks.sum_of((*self.fitted.tensors, *self.held.tensors))
+        self.sums.add_up_over_ranks()
         return self
 
     def solved(self, damp: float | None) -> Solved:
         """Solve the normal equations."""
-        held = bool(self.held.count)
-        judged = self.held if held else self.fitted
-        best, after = _best(lambda each: judged.error(self.fitted.change(each)), damp, held)
-        before = float(judged.error(torch.zeros_like(judged.cross)))
-        return {0: (self.fitted + self.held).change(best).mT}, (before, after)
-
-
-@dataclass(frozen=True, eq=False)
-class _Sums:
-    gram: Tensor
-    cross: Tensor
-    squares: Tensor
-    count: Tensor
-
-    @classmethod
-    def empty(cls, width: int, size: int, device: torch.device) -> Self:
-        shapes = (size, size), (size, width), (), ()
-        return cls(*(torch.zeros(each, dtype=torch.float64, device=device) for each in shapes))
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.gram, self.cross, self.squares, self.count
-
-    def __add__(self, other: _Sums) -> _Sums:
-        both = zip(self.tensors, other.tensors, strict=True)
-        return _Sums(*(one + another for one, another in both))
-
-    def add(self, inputs: Tensor, lacks: Tensor) -> None:
-        inputs, lacks = inputs.double(), lacks.double()
-        self.gram.addmm_(inputs.mT, inputs)
-        self.cross.addmm_(inputs.mT, lacks)
-        self.squares.add_(lacks.square().sum())
-        self.count.add_(len(lacks))
-
-    def change(self, damp: float) -> Tensor:
-        """Return the change that explains most, ``[in, out]``."""
-        return torch.cholesky_solve(self.cross, _factor(self.gram, damp))
-
-    def error(self, change: Tensor) -> Tensor:
-        """Return the mean square of what is lacking after a change."""
-        explained = (change * (2 * self.cross - self.gram @ change)).sum()
-        return (self.squares - explained) / (self.count * change.shape[1])
-
-
-# -- several that add up --------------------------------------------------------------------------
+        tried = DAMPS if self.sums.held.any else (UNTRIED_DAMP,)
+        best, before, after = self.sums.best(tried if damp is None else (damp,))
+        return {0: self.sums.change(best)}, (before, after)
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,18 +148,21 @@ class SeenRows(Seen):
         """Fit one after the other and again until nothing moves (block Gauss-Seidel)."""
         rows = {unit: _joined(each) for unit, each in sorted(self.inputs.items())}
         lacks = torch.cat(self.lacks).double()
-        held = torch.cat([_last(len(each), each.device) for each in self.lacks])
+        held = torch.cat([held_out(len(each), each.device) for each in self.lacks])
         fitted = {u: (x[~held[at]], at[~held[at]]) for u, (x, at) in rows.items()}
         judged = held if bool(held.any()) else ~held
         grams = _grams(fitted)
 
-        def error(each: float) -> Tensor:
-            changes = _together(fitted, grams, lacks, each)
-            return _left(rows, lacks, changes)[judged].square().mean()
+        tried = DAMPS if bool(held.any()) else (UNTRIED_DAMP,)
 
-        best, after = _best(error, damp, bool(held.any()))
+        def error(each: float) -> float:
+            changes = _together(fitted, grams, lacks, each)
+            return float(_left(rows, lacks, changes)[judged].square().mean())
+
+        errors = {each: error(each) for each in (tried if damp is None else (damp,))}
+        best = min(errors, key=errors.__getitem__)
         changes = _together(rows, _grams(rows), lacks, best)
-        return changes, (float(lacks[judged].square().mean()), after)
+        return changes, (float(lacks[judged].square().mean()), errors[best])
 
 
 _ByUnit = Mapping[int, tuple[Tensor, Tensor]]
@@ -259,7 +182,7 @@ def _together(
     rows: _ByUnit, grams: Mapping[int, Tensor], lacks: Tensor, damp: float
 ) -> dict[int, Tensor]:
     """Return the changes of all units that explain most of what is lacking."""
-    factors = {unit: _factor(gram, damp) for unit, gram in grams.items()}
+    factors = {unit: factor_of(gram, damp) for unit, gram in grams.items()}
     left = lacks.clone()
     changes = {u: lacks.new_zeros(lacks.shape[1], x.shape[1]) for u, (x, _) in rows.items()}
     size = float(left.square().sum())
