@@ -54,7 +54,8 @@ PRUNED = ("float32", "int4")
 """What of `KINDS` a pruned model is written as."""
 
 BUILT = "genai builder, int4"
-_AS_OURS = ("block_size=32", "accuracy_level=4")
+_AS_OURS = ("block_size=32", "accuracy_level=4", "windowed_kv_cache=false")
+"""Blocks and activations as ours, and caches that are as long as the text in every layer."""
 
 _RECIPE = "prune{{target=ffn ratio={} runtime=cpu}},reconstruct"
 

@@ -19,11 +19,17 @@ HIDDEN, WIDTH = 32, {"q": 32, "k": 16, "v": 16}
 
 
 def attention(
-    *, biases: str = "", zeros: bool = False, other: str = "x", spoiled: bool = False
+    *,
+    biases: str = "",
+    zeros: bool = False,
+    other: str = "x",
+    spoiled: bool = False,
+    normed: str = "",
 ) -> onnx.ModelProto:
     """Make attention of two heads on one.
 
-    `biases` names what has one, `other` what keys are of; queries may be `spoiled` by an input.
+    `biases` and `normed` name what has a bias and what is normed, `other` what keys are of; queries
+    may be `spoiled` by an input.
     """
     random = np.random.default_rng(0)
     nodes, held, read = [], [], {}
@@ -44,6 +50,16 @@ def attention(
             held.append(numpy_helper.from_array(bias, f"{name}.bias"))
             nodes.append(helper.make_node("Add", [name, f"{name}.bias"], [f"{name}_sum"]))
             read[name] = f"{name}_sum"
+        if name in normed:
+            scale = random.standard_normal(rows, dtype=np.float32)
+            held.append(numpy_helper.from_array(scale, f"{name}.norm"))
+            given, numbers = [read[name], f"{name}.norm"], {"axis": -1, "epsilon": 1e-3}
+            nodes.append(
+                helper.make_node(
+                    "SimplifiedLayerNormalization", given, [f"{name}_normed"], **numbers
+                )
+            )
+            read[name] = f"{name}_normed"
     if spoiled:
         nodes.append(helper.make_node("Add", [read["q"], "spoil"], ["spoiled"]))
         read["q"] = "spoiled"
@@ -93,6 +109,16 @@ def test_one_product_gives_what_three_gave(biases: str, zeros: bool) -> None:
         np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
+@pytest.mark.parametrize("biases", ["", "q"])
+def test_what_is_normed_before_attention_is_split_off_one_product(biases: str) -> None:
+    model = attention(normed="qk", biases=biases)
+    one = joined(model)
+    kinds = [node.op_type for node in one.graph.node]
+    assert (kinds.count("MatMulNBits"), kinds.count("Split")) == (1, 1)
+    for wanted, found in zip(run(model), run(one), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
 def test_what_spoils_queries_spoils_what_is_attended() -> None:
     one = joined(attention(spoiled=True))
     assert [node.op_type for node in one.graph.node].count("MatMulNBits") == 1
@@ -111,7 +137,7 @@ def test_weights_are_read_back_each_by_its_name(tmp_path: Path) -> None:
         np.testing.assert_array_equal(one[name], value)
 
 
-@pytest.mark.parametrize("unlike", [{"other": "w"}, {"biases": "q"}])
-def test_what_is_not_alike_stays_as_it_is(unlike: dict[str, str]) -> None:
-    one = joined(attention(**unlike))  # type: ignore[arg-type]
+@pytest.mark.parametrize("normed", ["", "qk"])
+def test_what_is_not_of_the_same_stays_as_it_is(normed: str) -> None:
+    one = joined(attention(other="w", normed=normed))
     assert [node.op_type for node in one.graph.node].count("MatMulNBits") == 3
