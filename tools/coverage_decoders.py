@@ -190,7 +190,7 @@ def _timed(model: Any, package: Path, genai: Path) -> str:
     try:
         build(genai, checkpoint, built, "fp32")
     except RuntimeError as error:
-        return str(error)
+        return str(error).replace(f"{checkpoint.parent}/", "")
     ours, theirs = (session(folder / "model.onnx", 1) for folder in (package, built))
     caches = {
         value.name: np.zeros((1, value.shape[1], PAST, value.shape[3]), np.float32)
@@ -223,7 +223,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         "many of its attentions are one operator, with the rotation inside or not; onnxruntime-",
         f"genai: whether {NEW} greedy tokens after 17 are those of transformers. Its builder's:",
         "how many times as long a token takes as in what its builder makes of the model",
-        f"({PAST} tokens in the cache, process time of one thread), or why it makes nothing.",
+        f"({PAST} tokens in the cache, process time of one thread), or why it makes nothing;",
+        "empty where that was not measured.",
         "",
         "| type | attention fused | as | error | onnxruntime-genai | its builder's |",
         "|---|---|---|---|---|---|",
