@@ -230,6 +230,12 @@ def test_a_tied_table_loses_columns_and_keeps_its_rows() -> None:
     assert groups_at("tied", "table.weight", 0) == []
 
 
+def test_the_width_of_a_table_is_no_unit_of_experts() -> None:
+    model = nn.Sequential(nn.Embedding(17, 12), nn.Linear(12, 3))
+    (group,) = gp.analyze(gp.capture(model.eval(), (torch.zeros(2, 5).long(),))).groups
+    assert (group.role, group.size) == ("ffn", 12)
+
+
 def test_a_module_called_twice_reads_what_it_makes() -> None:
     assert reached("twice", "again.weight", 0) == {
         ("first.weight", 0),

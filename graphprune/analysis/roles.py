@@ -93,11 +93,14 @@ def _spread(types: Types, atoms: Collection[Atom]) -> Iterator[Atom]:
 
 
 def _beside_picked(types: Types) -> set[Atom]:
-    """Atoms in weights of which one axis is picked by index at run time (packed experts)."""
+    """Atoms in weights of which one axis is picked by index at run time (packed experts).
+
+    A table of tokens is a matrix whose rows are picked; what experts hold are matrices.
+    """
     picked = _marked(types, "picked")
     found: set[Atom] = set()
     for _, node in types.program.weight_nodes():
-        if types.atoms_of[node] & picked:
+        if types.atoms_of[node] & picked and node.meta["val"].ndim > 2:
             found |= types.atoms_of[node]
     return found
 
