@@ -15,8 +15,8 @@ from cpu_time import pytest_runtest_makereport as pytest_runtest_makereport
 from cpu_time import pytest_runtest_setup as pytest_runtest_setup
 from cpu_time import pytest_terminal_summary as pytest_terminal_summary
 
-from graphprune.pipeline.instruments import VerifyEach
-from graphprune.pipeline.pass_base import Context
+from graphprune.pipeline.instruments import PassPosition, VerifyEach
+from graphprune.pipeline.pass_base import Context, Outcome
 from graphprune.pipeline.pass_manager import PassManager, Result
 
 os.environ["GRAPHPRUNE_CACHE"] = ""  # graphs that an earlier run kept are not looked at
@@ -32,6 +32,16 @@ ENTRIES = (
 run_passes = PassManager.run
 
 
+@dataclasses.dataclass(frozen=True)
+class VerifyUnverified(VerifyEach):
+    """Verify after every pass, but where the pipeline itself does so next."""
+
+    def after_pass(self, position: PassPosition, outcome: Outcome, context: Context) -> None:
+        following = position.pipeline[position.number : position.number + 1]
+        if [str(each) for each in following] != ["verify"]:
+            super().after_pass(position, outcome, context)
+
+
 def run_verified(manager: PassManager, context: Context) -> Result:
     """Run the passes of `manager` and verify and audit each, whether that was asked for or not.
 
@@ -39,7 +49,7 @@ def run_verified(manager: PassManager, context: Context) -> Result:
     """
     if context.original.stand_ins:
         return run_passes(dataclasses.replace(manager, audit=True), context)
-    instruments = (VerifyEach(), *manager.instruments)
+    instruments = (VerifyUnverified(), *manager.instruments)
     return run_passes(dataclasses.replace(manager, instruments=instruments, audit=True), context)
 
 
@@ -63,10 +73,27 @@ def as_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(PassManager, "run", run_passes)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def seeds_of_what_is_there() -> Iterator[None]:
+    """Seed the processor alone where there is nothing else.
+
+    Torch keeps a formatted stack for every kind of device that may still be started.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.accelerator.is_available():
+            patch.setattr(torch, "manual_seed", torch.default_generator.manual_seed)
+        yield
+
+
+gc.disable()  # imports leave hardly any garbage
+
+
 def pytest_collection_finish() -> None:
-    """Leave what was imported out of every later collection of garbage."""
+    """Leave what was imported out of every later collection of garbage, and collect it rarely."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(100_000)
+    gc.enable()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -6,17 +6,19 @@ Each states the versions whose code it was read in; all are undone on leaving.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from graphprune.errors import CaptureError
 from graphprune.frontend.example_inputs import configs
@@ -67,8 +69,8 @@ def cheap_records() -> Iterator[None]:
     """Record for each node only what is read: a sixth less time for an export.
 
     Whether a tensor is contiguous in one of three memory formats is asked of every node, which
-    takes many products of dynamic sizes. A stack trace has the lines of code of all its frames read
-    before all but a few are left out.
+    takes many products of dynamic sizes. A stack trace is made of all frames, and all but a few are
+    left out afterwards.
     """
     from torch.fx import proxy
     from torch.fx.experimental import proxy_tensor
@@ -81,11 +83,23 @@ def cheap_records() -> Iterator[None]:
 
 
 class _Frames:
-    """The frames of Python code where it is made, as `torch.utils._traceback` has them."""
+    """The frames of Python code where it is made, as `torch.utils._traceback` has them.
+
+    Only those that torch keeps: of a forward, of its own top level, and what it was told of.
+    """
 
     def __init__(self) -> None:
-        frames = traceback.walk_stack(sys._getframe(2))
-        self._frames = [(f.f_code.co_filename, line, f.f_code.co_name, None) for f, line in frames]
+        from torch.fx.proxy import _STACK_TRACE_ANCHORS
+
+        self._frames: list[tuple[str, int, str, None]] = []
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None:
+            code = frame.f_code
+            file, name = code.co_filename, code.co_name
+            top = file.endswith("torch/__init__.py")
+            if name == "forward" or top or (file, name) in _STACK_TRACE_ANCHORS:
+                self._frames.append((file, frame.f_lineno, name, None))
+            frame = frame.f_back
 
     @classmethod
     def extract(cls) -> _Frames:
@@ -94,6 +108,18 @@ class _Frames:
     def summary(self) -> traceback.StackSummary:
         """Return them, the outermost first; lines of code are read when they are asked for."""
         return traceback.StackSummary.from_list(self._frames[::-1])
+
+
+@contextlib.contextmanager
+def no_collections() -> Iterator[None]:
+    """Leave garbage until the end: a sixth less time for an export, of which little is garbage."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 @contextlib.contextmanager
@@ -121,8 +147,7 @@ def no_moves_in_place() -> Iterator[None]:
         nn.Module.to = move  # type: ignore[method-assign]
 
 
-@contextlib.contextmanager
-def explicit_masks() -> Iterator[None]:
+def explicit_masks() -> contextlib.AbstractContextManager[Any]:
     """Let `nn.TransformerEncoder` and its kin take a mask as it is, without looking at its values.
 
     They compare it with a causal one to choose a kernel, which is a branch on data; the mask
@@ -130,12 +155,10 @@ def explicit_masks() -> Iterator[None]:
     """
     from torch.nn.modules import transformer
 
-    before = transformer._detect_is_causal_mask
-    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
-    try:
-        yield
-    finally:
-        transformer._detect_is_causal_mask = before
+    def said(mask: Tensor | None, is_causal: bool | None = None, size: Any = None) -> bool:
+        return is_causal is True
+
+    return mock.patch.object(transformer, "_detect_is_causal_mask", said)
 
 
 @contextlib.contextmanager
@@ -188,26 +211,88 @@ def no_grad_regions() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def whole_recurrent_layers() -> Iterator[None]:
-    """Let the sizes of a recurrent layer follow from its arguments, whatever the length.
+def sizes_compared_once() -> Iterator[None]:
+    """Compare two dynamic sizes once, until more is known of them: a tenth of an export.
 
-    Torch finds them by running the layer token by token, as often as the example is long.
+    Operators ask the same of one tensor after the other.
+    """
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+    from torch.fx.experimental.sym_node import SymNode
+
+    def once(compare: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        known: dict[Any, Any] = {}
+
+        def compared(self: Any, other: Any) -> Any:
+            if get_proxy_mode() is not None or not isinstance(other, SymNode):
+                return compare(self, other)
+            env = self.shape_env
+            key = self._expr, other._expr, env, env and env._replacements_version_counter
+            if key not in known:
+                known[key] = compare(self, other)
+            return known[key]
+
+        return compared
+
+    with contextlib.ExitStack() as stack:
+        for name in ("_eq", "_ne", "_ge", "_gt", "_le", "_lt"):
+            stack.enter_context(mock.patch.object(SymNode, name, once(getattr(SymNode, name))))
+        yield
+
+
+@contextlib.contextmanager
+def whole_layers() -> Iterator[None]:
+    """Let the sizes of linear and recurrent layers follow from their arguments.
+
+    Torch finds them by running what a layer is made of: that of a recurrent one token by token, as
+    often as the example is long. For linear ones it takes a tenth of an export.
     """
     from torch._C import DispatchKey
 
-    layers = [getattr(torch.ops.aten, name).input for name in RECURRENT]
-    keys = (DispatchKey.Autograd, DispatchKey.CompositeImplicitAutograd)
-    before = [(layer, dict(layer.py_kernels)) for layer in layers]
-    for layer in layers:
-        layer.py_kernels.update(dict.fromkeys(keys, _sizes_of_recurrent_layer))
+    aten, composite = torch.ops.aten, DispatchKey.CompositeImplicitAutograd
+    linear = _by_sizes(aten.linear.default, _sizes_of_linear_layer)
+    kernels: dict[Any, dict[DispatchKey, Callable[..., Any]]] = {
+        aten.linear.default: {composite: linear}
+    }
+    for layer in (getattr(aten, name).input for name in RECURRENT):
+        kernel = _by_sizes(layer, _sizes_of_recurrent_layer)
+        kernels[layer] = dict.fromkeys((DispatchKey.Autograd, composite), kernel)
+    before = [(layer, dict(layer.py_kernels)) for layer in kernels]
+    for layer, new in kernels.items():
+        layer.py_kernels.update(new)
         layer._dispatch_cache.clear()
     try:
         yield
     finally:
-        for layer, kernels in before:
+        for layer, known in before:
             layer.py_kernels.clear()
-            layer.py_kernels.update(kernels)
+            layer.py_kernels.update(known)
             layer._dispatch_cache.clear()
+
+
+def _by_sizes(layer: Any, sizes: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what gives the `sizes` of a layer's results; what it is made of where that is None.
+
+    It is run as it is where an export follows values, which have to be right.
+    """
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        given = args[0]
+        alone = isinstance(given, FakeTensor) and not given.fake_mode.propagate_real_tensors
+        found = sizes(*args, **kwargs) if alone else None
+        composite = torch._C.DispatchKey.CompositeImplicitAutograd
+        return layer._op_dk(composite, *args, **kwargs) if found is None else found
+
+    return kernel
+
+
+def _sizes_of_linear_layer(
+    given: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor | None:
+    fits = weight.ndim == 2 and (bias is None or bias.shape == weight.shape[:1])
+    types = {each.dtype for each in (given, weight, bias) if each is not None}
+    if not fits or len(types) > 1 or given.ndim < 2 or given.shape[-1] != weight.shape[1]:
+        return None
+    return given.new_empty((*given.shape[:-1], weight.shape[0]))
 
 
 def _sizes_of_recurrent_layer(
@@ -226,8 +311,7 @@ def _sizes_of_recurrent_layer(
     return given.new_empty((*given.shape[:-1], width)), *map(torch.empty_like, states)
 
 
-@contextlib.contextmanager
-def values_of_parameters() -> Iterator[None]:
+def values_of_parameters() -> contextlib.AbstractContextManager[Any]:
     """Let an export that follows values know those of parameters, too.
 
     Torch copies them from plain tensors alone, and leaves what memory held for all others.
@@ -239,24 +323,16 @@ def values_of_parameters() -> Iterator[None]:
     def of_parameters_too(dst: Tensor, src: Tensor | None) -> None:
         copy(dst, src.data if isinstance(src, nn.Parameter) else src)
 
-    meta_utils._safe_copy = of_parameters_too
-    try:
-        yield
-    finally:
-        meta_utils._safe_copy = copy
+    return mock.patch.object(meta_utils, "_safe_copy", of_parameters_too)
 
 
-@contextlib.contextmanager
-def plain_branches() -> Iterator[None]:
+def plain_branches() -> contextlib.AbstractContextManager[Any]:
     """Let `torch.cond` be Python's ``if``: one branch on what is known, refused on data."""
-    before = torch.cond
-    torch.cond = lambda pred, true_fn, false_fn, operands=(): (
-        true_fn(*operands) if pred else false_fn(*operands)
-    )
-    try:
-        yield
-    finally:
-        torch.cond = before
+
+    def branch(pred: Any, true_fn: Any, false_fn: Any, operands: Any = ()) -> Any:
+        return true_fn(*operands) if pred else false_fn(*operands)
+
+    return mock.patch.object(torch, "cond", branch)
 
 
 @contextlib.contextmanager
@@ -282,8 +358,7 @@ def _length(of: Any) -> Any:
     return of.shape[0] if isinstance(of, Tensor) and of.ndim else len(of)
 
 
-@contextlib.contextmanager
-def no_packed_sequences() -> Iterator[None]:
+def no_packed_sequences() -> contextlib.AbstractContextManager[Any]:
     """Refuse sequences that are packed by their lengths, which only their values know.
 
     `torch.export` fails where a layer looks at them, in words about its own tensors.
@@ -297,13 +372,8 @@ def no_packed_sequences() -> Iterator[None]:
             "of one direction"
         )
 
-    functions, names = vars(rnn), ("_pack_padded_sequence", "_pad_packed_sequence")
-    before = functions["_VF"]
-    functions["_VF"] = SimpleNamespace(**dict.fromkeys(names, refuse))
-    try:
-        yield
-    finally:
-        functions["_VF"] = before
+    names = ("_pack_padded_sequence", "_pad_packed_sequence")
+    return mock.patch.object(rnn, "_VF", SimpleNamespace(**dict.fromkeys(names, refuse)))
 
 
 # -- transformers 5.23 ---------------------------------------------------------------------------

@@ -20,12 +20,14 @@ from graphprune.frontend.patches import (
     lengths_followed,
     no_autocast_regions,
     no_cache_of_sizes,
+    no_collections,
     no_grad_regions,
     no_moves_in_place,
     no_packed_sequences,
     plain_branches,
     quiet_export,
-    whole_recurrent_layers,
+    sizes_compared_once,
+    whole_layers,
 )
 from graphprune.frontend.recurrences.replaced import loops_replaced
 from graphprune.ir.program import Note
@@ -102,11 +104,12 @@ def export_once(module: nn.Module, args: tuple[Any, ...], shapes: Any) -> Export
 def _all_patches(module: nn.Module, args: tuple[Any, ...]) -> Iterator[None]:
     device = pytree.tree_leaves(args)[0].device.type
     regions = no_autocast_regions(device), no_grad_regions()
-    layers = whole_recurrent_layers(), no_packed_sequences(), explicit_masks()
-    calls = quiet_export(), cheap_records(), no_cache_of_sizes()
+    layers = whole_layers(), no_packed_sequences(), explicit_masks()
+    calls = quiet_export(), cheap_records(), no_collections()
+    sizes = no_cache_of_sizes(), sizes_compared_once()
     code = no_moves_in_place(), plain_branches(), lengths_followed(module), loops_replaced(module)
     with contextlib.ExitStack() as stack:
-        for patch in (*calls, *code, *layers, *regions):
+        for patch in (*calls, *sizes, *code, *layers, *regions):
             stack.enter_context(patch)
         yield
 

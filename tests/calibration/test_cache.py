@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,19 +51,27 @@ def test_it_is_read_back_for_the_same_program_data_and_options(kept: Path) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"what": "others"}, "holds no others, but things"),
-        ({"program": program_of("gpt2")}, "holds the things of another program"),
-        ({"program": other_weights(program_of("llama-gqa"))}, "of this program with other weights"),
-        ({"calibration": calibration_of("llama-gqa", 1)}, "holds the things on other calibration"),
-        ({"seed": 2}, "holds the things for seed 1, not 2"),
-        ({"more": True}, "holds the things for more None, not True"),
+        (lambda: {"what": "others"}, "holds no others, but things"),
+        (lambda: {"program": program_of("gpt2")}, "holds the things of another program"),
+        (
+            lambda: {"program": other_weights(program_of("llama-gqa"))},
+            "of this program with other weights",
+        ),
+        (
+            lambda: {"calibration": calibration_of("llama-gqa", 1)},
+            "holds the things on other calibration",
+        ),
+        (lambda: {"seed": 2}, "holds the things for seed 1, not 2"),
+        (lambda: {"more": True}, "holds the things for more None, not True"),
     ],
 )
-def test_it_is_refused_for_anything_else(kept: Path, change: dict[str, Any], message: str) -> None:
+def test_it_is_refused_for_anything_else(
+    kept: Path, change: Callable[[], dict[str, Any]], message: str
+) -> None:
     given = {"what": "things", "program": program_of("llama-gqa"), "seed": 1}
     given["calibration"] = calibration_of("llama-gqa")
     with pytest.raises(CalibrationError, match=message):
-        read_cache(kept, **{**given, **change})
+        read_cache(kept, **{**given, **change()})
 
 
 def test_a_file_that_something_else_wrote_is_refused(tmp_path: Path) -> None:

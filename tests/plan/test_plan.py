@@ -512,7 +512,7 @@ def mutations() -> Iterator[tuple[str, str]]:
 
 def test_whatever_is_changed_in_a_plan_nothing_but_a_refusal_comes_of_it() -> None:
     program, result = program_of("llama-mha"), chain()[1]
-    carried_out = 0
+    carried_out: set[str] = set()
     for what, text in mutations():
         try:
             plan = Plan.from_json(text)
@@ -520,9 +520,11 @@ def test_whatever_is_changed_in_a_plan_nothing_but_a_refusal_comes_of_it() -> No
         except PlanError as error:
             assert "\n" not in str(error), what
             continue
-        carried_out += 1
         assert str(plan)
         assert all(plan.removed.values())
+        if (same := plan.to_json(None)) in carried_out:
+            continue
+        carried_out.add(same)
         for use in (lambda p: gp.apply(p, plan), lambda p: gp.verify(p, plan, result)):  # noqa: B023
             with contextlib.suppress(GraphPruneError):
                 use(program)

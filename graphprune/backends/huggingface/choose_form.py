@@ -298,16 +298,17 @@ class _FormSearch:
             return None, ""
         try:
             model = model_of(self.program, config, self.base_class)
+            if names := differing_buffers(self.program, model):
+                why = f"the model would compute {names[0]} from its config, with other values"
+                return None, why
+            return model, self._difference(model)
         except BackendError as error:
             return None, str(error)
-        if names := differing_buffers(self.program, model):
-            return None, f"the model would compute {names[0]} from its config, with other values"
-        return model, self._difference(model)
 
     def _difference(self, model: Any) -> str:
         """Say how `model` differs, in its structure or with the program's own weights."""
         if self.program.stand_ins:
-            return graph_difference(self.program, graph_of(model))
+            return graph_difference(self.program, graph_of(model, self.program))
         return self.trial.difference(model) or difference(self.program, model)
 
     def _unit_sizes(self, at: WeightDim) -> set[int]:

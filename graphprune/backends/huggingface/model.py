@@ -96,8 +96,10 @@ def model_of(program: Program, config: Any, model_class: Any) -> Any:
     return model.eval()
 
 
-def graph_of(model: Any) -> Program:
-    """Capture `model` with numbers in the place of dynamic sizes, to compare its graph.
+def graph_of(model: Any, program: Program) -> Program:
+    """Capture `model` with numbers in the place of dynamic sizes, to compare it with `program`.
+
+    A model that should be a decoder is captured as nothing else.
 
     Raises
     ------
@@ -106,7 +108,7 @@ def graph_of(model: Any) -> Program:
     """
     try:
         with quiet():
-            return capture_transformers(model, fixed=True)
+            return capture_transformers(model, program.is_decoder or None, fixed=True)
     except CaptureError as error:
         raise BackendError(str(error)) from error
 
