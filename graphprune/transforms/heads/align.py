@@ -43,7 +43,8 @@ class Aligned:
         Name of the heads -> how they come to be neighbors of those that they are equal to.
     errors
         Name of the heads -> relative squared error of "keys" (their products with queries),
-        "values" (what the outputs make of them) and "outputs" (after the refit).
+        "values" (what the outputs make of them, before they are fitted as they are attended to) and
+        "outputs" (after the refit).
     notes
         Name of the heads -> of what only the mean was taken, or what else was not done, and why.
     """
@@ -68,9 +69,10 @@ def align(
 ) -> Aligned:
     """Make the KV heads of every group of `chosen` equal.
 
-    Values take the best shared subspace of what outputs make of them, keys the best shared head of
-    what queries make of them (`transforms.heads.sharing`), and each output projection is the least
-    squares fit, damped towards its aligned self, of what it gave on the same inputs. Where keys or
+    Keys take the best shared head of what queries make of them; values, as they are then attended
+    to, the shared heads from which outputs come nearest to what they were
+    (`transforms.heads.sharing`); and each output projection is the least squares fit, damped
+    towards its aligned self, of what it gave on the same inputs. Where keys or
     values are no linear map of the inputs (a norm of their own), or their heads cannot be told
     apart, they are averaged, with the reason.
 
@@ -135,7 +137,13 @@ def align(
         if here:
             _observe(executions, segment, [fit.observe for fit in here])
             for fit in here:
-                edit(fit.share_heads)
+                edit(fit.share_keys)
+            for execution in executions:
+                execution.replace(changed)
+            if attending := [fit.observe_attended for fit in here if fit.attends]:
+                _observe(executions, segment, attending)
+            for fit in here:
+                edit(fit.share_values)
             for execution in executions:
                 execution.replace(changed)
             _observe(executions, segment, [fit.observe_shared for fit in here])

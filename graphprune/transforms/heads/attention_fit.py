@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from graphprune import ranks
 from graphprune.analysis.types import Types
 from graphprune.calibration.damping import damped
 from graphprune.errors import CalibrationError
+from graphprune.ir.interpreter import call
 from graphprune.ir.program import Program
 from graphprune.plan.steps import Permutation
 from graphprune.transforms.heads.grouping import Grouping, Groups, group_by_weights, reorderable
@@ -21,6 +23,7 @@ from graphprune.transforms.heads.merge import equal_heads
 from graphprune.transforms.heads.sharing import (
     Rotation,
     Shared,
+    attended_values,
     rotated_cost,
     shared_keys,
     shared_subspace,
@@ -33,15 +36,20 @@ _DISTANCES = 64
 _EXACT = 1e-4
 """Part of the squares up to which an operand is what its projection gave; rounding of bfloat16."""
 
+_AT_MOST = 4096
+"""Coordinates of value heads, as each query of their group attends to them, up to which products of
+all pairs are held: 128 MiB."""
+
 _SAME = 1e-2
 """Relative difference up to which two factors are one."""
 
 
 class AttentionFit:
-    """The heads of one attention made equal within each group, in two steps.
+    """The heads of one attention made equal within each group, in three steps.
 
-    `observe` and then `share_heads`: keys and values become those of shared heads. `observe_shared`
-    and then `refit_output`: the output projection makes up for what that changed.
+    `observe` and then `share_keys`: heads are grouped, and keys become those of shared heads.
+    `observe_attended` and then `share_values`: values do, as the shared keys let them be attended
+    to. `observe_shared` and then `refit_output`: the output projection makes up for the rest.
     """
 
     def __init__(
@@ -63,6 +71,10 @@ class AttentionFit:
         self._followed = tuple(_Followed() for _ in found.operands)
         self._before: list[Tensor] = []
         self._after: list[Tensor] = []
+        self._way: Groups = ()
+        self._linear = False
+        self._attended = 0  # batches whose attended values are counted in
+        self._sums = [torch.zeros((), dtype=torch.float64)] * 2
 
     # -- sharing heads --------------------------------------------------------------------------
 
@@ -106,8 +118,11 @@ class AttentionFit:
         turned = torch.complex(part[..., first], part[..., second])
         return torch.cat([turned, part[..., self.map.fixed] + 0j], -1)
 
-    def share_heads(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weights that change when the heads of each group become equal."""
+    def share_keys(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights that change when the keys of each group become equal.
+
+        So do values where they cannot be shared as they are attended to: they are averaged.
+        """
         self._add_up()
         # What is solved is small, and solved on the CPU.
         moments = [each.cpu() for each in (self._queries, self._keys, self._values)]
@@ -119,25 +134,19 @@ class AttentionFit:
             raise CalibrationError(f"{name}: its heads are not finite on the calibration data")
         outputs = self._columns(self.weights)
         uses = torch.einsum("oksd,okse->kde", outputs, outputs)
-        rotation, linear = self._rotation(), self._values_linear()
-        way = self._way(rotation, uses if linear else None)
-        new = {**weights, **equal_heads(weights, self.map.heads, way)}
-        fits: dict[str, list[Shared]] = {"keys": [], "values": []}
-        for group in way:
+        rotation, self._linear = self._rotation(), self._values_linear()
+        self._way = self._grouped(rotation, uses if self._linear else None)
+        new = {**weights, **equal_heads(weights, self.map.heads, self._way)}
+        if self._linear:
+            self._write(new, self.map.projections[2], list(range(len(uses))), lambda rows: rows)
+        fits = []
+        for group in self._way if rotation is not None else ():
             at = list(group)
-            if rotation is not None:
-                shared = shared_keys(_block(self._keys, at), self._queries[at], rotation)
-                self._share_keys(new, at, shared)
-                fits["keys"].append(shared)
-            if linear:
-                shared = shared_subspace(_block(self._values, at), uses[at])
-                self._share_values(new, at, shared)
-                fits["values"].append(shared)
-        self.errors |= {
-            what: sum(fit.error for fit in found) / max(sum(fit.total for fit in found), 1e-150)
-            for what, found in fits.items()
-            if found
-        }
+            fits.append(shared_keys(_block(self._keys, at), self._queries[at], rotation))
+            self._share_keys(new, at, fits[-1])
+        if fits:
+            total = max(sum(fit.total for fit in fits), 1e-150)
+            self.errors["keys"] = sum(fit.error for fit in fits) / total
         return {name: weight for name, weight in new.items() if weight is not weights[name]}
 
     def _add_up(self) -> None:
@@ -155,7 +164,7 @@ class AttentionFit:
             read |= {each.matrix.weight, *([each.bias] if each.bias else [])}
         return read
 
-    def _way(self, rotation: Rotation | None, uses: Tensor | None) -> Groups:
+    def _grouped(self, rotation: Rotation | None, uses: Tensor | None) -> Groups:
         """Choose which heads become one."""
         heads, size = self.map.heads, self.map.heads.size
         types = self.types if self.similar else None
@@ -220,17 +229,6 @@ class AttentionFit:
         self._write(new, key, at, lambda rows: _pooled(pool, rows))
         self._write(new, query, at, lambda rows: torch.einsum("kde,ksd...->kse...", factors, rows))
 
-    def _share_values(self, new: dict[str, Tensor], at: list[int], shared: Shared) -> None:
-        _, _, value, output = self.map.projections
-        scale = _scale(_block(self._values, at), shared.pool)
-        self._write(new, value, at, lambda rows: _pooled(shared.pool / scale, rows))
-        columns = self._columns(self.weights)[:, at]
-        factored = torch.einsum("oksd,kde->okse", columns, shared.factors * scale)
-        name = output.matrix.weight
-        whole = output.matrix.read(new[name])
-        whole[0][:, output.indices[at]] = factored.to(whole.dtype)
-        new[name] = output.matrix.write(new[name], whole)
-
     def _write(
         self,
         new: dict[str, Tensor],
@@ -256,6 +254,103 @@ class AttentionFit:
         output = self.map.projections[3]
         whole = output.matrix.read(weights[output.matrix.weight])[0].double()
         return whole[:, output.indices]
+
+    # -- sharing values ----------------------------------------------------------------------------
+
+    @property
+    def attends(self) -> bool:
+        """Whether values are fitted as they are attended to: else there would be too many."""
+        kv, slots, width = self.map.projections[3].indices.shape
+        return self._linear and kv * slots * width * len(self._way[0]) <= _AT_MOST
+
+    def observe_attended(self, values: Mapping[fx.Node, Any]) -> None:
+        """Count in what each query head makes of every value head of its group.
+
+        The attention is computed anew with the value heads of each group in turn.
+        """
+        _, _, operand, attended = self.map.operands
+        dim, table = operand.heads
+        width = len(self._way[0])
+        found = torch.empty(0)
+        for turn in range(width):
+            source = torch.arange(values[operand.node].shape[dim])
+            for group in self._way:
+                for place, head in enumerate(group):
+                    source[table[head]] = table[group[(place + turn) % width]]
+            turned = values[operand.node].index_select(dim, source.to(self.program.device))
+            made = attended.read({attended.node: self._computed(values, operand.node, turned)})
+            if not turn:
+                found = made.new_empty(*made.shape[:4], width, made.shape[4])
+            for group in self._way:
+                for place, head in enumerate(group):
+                    found[:, :, head, :, (place + turn) % width] = made[:, :, head]
+        # What comes out of the attention is what the output projection is given, but for a factor.
+        rows = found.flatten(0, 1).flatten(1, 2).flatten(2) / self._factor
+        given = self._before[self._attended] @ self._whole_output().mT
+        self._attended += 1
+        moments = torch.einsum("nua,nvb->uavb", rows, rows)
+        wanted = torch.einsum("nua,no->uao", rows, given)
+        self._sums = [self._sums[0] + moments, self._sums[1] + wanted]
+
+    def _computed(self, values: Mapping[fx.Node, Any], node: fx.Node, value: Tensor) -> Tensor:
+        """Return what the attention gives with another value of one of its operands."""
+        product = self.map.operands[3].node
+
+        def given(each: fx.Node) -> Any:
+            return value if each is node else values[each]
+
+        args, kwargs = fx.map_arg(product.args, given), fx.map_arg(product.kwargs, given)
+        made: Tensor = call(product, args, kwargs)  # type: ignore[arg-type]
+        return made
+
+    @property
+    def _factor(self) -> float:
+        """What comes out of the attention, as a multiple of what the output projection is given."""
+        return float(self._followed[3].turns[0, 0].real)
+
+    def _whole_output(self) -> Tensor:
+        """Return the output projection as it was, ``[out, in]``, float64."""
+        matrix = self.map.projections[3].matrix
+        return matrix.read(self.weights[matrix.weight])[0].double().to(self.program.device)
+
+    def share_values(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights that change when the values of each group become equal."""
+        if not self._linear:
+            return {}
+        weights = {name: deferred.made(weights[name]).cpu() for name in self._names()}
+        columns = self._columns(self.weights)
+        uses = torch.einsum("oksd,okse->kde", columns, columns)
+        blocks = [_block(self._values, list(group)) for group in self._way]
+        shared = [
+            shared_subspace(block, uses[list(group)])
+            for block, group in zip(blocks, self._way, strict=True)
+        ]
+        total = max(sum(fit.total for fit in shared), 1e-150)
+        self.errors["values"] = sum(fit.error for fit in shared) / total
+        outputs, pools = columns.clone(), torch.stack([fit.pool for fit in shared])
+        for group, fit in zip(self._way, shared, strict=True):
+            at = list(group)
+            outputs[:, at] = torch.einsum("oksd,kde->okse", columns[:, at], fit.factors)
+        if self.attends:
+            moments, wanted = (each.cpu() for each in ranks.padded_sum(self._sums))
+            self._sums = []
+            number = torch.tensor([self._group_of(head) for head in range(len(uses))])
+            users = number.repeat_interleave(columns.shape[2])
+            pools, found = attended_values(moments, wanted, pools, users, self.damp)
+            outputs = found.unflatten(0, columns.shape[1:3]).permute(2, 0, 1, 3)
+        new = dict(weights)
+        _, _, value, output = self.map.projections
+        whole = output.matrix.read(weights[output.matrix.weight])
+        for group, block, pool in zip(self._way, blocks, pools, strict=True):
+            at, scale = list(group), _scale(block, pool)
+            self._write(new, value, at, partial(_pooled, pool / scale))
+            whole[0][:, output.indices[at]] = (outputs[:, at] * scale).to(whole.dtype)
+        name = output.matrix.weight
+        new[name] = output.matrix.write(new[name], whole)
+        return {name: weight for name, weight in new.items() if weight is not weights[name]}
+
+    def _group_of(self, head: int) -> int:
+        return next(number for number, group in enumerate(self._way) if head in group)
 
     # -- refitting the output -------------------------------------------------------------------
 

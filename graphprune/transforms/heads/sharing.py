@@ -11,14 +11,17 @@ All moments are float64. A head has ``d`` coordinates, a group ``m`` heads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-_ROUNDS = 3
-"""Rounds of alternating least squares; more change the loss by less than draws of text do."""
+from graphprune.calibration.damping import damped
+
+_ROUNDS, _STEPS = 3, 12
+"""Rounds of alternating least squares, and steps of conjugate gradients in each where a half-step
+has no closed form; more change the loss by less than draws of text do."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,73 @@ def shared_subspace(moments: Tensor, weights: Tensor) -> Shared:
     factors = (root @ kept).reshape(heads, width, width)
     gains = gains.clamp(min=0)
     return Shared(pool, factors, float(gains[:-width].sum()), float(gains.sum()))
+
+
+def attended_values(
+    moments: Tensor, wanted: Tensor, pools: Tensor, group_of: Tensor, damp: float
+) -> tuple[Tensor, Tensor]:
+    """Return value heads and outputs that come nearest to what all heads together gave.
+
+    What query head ``u`` attends to differs from what others do, so that values are fitted as they
+    are attended to: with z_u what ``u`` makes of all value heads of its group g, P_g and O_u
+    minimize ``E |y - sum_u O_u P_g z_u|²``. Alternating least squares: outputs in closed form,
+    pools by some steps of conjugate gradients.
+
+    Parameters
+    ----------
+    moments
+        ``[u, m d, u, m d]``: second moments of the z_u.
+    wanted
+        ``[u, m d, out]``: second moments of the z_u with y.
+    pools
+        ``[groups, d, m d]``: what to begin with.
+    group_of
+        ``[u]``: the group of each query head.
+    damp
+        What is added to the diagonal when outputs are fitted, as a part of its mean.
+
+    Returns
+    -------
+    tuple
+        Pools as given, and outputs ``[u, out, d]``.
+    """
+    users, width = len(wanted), pools.shape[1]
+
+    def outputs_of(pools: Tensor) -> Tensor:
+        own = pools[group_of]
+        half = torch.einsum("uda,uavb->udvb", own, moments)
+        gram = torch.einsum("udvb,veb->udve", half, own).reshape(users * width, -1)
+        crossed = torch.einsum("uda,uao->udo", own, wanted).flatten(0, 1)
+        return torch.linalg.solve(damped(gram, damp), crossed).unflatten(0, (users, width)).mT
+
+    empty = torch.zeros_like(pools)
+    for _ in range(_ROUNDS):
+        outputs = outputs_of(pools)
+        uses = torch.einsum("uod,voe->udve", outputs, outputs)
+        pull = torch.einsum("uod,uao->uda", outputs, wanted)
+
+        def image(pools: Tensor, uses: Tensor = uses) -> Tensor:
+            made = torch.einsum("udve,vea->udva", uses, pools[group_of])
+            return empty.index_add(0, group_of, torch.einsum("udva,vaub->udb", made, moments))
+
+        pools = _descended(image, empty.index_add(0, group_of, pull), pools)
+    return pools, outputs_of(pools)
+
+
+def _descended(image: Callable[[Tensor], Tensor], wanted: Tensor, start: Tensor) -> Tensor:
+    """Return `start` after some steps of conjugate gradients towards ``image(x) = wanted``."""
+    found, left = start, wanted - image(start)
+    direction, size = left, float(left.square().sum())
+    enough = 1e-20 * size
+    for _ in range(_STEPS):
+        if size <= enough:
+            break
+        moved = image(direction)
+        step = size / float((direction * moved).sum())
+        found, left = found + step * direction, left - step * moved
+        last, size = size, float(left.square().sum())
+        direction = left + size / last * direction
+    return found
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from graphprune.transforms.heads.sharing import (
     Rotation,
+    attended_values,
     rotated_cost,
     shared_keys,
     shared_subspace,
@@ -70,6 +71,42 @@ def test_heads_that_differ_by_an_invertible_map_share_one_without_loss() -> None
     shared = shared_subspace(moments, uses_of(3))
     assert shared.error <= 1e-9 * shared.total
     assert lost(moments, uses_of(3), shared.pool, shared.factors) <= 1e-9 * shared.total
+
+
+def test_values_are_fitted_as_each_query_attends_to_them() -> None:
+    users, out, width = 4, 6, 2 * WIDTH  # two groups of two value heads each
+    rows, wanted = drawn(300, users, width, seed=1), drawn(300, out, seed=2)
+    wanted = wanted + (rows.flatten(1) @ drawn(users * width, out, seed=3))
+    group_of = torch.tensor([0, 0, 1, 1])
+    start = torch.eye(width, dtype=torch.float64)[:WIDTH].expand(2, WIDTH, width).contiguous()
+    moments = torch.einsum("nua,nvb->uavb", rows, rows)
+    crossed = torch.einsum("nua,no->uao", rows, wanted)
+    pools, outputs = attended_values(moments, crossed, start, group_of, 1e-9)
+
+    def left(pools: Tensor) -> tuple[float, Tensor]:
+        """What the best outputs leave, by least squares on rows."""
+        made = torch.einsum("uda,nua->nud", pools[group_of], rows).flatten(1)
+        best = torch.linalg.lstsq(made, wanted).solution
+        return float((wanted - made @ best).square().sum()), best
+
+    error, best = left(pools)
+    torch.testing.assert_close(outputs.mT.flatten(0, 1), best, rtol=1e-4, atol=1e-4)
+    # By another way: the same sum of squares, descended by its gradient.
+    free = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([free], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        made = torch.einsum("uda,nua->nud", free[group_of], rows).flatten(1)
+        solved = torch.linalg.solve(made.mT @ made, made.mT @ wanted)
+        loss = (wanted - made @ solved).square().sum()
+        loss.backward()
+        return float(loss.detach())
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    best_error = left(free.detach())[0]
+    first = left(start)[0]
+    assert error < first - 0.8 * (first - best_error)
 
 
 def test_heads_of_no_power_share_a_head_of_none() -> None:
