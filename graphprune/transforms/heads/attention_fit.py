@@ -336,7 +336,8 @@ class AttentionFit:
             self._sums = []
             number = torch.tensor([self._group_of(head) for head in range(len(uses))])
             users = number.repeat_interleave(columns.shape[2])
-            pools, found = attended_values(moments, wanted, pools, users, self.damp)
+            begun = outputs.permute(1, 2, 0, 3).flatten(0, 1)
+            pools, found = attended_values(moments, wanted, pools, begun, users, self.damp)
             outputs = found.unflatten(0, columns.shape[1:3]).permute(2, 0, 1, 3)
         new = dict(weights)
         _, _, value, output = self.map.projections

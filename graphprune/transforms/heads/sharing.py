@@ -75,7 +75,12 @@ def shared_subspace(moments: Tensor, weights: Tensor) -> Shared:
 
 
 def attended_values(
-    moments: Tensor, wanted: Tensor, pools: Tensor, group_of: Tensor, damp: float
+    moments: Tensor,
+    wanted: Tensor,
+    pools: Tensor,
+    outputs: Tensor,
+    group_of: Tensor,
+    damp: float,
 ) -> tuple[Tensor, Tensor]:
     """Return value heads and outputs that come nearest to what all heads together gave.
 
@@ -90,8 +95,8 @@ def attended_values(
         ``[u, m d, u, m d]``: second moments of the z_u.
     wanted
         ``[u, m d, out]``: second moments of the z_u with y.
-    pools
-        ``[groups, d, m d]``: what to begin with.
+    pools, outputs
+        What to begin with, ``[groups, d, m d]`` and ``[u, out, d]``; outputs are drawn to these.
     group_of
         ``[u]``: the group of each query head.
     damp
@@ -100,16 +105,19 @@ def attended_values(
     Returns
     -------
     tuple
-        Pools as given, and outputs ``[u, out, d]``.
+        Pools and outputs as given.
     """
     users, width = len(wanted), pools.shape[1]
+    start = outputs.mT.flatten(0, 1)
 
     def outputs_of(pools: Tensor) -> Tensor:
         own = pools[group_of]
         half = torch.einsum("uda,uavb->udvb", own, moments)
         gram = torch.einsum("udvb,veb->udve", half, own).reshape(users * width, -1)
         crossed = torch.einsum("uda,uao->udo", own, wanted).flatten(0, 1)
-        return torch.linalg.solve(damped(gram, damp), crossed).unflatten(0, (users, width)).mT
+        regular = damped(gram, damp)
+        found = start + torch.linalg.solve(regular, crossed - gram @ start)
+        return found.unflatten(0, (users, width)).mT
 
     empty = torch.zeros_like(pools)
     for _ in range(_ROUNDS):

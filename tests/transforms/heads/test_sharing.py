@@ -81,7 +81,8 @@ def test_values_are_fitted_as_each_query_attends_to_them() -> None:
     start = torch.eye(width, dtype=torch.float64)[:WIDTH].expand(2, WIDTH, width).contiguous()
     moments = torch.einsum("nua,nvb->uavb", rows, rows)
     crossed = torch.einsum("nua,no->uao", rows, wanted)
-    pools, outputs = attended_values(moments, crossed, start, group_of, 1e-9)
+    none = torch.zeros(users, out, WIDTH, dtype=torch.float64)
+    pools, outputs = attended_values(moments, crossed, start, none, group_of, 1e-9)
 
     def left(pools: Tensor) -> tuple[float, Tensor]:
         """What the best outputs leave, by least squares on rows."""
