@@ -17,6 +17,7 @@ from graphprune.errors import CalibrationError
 from graphprune.ir.interpreter import call
 from graphprune.ir.program import Program
 from graphprune.plan.steps import Permutation
+from graphprune.transforms.heads.followed import Followed, alike
 from graphprune.transforms.heads.grouping import Grouping, Groups, group_by_weights, reorderable
 from graphprune.transforms.heads.layout import HeadMap, Projection
 from graphprune.transforms.heads.merge import equal_heads
@@ -33,15 +34,9 @@ from graphprune.weights import deferred
 _DISTANCES = 64
 """Positions between a query and a key over which products are averaged."""
 
-_EXACT = 1e-4
-"""Part of the squares up to which an operand is what its projection gave; rounding of bfloat16."""
-
 _AT_MOST = 4096
 """Coordinates of value heads, as each query of their group attends to them, up to which products of
 all pairs are held: 128 MiB."""
-
-_SAME = 1e-2
-"""Relative difference up to which two factors are one."""
 
 
 class AttentionFit:
@@ -68,7 +63,7 @@ class AttentionFit:
         self.errors: dict[str, float] = {}
         self.reordering: tuple[Permutation, ...] = ()
         self._queries = self._keys = self._values = torch.zeros((), dtype=torch.float64)
-        self._followed = tuple(_Followed() for _ in found.operands)
+        self._followed = tuple(Followed() for _ in found.operands)
         self._before: list[Tensor] = []
         self._after: list[Tensor] = []
         self._way: Groups = ()
@@ -139,12 +134,12 @@ class AttentionFit:
         new = {**weights, **equal_heads(weights, self.map.heads, self._way)}
         if self._linear:
             self._write(new, self.map.projections[2], list(range(len(uses))), lambda rows: rows)
-        fits = []
-        for group in self._way if rotation is not None else ():
-            at = list(group)
-            fits.append(shared_keys(_block(self._keys, at), self._queries[at], rotation))
-            self._share_keys(new, at, fits[-1])
-        if fits:
+        if rotation is not None:
+            fits = []
+            for group in self._way:
+                at = list(group)
+                fits.append(shared_keys(_block(self._keys, at), self._queries[at], rotation))
+                self._share_keys(new, at, fits[-1])
             total = max(sum(fit.total for fit in fits), 1e-150)
             self.errors["keys"] = sum(fit.error for fit in fits) / total
         return {name: weight for name, weight in new.items() if weight is not weights[name]}
@@ -202,7 +197,7 @@ class AttentionFit:
         if not why:
             ratio = query.turns[:shared] / turns[:shared]
             steady = turns.abs() / turns[0].abs()
-            if not (_alike(ratio / ratio[0, 0]) and _alike(steady)):
+            if not (alike(ratio / ratio[0, 0]) and alike(steady)):
                 why = "queries and keys are scaled apart by position or coordinate"
         if why:
             self.notes.append(f"keys: {why}")
@@ -215,7 +210,7 @@ class AttentionFit:
         """Tell whether values and outputs are linear in what the heads hold; if not, note why."""
         for each in self._followed[2:]:
             why = each.reason()
-            if not why and not _alike(each.turns / each.turns[0, 0]):
+            if not why and not alike(each.turns / each.turns[0, 0]):
                 why = "coordinates are scaled apart"
             if why:
                 self.notes.append(f"values: {why}")
@@ -300,7 +295,7 @@ class AttentionFit:
             return value if each is node else values[each]
 
         args, kwargs = fx.map_arg(product.args, given), fx.map_arg(product.kwargs, given)
-        made: Tensor = call(product, args, kwargs)  # type: ignore[arg-type]
+        made: Tensor = call(product, args, kwargs)
         return made
 
     @property
@@ -381,62 +376,6 @@ class AttentionFit:
         self._before, self._after = [], []
         whole = best[None].to(weights[matrix.weight].dtype)
         return {matrix.weight: matrix.write(weights[matrix.weight], whole)}
-
-
-class _Followed:
-    """An operand, compared with what its projection made, each position times its own factors."""
-
-    def __init__(self) -> None:
-        self._crossed = torch.zeros(0, 0, dtype=torch.complex128)
-        self._power = torch.zeros(0, 0, dtype=torch.float64)
-        self._total = torch.zeros((), dtype=torch.float64)
-        self.misfits = torch.zeros((), dtype=torch.int64)
-        """Batches whose operand is not one for each input."""
-
-    def add(self, made: Tensor, seen: Tensor) -> None:
-        """Count in ``[batch, positions, kv, slots, coordinates]``, complex, of both."""
-        over = (0, 2, 3)
-        self._crossed = _added(self._crossed, (made.conj() * seen).sum(over))
-        self._power = _added(self._power, made.abs().square().sum(over))
-        self._total = self._total + seen.abs().square().sum()
-
-    @property
-    def sums(self) -> list[Tensor]:
-        """All that is added up over batches."""
-        return [self._crossed, self._power, self._total, self.misfits]
-
-    @sums.setter
-    def sums(self, sums: Sequence[Tensor]) -> None:
-        self._crossed, self._power, self._total, self.misfits = sums
-
-    @property
-    def turns(self) -> Tensor:
-        """The factors, ``[positions, coordinates]``."""
-        return (self._crossed / self._power.clamp(min=1e-150)).cpu()
-
-    def reason(self) -> str:
-        """Return why it is not that, or ""."""
-        if self.misfits:
-            return "they are not one for each input"
-        explained = self._crossed.abs().square() / self._power.clamp(min=1e-150)
-        if self._total - explained.sum() > _EXACT * self._total:
-            return "more is done with them than to rotate them by position"
-        return ""
-
-
-def _added(one: Tensor, other: Tensor) -> Tensor:
-    """Return the sum of tables of which one may have more rows."""
-    if len(one) < len(other):
-        one, other = other, one
-    if not len(other):
-        return one
-    found = one.clone()
-    found[: len(other)] += other
-    return found
-
-
-def _alike(factors: Tensor) -> bool:
-    return bool(((factors - 1).abs() < _SAME).all())
 
 
 def _block(moments: Tensor, at: Sequence[int]) -> Tensor:
