@@ -147,8 +147,10 @@ def test_what_cannot_be_refitted_is_refused(passes: tuple[Any, ...], message: st
         run("llama-gqa", *passes)
 
 
-@pytest.mark.parametrize("init", ["mean", "aligned"])
-def test_what_is_behind_merged_heads_is_refitted_towards_the_original(init: Any) -> None:
+@pytest.mark.parametrize(("init", "left"), [("mean", 0.6), ("aligned", 0.95)])
+def test_what_is_behind_merged_heads_is_refitted_towards_the_original(
+    init: Any, left: float
+) -> None:
     merge = MergeKvHeads(1, init=init)
     bare, result = run("llama-mha", merge), run("llama-mha", merge, Reconstruct(), Verify())
     fitted = {name for name, weight in result.program.weights.items() if "o_proj" in name}
@@ -160,7 +162,8 @@ def test_what_is_behind_merged_heads_is_refitted_towards_the_original(init: Any)
     expected, worse, better = (
         p(**batch)["logits"] for p in (program, bare.program, result.program)
     )
-    assert (better - expected).norm() < 0.9 * (worse - expected).norm()
+    # What is aligned was fitted to the same data.
+    assert (better - expected).norm() < left * (worse - expected).norm()
 
 
 def test_cuts_and_merges_are_refitted_by_turns() -> None:
