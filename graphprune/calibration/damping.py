@@ -22,6 +22,20 @@ def damped(gram: Tensor, damp: float) -> Tensor:
     return gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * damp * mean
 
 
+def damped_factor(gram: Tensor, damp: float) -> Tensor:
+    """Return the Cholesky factor of `gram`, ``[in, in]``, with `damp` added as `damped` does.
+
+    Raises
+    ------
+    CalibrationError
+        When inputs are too alike in spite of the damping.
+    """
+    factor, failed = torch.linalg.cholesky_ex(damped(gram, damp))
+    if int(failed):
+        raise CalibrationError("its inputs are too alike to refit: give more data or damp")
+    return factor
+
+
 def without_columns(weight: Tensor, gram: Tensor, gone: Tensor, damp: float) -> Tensor:
     """Return the matrix without some columns that gives most nearly the same outputs.
 
@@ -44,9 +58,7 @@ def without_columns(weight: Tensor, gram: Tensor, gone: Tensor, damp: float) -> 
     CalibrationError
         When the inputs are too much alike in spite of the damping.
     """
-    factor, failed = torch.linalg.cholesky_ex(damped(gram[~gone][:, ~gone], damp))
-    if int(failed):
-        raise CalibrationError("its inputs are too alike to refit: give more data or damp")
+    factor = damped_factor(gram[~gone][:, ~gone], damp)
     lost = weight[:, gone] @ gram[gone][:, ~gone]
     best = torch.zeros_like(weight)
     best[:, ~gone] = weight[:, ~gone] + torch.cholesky_solve(lost.mT, factor).mT

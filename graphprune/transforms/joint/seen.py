@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, fx
 
 from graphprune import ranks
-from graphprune.calibration.damping import DAMPS, UNTRIED_DAMP
+from graphprune.calibration.damping import DAMPS, UNTRIED_DAMP, damped_factor
 from graphprune.training.local import squares_of_rows
 from graphprune.transforms.joint.addends import Addends
-from graphprune.transforms.joint.sums import HeldOutSums, factor_of, held_out
+from graphprune.transforms.joint.sums import HeldOutSums, held_out
 
 SWEEPS, STILL = 100, 1e-8
 """How often all experts are fitted in turn at most, and the part of what is left to be explained by
@@ -182,7 +182,7 @@ def _together(
     rows: _ByUnit, grams: Mapping[int, Tensor], lacks: Tensor, damp: float
 ) -> dict[int, Tensor]:
     """Return the changes of all units that explain most of what is lacking."""
-    factors = {unit: factor_of(gram, damp) for unit, gram in grams.items()}
+    factors = {unit: damped_factor(gram, damp) for unit, gram in grams.items()}
     left = lacks.clone()
     changes = {u: lacks.new_zeros(lacks.shape[1], x.shape[1]) for u, (x, _) in rows.items()}
     size = float(left.square().sum())

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from graphprune import ranks
-from graphprune.calibration.damping import damped
-from graphprune.errors import CalibrationError
+from graphprune.calibration.damping import damped_factor
 
 HELD_OUT = 8
 """One in so many tokens, the last ones of each batch, is not fitted to: what predicts them best is
@@ -21,20 +20,6 @@ the damping."""
 def held_out(count: int, device: torch.device) -> Tensor:
     """Return which of so many tokens are not fitted to: neighbors at the end."""
     return torch.arange(count, device=device) >= count - count // HELD_OUT
-
-
-def factor_of(gram: Tensor, damp: float) -> Tensor:
-    """Return the Cholesky factor of the products of all pairs of inputs, damped.
-
-    Raises
-    ------
-    CalibrationError
-        When inputs are too alike in spite of the damping.
-    """
-    factor, failed = torch.linalg.cholesky_ex(damped(gram, damp))
-    if int(failed):
-        raise CalibrationError("inputs are too alike to refit: give more data or damp")
-    return factor
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +67,7 @@ class Sums:
 
     def change(self, damp: float) -> Tensor:
         """Return the change that explains most, ``[in, out]``."""
-        return torch.cholesky_solve(self.cross, factor_of(self.gram, damp))
+        return torch.cholesky_solve(self.cross, damped_factor(self.gram, damp))
 
     def error(self, change: Tensor) -> float:
         """Return the mean square of what is lacking after a change ``[in, out]``."""
