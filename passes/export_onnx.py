@@ -62,10 +62,14 @@ class ExportOnnx(Pass):
         What embeddings become, of the same; by default they stay, but one that is the head's matrix
         as well is what that is.
     activations
-        "float", or "int8": rounded too where they meet quantized weights, faster on a CPU.
+        "float", or "int8": rounded too where they meet quantized weights. By default rounded where
+        a model makes tokens one by one on a CPU, whose products of one token that makes four times
+        as fast.
     zeros
-        Whether blocks of "default" have a zero of their own: often closer to what weights were, but
-        larger and slower. What the other algorithms make has them.
+        Whether blocks of four bits by "default" have a zero of their own, which halves what
+        quantizing costs in loss (Gemma 3 270M: 0.25 nats in place of 0.49). Without them products
+        of one token are a sixth faster on a CPU, those of a prompt no faster, and loss and speed
+        are those of onnxruntime-genai's builder. What the other algorithms make has them.
     check
         Whether to check the file with `onnx.checker` once it is written, and to run it in ONNX
         Runtime; a directory by the whole protocol of `graphprune.backends.onnx.parity`. A quantized
@@ -113,8 +117,8 @@ class ExportOnnx(Pass):
     algorithm: Literal["default", "hqq", "k-quant"] = "default"
     head: Literal["int4", "int8", "float"] | None = None
     embedding: Literal["int4", "int8", "float"] | None = None
-    activations: Literal["float", "int8"] = "float"
-    zeros: bool = False
+    activations: Literal["float", "int8"] | None = None
+    zeros: bool = True
     check: bool = True
 
     def __post_init__(self) -> None:

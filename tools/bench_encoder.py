@@ -25,7 +25,9 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from bench_quantized import TABLES, keep, session_of
+from bench_quantized import TABLES
+from onnx_routes import session
+from quantized_table import keep
 
 import graphprune as gp
 from graphprune.backends.onnx import export as backend
@@ -65,9 +67,9 @@ def main(
             for kind, chosen in {**KINDS, "int8, activations too": QUANTIZED_ACTIVATIONS}.items():
                 path = Path(folder) / f"{number}_{re.sub(r'[^a-z0-9]+', '_', kind)}.onnx"
                 made = backend.export(program, path, target="cpu", check=False, quantization=chosen)
-                session = session_of(str(path))
-                row = {"recipe": recipe, "kind": kind, "bytes": made.bytes, "session": session}
-                row |= {"embeddings": _embeddings(session, batch), "macs": _macs(program)}
+                opened = session(path, 1)
+                row = {"recipe": recipe, "kind": kind, "bytes": made.bytes, "session": opened}
+                row |= {"embeddings": _embeddings(opened, batch), "macs": _macs(program)}
                 rows.append(row)
                 print(recipe, kind, made.bytes, file=sys.stderr, flush=True)
         _time(rows, batch)
@@ -80,16 +82,16 @@ def _macs(program: gp.Program) -> float:
     return float(Costs(gp.analyze(program)).after("macs", {}))
 
 
-def _feeds(session: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def _feeds(opened: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     ids = batch["input_ids"]
     filled = {"attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
     given = {**filled, **batch}
-    return {value.name: given[value.name].numpy() for value in session.get_inputs()}
+    return {value.name: given[value.name].numpy() for value in opened.get_inputs()}
 
 
-def _embeddings(session: Any, batch: Mapping[str, torch.Tensor]) -> Any:
+def _embeddings(opened: Any, batch: Mapping[str, torch.Tensor]) -> Any:
     """Return unit vectors, ``[sentences, hidden]``."""
-    (states,) = session.run(["last_hidden_state"], _feeds(session, batch))
+    (states,) = opened.run(["last_hidden_state"], _feeds(opened, batch))
     means = states.mean(axis=1)  # every window is full
     return means / np.linalg.norm(means, axis=-1, keepdims=True)
 

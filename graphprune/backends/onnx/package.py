@@ -85,13 +85,6 @@ PARITY = "parity.json"
 PackageLayout = Literal["optimum", "genai", "browser"]
 
 _FORMAT, _VERSION = "graphprune-onnx", 1
-_PROVIDERS: dict[Target | None, str] = {
-    None: "cpu",
-    "cpu": "cpu",
-    "portable": "cpu",
-    "cuda": "cuda",
-    "tensorrt": "tensorrt",
-}
 
 
 @dataclass(frozen=True)
@@ -236,6 +229,9 @@ def write_package(
     """
     program = last_only(program) if logits == "last" else program
     parts, proven, why_whole = proven_parts(program, _checked(program, layout, quantization))
+    if quantization is not None:
+        by_token = parts is not None or any(value.is_cache for value in program.inputs)
+        quantization = quantization.settled(target, by_token=by_token)
     with staged_directory(directory) as staged:
         describe = archive.describe(program)
         if parts is not None:
@@ -261,7 +257,6 @@ def write_package(
         describe(staged, not_in_models(program, models_in(staged), report.quantized))
         notes = [*report.notes, *why_whole, *_write_config(program, staged)]
         forms = forms_in(report.attention)
-        # Where it was not run, it is known by its form: one operator keeps every cache.
         quantized = None
         if quantization is not None:
             quantized = {**quantization.to_dict(), "distances": dict(report.quantized)}
@@ -275,6 +270,7 @@ def write_package(
                 quantized["quality"] = said[0].to_dict()
             unknown = "what quantizing costs was not measured: there are no samples"
             notes.append(unknown if said is None else str(said[0]))
+        # Where it was not run, it is known by its form: one operator keeps every cache.
         shares = SHARED in report.parity if report.parity else forms in ({"gqa"}, {"static"})
         if parts is not None:
             genai, why = speech_config(program, parts)
@@ -293,7 +289,7 @@ def write_package(
             "format": _FORMAT,
             "version": _VERSION,
             "target": target,
-            "provider": provider_name(_PROVIDERS[target]),
+            "provider": provider_name(target if target in ("cuda", "tensorrt") else "cpu"),
             "dtype": type_name(program.outputs[0].dtype),
             "opset": report.opset,
             "padding": "right" if "gqa" in forms else "both",

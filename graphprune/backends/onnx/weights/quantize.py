@@ -59,11 +59,11 @@ class Quantization:
         What matrices become whose rows are picked; None for "float", but where the head is the same
         matrix, that.
     activations
-        What a product is computed with: "float", or "int8" for activations that are rounded too,
-        which is faster on a CPU. What hqq makes takes "float" only.
+        What a product is computed with: "float", or "int8" for activations that are rounded too.
+        None for what `settled` finds to be faster. What hqq makes takes "float" only.
     zeros
-        Whether blocks have a zero of their own, in place of the middle of their range; what "hqq"
-        and "k-quant" make has. Without them "default" is smaller and faster.
+        Whether blocks of four bits have a zero of their own, in place of the middle of their
+        range; what "hqq" and "k-quant" make has. With eight bits there is nothing to gain by it.
     named
         What single matrices become, by name, whatever else is said.
 
@@ -78,8 +78,8 @@ class Quantization:
     algorithm: Algorithm = "default"
     head: Bits | None = None
     embedding: Bits | None = None
-    activations: Activations = "float"
-    zeros: bool = False
+    activations: Activations | None = None
+    zeros: bool = True
     named: Mapping[str, Bits] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -90,10 +90,25 @@ class Quantization:
         if self.activations == "int8" and self.algorithm == "hqq":
             raise UsageError("activations=int8 is not for hqq: its zeros are no whole numbers")
 
-    @property
-    def symmetric(self) -> bool:
-        """Whether blocks have no zeros of their own."""
-        return self.algorithm == "default" and not self.zeros
+    def settled(self, target: Target | None, *, by_token: bool) -> Quantization:
+        """Return this with what it leaves open about activations said.
+
+        Parameters
+        ----------
+        target
+            What runs the model. ONNX Runtime's kernels on a CPU multiply one rounded row four times
+            as fast as one that is not rounded, and many rows hardly differently.
+        by_token
+            Whether the model is run a token at a time.
+        """
+        if self.activations is not None:
+            return self
+        rounded = by_token and target == "cpu" and self.algorithm != "hqq"
+        return dataclasses.replace(self, activations="int8" if rounded else "float")
+
+    def symmetric(self, bits: int) -> bool:
+        """Return whether blocks of so many bits have no zeros of their own."""
+        return self.algorithm == "default" and (bits == 8 or not self.zeros)
 
     def check(self, target: Target | None) -> None:
         """Refuse a target that has no operators for it, and a quantizer that is not there.
@@ -200,16 +215,15 @@ def quantize(
     for value in wanted:
         turned = uses[value][0].turned
         columns = int(value.shape[0 if turned else 1])  # type: ignore[index,arg-type]
-        check_matrix(str(value.name), columns, bits[value], chosen.block, chosen.algorithm)
+        check_matrix(str(value.name), columns, chosen.block)
     scratch, distances = ScratchFile(), dict[str, float]()
     model.opset_imports.setdefault("com.microsoft", 1)
     for value in wanted:
         array = value.const_value.numpy()  # type: ignore[union-attr]
         matrix = array.T if uses[value][0].turned else array
         given = matrix.astype(np.float32, copy=False)
-        found = quantized(
-            given, bits[value], chosen.block, chosen.algorithm, symmetric=chosen.symmetric
-        )
+        symmetric = chosen.symmetric(bits[value])
+        found = quantized(given, bits[value], chosen.block, chosen.algorithm, symmetric=symmetric)
         distances[str(value.name)] = _distance(given, found)
         name = f"{value.name}.transposed" if uses[value][0].turned else str(value.name)
         parts = _initializers(model, name, found, matrix.dtype, scratch)

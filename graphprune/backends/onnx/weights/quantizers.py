@@ -30,7 +30,8 @@ _CONFIGS: dict[Algorithm, str] = {
 }
 
 _PAIRED: Algorithm = "k-quant"
-"""It writes two zeros of 4 bits into a byte across rows, which operators read within a row."""
+"""It writes two zeros of 4 bits into a byte across rows, which operators read within a row: so a
+row gets an even number of blocks."""
 
 _PIECE = 2**27
 """Bytes of a matrix that are quantized at a time."""
@@ -66,7 +67,7 @@ def check_quantizer(bits: int, block: int, algorithm: Algorithm) -> None:
         ) from error
 
 
-def check_matrix(name: str, columns: int, bits: int, block: int, algorithm: Algorithm) -> None:
+def check_matrix(name: str, columns: int, block: int) -> None:
     """Refuse a matrix whose `columns` a block does not divide.
 
     Raises
@@ -74,13 +75,11 @@ def check_matrix(name: str, columns: int, bits: int, block: int, algorithm: Algo
     UsageError
         Naming it, and a block that does.
     """
-    step = 2 * block if bits == 4 and algorithm == _PAIRED else block
-    if columns % step == 0:
+    if columns % block == 0:
         return
-    fitting = [each for each in _BLOCKS if columns % (each * step // block) == 0]
+    fitting = [each for each in _BLOCKS if columns % each == 0]
     hint = f"{fitting[-1]} does" if fitting else f"no block does, the least is {_BLOCKS[0]}"
-    what = f"blocks of {block}" + (", of which there must be pairs," if step > block else "")
-    raise UsageError(f"{what} do not divide the {columns} columns of {name}: {hint}")
+    raise UsageError(f"blocks of {block} do not divide the {columns} columns of {name}: {hint}")
 
 
 def quantized(
@@ -95,6 +94,12 @@ def quantized(
     BackendError
         When the quantizer fails.
     """
+    blocks = matrix.shape[1] // block
+    if bits == 4 and algorithm == _PAIRED and blocks % 2:
+        even = np.pad(matrix, ((0, 0), (0, block)))
+        found = quantized(even, bits, block, algorithm)
+        own = found.scales.reshape(len(matrix), -1)[:, :blocks]
+        return Blocks(bits, found.packed[:, :blocks], own, found.zeros)
     count = max(_PIECE // max(matrix.shape[1] * matrix.itemsize, 1), 1)
     pieces = [
         _piece(matrix[first : first + count], bits, block, algorithm, symmetric)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from graphprune.backends.onnx.weights.quantize import BITS, Bits, Quantization
+from graphprune.backends.onnx.weights.quantize import Bits, Quantization
 from graphprune.backends.onnx.weights.quantizers import check_matrix
 from graphprune.ir.aten import PRODUCTS, name_of
 from graphprune.ir.nodes import arguments_of
@@ -34,7 +34,7 @@ def check_widths(program: Program, chosen: Quantization) -> None:
     """
     for name, kind, columns, _ in _matrices(program, chosen):
         if kind != "float":
-            check_matrix(name, columns, BITS[kind], chosen.block, chosen.algorithm)
+            check_matrix(name, columns, chosen.block)
 
 
 def kinds_of(program: Program, chosen: Quantization) -> dict[str, Bits]:

@@ -264,7 +264,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokens = torch.arange(18).reshape(3, 6)
     samples = [{**inputs_of("t5"), "decoder_input_ids": tokens, "labels": (tokens + 1) % 53}]
     folder = tmp_path_factory.mktemp("quantized") / "out"
-    chosen = Quantization("int4", activations="int8")
+    chosen = Quantization("int4")
     write_package(program, folder, target="cpu", quantization=chosen, samples=samples)
     return folder
 

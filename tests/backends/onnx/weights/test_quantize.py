@@ -49,7 +49,7 @@ def samples() -> list[dict[str, torch.Tensor]]:
 @pytest.fixture(scope="module")
 def package(llama: Program, samples: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quantized") / "out"
-    chosen = Quantization("int4", activations="int8")
+    chosen = Quantization("int4")
     write_package(llama, folder, target="cpu", quantization=chosen, samples=samples)
     return folder
 
@@ -58,11 +58,12 @@ def package(llama: Program, samples: Any, tmp_path_factory: pytest.TempPathFacto
     ("algorithm", "symmetric"),
     [("default", False), ("default", True), ("hqq", False), ("k-quant", False)],
 )
+@pytest.mark.parametrize("columns", [64, 48])
 def test_values_are_those_that_the_runtime_multiplies_with(
-    algorithm: Algorithm, symmetric: bool
+    algorithm: Algorithm, symmetric: bool, columns: int
 ) -> None:
     helper = onnx.helper
-    matrix = np.random.default_rng(0).standard_normal((10, 64), dtype=np.float32)
+    matrix = np.random.default_rng(0).standard_normal((10, columns), dtype=np.float32)
     blocks = quantized(matrix, 4, 16, algorithm, symmetric=symmetric)
     assert (blocks.zeros is None) == symmetric
     given = {"B": blocks.packed, "S": blocks.scales, "Z": blocks.zeros}
@@ -74,17 +75,18 @@ def test_values_are_those_that_the_runtime_multiplies_with(
         domain="com.microsoft",
         bits=4,
         block_size=16,
-        K=64,
+        K=columns,
         N=10,
     )
     kind = onnx.TensorProto.FLOAT
-    ends = [helper.make_tensor_value_info(n, kind, [64, s]) for n, s in (("x", 64), ("y", 10))]
+    sizes = {"x": columns, "y": 10}
+    ends = [helper.make_tensor_value_info(n, kind, [columns, s]) for n, s in sizes.items()]
     held = [onnx.numpy_helper.from_array(array, name) for name, array in inits.items()]
     graph = helper.make_graph([node], "g", ends[:1], ends[1:], held)
     imports = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=imports, ir_version=8)
     session = onnxruntime.InferenceSession(model.SerializeToString())
-    (found,) = session.run(None, {"x": np.eye(64, dtype=np.float32)})
+    (found,) = session.run(None, {"x": np.eye(columns, dtype=np.float32)})
     np.testing.assert_allclose(blocks.values().T, found, atol=1e-6)
 
 
@@ -113,7 +115,7 @@ def test_the_graph_reads_blocks_and_one_copy_serves_head_and_embedding(package: 
     }
     rows, packed = places[f"{EMBEDDING}.int4.rows"], places[f"{EMBEDDING}.int4"]
     assert (rows["offset"], rows["location"]) == (packed["offset"], packed["location"])
-    assert not [name for name in places if name.endswith(".zeros")]
+    assert all(len(node.input) == 4 for node in products)  # blocks have zeros of their own
 
 
 def test_what_positions_rotate_by_is_computed_in_place_of_stored(package: Path) -> None:
@@ -127,6 +129,7 @@ def test_what_positions_rotate_by_is_computed_in_place_of_stored(package: Path) 
 def test_it_is_small_and_its_record_says_what_that_cost(package: Path, llama: Program) -> None:
     record = json.loads((package / "parity.json").read_text())["quantization"]
     assert (record["weights"], record["block"], record["activations"]) == ("int4", 32, "int8")
+    assert record["zeros"] is True
     assert set(record["distances"]) == {
         n for n, w in llama.weights.items() if w.dim() == 2 and llama.kinds[n] == "parameter"
     }
@@ -247,14 +250,36 @@ def test_a_quantizer_that_is_not_there_is_refused_before_work(
         export(llama, tmp_path / "m.onnx", target="portable", quantization=chosen)
 
 
+@pytest.mark.parametrize(
+    ("target", "by_token", "options", "found"),
+    [
+        ("cpu", True, {}, "int8"),
+        ("cpu", False, {}, "float"),
+        ("cuda", True, {}, "float"),
+        ("cpu", True, {"algorithm": "hqq"}, "float"),
+        ("cpu", True, {"activations": "float"}, "float"),
+    ],
+)
+def test_activations_are_rounded_where_one_token_follows_another_on_a_processor(
+    target: Any, by_token: bool, options: dict[str, Any], found: str
+) -> None:
+    assert Quantization("int4", **options).settled(target, by_token=by_token).activations == found
+
+
+def test_blocks_of_eight_bits_have_no_zeros() -> None:
+    assert [Quantization("int4").symmetric(bits) for bits in (4, 8)] == [False, True]
+    assert Quantization("int4", zeros=False).symmetric(4)
+    assert not Quantization("int8", algorithm="k-quant").symmetric(8)
+
+
 def test_options_of_the_pass_say_what_they_are_of() -> None:
     from graphprune.passes.export_onnx import ExportOnnx
 
     assert str(ExportOnnx(path="p", target="cpu", weights="int4", block=64)) == (
         "export-onnx{path=p target=cpu weights=int4 block=64}"
     )
-    assert str(ExportOnnx(path="p", target="cpu", weights="int4", zeros=True)).endswith(
-        "weights=int4 zeros=true}"
+    assert str(ExportOnnx(path="p", target="cpu", weights="int4", zeros=False)).endswith(
+        "weights=int4 zeros=false}"
     )
     with pytest.raises(UsageError, match="block is of quantized weights"):
         ExportOnnx(block=64)
