@@ -295,7 +295,7 @@ def test_quantized_parts_are_judged_by_labels_proven_and_run(quantized: Path) ->
     ran = verify_package(quantized)
     assert ran.max_relative_error is not None
     assert ran.max_relative_error < 1e-5
-    assert any("loss on 3 windows" in note for note in ran.notes)
+    assert any("loss on 3 samples" in note for note in ran.notes)
     (row, *_) = gp.EncoderDecoderRunner(quantized).generate(inputs_of("t5"), max_new_tokens=3)
     assert 1 <= len(row.tokens) <= 3
 
