@@ -7,14 +7,13 @@ as places go: what makes a tensor on the CPU and combines it with one of them is
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_map
 
 from graphprune.ir.program import Program
 from graphprune.weights.deferred import LOOKS, made
@@ -90,15 +89,37 @@ class Elsewhere(Tensor):
         kwargs = dict(kwargs or {})
         _check(func, args, kwargs)
         away = func is _ATEN._to_copy.default and kwargs.get("device") is not None
-        inside = tree_map(lambda each: each.inner if isinstance(each, Elsewhere) else each, args)
-        kept = tree_map(lambda each: each.inner if isinstance(each, Elsewhere) else each, kwargs)
-        found = func(*inside, **kept)
+        found = func(*_mapped(_inner, args), **_mapped(_inner, kwargs))
         if func is _ATEN.copy_.default and not isinstance(args[0], Elsewhere):
             return args[0]
         if away:
             return found
-        wrapped = tree_map(lambda each: Elsewhere(each) if type(each) is Tensor else each, found)
+        wrapped = _mapped(lambda each: Elsewhere(each) if type(each) is Tensor else each, found)
         return return_and_correct_aliasing(func, args, kwargs, wrapped)
+
+
+def _inner(value: Any) -> Any:
+    return value.inner if isinstance(value, Elsewhere) else value
+
+
+def _mapped(function: Callable[[Any], Any], of: Any) -> Any:
+    """Return the arguments or results of an operator with each of them mapped.
+
+    They nest in plain containers alone, for which torch's own trees take most of a test's time.
+    """
+    if isinstance(of, tuple | list):
+        return type(of)([_mapped(function, each) for each in of])
+    if isinstance(of, dict):
+        return {name: _mapped(function, each) for name, each in of.items()}
+    return function(of)
+
+
+def _tensors(of: Any) -> Iterator[Tensor]:
+    if isinstance(of, Tensor):
+        yield of
+    elif isinstance(of, tuple | list):
+        for each in of:
+            yield from _tensors(each)
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
@@ -132,8 +153,7 @@ class _There(torch.autograd.Function):
 def _check(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     if func in _CROSSES:
         return
-    seen = args[:1] if func in _INDEXES else (args, kwargs)
-    tensors = [each for each in tree_flatten(seen)[0] if isinstance(each, Tensor)]
+    tensors = list(_tensors(args[:1] if func in _INDEXES else (*args, *kwargs.values())))
     if any(isinstance(each, Elsewhere) for each in tensors):
         for each in tensors:
             if not isinstance(each, Elsewhere) and each.ndim:
@@ -156,7 +176,7 @@ class Present(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func not in LOOKS and func is not Tensor.detach:
             with self:  # what deferred tensors are made of is moved there, too
-                args, kwargs = tree_map(made, args), tree_map(made, kwargs)
+                args, kwargs = _mapped(made, args), _mapped(made, kwargs)
         if func in (Tensor.to, _ATEN.to.device, _ATEN.to.dtype_layout, _ATEN._to_copy.default):
             return _to(func, args, kwargs)
         flat = [*args, *kwargs.values()]
