@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from graphprune.errors import CaptureError
-from graphprune.frontend.patches import values_of_parameters
+from graphprune.frontend.patches.torch_code import values_of_parameters
 from graphprune.frontend.torch_export import Exported, export_once, place_of
 from graphprune.ir.program import Note
 

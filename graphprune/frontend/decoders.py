@@ -16,7 +16,7 @@ from torch.export import Dim
 
 from graphprune.frontend.example_inputs import BATCH, NEW, PAST_LENGTH, longest_trial
 from graphprune.frontend.from_exported import to_program
-from graphprune.frontend.patches import without_pad_token
+from graphprune.frontend.patches.transformers_code import without_pad_token
 from graphprune.frontend.sizes import LENGTHS, ROWS, conditions_of, limited
 from graphprune.frontend.torch_export import Follow, export, line_and_place
 from graphprune.ir.nodes import size_of

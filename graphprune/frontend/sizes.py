@@ -24,7 +24,7 @@ from torch.export import Dim
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from graphprune.errors import CaptureError, first_line
-from graphprune.frontend.patches import plain_branches
+from graphprune.frontend.patches.torch_code import plain_branches
 from graphprune.frontend.torch_export import Exported
 from graphprune.ir.nodes import size_environment
 from graphprune.ir.program import Note, Program

@@ -14,20 +14,23 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from graphprune.errors import CaptureError, first_line
-from graphprune.frontend.patches import (
+from graphprune.frontend.patches.export_time import (
     cheap_records,
+    no_code,
+    no_collections,
+    sizes_compared_once,
+    whole_layers,
+)
+from graphprune.frontend.patches.known_results import known_results
+from graphprune.frontend.patches.torch_code import (
     explicit_masks,
     lengths_followed,
     no_autocast_regions,
-    no_cache_of_sizes,
-    no_collections,
     no_grad_regions,
     no_moves_in_place,
     no_packed_sequences,
     plain_branches,
     quiet_export,
-    sizes_compared_once,
-    whole_layers,
 )
 from graphprune.frontend.recurrences.replaced import loops_replaced
 from graphprune.ir.program import Note
@@ -105,8 +108,8 @@ def _all_patches(module: nn.Module, args: tuple[Any, ...]) -> Iterator[None]:
     device = pytree.tree_leaves(args)[0].device.type
     regions = no_autocast_regions(device), no_grad_regions()
     layers = whole_layers(), no_packed_sequences(), explicit_masks()
-    calls = quiet_export(), cheap_records(), no_collections()
-    sizes = no_cache_of_sizes(), sizes_compared_once()
+    calls = quiet_export(), cheap_records(), no_code(), no_collections()
+    sizes = known_results(), sizes_compared_once()
     code = no_moves_in_place(), plain_branches(), lengths_followed(module), loops_replaced(module)
     with contextlib.ExitStack() as stack:
         for patch in (*calls, *sizes, *code, *layers, *regions):

@@ -19,7 +19,11 @@ from graphprune.errors import CaptureError
 from graphprune.frontend.branches import export_with_all_found
 from graphprune.frontend.decoders import cache_layers, capture_decoder
 from graphprune.frontend.example_inputs import Example, example_of, longest_trial
-from graphprune.frontend.patches import batched_experts, broadcast_masks, without_caches
+from graphprune.frontend.patches.transformers_code import (
+    batched_experts,
+    broadcast_masks,
+    without_caches,
+)
 from graphprune.frontend.plain_modules import Call, capture_call
 from graphprune.frontend.torch_export import Follow, line_and_place
 from graphprune.ir.compare import relative_error, tolerance_of
