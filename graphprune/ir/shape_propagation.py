@@ -7,10 +7,12 @@ import operator
 from collections.abc import Mapping
 from contextlib import nullcontext
 from fractions import Fraction
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -185,11 +187,17 @@ class _Proof:
         run_program(self.program, given, Hooks(compute=compute), empty)
 
     def _compute_on_meta(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self._compute(node, *placed(args, kwargs, torch.device("meta")))
+        return self._compute(node, *placed(args, kwargs, torch.device("meta")), without_values)
 
-    def _compute(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _compute(
+        self,
+        node: fx.Node,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        compute: Compute = call,
+    ) -> Any:
         try:
-            result = call(node, args, kwargs)
+            result = compute(node, args, kwargs)
         except Exception as error:
             raise RewriteError(
                 f"{operator_of(node)} does not accept its new sizes: {first_line(error)}"
@@ -203,3 +211,67 @@ class _Proof:
                         f"{tuple(promised)}"
                     )
         return result
+
+
+# -- tensors without values -----------------------------------------------------------------------
+
+
+class _Sizes(NamedTuple):
+    """All that there is to a tensor on the meta device."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class _Number(NamedTuple):
+    """A number that is not an integer, though it may be equal to one."""
+
+    kind: type
+    value: float
+
+
+def without_values(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Compute a node as `call` does, once for all that are alike where tensors are on meta.
+
+    Equal layers, and programs that differ in few of their sizes, ask for the same again and again.
+    """
+    if not isinstance(node.target, OpOverload) or node.target._schema.is_mutable:
+        return call(node, args, kwargs)
+    try:
+        named = tuple((key, _sizes(value)) for key, value in kwargs.items())
+        return _made(_result(node.target, _sizes(args), named))
+    except TypeError:  # if it is the operator's own, that says so again
+        return call(node, args, kwargs)
+
+
+@lru_cache(maxsize=1 << 13)
+def _result(
+    operator: OpOverload, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]
+) -> Any:
+    return _sizes(operator(*_made(args), **{key: _made(value) for key, value in kwargs}))
+
+
+def _sizes(value: Any) -> Any:
+    """Return `value` with sizes for tensors, such that what compares equal is.
+
+    Raises
+    ------
+    TypeError
+        For a tensor that has values, or more to it than these.
+    """
+    if isinstance(value, Tensor):
+        if not value.is_meta or value.layout is not torch.strided or value.is_complex():
+            raise TypeError
+        return _Sizes(value.shape, value.stride(), value.dtype)
+    if isinstance(value, tuple | list):
+        return tuple(_sizes(each) for each in value)
+    return _Number(type(value), value) if isinstance(value, bool | float) else value
+
+
+def _made(value: Any) -> Any:
+    if isinstance(value, _Sizes):
+        return torch.empty_strided(value.shape, value.strides, dtype=value.dtype, device="meta")
+    if isinstance(value, _Number):
+        return value.value
+    return [_made(each) for each in value] if isinstance(value, tuple) else value
