@@ -21,6 +21,7 @@ from graphprune.backends.onnx.prepare import prepared, refuse_dynamic_windows
 from graphprune.backends.onnx.translations import translations
 from graphprune.backends.onnx.weights.as_used import whole_numbers
 from graphprune.errors import BackendError, first_line
+from graphprune.frontend.patches.known_results import known_results
 from graphprune.ir.nodes import size_environment
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import module_path, source_line
@@ -57,7 +58,7 @@ def convert(program: Program, opset: int) -> onnx_ir.Model:
 
 def _converted(program: Program, opset: int, *, anew: bool = False) -> onnx_ir.Model:
     hollow = _hollow(program)
-    with _silence(), _sizes_kept(program), _translations_kept():
+    with _silence(), _sizes_kept(program), _translations_kept(), known_results():
         converted = torch.onnx.export(
             prepared(hollow, anew=anew),
             (),
