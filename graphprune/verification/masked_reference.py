@@ -32,7 +32,7 @@ from graphprune.analysis.inference import infer
 from graphprune.analysis.operators.facts import Routing
 from graphprune.analysis.residual.branches import Branches
 from graphprune.analysis.types import Types
-from graphprune.ir.aten import is_mutating, is_random, random_nodes
+from graphprune.ir.aten import is_mutating, is_random, is_view, random_nodes
 from graphprune.ir.interpreter import Compute, Hooks, call, run_program
 from graphprune.ir.nodes import argument_names
 from graphprune.ir.program import Program
@@ -252,7 +252,9 @@ class MaskedReference:
         if node in self.statistics:
             return _over_what_stays(node, self.statistics[node], *args, **kwargs)
         result = draws.compute(node, args, kwargs)
-        if not isinstance(result, Tensor) or is_mutating(node) or bool(result.isfinite().all()):
+        # What a view shows is for its source to mend; a copy of it could not be written through.
+        shared = is_mutating(node) or is_view(node)
+        if not isinstance(result, Tensor) or shared or bool(result.isfinite().all()):
             return result
         return self._finite(node, args, kwargs, result)
 

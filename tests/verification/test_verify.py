@@ -636,3 +636,33 @@ def test_outputs_move_with_what_goes_and_what_merges(text: str) -> None:
     report = gp.verify(program, result.plan, result.program)
     assert report.proves_sizes
     assert "proves nothing" not in str(report)
+
+
+class Joins(nn.Module):
+    """Makes a tensor of two parts, by writing them into memory that holds anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.last = nn.Linear(4, 6), nn.Linear(4, 2), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        joined = x.new_empty(*x.shape[:-1], 8)
+        joined[..., :6] = self.first(x).relu()
+        joined[..., 6:] = self.second(x).relu()
+        return self.last(joined)
+
+
+def test_parts_are_written_into_memory_that_held_what_is_no_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    program = gp.capture(Joins(), (torch.randn(2, 4),))
+    coupling = gp.analyze(program)
+    plan = random_plan(coupling)
+    pruned = gp.apply(program, plan)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)  # which fills new memory with NaN
+    try:
+        assert gp.verify(program, plan, pruned).max_relative_error <= 1e-6
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -175,7 +175,7 @@ def _seen(mode: FakeTensorMode, value: Any) -> Any:
 
 
 def _size(value: Any) -> Any:
-    """Return a size; a dynamic one as it was made, for what is found equal later changes nothing."""
+    """Return a size; a dynamic one as it was made, whatever it is found to equal later."""
     return value.node._expr if isinstance(value, SymInt) else value
 
 
