@@ -98,7 +98,16 @@ class Session:
             )
 
     def load_to_write(self, directory: str, options: LoadOptions, *, runs: bool) -> Program:
-        """Load what is to be changed and written, to be run as well where `runs` is said."""
+        """Load what is to be changed and written, to be run as well where `runs` is said.
+
+        Raises
+        ------
+        CheckpointError
+            When what lies beside its weights, and goes along, cannot be read.
+        """
+        from graphprune.io.companions import check_companions
+
+        check_companions(Path(resolve(directory)))
         if not runs and options.device is None and options.compute_dtype == "auto":
             with self.working(f"looking into {directory}"):
                 from graphprune.backends.load import load_unrun

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -225,14 +226,18 @@ def write_to_copies(graph: fx.Graph) -> list[fx.Node]:
 
     Returns the placeholders that were written to.
     """
-    placeholders = graph.find_nodes(op="placeholder")
-    written = [node for node in placeholders if _is_changed(node)]
+    placeholders, written = graph.find_nodes(op="placeholder"), written_to(graph)
     with graph.inserting_after(placeholders[-1]):
         for node in written:
             copy = made_from(node, _ATEN.clone.default, node)
-            node.replace_all_uses_with(copy, delete_user_cb=lambda user, own=copy: user is not own)
+            node.replace_all_uses_with(copy, delete_user_cb=partial(operator.is_not, copy))
             valued(copy)
     return written
+
+
+def written_to(graph: fx.Graph) -> list[fx.Node]:
+    """Return the inputs and weights that the graph writes in place."""
+    return [node for node in graph.find_nodes(op="placeholder") if _is_changed(node)]
 
 
 def _is_changed(node: fx.Node) -> bool:

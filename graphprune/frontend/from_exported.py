@@ -9,7 +9,7 @@ from torch._ops import HigherOrderOperator
 from torch.export.graph_signature import InputKind
 
 from graphprune.errors import CaptureError
-from graphprune.frontend.canonicalize import canonicalize, write_to_copies
+from graphprune.frontend.canonicalize import canonicalize, write_to_copies, written_to
 from graphprune.frontend.torch_export import Exported
 from graphprune.ir.aten import printed_name
 from graphprune.ir.program import Kind, Note, Program, value_of
@@ -115,6 +115,13 @@ def to_program(
         notes=notes,
         stand_ins=stand_ins or {},
     )
+
+
+def written_parameters(exported: Exported) -> list[str]:
+    """Return the parameters that a call writes in place, by the names of what was exported."""
+    specs = {each.arg.name: each for each in exported.program.graph_signature.input_specs}
+    written = [specs[node.name] for node in written_to(exported.program.graph)]
+    return [str(each.target) for each in written if each.kind == InputKind.PARAMETER]
 
 
 def _refuse_regions(graph: fx.Graph) -> None:

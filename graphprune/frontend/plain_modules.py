@@ -15,7 +15,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from graphprune.errors import CaptureError, UsageError, nearest
-from graphprune.frontend.from_exported import to_program
+from graphprune.frontend.from_exported import to_program, written_parameters
 from graphprune.frontend.recurrences.replaced import loops_of
 from graphprune.frontend.sizes import (
     LENGTHS,
@@ -31,7 +31,7 @@ from graphprune.frontend.torch_export import Exported, Follow, export
 from graphprune.ir.nodes import size_of
 from graphprune.ir.program import Note, Program
 from graphprune.ir.provenance import Source
-from graphprune.weights.models import buffers_kept, values_lent
+from graphprune.weights.models import tensors_kept, values_lent
 
 _CHECKED = 130
 """Up to this length a program is compared where it is not the code of the model that was traced."""
@@ -56,6 +56,7 @@ class _Flat(nn.Module):
         self.spec = spec
         self.keep = keep
         self.record = record
+        self.written: list[str] = []
 
     def forward(self, *flat: Tensor) -> tuple[Tensor, ...]:
         args, kwargs = pytree.tree_unflatten(list(flat), self.spec)
@@ -68,7 +69,7 @@ class _Flat(nn.Module):
 
     def computed(self, *flat: Tensor) -> tuple[Tensor, ...]:
         """Return what the module gives with the values of its weights, which it leaves alone."""
-        with values_lent(self.inner), buffers_kept(self.inner):
+        with values_lent(self.inner), tensors_kept(self, self.written):
             result: tuple[Tensor, ...] = self(*flat)
         return result
 
@@ -256,6 +257,7 @@ def capture_call(
         outputs, replaced = recorded[-1]
         if not outputs:
             raise CaptureError(f"{name} returns no tensor in tuples, lists, dicts or dataclasses")
+        wrapper.written = written_parameters(exported)
         program = to_program(exported, model, names, outputs, source, notes, state=replaced)
         program = with_fixed(program, dims, wrapper.computed, tensors)
         checked = _CHECKED if loops_of(model) else 0

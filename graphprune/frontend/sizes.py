@@ -165,6 +165,7 @@ def limited(
         When outputs differ at a size that breaks no condition.
     """
     harmless: set[sympy.Basic] = set()
+    unneeded: set[sympy.Basic] = set()
     refused: set[sympy.Basic] = set()
     harmful: list[Broken] = []
     tried: set[Broken] = set()
@@ -187,6 +188,8 @@ def limited(
         equal = same(program, model, inputs, sizes)
         if equal:
             harmless |= broken
+            # A size of 1 broadcasts where no other does.
+            unneeded |= {each for each in broken if 1 not in _sizes_in(each, sizes)}
         elif equal is False:
             harmful.append(broken)
         else:
@@ -196,8 +199,12 @@ def limited(
         symbol: _range(symbol, decisive, conditions.seen)
         for symbol in sorted({s.name for each in decisive for s in each.free_symbols})
     }
-    few = _few(refused - harmless, conditions.seen)
+    few = _few(refused - unneeded, conditions.seen)
     return with_limits(program, limits | few, few) if limits or few else program
+
+
+def _sizes_in(condition: sympy.Basic, sizes: Sizes) -> set[int]:
+    return {sizes[s.name] for s in condition.free_symbols if s.name in sizes}
 
 
 def _few(conditions: Collection[sympy.Basic], seen: Sizes) -> dict[str, tuple[int, int | None]]:

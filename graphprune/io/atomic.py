@@ -19,11 +19,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from graphprune import ranks
-from graphprune.errors import OutputError
+from graphprune.errors import GraphPruneError, OutputError
 from graphprune.io.paths import path_of
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 """Failures of the place rather than of whoever writes to it."""
+
+_PROBE = 1 << 16
+"""Bytes that a disk has room for, unless it is full."""
 
 
 @contextmanager
@@ -81,7 +84,7 @@ def staged_directory(
             raise OutputError(f"{path} holds no {replaces}: what is in it is not overwritten")
     # An empty directory may be a mount point or somebody's current directory: it stays.
     with _staged(path, target if existed else target.parent, target.name, key) as staged:
-        with _disk_full(path):
+        with _disk_full(path, staged):
             yield staged
         with writing(path):
             if existed:
@@ -136,7 +139,7 @@ def staged_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
         if target.exists() and not overwrite:
             raise OutputError(f"{path} exists already")
     with _staged(path, target.parent, target.name) as staged:
-        with _disk_full(path):
+        with _disk_full(path, staged):
             yield staged / target.name
         with writing(path):
             if not (staged / target.name).is_file():
@@ -245,11 +248,26 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _disk_full(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn what befalls whoever writes, through no fault of their own, into one line."""
+def _disk_full(path: str | os.PathLike[str], staged: Path) -> Iterator[None]:
+    """Turn what befalls whoever writes, through no fault of their own, into one line.
+
+    Writers that are not Python's own may raise anything, which need not say that a disk is full.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
+    except GraphPruneError:
+        raise
+    except Exception as error:
+        full = error if isinstance(error, OSError) else _failure_of_probe(staged)
+        if full is None or full.errno not in _NO_ROOM:
             raise
-        raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+        raise OutputError(f"{path} cannot be written: {full.strerror}") from error
+
+
+def _failure_of_probe(folder: Path) -> OSError | None:
+    """Return why a little more cannot be written into `folder`; None where it can."""
+    try:
+        (folder / ".room").write_bytes(bytes(_PROBE))
+    except OSError as error:
+        return error
+    return None

@@ -7,6 +7,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from graphprune.errors import CheckpointError, first_line
+from graphprune.io.whole_files import refuse_stand_in
+
 _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 """Files that a tokenizer is made of."""
 
@@ -26,9 +29,33 @@ _COMPANIONS = (
 """Files of a checkpoint that do not depend on the sizes of the model."""
 
 
+_NEVER_EMPTY = (".json", ".model", ".tiktoken")
+
+
 def has_tokenizer(directory: Path) -> bool:
     """Return whether there is a file in `directory` that a tokenizer is made of."""
     return any(next(directory.glob(pattern), None) for pattern in _TOKENIZER)
+
+
+def check_companions(source: Path) -> None:
+    """Refuse files beside weights that nothing can read, so that they are not passed on.
+
+    Raises
+    ------
+    CheckpointError
+        Naming a file that is empty, a pointer of Git LFS, or no JSON where its name says so; a
+        ``tokenizer.json`` has to hold a model of tokens.
+    """
+    for file in _companions(source):
+        if file.stat().st_size or file.suffix in _NEVER_EMPTY:
+            refuse_stand_in(file, CheckpointError)
+        if file.suffix == ".json":
+            try:
+                held = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise CheckpointError(f"{file} cannot be read: {first_line(error)}") from error
+            if file.name == "tokenizer.json" and not (isinstance(held, dict) and held.get("model")):
+                raise CheckpointError(f"{file} is no tokenizer: it holds no model of tokens")
 
 
 def copy_companions(source: Path | None, directory: Path) -> None:
@@ -36,15 +63,24 @@ def copy_companions(source: Path | None, directory: Path) -> None:
 
     What comes after the model, as ``modules.json`` of sentence-transformers lists it, goes along:
     it takes what the model gives, whose size stays.
+
+    Raises
+    ------
+    CheckpointError
+        When one cannot be read, as `check_companions` says.
     """
     if source is None:
         return
-    for pattern in _COMPANIONS:
-        for file in sorted(source.glob(pattern)):
-            if file.is_file():
-                shutil.copyfile(file, directory / file.name)
+    check_companions(source)
+    for file in _companions(source):
+        shutil.copyfile(file, directory / file.name)
     for module in _modules_after(source):
         shutil.copytree(source / module, directory / module, dirs_exist_ok=True)
+
+
+def _companions(source: Path) -> Iterator[Path]:
+    for pattern in _COMPANIONS:
+        yield from (file for file in sorted(source.glob(pattern)) if file.is_file())
 
 
 def _modules_after(source: Path) -> Iterator[str]:

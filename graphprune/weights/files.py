@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from graphprune.errors import CheckpointError, first_line
+from graphprune.io.whole_files import refuse_stand_in
 from graphprune.weights.deferred import Deferred
 
 TYPES = {
@@ -64,6 +65,7 @@ def header_of(file: Path) -> dict[str, Entry]:
     """
     try:
         size = file.stat().st_size
+        refuse_stand_in(file, CheckpointError)
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, _MOST_HEADER):

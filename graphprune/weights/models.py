@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -99,20 +99,22 @@ def lent(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Put back what `model` writes to its buffers, or puts in their place."""
+def tensors_kept(model: nn.Module, parameters: Iterable[str]) -> Iterator[None]:
+    """Put back what `model` writes to its buffers and to `parameters`, or puts in their place."""
+    places = [_place(model, name) for name in parameters]
+    places += [(module._buffers, name) for module in model.modules() for name in module._buffers]
     before = [
-        (module._buffers, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
+        (held, name, tensor, tensor.clone())
+        for held, name in places
+        if (tensor := held[name]) is not None
     ]
     try:
         yield
     finally:
-        for held, name, buffer, value in before:
-            held[name] = buffer
-            buffer.copy_(value)
+        with torch.no_grad():
+            for held, name, tensor, value in before:
+                held[name] = tensor
+                tensor.copy_(value)
 
 
 def fill(module: nn.Module) -> None:

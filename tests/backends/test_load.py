@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from graphprune.backends.huggingface.read import _left_in_files, _loaded
 from graphprune.backends.huggingface.save import save_pretrained
-from graphprune.backends.load import load
+from graphprune.backends.load import load, look
 from graphprune.errors import CheckpointError, UsageError
+from graphprune.ir.program import Program
 from graphprune.weights.deferred import Deferred
 from graphprune.weights.models import leave_zeros, stored_weights, values_lent
 
@@ -170,6 +174,38 @@ def test_an_invalid_config(checkpoint: Path) -> None:
     _refused(checkpoint, "config.json is no valid config", "multiple of the number of attention")
 
 
+@pytest.mark.parametrize("read", [load, look])
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("num_hidden_layers", -1, "num_hidden_layers is -1, not a number from 1 on"),
+        ("num_hidden_layers", 0, "num_hidden_layers is 0, not a number from 1 on"),
+        ("num_hidden_layers", 3, "lacks the weight model.layers.2."),
+        ("hidden_size", 0, "hidden_size is 0, not a number from 1 on"),
+        ("vocab_size", -64, "vocab_size is -64, not a number from 1 on"),
+        ("num_attention_heads", 0, "(num_attention_heads is 0)"),
+        ("num_key_value_heads", 0, "(num_key_value_heads is 0)"),
+        ("intermediate_size", -1, "(intermediate_size is -1)"),
+        ("intermediate_size", 0, "its config makes it ("),
+        ("hidden_size", "32", "expected int, got str"),
+    ],
+)
+def test_sizes_that_no_model_has(
+    checkpoint: Path,
+    field: str,
+    value: object,
+    words: str,
+    read: Callable[[Path], Program],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("GRAPHPRUNE_CACHE", "")
+    _edit(checkpoint, **{field: value})
+    with pytest.raises(CheckpointError) as caught:
+        read(checkpoint)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_an_unknown_model_type(checkpoint: Path) -> None:
     _edit(checkpoint, model_type="lama")
     _refused(checkpoint, "config.json", "does not know the model type 'lama'")
@@ -190,6 +226,76 @@ def test_a_truncated_file(checkpoint: Path, keep: int) -> None:
     file = checkpoint / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     _refused(checkpoint, "model.safetensors", "cut short")
+
+
+def _pickled(checkpoint: Path) -> Path:
+    file = checkpoint / "pytorch_model.bin"
+    torch.save(load_file(checkpoint / "model.safetensors"), file)
+    (checkpoint / "model.safetensors").unlink()
+    return file
+
+
+@pytest.mark.parametrize("read", [load, look])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (lambda whole: b"", "is empty"),
+        (lambda whole: whole[: len(whole) // 2], "is cut short or damaged"),
+        (lambda whole: whole[:-10], "is cut short or damaged"),
+        (lambda whole: b"hello", "is cut short or damaged"),
+        (lambda whole: pickle.dumps([1, 2]), "holds other things than tensors"),
+        (lambda whole: _saved([torch.ones(2)]), "holds no tensors by name, but a list"),
+        (lambda whole: _saved({"step": 3}), "holds no tensors by name: 'step' is a int"),
+        (lambda whole: _POINTER, "is a pointer of Git LFS"),
+    ],
+)
+def test_a_pickle_that_holds_no_weights(
+    checkpoint: Path, content: Callable[[bytes], bytes], words: str, read: Callable[[Path], Program]
+) -> None:
+    file = _pickled(checkpoint)
+    file.write_bytes(content(file.read_bytes()))
+    with pytest.raises(CheckpointError, match=f"^{file} .*{words}"):
+        read(checkpoint)
+
+
+_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1234\n"
+
+
+def _saved(held: object) -> bytes:
+    stream = io.BytesIO()
+    torch.save(held, stream)
+    return stream.getvalue()
+
+
+def test_a_pickle_is_read_and_keeps_its_type(checkpoint: Path, tmp_path: Path) -> None:
+    _pickled(_in_half(checkpoint))
+    program = load(checkpoint, cache=False)
+    assert program.source is not None
+    assert program.source.stored_dtype is torch.bfloat16
+    save_pretrained(program, tmp_path / "out")
+    assert {w.dtype for w in load_file(tmp_path / "out/model.safetensors").values()} == {
+        torch.bfloat16
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("model.safetensors", "is a pointer of Git LFS"),
+        ("config.json", "is a pointer of Git LFS"),
+        ("model.safetensors.index.json", "is a pointer of Git LFS"),
+    ],
+)
+def test_a_pointer_in_the_place_of_a_file(checkpoint: Path, name: str, words: str) -> None:
+    if name.endswith("index.json"):
+        (checkpoint / "model.safetensors").unlink()
+    (checkpoint / name).write_bytes(_POINTER)
+    _refused(checkpoint, f"{checkpoint / name} {words}")
+
+
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    _refused(tmp_path, "holds an adapter and no model", "merge_and_unload")
 
 
 def test_a_damaged_header(checkpoint: Path) -> None:

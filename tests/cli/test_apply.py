@@ -12,6 +12,7 @@ from byte_llama import byte_llama
 from command_line import PRUNE, Run, assert_refused
 from safetensors.torch import load_file
 
+from graphprune.backends import load as loading
 from graphprune.weights.files import TensorFile
 
 
@@ -64,3 +65,16 @@ def test_what_cannot_be_loaded_so_is_refused(graphprune: Run, half: Path, plan: 
         assert_refused(done, word)
     assert_refused(graphprune("apply", half, plan, "-o", out, "--shard-size", "big"), "'big'")
     assert not out.exists()
+
+
+@pytest.mark.parametrize("verb", ["run", "apply"])
+def test_a_broken_tokenizer_is_found_before_the_work(
+    verb: str, graphprune: Run, half: Path, plan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (half / "tokenizer.json").write_text('{"model":')
+    monkeypatch.setattr(loading, "load", None)
+    monkeypatch.setattr(loading, "load_unrun", None)
+    given = [plan] if verb == "apply" else ["--passes", PRUNE]
+    done = graphprune(verb, half, *given, "-o", plan.parent.parent / "out")
+    assert_refused(done, f"{half / 'tokenizer.json'} cannot be read")
+    assert not (plan.parent.parent / "out").exists()

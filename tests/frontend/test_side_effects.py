@@ -65,6 +65,16 @@ def test_every_call_of_a_program_is_the_first(kind: type[Stateful]) -> None:
     assert "what a call leaves in mean is not kept" in program.notes[0].text
 
 
+def test_a_weight_that_a_call_writes_to_keeps_its_values() -> None:
+    torch.manual_seed(0)
+    model = nn.Embedding(9, 4, max_norm=0.5)
+    before = model.weight.detach().clone()
+    program = gp.capture(model, (torch.arange(6).view(2, 3),))
+    assert torch.equal(model.weight, before)
+    assert program(torch.tensor([[1]]))["output"].norm() < 0.51
+    assert "what a call leaves in weight is not kept" in program.notes[0].text
+
+
 def test_an_input_that_the_model_writes_to_keeps_its_values() -> None:
     class Doubled(Stateful):
         def forward(self, x: Tensor) -> Tensor:

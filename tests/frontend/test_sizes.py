@@ -63,6 +63,11 @@ def windowed(h: Tensor) -> Tensor:
     return h + 0.0 if h.shape[1] > 20 else h
 
 
+def filtered(h: Tensor) -> Tensor:
+    """Right for lengths of four and five, and where what is found broadcasts: of one."""
+    return torch.fft.rfft(h, dim=1).abs() * torch.arange(1.0, 4)[:, None]
+
+
 def captured(function: Callable[[Tensor], Tensor], length: int = 3) -> tuple[gp.Program, nn.Module]:
     torch.manual_seed(0)
     module = Module(function).eval()
@@ -98,7 +103,9 @@ def test_a_decision_that_changes_nothing_limits_nothing() -> None:
     assert torch.allclose(program(x)["output"], module(x), atol=1e-6)
 
 
-@pytest.mark.parametrize(("function", "limits"), [(in_part, (4, 4)), (in_a_few, (3, 4))])
+@pytest.mark.parametrize(
+    ("function", "limits"), [(in_part, (4, 4)), (in_a_few, (3, 4)), (filtered, (4, 5))]
+)
 def test_a_size_is_limited_where_the_model_takes_few_others(
     function: Callable[[Tensor], Tensor], limits: tuple[int, int]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from graphprune.errors import GraphPruneError, OutputError
 from graphprune.io.atomic import staged_directory, staged_file
@@ -183,6 +186,23 @@ def test_a_full_disk_is_one_line_and_other_errors_pass(tmp_path: Path, stage: St
         raise FileNotFoundError(errno.ENOENT, "no such file", "input")
     assert everything(tmp_path) == []
     assert issubclass(OutputError, GraphPruneError)
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda held, path: save_file({"a": held}, path)])
+def test_a_disk_that_is_full_for_a_writer_of_another_language_is_one_line(
+    tmp_path: Path, write: Callable[[torch.Tensor, Path], None]
+) -> None:
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(OutputError, match="out cannot be written: File too large"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, most[1]))
+        try:
+            with staged_file(tmp_path / "out") as staged:
+                write(torch.zeros(1 << 15), staged)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    with pytest.raises(RuntimeError, match="another reason"), staged_file(tmp_path / "out"):
+        raise RuntimeError("another reason")
+    assert everything(tmp_path) == []
 
 
 def test_torch_is_not_imported() -> None:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,12 @@ from graphprune.errors import CheckpointError, first_line, last_line
 from graphprune.frontend.capture import capture
 from graphprune.frontend.torch_export import evaluation_mode
 from graphprune.frontend.transformers_models import capture_transformers
+from graphprune.io.whole_files import refuse_stand_in
 from graphprune.ir.program import Program
 from graphprune.weights.deferred import made
 from graphprune.weights.files import header_of, is_finite
 from graphprune.weights.models import leave_zeros
+from graphprune.weights.pickled import pickled_tensors
 from graphprune.weights.placement import Placement
 from graphprune.weights.recorded import RecordedFile
 from graphprune.weights.tensors import floating_type
@@ -113,22 +115,28 @@ def read_structure(path: Path) -> Program:
     Raises
     ------
     CheckpointError
-        When a file is missing, cut short or malformed, or transformers does not know the kind of
-        model.
+        When a file is missing, cut short or malformed, holds weights of other sizes than the config
+        describes, or transformers does not know the kind of model.
     CaptureError
         When the model cannot become a graph without its weights.
     """
     with quiet():
         stored, apart, config, model_class = _described(path)
         make = getattr(model_class, "from_config", None) or model_class._from_config
-        with torch.device("meta"):
+        with _refusing(path, config), torch.device("meta"):
             model = make(config, dtype=torch.float32)
+        _check_fit(path, config, model_class)
         program = capture(model)
     return _from_files(program, path, stored, apart)
 
 
 def _described(path: Path) -> tuple[torch.dtype | None, dict[str, torch.dtype], Any, Any]:
     """Return what the files say but for weights: stored types, config and class of the model."""
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{path} holds an adapter and no model: merge it with peft (merge_and_unload), and "
+            "give what that saves"
+        )
     fields = _read_json(path / "config.json")
     types = check_files(path)
     config = _config(path, fields)
@@ -165,6 +173,7 @@ def _dtype(given: str | torch.dtype) -> torch.dtype | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
+        refuse_stand_in(path, CheckpointError)
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path.parent} holds no {path.name}") from error
@@ -185,28 +194,32 @@ def check_files(path: Path) -> tuple[torch.dtype | None, dict[str, torch.dtype]]
     CheckpointError
         Naming the file.
     """
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        placed = _read_json(index).get("weight_map")
-        if not isinstance(placed, dict) or not all(isinstance(f, str) for f in placed.values()):
-            raise CheckpointError(f"{index} has no weight_map of names to files")
-        files = sorted({path / name for name in placed.values()})
-    elif (path / "model.safetensors").is_file():
-        files = [path / "model.safetensors"]
-    else:
-        if not any(path.glob("pytorch_model*.bin")):
-            raise CheckpointError(f"{path} holds no model.safetensors")
-        return None, {}
-    types = {
-        name: entry.dtype
-        for file in files
-        for name, entry in header_of(file).items()
-        if entry.dtype is not None and entry.dtype.is_floating_point
-    }
+    types = {name: kind for file in _weight_files(path) for name, kind in _types(file).items()}
     if not types:
         return None, {}
     ((most, _),) = Counter(types.values()).most_common(1)
     return most, {name: kind for name, kind in types.items() if kind is not most}
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """Return the files that transformers takes weights from, in its order of preference."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = path / f"{name}.index.json"
+        if (path / name).is_file():
+            return [path / name]
+        if index.is_file():
+            placed = _read_json(index).get("weight_map")
+            if not isinstance(placed, dict) or not all(isinstance(f, str) for f in placed.values()):
+                raise CheckpointError(f"{index} has no weight_map of names to files")
+            return sorted({path / file for file in placed.values()})
+    raise CheckpointError(f"{path} holds no model.safetensors")
+
+
+def _types(file: Path) -> dict[str, torch.dtype]:
+    """Return the types of the floating tensors of a file by name."""
+    held = pickled_tensors(file) if file.suffix == ".bin" else header_of(file)
+    types = {name: each.dtype for name, each in held.items()}
+    return {name: kind for name, kind in types.items() if kind and kind.is_floating_point}
 
 
 def shapes_of(directory: str | PathLike[str]) -> dict[str, tuple[int, ...]]:
@@ -230,7 +243,7 @@ def _config(path: Path, fields: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # configs validate themselves in many ways
         kind = fields.get("model_type")
         from transformers import CONFIG_MAPPING
@@ -243,7 +256,51 @@ def _config(path: Path, fields: dict[str, Any]) -> Any:
             ) from error
         why = first_line(error)
         why += f" {last_line(error)}" if why.endswith(":") else ""  # a validator's reason
+        why += _odd_sizes([(fields, CONFIG_MAPPING[kind])])
         raise CheckpointError(f"{path / 'config.json'} is no valid config: {why}") from error
+    for part in _parts(config):
+        for name in _SIZES:
+            own, size = part.attribute_map.get(name, name), getattr(part, name, None)
+            if isinstance(size, str | float | bool) or (isinstance(size, int) and size < 1):
+                raise CheckpointError(
+                    f"{path / 'config.json'} is no valid config: {own} is {size!r}, not a number "
+                    "from 1 on"
+                )
+    return config
+
+
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+"""What configs can be asked for whatever their own names for it are; no model has none of them."""
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    """Yield `config` and the configs in it."""
+    yield config
+    for name in config.sub_configs:
+        if (inner := getattr(config, name, None)) is not None and not isinstance(inner, dict):
+            yield from _parts(inner)
+
+
+@contextlib.contextmanager
+def _refusing(path: Path, config: Any) -> Iterator[None]:
+    """Turn whatever fails while a model is made of `config` into one line that names odd sizes."""
+    try:
+        yield
+    except Exception as error:  # readers and model code may refuse in any way
+        odd = _odd_sizes((vars(part), type(part)) for part in _parts(config))
+        raise CheckpointError(f"{path} cannot be loaded: {first_line(error)}{odd}") from error
+
+
+def _odd_sizes(parts: Iterable[tuple[Mapping[str, Any], type]]) -> str:
+    """Name the whole numbers below 1 in fields of configs, where their classes have others."""
+    odd = [
+        f"{name} is {value}"
+        for fields, kind in parts
+        for name, value in fields.items()
+        if type(value) is int and value < 1 and getattr(kind, name, value) != value
+        if not name.endswith("_id")
+    ]
+    return f" ({', '.join(odd)})" if odd else ""
 
 
 def _model_class(path: Path, config: Any) -> Any:
@@ -281,6 +338,23 @@ def _model(path: Path, config: Any, model_class: Any, dtype: torch.dtype) -> Any
     except CheckpointError:
         # What it does to the weights cannot be put off; or it fails, and says why below.
         model, info = _loaded(path, config, model_class, dtype)
+    _refuse_unfit(path, info)
+    return model
+
+
+def _check_fit(path: Path, config: Any, model_class: Any) -> None:
+    """Refuse weights that are not those that the config describes, where no value must be read."""
+    if all(file.suffix == ".safetensors" for file in _weight_files(path)):
+        try:
+            with _left_in_files():
+                _, info = _loaded(path, config, model_class, torch.float32)
+        except CheckpointError:
+            return  # what it does to the weights cannot be put off
+        _refuse_unfit(path, info)
+
+
+def _refuse_unfit(path: Path, info: Mapping[str, Any]) -> None:
+    """Refuse weights that a loader says are missing or of another size."""
     if missing := info["missing_keys"]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(f"{path} lacks the weight {min(missing)}{more}")
@@ -288,7 +362,6 @@ def _model(path: Path, config: Any, model_class: Any, dtype: torch.dtype) -> Any
         raise CheckpointError(
             f"{path}: the weight {name} is {tuple(stored)}, and its config makes it {tuple(due)}"
         )
-    return model
 
 
 @contextlib.contextmanager
@@ -309,7 +382,7 @@ def _left_in_files() -> Iterator[None]:
 
 
 def _loaded(path: Path, config: Any, model_class: Any, dtype: torch.dtype) -> Any:
-    try:
+    with _refusing(path, config):
         return model_class.from_pretrained(
             path,
             config=config,
@@ -317,5 +390,3 @@ def _loaded(path: Path, config: Any, model_class: Any, dtype: torch.dtype) -> An
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused by name
         )
-    except Exception as error:  # readers and model code may refuse in any way
-        raise CheckpointError(f"{path} cannot be loaded: {first_line(error)}") from error

@@ -21,6 +21,7 @@ from graphprune.backends.onnx.prepare import prepared, refuse_dynamic_windows
 from graphprune.backends.onnx.translations import translations
 from graphprune.backends.onnx.weights.as_used import whole_numbers
 from graphprune.errors import BackendError, first_line
+from graphprune.frontend.patches.export_time import whole_layers
 from graphprune.frontend.patches.known_results import known_results
 from graphprune.ir.nodes import size_environment
 from graphprune.ir.program import Program
@@ -58,7 +59,8 @@ def convert(program: Program, opset: int) -> onnx_ir.Model:
 
 def _converted(program: Program, opset: int, *, anew: bool = False) -> onnx_ir.Model:
     hollow = _hollow(program)
-    with _silence(), _sizes_kept(program), _translations_kept(), known_results():
+    # The exporter finds the sizes of a recurrent layer token by token, and fixes the length by it.
+    with _silence(), _sizes_kept(program), _translations_kept(), known_results(), whole_layers():
         converted = torch.onnx.export(
             prepared(hollow, anew=anew),
             (),

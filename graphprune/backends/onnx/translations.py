@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,8 @@ def translations() -> dict[Any, Callable[..., Any]]:
     """Return what writes each operator, as `torch.onnx.export` takes it."""
     return {
         torch.ops.aten.sym_stride.int: _stride,
+        torch.ops.aten.rnn_tanh.input: functools.partial(_plain_rnn, "Tanh"),
+        torch.ops.aten.rnn_relu.input: functools.partial(_plain_rnn, "Relu"),
         operators.linear_recurrence._opoverload: _linear_recurrence,
         operators.max_recurrence._opoverload: _max_recurrence,
         operators.delta_recurrence._opoverload: _delta_recurrence,
@@ -31,6 +34,49 @@ def _stride(self: Any, dim: int) -> Any:
     from onnxscript import opset18
 
     return opset18.ReduceProd(opset18.Shape(self, start=dim + 1), keepdims=False)
+
+
+def _plain_rnn(
+    activation: str,
+    input: Value,
+    hx: Value,
+    params: Sequence[Any],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Value, Value]:
+    """Write an `nn.RNN` of one activation; the exporter has translations of LSTM and GRU alone."""
+    import onnxscript
+
+    op: Any = onnxscript.opset18
+    ways, each = 2 if bidirectional else 1, 4 if has_biases else 2
+    x = op.Transpose(input, perm=[1, 0, 2]) if batch_first else input
+    last = []
+    for layer in range(num_layers):
+        start = layer * ways
+        by_way = [params[at * each : (at + 1) * each] for at in range(start, start + ways)]
+        inside, own, *biases = (
+            op.Concat(*(op.Unsqueeze(weight, [0]) for weight in weights), axis=0)
+            for weights in zip(*by_way, strict=True)
+        )
+        y, after = op.RNN(
+            x,
+            inside,
+            own,
+            op.Concat(*biases, axis=1) if biases else None,
+            None,
+            op.Slice(hx, [start], [start + ways], [0]),
+            activations=[activation] * ways,
+            direction="bidirectional" if bidirectional else "forward",
+            hidden_size=int(by_way[0][1].shape[1]),
+        )
+        x = op.Reshape(op.Transpose(y, perm=[0, 2, 1, 3]), [0, 0, -1])
+        last.append(after)
+    final = op.Concat(*last, axis=0) if len(last) > 1 else last[0]
+    return (op.Transpose(x, perm=[1, 0, 2]) if batch_first else x), final
 
 
 # -- recurrences: a Scan, whose body is one step -------------------------------------------------

@@ -1,15 +1,19 @@
-"""What is simplified in a converted model: fewer operators, the same numbers."""
+"""What a converted model is made of: whole layers, few operators, the same numbers."""
 
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir
 import onnxruntime
 import pytest
+import torch
+from torch import nn
 
+import graphprune as gp
 from graphprune.backends.onnx.convert import _norm_before_turning, simplify
 
 NORM = "SimplifiedLayerNormalization<axis=-1, epsilon=0.001, stash_type=1>"
@@ -82,3 +86,26 @@ def test_a_reshape_is_told_what_stays(sizes: str, made: str, asked: bool, past: 
     x = np.random.default_rng(0).standard_normal((2, past, 2, 4), dtype=np.float32)
     for wanted, found in zip(run(model(), x=x), run(simple, x=x), strict=True):
         np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("layer", "kind"),
+    [
+        (nn.GRU(3, 4, bidirectional=True), "GRU"),
+        (nn.RNN(3, 4, num_layers=2, bidirectional=True), "RNN"),
+        (nn.RNN(3, 4, nonlinearity="relu", batch_first=True, bias=False), "RNN"),
+    ],
+)
+def test_a_recurrent_layer_is_whole_and_its_length_dynamic(
+    layer: nn.RNNBase, kind: str, tmp_path: Path
+) -> None:
+    program = gp.capture(layer.eval(), (torch.randn(5, 2, 3),))
+    report = program.export_onnx(tmp_path / "m.onnx")
+    assert report.operators[kind] == layer.num_layers
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    for shape in ((1, 1, 3), (9, 4, 3)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            expected = layer(x)
+        for found, wanted in zip(session.run(None, {"input": x.numpy()}), expected, strict=True):
+            torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-4, atol=1e-5)
