@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from graphprune.transforms.joint.refit import Fitted
     from graphprune.transforms.refit import Refitted
 
+ROUNDS = 2
+"""How often what is behind merged heads is refitted, from the first layer to the last."""
+
 
 @dataclass(frozen=True)
 class Reconstruct(Pass):
@@ -37,8 +40,9 @@ class Reconstruct(Pass):
         down[64, 84]  refitted; its bias, where it has one, takes up the mean of what went
 
     Where experts went, tokens are sent to others: the last matrices of those that stay are fitted
-    together, so that the stream behind them comes near to what it was. So are the matrices behind
-    KV heads that were merged.
+    together, so that the stream behind them comes near to what it was. Behind KV heads that were
+    merged, all matrices that add to the stream are refitted so, and those within an MLP to give
+    what they gave, twice from the first layer to the last.
 
     With ``method=gradient`` every residual branch (an attention or an MLP, with its norms and its
     nonlinearity) that lost something is then trained as a whole, one after the other, so that the
@@ -198,21 +202,25 @@ class Reconstruct(Pass):
         import torch
 
         from graphprune.transforms.joint.addends import behind_merges
-        from graphprune.transforms.joint.refit import refit_together
+        from graphprune.transforms.joint.refit import Fitted, refit_together
         from graphprune.verification.narrow_weights import NarrowWeights
         from graphprune.weights.deferred import made
 
         assert context.calibration is not None, "the pass manager has asked for it"
         merged = apply_plan(before, plan)
-        behind = behind_merges(merged, plan)
-        found = refit_together(
-            merged,
-            context.original,  # `before` may hold heads that were made equal for the merge
-            behind,
-            context.calibration,
-            damp=self.damp,
-            track=context.track,
-        )
+        original = context.original  # `before` may hold heads that were made equal for the merge
+        behind = behind_merges(merged, plan, original)
+        found = Fitted(merged, [], {}, 0)
+        for _ in range(ROUNDS):
+            again = refit_together(
+                found.program,
+                original,
+                behind,
+                context.calibration,
+                damp=self.damp,
+                track=context.track,
+            )
+            found = again.after(found)
         new = {name: found.program.weights[name] for each in behind for name in each.weights}
         fitted = before.with_weights(new)
         left = NarrowWeights(fitted.weights, plan, new).values

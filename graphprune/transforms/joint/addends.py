@@ -15,7 +15,10 @@ from graphprune.analysis.experts.outputs import ExpertOutputs, end_of_all, exper
 from graphprune.analysis.matrices import Matrix, contractions, last_sum
 from graphprune.errors import SelectionError
 from graphprune.ir.program import Program
+from graphprune.ir.provenance import layer_of
 from graphprune.plan.plan import Plan
+from graphprune.training.pieces import counterparts
+from graphprune.weights.deferred import made
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +112,11 @@ def experts_of(program: Program, coupling: Coupling, plan: Plan) -> list[Experts
     return found
 
 
-def behind_merges(program: Program, plan: Plan) -> list[Alone]:
-    """Return the first matrices behind the heads that `plan` merged, where they can be refitted.
+def behind_merges(program: Program, plan: Plan, original: Program) -> list[Alone]:
+    """Return the matrices that merged heads reach and that can be fitted to what `original` has.
+
+    Those that add to the residual stream are, and those within a layer whose products still mean
+    what they did: neither merged nor moved to another basis for the merge.
 
     Parameters
     ----------
@@ -118,24 +124,31 @@ def behind_merges(program: Program, plan: Plan) -> list[Alone]:
         What the plan made; its graph is followed from the merged weights on.
     plan
         Merges among others.
+    original
+        What the program was made of.
     """
     merged = {m.weight for step in plan.steps for each in step.merges for m in each.members}
     matrices = contractions(program).matrices
-    uses = {use.node for matrix in matrices for use in matrix.uses}
-    own = {use.node for matrix in matrices if matrix.weight in merged for use in matrix.uses}
-    reached, waiting = set[fx.Node](), list(own)
+    reached, same = set[fx.Node](), counterparts(program, original)
+    waiting = [use.node for matrix in matrices if matrix.weight in merged for use in matrix.uses]
     while waiting:
-        for user in waiting.pop().users:
-            if user not in reached:
-                reached.add(user)
-                waiting += [] if user in uses else [user]
+        new = waiting.pop().users.keys() - reached
+        reached |= new
+        waiting += new
+
+    def means_the_same(matrix: Matrix) -> bool:
+        weight, adds = matrix.weight, last_sum(matrix.uses[0].node) is not matrix.uses[0].node
+        pair = original.weights[weight], program.weights[weight]
+        return adds or (bool(layer_of(weight)) and torch.equal(*map(made, pair)))
+
     return [
         Alone(matrix.name, [(matrix, torch.zeros(1, dtype=torch.int64))], last_sum(node))
         for matrix in matrices
         for node in [matrix.uses[0].node]
         if node in reached and matrix.weight not in merged
         if len(matrix.uses) == 1 and matrix.outer == 0 and matrix.uses[0].right
-        if node.meta["val"].shape[-1] == matrix.shape[1]
+        if node.meta["val"].shape[-1] == matrix.shape[1] and last_sum(node) in same
+        if means_the_same(matrix)
     ]
 
 

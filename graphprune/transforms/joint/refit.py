@@ -53,6 +53,11 @@ class Fitted:
     errors: dict[str, tuple[float, float]]
     peak_bytes: int
 
+    def after(self, other: Fitted) -> Fitted:
+        """Return what this and the `other` before it gave together."""
+        errors = {n: (other.errors.get(n, pair)[0], pair[1]) for n, pair in self.errors.items()}
+        return Fitted(self.program, self.names, errors, max(self.peak_bytes, other.peak_bytes))
+
 
 def refit_together(
     program: Program,
@@ -128,6 +133,8 @@ def refit_together(
             account.reserve(seen.nbytes)
             [(changes, error)] = ranks.each_once([seen], lambda rows: rows.solved(damp))
             account.reserve(-seen.nbytes)
+            if damp is None and not error[1] < error[0]:  # it would only fit what is by chance
+                changes, error = {}, (error[0], error[0])
             errors[each.name] = error
             stored = changed.store(each.changed({**program.weights, **changed.weights}, changes))
             for execution in ours[:1]:  # they share their weights
