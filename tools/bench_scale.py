@@ -174,7 +174,7 @@ def rows_on_data(folder: Path, samples: int, length: int) -> Iterator[tuple[str,
         ("sparsify, wanda 0.5", "sparsify{pattern=0.5 criterion=wanda}", "3GB"),
         ("taylor", f"{ffn}}}", "6GB"),
         ("obs, reconstruct", f"{ffn} criterion=obs}},reconstruct", "6GB"),
-        ("merge-kv-heads, aligned", "merge-kv-heads{ratio=0.5 init=aligned}", "6GB"),
+        ("merge-kv-heads, aligned", "merge-kv-heads{groups=16 init=aligned}", "6GB"),
     ):
         command = [sys.executable, "-m", "graphprune", "run", str(folder / "model"), *data]
         out = ["--memory", memory, "-o", str(folder / "smaller"), "--overwrite"]
@@ -277,7 +277,7 @@ PASSES = (
     "sparsify{pattern=0.5 criterion=wanda}",
     "prune{target=ffn ratio=0.25}",
     "prune{target=ffn ratio=0.25 criterion=obs},reconstruct",
-    "merge-kv-heads{ratio=0.5 init=aligned}",
+    "merge-kv-heads{groups=16 init=aligned}",
 )
 
 
