@@ -7,6 +7,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
 from graphprune.frontend.example_inputs import BATCH, NEW, PAST_LENGTH, longest_trial
-from graphprune.frontend.from_exported import to_program
+from graphprune.frontend.from_exported import few_values, to_program
 from graphprune.frontend.patches.transformers_code import without_pad_token
 from graphprune.frontend.sizes import LENGTHS, ROWS, conditions_of, limited
 from graphprune.frontend.torch_export import Follow, export, line_and_place
@@ -115,13 +116,15 @@ def capture_decoder(
     conditions = conditions_of(exported, program)
     most = longest_trial(model)
     candidates = [dict(_sizes(program, *each)) for each in _candidates() if sum(each[1:]) <= most]
-    return limited(
-        program,
-        conditions,
-        wrapper.computed,
-        lambda sizes: _inputs(program, sizes, model),
-        candidates,
-    )
+    with few_values(program, model) as compared:
+        found = limited(
+            compared,
+            conditions,
+            wrapper.computed,
+            lambda sizes: _inputs(program, sizes, model),
+            candidates,
+        )
+    return replace(found, weights=program.weights)
 
 
 def _candidates() -> Iterator[tuple[int, int, int]]:

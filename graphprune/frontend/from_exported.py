@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import contextlib
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
+import torch
 from torch import Tensor, fx, nn
 from torch._ops import HigherOrderOperator
 from torch.export.graph_signature import InputKind
@@ -13,8 +16,8 @@ from graphprune.frontend.canonicalize import canonicalize, write_to_copies, writ
 from graphprune.frontend.torch_export import Exported
 from graphprune.ir.aten import printed_name
 from graphprune.ir.program import Kind, Note, Program, value_of
-from graphprune.ir.provenance import Source, module_path, source_line
-from graphprune.weights.models import named_tensors, stored_weights
+from graphprune.ir.provenance import Source, layer_of, module_path, source_line
+from graphprune.weights.models import named_tensors, stored_weights, values_held
 
 
 def to_program(
@@ -144,3 +147,45 @@ def _ties(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
     for name, tensor in named_tensors(model).items():
         canonical[name] = first.setdefault(id(tensor), name)
     return canonical, {name: to for name, to in canonical.items() if name != to}
+
+
+@contextlib.contextmanager
+def few_values(program: Program, model: nn.Module) -> Iterator[Program]:
+    """Let `program` and `model` compute with few values for a while, where weights lie in files.
+
+    What a model does at other sizes is in its code, which weights do not change. So the matrices
+    of all layers that are alike have the values of the first such layer, and are read once for all
+    sizes. Vectors keep theirs, by which one layer differs from another.
+
+    Yields
+    ------
+    Program
+        What to compare with `model` for this while.
+    """
+    stored = stored_weights(model)
+    types, firsts = program.compute_types, dict[Hashable, str]()
+    of = {
+        n: firsts.setdefault(_kind(n, w, types[n]), n)
+        for n, w in program.weights.items()
+        if n in stored
+    }
+    names = {name: of.get(program.aliases.get(name, name), name) for name in stored}
+    if not names:
+        yield program
+        return
+    with values_held(model, names) as values:
+        held = {name: values[name] for name in of}
+        yield replace(program, weights={**program.weights, **held})
+
+
+def _kind(name: str, weight: Tensor, computed: torch.dtype) -> Hashable:
+    """Return what weights have in common that may have the same values.
+
+    What is numbered by itself is no layer: it may be one of several heads, or of experts. In half
+    precision, one layer over and over may go past what numbers can hold.
+    """
+    layer = layer_of(name)
+    inside = name.removeprefix(layer)
+    if weight.ndim < 2 or not layer or inside.count(".") < 2 or computed is torch.float16:
+        return name
+    return layer.rpartition(".")[0], inside, weight.shape, weight.dtype

@@ -15,7 +15,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from graphprune.errors import CaptureError, UsageError, nearest
-from graphprune.frontend.from_exported import to_program, written_parameters
+from graphprune.frontend.from_exported import few_values, to_program, written_parameters
 from graphprune.frontend.recurrences.replaced import loops_of
 from graphprune.frontend.sizes import (
     LENGTHS,
@@ -106,6 +106,8 @@ class Call:
         What it was made of.
     model
         The call on flat inputs, in the program's order.
+    module
+        What it calls.
     example
         The flat inputs that were given.
     vocabulary
@@ -119,6 +121,7 @@ class Call:
     program: Program
     exported: Exported
     model: Callable[..., Sequence[Tensor]]
+    module: nn.Module
     example: tuple[Tensor, ...]
     vocabulary: int | None = None
     most: int = 1 << 14
@@ -134,10 +137,14 @@ class Call:
         """
         if self.program.limits or any(tensor.is_meta for tensor in self.example):
             return self.program
-        conditions = conditions_of(self.exported, self.program)
+        with few_values(self.program, self.module) as compared:
+            return replace(self._limited(compared), weights=self.program.weights)
+
+    def _limited(self, compared: Program) -> Program:
+        conditions = conditions_of(self.exported, compared)
         example, seen = [tensor.clone() for tensor in self.example], conditions.seen
-        quick = is_quick(self.program, seen)
-        agree = quick and same(self.program, self.model, lambda _: example, seen)
+        quick = is_quick(compared, seen)
+        agree = quick and same(compared, self.model, lambda _: example, seen)
         if agree is None:
             why = refusal(self.model, example)
             raise CaptureError(f"the model does not run on the example: {why}")
@@ -145,7 +152,7 @@ class Call:
             raise CaptureError("its graph computes something else than the model on the example")
         candidates = list(self._candidates(conditions.seen))
         made = self._inputs
-        return limited(self.program, conditions, self.model, made, candidates, self.checked)
+        return limited(compared, conditions, self.model, made, candidates, self.checked)
 
     def check(self, what: str) -> None:
         """Refuse a program that does not compute what the model does on the example.
@@ -261,7 +268,7 @@ def capture_call(
         program = to_program(exported, model, names, outputs, source, notes, state=replaced)
         program = with_fixed(program, dims, wrapper.computed, tensors)
         checked = _CHECKED if loops_of(model) else 0
-        return Call(program, exported, wrapper.computed, tensors, checked=checked)
+        return Call(program, exported, wrapper.computed, model, tensors, checked=checked)
 
     if dynamic_shapes is not None:
         given_dims = _by_input(dynamic_shapes, model, args, kwargs)

@@ -26,7 +26,7 @@ from graphprune.io.progress import Progress, no_progress
 from graphprune.ir.aten import RESHAPES, is_copy, name_of
 from graphprune.ir.interpreter import Memory, ancestors, zeroing
 from graphprune.ir.program import Program
-from graphprune.transforms.joint.sums import HeldOutSums
+from graphprune.transforms.joint.sums import HeldOutSums, held_out, of_all_tokens
 
 Fold = Literal["linear", "stream"]
 """What is refitted: what precedes each run of branches that go, or each branch behind it, too."""
@@ -107,8 +107,8 @@ def _best_change(sums: HeldOutSums) -> tuple[Tensor, float]:
     sums.add_up_over_ranks()
     damp, before, after = sums.best(_DAMPS)
     if not sums.held.any or after >= before:
-        return torch.zeros_like(sums.held.cross.mT), 1.0
-    return sums.change(damp), after / before
+        return torch.zeros_like(sums.held.crosses[0].mT), 1.0
+    return sums.changes(damp)[0], after / before
 
 
 def fold_branches(
@@ -174,14 +174,16 @@ def fold_branches(
         for joint in (joint for joint in held if joint.branch.sum.node in inside):
             bias = bias_of(program, joint.matrix)
             _, outputs, inputs = joint.matrix.shape
-            fit = HeldOutSums.empty(inputs + bool(bias), outputs, program.device)
+            fit = HeldOutSums.empty({0: inputs + bool(bias)}, outputs, program.device)
             for execution, original in zip(thin, whole, strict=True):
                 values = execution.trial(part)
                 stream = values[joint.branch.sum.node]
                 lacking = original.values[joint.end] - stream
                 for _, rows in joint.use.rows(values):
                     one = rows.new_ones(len(rows), int(bool(bias)))
-                    fit.add(torch.cat([rows, one], 1), lacking.reshape(-1, outputs))
+                    given = of_all_tokens(torch.cat([rows, one], 1))
+                    held_back = held_out(len(rows), rows.device)
+                    fit.add(given, lacking.reshape(-1, outputs), held_back)
                 values.clear()
             change, errors[joint.branch.name] = _best_change(fit)
             new = _changed(program, {**program.weights, **changed.weights}, joint, bias, change)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -10,14 +12,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from graphprune.weights.deferred import converted, made
+from graphprune.weights.deferred import Deferred, converted, made
 from graphprune.weights.recorded import Recorded
 
 _STORED = "_graphprune_stored"
+_MEMORY = "_graphprune_memory"
 
 
-def leave_zeros(model: nn.Module) -> None:
-    """Put zeros that take no memory in the place of what a loader left in files."""
+def leave_zeros(model: nn.Module, memory: int | None = None) -> None:
+    """Put zeros that take no memory in the place of what a loader left in files.
+
+    Parameters
+    ----------
+    model
+        As the loader gave it.
+    memory
+        Bytes that values of its weights may take later on; None for no limit.
+    """
     stored: dict[str, Tensor] = {}
     zeros: dict[int, Tensor] = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -32,6 +43,7 @@ def leave_zeros(model: nn.Module) -> None:
         if isinstance(held[own], Recorded):
             held[own] = zeros[id(held[own])]
     stand_for(model, stored)
+    model.__dict__[_MEMORY] = memory
 
 
 def stand_for(model: nn.Module, stored: Mapping[str, Tensor]) -> None:
@@ -81,6 +93,49 @@ def values_lent(model: nn.Module) -> Iterator[None]:
     zeros = named_tensors(model) if stored else {}
     with lent(model, {n: converted(w, zeros[n].dtype, zeros[n].device) for n, w in stored.items()}):
         yield
+
+
+@contextlib.contextmanager
+def values_held(model: nn.Module, names: Mapping[str, str]) -> Iterator[Mapping[str, Tensor]]:
+    """Let `model` compute with the values of some of its weights, made once, for a while.
+
+    Those that do not fit into its memory are made each time they are used.
+
+    Parameters
+    ----------
+    model
+        Has zeros in the place of weights.
+    names
+        Name of such a weight -> that of the weight whose values it has for now.
+
+    Yields
+    ------
+    Mapping
+        These weights by name, in the types in which the model computes with them.
+    """
+    stored, zeros = stored_weights(model), named_tensors(model)
+    memory = model.__dict__.get(_MEMORY)
+    room = math.inf if memory is None else memory - max(zeros[name].nbytes for name in names)
+    made_of: dict[str, Tensor] = {}
+    for first in dict.fromkeys(names.values()):
+        weight, size = stored[first], zeros[first].nbytes
+        weight = converted(weight, zeros[first].dtype, zeros[first].device)
+        fits = size <= room
+        room -= size if fits else 0
+        made_of[first] = _made_once(weight) if fits else weight
+    weights = {name: made_of[first] for name, first in names.items()}
+    stand_for(model, {**stored, **weights})
+    try:
+        yield weights
+    finally:
+        stand_for(model, stored)
+
+
+def _made_once(weight: Tensor) -> Tensor:
+    """Return `weight`, of which the values are held once they were made."""
+    if not isinstance(weight, Deferred):
+        return weight
+    return Deferred(functools.cache(weight.made), weight.shape, weight.dtype, weight.device)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import torch
 from architectures import build
 from torch import Tensor, nn
 from torch.export import Dim
+from transformers.models.bert.modeling_bert import BertIntermediate
 
 import graphprune as gp
 from graphprune.backends.archive import archive
 from graphprune.errors import UsageError
-from graphprune.frontend import sizes
+from graphprune.frontend import from_exported, sizes
+from graphprune.weights.files import TensorFile
 
 
 class Module(nn.Module):
@@ -93,6 +96,49 @@ def test_a_length_at_which_the_code_goes_another_way_is_refused_by_name(
         else:
             with pytest.raises(UsageError, match=rf"dimension 1 of input 'x' is {size}, and the"):
                 program(x)
+
+
+@pytest.mark.captures_anew
+def test_a_checkpoint_is_compared_at_all_sizes_with_few_of_its_weights_read_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    build("llama-gqa").save_pretrained(tmp_path)
+    read, reads, compared = TensorFile.read, Counter[str](), Counter[bool | None]()
+    monkeypatch.setattr(TensorFile, "read", lambda self, n: (reads.update([n]), read(self, n))[1])
+    same = sizes.same
+    monkeypatch.setattr(sizes, "same", lambda *a: (found := same(*a), compared.update([found]))[0])
+    program = gp.load(tmp_path, memory="1GB")
+    assert compared[True] > 3 and set(reads.values()) == {1}
+    second = {n for n, w in program.weights.items() if ".layers.1." in n and w.ndim == 2}
+    assert len(second) == 7 and second.isdisjoint(reads)
+    last = "model.layers.{}.mlp.down_proj.weight"
+    assert not torch.equal(*(program.weights[last.format(layer)] for layer in range(2)))
+    reads.clear()
+    largest = max(weight.nbytes for weight in program.weights.values())
+    gp.load(tmp_path, memory=largest + 1)  # too little to hold one of them
+    assert max(reads.values()) > 3
+
+
+@pytest.mark.captures_anew
+def test_another_way_at_a_size_is_found_with_the_values_of_one_layer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    build("bert").save_pretrained(tmp_path)
+    plain = BertIntermediate.forward
+    monkeypatch.setattr(BertIntermediate, "forward", lambda self, x: once(plain(self, x)))
+    assert (0, 49) in gp.load(tmp_path, memory="1GB").limits.values()
+
+
+def test_what_is_numbered_by_itself_keeps_its_own_values() -> None:
+    types = torch.float32, torch.float16
+    matrix, vector = torch.ones(2, 2), torch.ones(2)
+    layers = [f"model.layers.{layer}.mlp.up.weight" for layer in range(2)]
+    assert len({from_exported._kind(name, matrix, types[0]) for name in layers}) == 1
+    for weight, computed in ((vector, types[0]), (matrix, types[1])):
+        assert len({from_exported._kind(name, weight, computed) for name in layers}) == 2
+    for each in ("heads.{}.weight", "model.layers.0.experts.{}.up.weight"):
+        names = [each.format(number) for number in range(2)]
+        assert len({from_exported._kind(name, matrix, types[0]) for name in names}) == 2
 
 
 def test_a_decision_that_changes_nothing_limits_nothing() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 from architectures import inputs_of, program_of
@@ -12,8 +16,8 @@ import graphprune as gp
 from graphprune.calibration.data import Calibration
 from graphprune.transforms.apply import apply_plan
 from graphprune.transforms.joint import refit
-from graphprune.transforms.joint.addends import behind_merges
-from graphprune.transforms.joint.seen import SeenRows
+from graphprune.transforms.joint.addends import Addends, behind_merges
+from graphprune.transforms.joint.seen import Seen
 
 TOKENS, DAMP = 120, 0.1
 
@@ -76,28 +80,61 @@ def test_experts_and_their_units_are_refitted_together() -> None:
     assert all(after < before for before, after in details["held-out error"].values())
 
 
-def test_sums_over_tokens_give_what_all_rows_give(monkeypatch: pytest.MonkeyPatch) -> None:
+def refitted_behind_heads() -> tuple[gp.Program, dict[str, tuple[float, float]]]:
     program = program_of("llama-mha")
     data = Calibration.from_batches(
         [inputs_of(program, batch=2, length=24, seed=s) for s in (0, 1)]
     )
     plan = gp.Pipeline.parse("merge-kv-heads{groups=1 init=mean}").run(program, quiet=True).plan
     merged = apply_plan(program, plan)
-    given = merged, program, behind_merges(merged, plan, program), data
-    sums = refit.refit_together(*given)
-    monkeypatch.setattr(refit, "_nothing_seen", lambda *_: SeenRows())
-    rows = refit.refit_together(*given)
-    assert sums.names == rows.names
-    assert {name.split(".")[-2] for name in sums.names} == {
+    found = refit.refit_together(merged, program, behind_merges(merged, plan, program), data)
+    assert {name.split(".")[-2] for name in found.names} == {
         "q_proj",
         "o_proj",
         "gate_proj",
         "up_proj",
         "down_proj",
     }  # queries of the second layer
-    assert any(after < before for before, after in rows.errors.values())
-    for name, errors in rows.errors.items():
-        assert errors[1] <= errors[0]
-        assert sums.errors[name] == pytest.approx(errors, rel=1e-6)
-    for name, weight in rows.program.weights.items():
-        torch.testing.assert_close(sums.program.weights[name], weight, rtol=1e-5, atol=1e-6)
+    return found.program, found.errors
+
+
+def refitted_experts() -> tuple[gp.Program, dict[str, tuple[float, float]]]:
+    x = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
+    program = gp.capture(Picked().eval(), (x[:40],))
+    recipe = gp.Pipeline.parse("prune{target=experts ratio=0.4 criterion=reap},reconstruct")
+    made = recipe.run(program, calibration=calibration_of(program, x), quiet=True)
+    return made.program, made.report.passes[1].details["held-out error"]
+
+
+@pytest.mark.parametrize(
+    ("refitted", "most"),
+    [(refitted_behind_heads, 0), (refitted_experts, 0), (refitted_experts, 5000)],
+    ids=["heads", "experts", "experts after a batch"],
+)
+def test_sums_over_tokens_give_what_all_rows_give(
+    refitted: Callable[[], tuple[gp.Program, dict[str, tuple[float, float]]]],
+    most: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nothing, seen = Seen.nothing, list[Seen]()
+
+    def holding(most: float) -> None:
+        def start(addends: Addends, device: torch.device) -> Seen:
+            seen.append(replace(nothing(addends, device), most=most))
+            return seen[-1]
+
+        monkeypatch.setattr(Seen, "nothing", start)
+
+    holding(math.inf)
+    rows, errors = refitted()
+    assert all(each.rows.lacks for each in seen)
+    seen.clear()
+    holding(most)
+    sums, theirs = refitted()
+    assert seen and all(each.sums is not None and not each.rows.lacks for each in seen)
+    assert any(after < before for before, after in errors.values())
+    for name, (before, after) in errors.items():
+        assert after <= before
+        assert theirs[name] == pytest.approx((before, after), rel=1e-6)
+    for name, weight in rows.weights.items():
+        torch.testing.assert_close(sums.weights[name], weight, rtol=1e-5, atol=1e-6)

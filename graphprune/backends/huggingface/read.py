@@ -62,7 +62,7 @@ def read(
         stored, apart, config, model_class = _described(path)
         on_cpu = placement.device is None or placement.device.type == "cpu"
         compute = wanted or (torch.float32 if on_cpu else stored or config.dtype or torch.float32)
-        model = _model(path, config, model_class, compute)
+        model = _model(path, config, model_class, compute, placement.memory)
         program = capture(model, cache=cache)
     del model
     program = _from_files(program, path, stored, apart, placement)
@@ -329,12 +329,14 @@ def _model_class(path: Path, config: Any) -> Any:
     raise CheckpointError(f"{path / 'config.json'}: transformers has no model for {name!r}")
 
 
-def _model(path: Path, config: Any, model_class: Any, dtype: torch.dtype) -> Any:
+def _model(
+    path: Path, config: Any, model_class: Any, dtype: torch.dtype, memory: int | None = None
+) -> Any:
     """Load the model; its weights stay in their files where the loader can leave them there."""
     try:
         with _left_in_files():
             model, info = _loaded(path, config, model_class, dtype)
-        leave_zeros(model)
+        leave_zeros(model, memory)
     except CheckpointError:
         # What it does to the weights cannot be put off; or it fails, and says why below.
         model, info = _loaded(path, config, model_class, dtype)

@@ -4,7 +4,7 @@ Where experts went, tokens are sent to others; where KV heads were merged, atten
 else. The last matrices of the experts that stay, or those behind the merged heads, are then the
 least squares estimate of the stream as it was. Experts are fitted together, since a token is a sum
 over those that it is now sent to: one after the other and again until nothing moves (block
-Gauss-Seidel), on products of pairs of each expert's own inputs alone.
+Gauss-Seidel).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, fx
 
 from graphprune import ranks
@@ -24,9 +23,8 @@ from graphprune.io.progress import Progress, no_progress
 from graphprune.ir.interpreter import Memory, ancestors, call
 from graphprune.ir.program import Program
 from graphprune.training.pieces import counterparts
-from graphprune.transforms.joint.addends import Addends, Alone
-from graphprune.transforms.joint.seen import Seen, SeenRows, SeenSums
-from graphprune.transforms.joint.sums import HeldOutSums
+from graphprune.transforms.joint.addends import Addends
+from graphprune.transforms.joint.seen import Seen
 from graphprune.transforms.sparsity import check_values
 from graphprune.verification.masked_reference import MaskedReference
 
@@ -124,7 +122,7 @@ def refit_together(
     errors: dict[str, tuple[float, float]] = {}
     for part in track(parts, "refitting towards the original"):
         for each in (each for each in together if each.end in part.nodes):
-            seen = _nothing_seen(each, program.device)
+            seen = Seen.nothing(each, program.device)
             for wanted, execution in zip(theirs.values(goals[each.end]), ours, strict=True):
                 values = execution.trial(part)
                 seen.add(each, values, wanted)
@@ -143,14 +141,6 @@ def refit_together(
             execution.advance(part.nodes)
     names = [matrix.name for matrix in matrices]
     return Fitted(program.with_weights(changed.weights), names, errors, account.peak)
-
-
-def _nothing_seen(addends: Addends, device: torch.device) -> Seen:
-    """Return what is to be seen of them: sums, where these suffice."""
-    if isinstance(addends, Alone):
-        _, outputs, inputs = addends.matrices[0][0].shape
-        return SeenSums(HeldOutSums.empty(inputs, outputs, device))
-    return SeenRows()
 
 
 def _goals(

@@ -1,16 +1,15 @@
 """What is seen of matrices that are refitted, and the changes that explain most of what is lacking.
 
-With x_u the inputs of matrix W_u, and r what the stream lacks of the original's, the changes D_u
-minimize ``sum over tokens |r - sum_u D_u x_u|^2 + sum_u lambda_u |D_u|^2``, where inputs and lacks
-are divided by the size of the stream at their token.
+They are fitted to sums over tokens, which take as much however many tokens there are. As long as
+the rows that they are sums of take less, these are held, and the changes fitted to them. Inputs and
+lacks are divided by the size of the stream at their token.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -19,89 +18,14 @@ from graphprune import ranks
 from graphprune.calibration.damping import DAMPS, UNTRIED_DAMP, damped_factor
 from graphprune.training.local import squares_of_rows
 from graphprune.transforms.joint.addends import Addends
-from graphprune.transforms.joint.sums import HeldOutSums, held_out
-
-SWEEPS, STILL = 100, 1e-8
-"""How often all experts are fitted in turn at most, and the part of what is left to be explained by
-which a sweep that changes less is the last."""
+from graphprune.transforms.joint.sums import STILL, SWEEPS, ByUnit, HeldOutSums, held_out
 
 Solved = tuple[dict[int, Tensor], tuple[float, float]]
 """The change of every unit, ``[out, in]``, and the error before and after."""
 
 
-class Seen(ABC):
-    """What matrices were given for each token, and what the stream behind them lacks."""
-
-    @property
-    @abstractmethod
-    def nbytes(self) -> int:
-        """What it takes."""
-
-    @abstractmethod
-    def add(self, addends: Addends, values: Mapping[fx.Node, Any], wanted: Tensor) -> None:
-        """Take more tokens, from the values of a batch and what the stream was."""
-
-    @abstractmethod
-    def of_all_processes(self) -> Self:
-        """Return what all processes have seen."""
-
-    @abstractmethod
-    def solved(self, damp: float | None) -> Solved:
-        """Return changes, damped by `damp` or by what predicts tokens best that were held out.
-
-        Raises
-        ------
-        CalibrationError
-            When inputs are too alike in spite of the damping.
-        """
-
-
-def _lacks(
-    addends: Addends, values: Mapping[fx.Node, Any], wanted: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return what a stream lacks, ``[tokens, out]``, and 1 / its size, ``[tokens, 1]``."""
-    wanted = wanted.reshape(-1, wanted.shape[-1])
-    scale = squares_of_rows(wanted).rsqrt()[:, None]
-    return (wanted.float() - values[addends.end].reshape(wanted.shape)) * scale, scale
-
-
-@dataclass(frozen=True, eq=False)
-class SeenSums(Seen):
-    """Sums over tokens, which suffice for a matrix that nothing is refitted together with.
-
-    Parameters
-    ----------
-    sums
-        Of its inputs and of what the stream lacks.
-    """
-
-    sums: HeldOutSums
-
-    @property
-    def nbytes(self) -> int:
-        """What it takes."""
-        return self.sums.nbytes
-
-    def add(self, addends: Addends, values: Mapping[fx.Node, Any], wanted: Tensor) -> None:
-        """Take more tokens, each a row of the matrix's inputs."""
-        lacks, scale = _lacks(addends, values, wanted)
-        for rows, _, _ in addends.rows(values):
-            self.sums.add(rows * scale, lacks)
-
-    def of_all_processes(self) -> Self:
-        """Add up, in place."""
-        self.sums.add_up_over_ranks()
-        return self
-
-    def solved(self, damp: float | None) -> Solved:
-        """Solve the normal equations."""
-        tried = DAMPS if self.sums.held.any else (UNTRIED_DAMP,)
-        best, before, after = self.sums.best(tried if damp is None else (damp,))
-        return {0: self.sums.change(best)}, (before, after)
-
-
-@dataclass(frozen=True, eq=False)
-class SeenRows(Seen):
+@dataclass(eq=False)
+class Rows:
     """Rows of several matrices, each given some of the tokens.
 
     Parameters
@@ -117,13 +41,14 @@ class SeenRows(Seen):
 
     @property
     def nbytes(self) -> int:
-        """What it takes."""
+        """What they take."""
         rows = [x for each in self.inputs.values() for pair in each for x in pair]
         return sum(tensor.nbytes for tensor in (*rows, *self.lacks))
 
     def add(self, addends: Addends, values: Mapping[fx.Node, Any], wanted: Tensor) -> None:
         """Take more tokens, from the values of a batch and what the stream was."""
-        lacks, scale = _lacks(addends, values, wanted)
+        wanted = wanted.reshape(-1, wanted.shape[-1])
+        scale = squares_of_rows(wanted).rsqrt()[:, None]
         first = sum(map(len, self.lacks))
         for rows, units, tokens in addends.rows(values):
             tokens = tokens.to(rows.device)
@@ -131,55 +56,134 @@ class SeenRows(Seen):
             for unit in units.unique().tolist():
                 mine = (units == unit).to(rows.device)
                 self.inputs.setdefault(unit, []).append((rows[mine], tokens[mine] + first))
-        self.lacks.append(lacks)
+        self.lacks.append((wanted.float() - values[addends.end].reshape(wanted.shape)) * scale)
 
-    def of_all_processes(self) -> Self:
-        """Return the rows of all, in their order."""
-        found, first = type(self)(), 0
-        for seen in ranks.each_once([self] * ranks.size(), lambda each: each):
-            for unit, rows in seen.inputs.items():
-                moved = [(x, tokens + first) for x, tokens in rows]
-                found.inputs.setdefault(unit, []).extend(moved)
-            found.lacks.extend(seen.lacks)
-            first += sum(map(len, seen.lacks))
-        return found
+    def append(self, other: Rows) -> None:
+        """Take the rows of others after these."""
+        first = sum(map(len, self.lacks))
+        for unit, rows in other.inputs.items():
+            moved = [(x, tokens + first) for x, tokens in rows]
+            self.inputs.setdefault(unit, []).extend(moved)
+        self.lacks.extend(other.lacks)
+
+    def by_unit(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Return the rows of each unit together."""
+        joined = {unit: zip(*each, strict=True) for unit, each in sorted(self.inputs.items())}
+        return {unit: (torch.cat(x), torch.cat(at)) for unit, (x, at) in joined.items()}
 
     def solved(self, damp: float | None) -> Solved:
         """Fit one after the other and again until nothing moves (block Gauss-Seidel)."""
-        rows = {unit: _joined(each) for unit, each in sorted(self.inputs.items())}
+        rows = {unit: (inputs.double(), at) for unit, (inputs, at) in self.by_unit().items()}
         lacks = torch.cat(self.lacks).double()
         held = torch.cat([held_out(len(each), each.device) for each in self.lacks])
         fitted = {u: (x[~held[at]], at[~held[at]]) for u, (x, at) in rows.items()}
         judged = held if bool(held.any()) else ~held
         grams = _grams(fitted)
 
-        tried = DAMPS if bool(held.any()) else (UNTRIED_DAMP,)
-
         def error(each: float) -> float:
             changes = _together(fitted, grams, lacks, each)
             return float(_left(rows, lacks, changes)[judged].square().mean())
 
-        errors = {each: error(each) for each in (tried if damp is None else (damp,))}
+        errors = {each: error(each) for each in _tried(damp, bool(held.any()))}
         best = min(errors, key=errors.__getitem__)
         changes = _together(rows, _grams(rows), lacks, best)
         return changes, (float(lacks[judged].square().mean()), errors[best])
 
 
-_ByUnit = Mapping[int, tuple[Tensor, Tensor]]
+@dataclass(eq=False)
+class Seen:
+    """What matrices were given for each token, and what the stream behind them lacks.
+
+    Parameters
+    ----------
+    widths
+        Unit -> how many inputs its matrix has.
+    outputs
+        How many numbers the stream has for each token.
+    device
+        Where sums are made.
+    most
+        Bytes of rows that are held, of all processes together, before they are summed up.
+    """
+
+    widths: Mapping[int, int]
+    outputs: int
+    device: torch.device
+    most: float
+    rows: Rows = field(default_factory=Rows, init=False)
+    sums: HeldOutSums | None = field(default=None, init=False)
+
+    @classmethod
+    def nothing(cls, addends: Addends, device: torch.device) -> Seen:
+        """Return what is to be seen of matrices; rows of one alone are summed up at once."""
+        widths = {u: m.shape[2] for m, units in addends.matrices for u in units.tolist()}
+        outputs = addends.matrices[0][0].shape[1]
+        each = sum(widths.values()) ** 2 / 2 + sum(widths.values()) * outputs
+        both = 2 * each * torch.float64.itemsize
+        return cls(widths, outputs, device, both if len(widths) > 1 else 0)
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes."""
+        return self.rows.nbytes + (self.sums.nbytes if self.sums else 0)
+
+    def add(self, addends: Addends, values: Mapping[fx.Node, Any], wanted: Tensor) -> None:
+        """Take more tokens, from the values of a batch and what the stream was."""
+        self.rows.add(addends, values, wanted)
+        if self.sums is not None or self.rows.nbytes > self.most:
+            self._sum_up()
+
+    def _sum_up(self) -> HeldOutSums:
+        """Hold no rows any more but sums over them."""
+        if self.sums is None:
+            self.sums = HeldOutSums.empty(self.widths, self.outputs, self.device)
+        if self.rows.lacks:
+            held = [held_out(len(each), each.device) for each in self.rows.lacks]
+            self.sums.add(self.rows.by_unit(), torch.cat(self.rows.lacks), torch.cat(held))
+            self.rows = Rows()
+        return self.sums
+
+    def of_all_processes(self) -> Seen:
+        """Return what all have seen: their rows in their order, or sums."""
+        count = torch.tensor([float(self.rows.nbytes), float(self.sums is not None)]).double()
+        ranks.sum_of([count])
+        held, summed = count.tolist()
+        if summed or held > self.most:
+            self._sum_up().add_up_over_ranks()
+            return self
+        found = Seen(self.widths, self.outputs, self.device, self.most)
+        for each in ranks.each_once([self.rows] * ranks.size(), lambda rows: rows):
+            found.rows.append(each)
+        return found
+
+    def solved(self, damp: float | None) -> Solved:
+        """Return changes, damped by `damp` or by what predicts tokens best that were held out.
+
+        Raises
+        ------
+        CalibrationError
+            When inputs are too alike in spite of the damping.
+        """
+        if self.sums is None:
+            return self.rows.solved(damp)
+        best, before, after = self.sums.best(_tried(damp, self.sums.held.any))
+        return self.sums.changes(best), (before, after)
 
 
-def _joined(rows: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    inputs, tokens = zip(*rows, strict=True)
-    return torch.cat(inputs).double(), torch.cat(tokens)
+def _tried(damp: float | None, judged: bool) -> Sequence[float]:
+    """Return what to damp by: what is asked for, or all where tokens were held out."""
+    if damp is not None:
+        return (damp,)
+    return DAMPS if judged else (UNTRIED_DAMP,)
 
 
-def _grams(rows: _ByUnit) -> dict[int, Tensor]:
+def _grams(rows: ByUnit) -> dict[int, Tensor]:
     """Return the products of all pairs of inputs, by unit."""
     return {unit: inputs.mT @ inputs for unit, (inputs, _) in rows.items()}
 
 
 def _together(
-    rows: _ByUnit, grams: Mapping[int, Tensor], lacks: Tensor, damp: float
+    rows: ByUnit, grams: Mapping[int, Tensor], lacks: Tensor, damp: float
 ) -> dict[int, Tensor]:
     """Return the changes of all units that explain most of what is lacking."""
     factors = {unit: damped_factor(gram, damp) for unit, gram in grams.items()}
@@ -200,7 +204,7 @@ def _together(
     return changes
 
 
-def _left(rows: _ByUnit, lacks: Tensor, changes: Mapping[int, Tensor]) -> Tensor:
+def _left(rows: ByUnit, lacks: Tensor, changes: Mapping[int, Tensor]) -> Tensor:
     """Return what is lacking after some changes."""
     left = lacks.clone()
     for unit, (inputs, tokens) in rows.items():
