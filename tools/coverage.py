@@ -367,7 +367,8 @@ def isolated(task: str, model_type: str, limit: int) -> Row:
     try:
         row: Row = json.loads(text)
     except ValueError:
-        why = f"not done in {limit} s" if os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL) else "it crashed"
+        late = os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)
+        why = f"not done in {limit} s" if late else "it crashed"
         row = {"task": task, "type": model_type, "eager": {"error": why}}
     return row
 
