@@ -7,7 +7,7 @@ as places go: what makes a tensor on the CPU and combines it with one of them is
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
+from graphprune.ir.interpreter import _tensors
 from graphprune.ir.program import Program
 from graphprune.weights.deferred import LOOKS, made
 from graphprune.weights.placement import Placement
@@ -112,14 +113,6 @@ def _mapped(function: Callable[[Any], Any], of: Any) -> Any:
     if isinstance(of, dict):
         return {name: _mapped(function, each) for name, each in of.items()}
     return function(of)
-
-
-def _tensors(of: Any) -> Iterator[Tensor]:
-    if isinstance(of, Tensor):
-        yield of
-    elif isinstance(of, tuple | list):
-        for each in of:
-            yield from _tensors(each)
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:

@@ -388,12 +388,12 @@ def main(
     part, parts = map(int, shard.split("/"))
     jobs = [(name, kind) for name in task or TASKS for kind in types_of(name)]
     jobs = [job for job in jobs if not only or job[1] in only.split(",")][part - 1 :: parts]
-    if jobs and not report:
+    left = {job: RESULTS / f"{'.'.join(job)}.json" for job in ([] if report else jobs)}
+    left = {job: path for job, path in left.items() if again or not path.is_file()}
+    if left:
         measure(*WARMS_UP)
-    for name, kind in track([] if report else jobs, console=Console(stderr=True)):
-        path = RESULTS / f"{name}.{kind}.json"
-        if again or not path.is_file():
-            path.write_text(json.dumps(isolated(name, kind, limit), indent=1) + "\n")
+    for job, path in track(left.items(), console=Console(stderr=True)):
+        path.write_text(json.dumps(isolated(*job, limit), indent=1) + "\n")
     rows = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     TABLE.write_text(table(rows), encoding="utf-8")
     print("\n".join(headline(rows)))

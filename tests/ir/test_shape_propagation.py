@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, library
 
 from graphprune.ir.interpreter import call
 from graphprune.ir.shape_propagation import without_values
@@ -64,7 +64,7 @@ def test_values_are_kept() -> None:
 
 def test_an_operator_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    meta = torch.library.Library("graphprune_asked", "DEF")  # removed at the end of this function
+    meta = library.Library("graphprune_asked", "DEF")  # gone with this function
     meta.define("twice(Tensor x) -> Tensor")
     meta.impl("twice", lambda x: asked.append(x) or torch.empty_like(x), "Meta")
     target = torch.ops.graphprune_asked.twice.default

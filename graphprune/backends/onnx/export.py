@@ -166,8 +166,7 @@ def export(
     """
     opset = check_export(program, target, opset, quantization)
     if quantization is not None:
-        by_token = any(value.is_cache for value in program.inputs)
-        quantization = quantization.settled(target, by_token=by_token)
+        quantization = quantization.settled(target, by_token=program.is_decoder)
         check_widths(program, quantization)
     if program.lacks_values:
         raise BackendError(

@@ -230,7 +230,7 @@ def write_package(
     program = last_only(program) if logits == "last" else program
     parts, proven, why_whole = proven_parts(program, _checked(program, layout, quantization))
     if quantization is not None:
-        by_token = parts is not None or any(value.is_cache for value in program.inputs)
+        by_token = parts is not None or program.is_decoder
         quantization = quantization.settled(target, by_token=by_token)
     with staged_directory(directory) as staged:
         describe = archive.describe(program)

@@ -74,17 +74,15 @@ def no_code() -> contextlib.AbstractContextManager[Any]:
     """
     make = GraphModule.recompile
 
-    def later(self: GraphModule) -> None:
-        kind: Any = type(self)
-
-        def forward(module: GraphModule, *args: Any, **kwargs: Any) -> Any:
-            make(module)
-            return kind.forward(module, *args, **kwargs)
-
-        kind.forward = forward
+    def forward(self: GraphModule, *args: Any, **kwargs: Any) -> Any:
+        make(self)
+        return self.forward(*args, **kwargs)
 
     def recompile(self: GraphModule) -> Any:
-        return later(self) if type(self.graph._codegen) is CodeGen else make(self)
+        if type(self.graph._codegen) is not CodeGen:
+            return make(self)
+        type(self).forward = forward
+        return None
 
     return mock.patch.object(GraphModule, "recompile", recompile)
 

@@ -10,8 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 
 def _linear(update: Tensor, decay: Tensor, dim: int) -> Tensor:
@@ -42,19 +41,19 @@ def _delta(decay: Tensor, written: Tensor, values: Tensor, reads: Tensor) -> Ten
     return torch.stack(states, -3)
 
 
-@custom_op("graphprune::linear_recurrence", mutates_args=())
+@library.custom_op("graphprune::linear_recurrence", mutates_args=())
 def linear_recurrence(update: Tensor, decay: Tensor, dim: int) -> Tensor:
     """Return ``h[t] = decay[t] * h[t - 1] + update[t]`` for all `t` along `dim`, from zero on."""
     return _linear(update, decay, dim)
 
 
-@custom_op("graphprune::max_recurrence", mutates_args=())
+@library.custom_op("graphprune::max_recurrence", mutates_args=())
 def max_recurrence(update: Tensor, decay: Tensor, dim: int) -> Tensor:
     """Return ``m[t] = max(m[t - 1] + decay[t], update[t])`` for all `t` along `dim`."""
     return _largest(update, decay, dim)
 
 
-@custom_op("graphprune::delta_recurrence", mutates_args=())
+@library.custom_op("graphprune::delta_recurrence", mutates_args=())
 def delta_recurrence(decay: Tensor, written: Tensor, values: Tensor, reads: Tensor) -> Tensor:
     """Return every state before a chunk: ``s = decay * s + written @ (values - reads @ s)``.
 

@@ -136,19 +136,17 @@ def behind_merges(program: Program, plan: Plan, original: Program) -> list[Alone
         reached |= new
         waiting += new
 
-    def means_the_same(matrix: Matrix) -> bool:
-        weight, adds = matrix.weight, last_sum(matrix.uses[0].node) is not matrix.uses[0].node
-        pair = original.weights[weight], program.weights[weight]
-        return adds or (bool(layer_of(weight)) and torch.equal(*map(made, pair)))
+    def as_it_was(weight: str) -> bool:
+        return torch.equal(made(original.weights[weight]), made(program.weights[weight]))
 
     return [
-        Alone(matrix.name, [(matrix, torch.zeros(1, dtype=torch.int64))], last_sum(node))
+        Alone(matrix.name, [(matrix, torch.zeros(1, dtype=torch.int64))], end)
         for matrix in matrices
         for node in [matrix.uses[0].node]
         if node in reached and matrix.weight not in merged
         if len(matrix.uses) == 1 and matrix.outer == 0 and matrix.uses[0].right
-        if node.meta["val"].shape[-1] == matrix.shape[1] and last_sum(node) in same
-        if means_the_same(matrix)
+        if node.meta["val"].shape[-1] == matrix.shape[1] and (end := last_sum(node)) in same
+        if end is not node or (layer_of(matrix.weight) and as_it_was(matrix.weight))
     ]
 
 

@@ -132,7 +132,8 @@ def refit_together(
             [(changes, error)] = ranks.each_once([seen], lambda rows: rows.solved(damp))
             account.reserve(-seen.nbytes)
             if damp is None and not error[1] < error[0]:  # it would only fit what is by chance
-                changes, error = {}, (error[0], error[0])
+                errors[each.name] = error[0], error[0]
+                continue
             errors[each.name] = error
             stored = changed.store(each.changed({**program.weights, **changed.weights}, changes))
             for execution in ours[:1]:  # they share their weights

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers as tf
 from captures import captured
+from encoder_decoders import expected, inputs_of
 from torch import Tensor, nn
 
 import graphprune as gp
@@ -95,25 +96,6 @@ def model_of(name: str) -> Any:
             if weight.ndim == 1 and path.endswith("weight"):
                 weight += 1
     return model
-
-
-def inputs_of(name: str) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    if name == "whisper":
-        return {"input_features": torch.randn(3, 4, 20, generator=generator)}
-    mask = torch.ones(3, 7, dtype=torch.int64)
-    mask[1, 4:] = 0
-    return {"input_ids": torch.randint(3, 53, (3, 7), generator=generator), "attention_mask": mask}
-
-
-def expected(model: Any, inputs: Mapping[str, Tensor], **options: Any) -> list[list[int]]:
-    """The new tokens of transformers, each row up to what ends it."""
-    found = tf.GenerationMixin.generate(model, **inputs, do_sample=False, **options)
-    rows = []
-    for row in found[:, 1:].tolist():
-        ends = [at for at, token in enumerate(row) if token == model.config.eos_token_id]
-        rows.append(row[: ends[0] + 1] if ends else row)
-    return rows
 
 
 def by_parts(program: Program, rules: Rules, inputs: Mapping[str, Tensor], beams: int) -> Any:

@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers as tf
 from captures import captured
-from torch import Tensor, nn
+from encoder_decoders import expected, inputs_of
+from torch import nn
 
 import graphprune as gp
 from graphprune.backends.onnx.package import read_package, write_package
@@ -55,29 +56,6 @@ def model_of(name: str) -> Any:
     return model.eval()
 
 
-def inputs_of(name: str) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    if name == "whisper":
-        return {"input_features": torch.randn(3, 4, 20, generator=generator)}
-    mask = torch.ones(3, 7, dtype=torch.int64)
-    mask[1, 4:] = 0
-    return {"input_ids": torch.randint(3, 53, (3, 7), generator=generator), "attention_mask": mask}
-
-
-def expected(model: Any, rules: Any, inputs: dict[str, Tensor], beams: int) -> list[list[int]]:
-    """The new tokens of transformers, each row up to what ends it."""
-    found = tf.GenerationMixin.generate(
-        model,
-        **inputs,
-        generation_config=copy.deepcopy(rules),
-        do_sample=False,
-        num_beams=beams,
-        max_new_tokens=12,
-    )
-    rows = found[:, 1:].tolist()
-    return [row[: row.index(2) + 1] if 2 in row else row for row in rows]
-
-
 @pytest.mark.parametrize("name", ["bart", "whisper"])
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_tokens_are_those_of_what_the_weights_stand_for(
@@ -103,7 +81,10 @@ def test_tokens_are_those_of_what_the_weights_stand_for(
     runner, seen = gp.EncoderDecoderRunner(folder), set[int]()
     for beams in (1, 3):
         rows = [list(row.tokens) for row in runner.generate(inputs, max_new_tokens=12, beams=beams)]
-        assert rows == expected(stands_for, model.generation_config, inputs, beams)
+        rules = copy.deepcopy(model.generation_config)
+        assert rows == expected(
+            stands_for, inputs, generation_config=rules, num_beams=beams, max_new_tokens=12
+        )
         seen.update(token for row in rows for token in row)
     assert len(seen) > 3
 
