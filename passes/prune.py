@@ -52,8 +52,9 @@ class Prune(Pass):
     criterion
         How units are scored: l1, l2, magnitude (as l2), random, taylor, taylor-vector,
         taylor-second, taylor-mixed, wanda, gate, gate-token, gate-batch, obs, scop, scop-gamma,
-        scop-beta; for experts also reap, frequency and aimer; or one of one's own
-        (`graphprune.criteria.base.Criterion`), by name, in Python also as an object.
+        scop-beta, order (the last go, as is right after `rotate`); for experts also reap, frequency
+        and aimer; or one of one's own (`graphprune.criteria.base.Criterion`), by name, in Python
+        also as an object.
     aggregate
         How the scores of a unit in the weights of its group become one: sum, mean, max, product, or
         last (in the weight that is used last).
@@ -102,7 +103,7 @@ class Prune(Pass):
     Requires
     --------
     The coupling of the program; calibration data for all criteria but l1, l2, magnitude, random,
-    aimer and (behind batch norms) scop-gamma, and to measure the loss.
+    order, aimer and (behind batch norms) scop-gamma, and to measure the loss.
 
     Preserves
     ---------

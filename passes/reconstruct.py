@@ -84,7 +84,8 @@ class Reconstruct(Pass):
     Reference
     ---------
     Least squares of a layer's output on what is left of its input, as in channel pruning (He et al.
-    1707.06168, equation 2), in closed form on second moments, layer after layer. Training each
+    1707.06168, equation 2), in closed form on second moments, layer after layer; of FFN units that
+    is the Nyström approximation of MoDeGPT (2408.09632, section 3.2, type I). Training each
     attention and MLP to its dense output: 2510.14444.
 
     Example

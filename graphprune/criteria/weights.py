@@ -170,3 +170,18 @@ class Random(Criterion):
             sizes = context.sizes(group)
             found[group.name] = torch.rand(sizes, generator=generator, dtype=torch.float64)
         return found
+
+
+class Order(Criterion):
+    """The order of the units: the first matter most, as the pass `rotate` leaves them."""
+
+    name = "order"
+
+    def scores(self, context: ScoringContext) -> Scores:
+        """Count backwards, alike under all parents."""
+        return {
+            group.name: torch.arange(group.size, 0, -1.0, dtype=torch.float64).expand(
+                context.sizes(group)
+            )
+            for group in context.groups
+        }

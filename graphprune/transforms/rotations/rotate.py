@@ -1,0 +1,144 @@
+"""Units of groups replaced by combinations of them, so that a cut of the last ones loses least."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graphprune.analysis.coupling import Coupling
+from graphprune.analysis.groups import Group
+from graphprune.analysis.mixing.mixable import Mixable, mixable
+from graphprune.analysis.mixing.places import Unmixable
+from graphprune.calibration.data import Calibration
+from graphprune.calibration.layerwise import ChangedWeights
+from graphprune.errors import VerificationError
+from graphprune.io.progress import Progress, no_progress
+from graphprune.ir.compare import relative_error, tolerance_of
+from graphprune.ir.program import PRESENT, Program, caches_of
+from graphprune.ir.provenance import whereabouts
+from graphprune.ir.sample_inputs import continuation, random_inputs
+from graphprune.plan.index_map import IndexMap
+from graphprune.transforms.rotations.balance import balanced, principal
+from graphprune.transforms.rotations.gramians import gramians
+from graphprune.transforms.rotations.layout import Copies
+from graphprune.verification.draws import Draws
+from graphprune.verification.walks import Walk
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """A program that gives what it gave, whose units are ordered by how much they matter.
+
+    Parameters
+    ----------
+    program
+        The program, at its old sizes; the one that came in, where nothing could be rotated.
+    shares
+        Group -> how much each unit matters, of all together: the mean over the group's parents.
+    others
+        Group -> why it stays as it is.
+    """
+
+    program: Program
+    shares: Mapping[str, Tensor]
+    others: Mapping[str, str]
+
+
+@torch.no_grad()
+def rotate(
+    program: Program,
+    coupling: Coupling,
+    groups: Sequence[Group],
+    calibration: Calibration | None = None,
+    track: Progress = no_progress,
+) -> Rotated:
+    """Rotate those of `groups` that the graph allows, under each unit of their parents by itself.
+
+    Parameters
+    ----------
+    program, coupling
+        The program and its analysis.
+    groups
+        Groups of it.
+    calibration
+        Batches to measure on; None looks at weights alone.
+    track
+        Wraps loops in a progress bar.
+
+    Raises
+    ------
+    CalibrationError
+        When the batches do not fit the program.
+    """
+    chosen, others = list[Mixable](), dict[str, str]()
+    for group in groups:
+        try:
+            chosen.append(mixable(coupling, group))
+        except Unmixable as reason:
+            others[group.name] = f"{reason.why}, at {whereabouts(reason.node)}"
+    found = gramians(program, coupling, chosen, calibration, track)
+    by_weight: dict[str, list[tuple[IndexMap, Copies, Tensor]]] = defaultdict(list)
+    shares = {}
+    for each in chosen:
+        held, used = found.of(each, 1), found.of(each, -1)
+        mixing, values = principal(held) if each.orthogonal else balanced(held, used)
+        inverse = torch.linalg.inv(mixing).mT
+        shares[each.group.name] = (values.square() / values.square().sum(1, keepdim=True)).mean(0)
+        for member, side in zip(each.group.members, each.sides, strict=True):
+            copies = Copies.of(coupling, each.group, member)
+            by_weight[member.weight].append((member, copies, mixing if side > 0 else inverse))
+    changed = ChangedWeights(program)
+    changed.store_all(_mixed(program, by_weight, track))
+    return Rotated(program.with_weights(changed.weights) if chosen else program, shares, others)
+
+
+def _mixed(
+    program: Program,
+    by_weight: Mapping[str, Sequence[tuple[IndexMap, Copies, Tensor]]],
+    track: Progress,
+) -> Iterator[Mapping[str, Tensor]]:
+    """Yield every weight that holds what is mixed, with its new values."""
+    for name, held in track(list(by_weight.items()), "rotating"):
+        old = program.take([name])[name]
+        new = old.double().clone()
+        for member, copies, by in held:
+            copies.mix(new, member.dim, by.to(new.device))
+        yield {name: new.to(old.dtype)}
+
+
+def difference(original: Program, rotated: Program, seed: int = 0) -> float:
+    """Return how far outputs are apart on random inputs, and on a cache that these leave.
+
+    Raises
+    ------
+    VerificationError
+        When that is more than rounding makes of it.
+    """
+    inputs = [random_inputs(original, seed=seed)]
+    if original.is_decoder:
+        inputs.append(continuation(original, inputs[0], seed=seed + 1))
+    caches: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] = {}, {}
+    worst = 0.0
+    for given in inputs:
+        draws = Draws()
+        expected = Walk(original, {**given, **caches[0]}, compute=draws.compute).to_end()
+        again = Draws(draws.again).compute
+        found = Walk(rotated, {**given, **caches[1]}, compute=again).to_end()
+        caches = caches_of(expected), caches_of(found)
+        for name, output in expected.items():
+            if not name.startswith(PRESENT):
+                worst = max(worst, relative_error(output, found[name]))
+    parameters = [name for name, kind in original.kinds.items() if kind == "parameter"]
+    types = {original.weights[name].dtype for name in parameters}
+    types |= {original.compute_types[name] for name in parameters}
+    allowed = max(map(tolerance_of, types))
+    if not worst <= allowed:
+        raise VerificationError(
+            f"the rotated program is {worst:.1e} (relative) away from what it gave, past the "
+            f"tolerance of {allowed:.0e}"
+        )
+    return worst
