@@ -38,7 +38,8 @@ class PruneDepth(Pass):
     unit
         block: a numbered layer, with all branches in it and all else that it holds, so that a plain
         checkpoint with fewer layers can hold the result. branch: what is added to the residual
-        stream, each by itself; an archive and ONNX hold that, and no Hugging Face checkpoint.
+        stream, each by itself; an archive and ONNX hold that, and a Hugging Face directory with a
+        modeling file (``trust_remote_code=True``).
     criterion
         loss: what the loss on calibration data grows by least, measured again after each that went.
         cosine: what turns the residual stream least, measured once.

@@ -22,11 +22,13 @@ from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune.analysis.coupling import Coupling
+from graphprune.analysis.residual.branches import Branches
 from graphprune.calibration.data import Calibration
 from graphprune.ir.printer import program_text
 from graphprune.ir.program import PAST, PRESENT, Program
 from graphprune.plan.plan import Plan
 from graphprune.plan.steps import Cut, Step
+from graphprune.transforms.branches import remove_branches
 
 VOCABULARY = 61
 
@@ -175,6 +177,14 @@ def inputs_to(model: nn.Module, path: str, batch: dict[str, Tensor]) -> Tensor:
         model(**{key: value for key, value in batch.items() if "past" not in key})
     handle.remove()
     return torch.cat(seen)
+
+
+def without_branches(name: str, *places: int) -> tuple[Program, Plan]:
+    """The program without some of its residual branches, by their places, and the plan of it."""
+    branches = Branches(coupling_of(name).types)
+    records = branches.records([branches.all[at].name for at in places])
+    plan = Plan((Step(branches.program.fingerprint(), branches=records),))
+    return remove_branches(branches.program, records, branches), plan
 
 
 def renamed_outputs(program: Program, names: dict[str, str]) -> Program:

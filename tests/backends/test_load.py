@@ -349,7 +349,7 @@ def test_foreign_code_is_not_run(checkpoint: Path) -> None:
 def test_our_modeling_file_is_not_run_once_edited(checkpoint: Path, tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 
-    from graphprune.backends.huggingface.layered import FILE, pruned_class
+    from graphprune.backends.huggingface.layers.modeling_file import FILE, pruned_class
     from graphprune.frontend.capture import capture
 
     config = byte_llama().config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import graphprune as gp
 from graphprune.analysis.residual.branches import Branches
 from graphprune.backends.huggingface.save import checkpoint_form
 from graphprune.backends.huggingface.shorter_lists import counted_as_before
-from graphprune.errors import BackendError, PlanError, SelectionError, VerificationError
+from graphprune.errors import PlanError, SelectionError, VerificationError
 from graphprune.ir.program import PAST, Program
 from graphprune.passes.prune_depth import PruneDepth
 from graphprune.passes.verify import Verify
@@ -207,13 +208,11 @@ def test_a_checkpoint_has_fewer_layers_and_generates_the_same(tmp_path: Path) ->
     assert gp.verify(original, result.plan, named).proves_sizes
 
 
-def test_half_a_block_is_refused_as_a_checkpoint_before_anything_is_written(tmp_path: Path) -> None:
+def test_half_a_block_is_no_plain_checkpoint(tmp_path: Path) -> None:
     result = run("gemma3", PruneDepth(count=1, unit="branch", criterion="cosine"))
     form = checkpoint_form(result.program)
-    assert form.kind == "none" and "lacks model.layers." in form.reason
-    with pytest.raises(BackendError, match=r"no Hugging Face checkpoint .* lacks model.layers."):
-        result.program.save_pretrained(tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert form.kind == "remote-code"
+    assert re.match(r"no config says that model\.layers\.\S+ is not there", form.reason)
     result.program.save(tmp_path / "archive")
     assert gp.load(tmp_path / "archive").fingerprint() == result.program.fingerprint()
 

@@ -33,10 +33,19 @@ from graphprune.backends.huggingface.config_search import (
     needed_sizes,
 )
 from graphprune.backends.huggingface.fold_norms import Folded, fold
-from graphprune.backends.huggingface.layered import LayerSearch, pruned_class
+from graphprune.backends.huggingface.layers.absent import (
+    Gives,
+    absent_modules,
+    absent_weights,
+    check_cache,
+    uncached_layers,
+)
+from graphprune.backends.huggingface.layers.layer_search import LayerSearch
+from graphprune.backends.huggingface.layers.modeling_file import pruned_class
 from graphprune.backends.huggingface.model import (
     difference,
     differing_buffers,
+    empty_model,
     graph_of,
     model_of,
     quiet,
@@ -73,6 +82,10 @@ class CheckpointForm:
         Dotted config field -> new value.
     layers
         Path of a layer -> its own config fields, where layers differ.
+    absent
+        Path of a module that is not there -> what calling it gives.
+    uncached
+        Layers that write nothing into the KV cache, by their place in it.
     shapes
         Path of a weight -> its sizes, where no config field sets them.
     attributes
@@ -88,6 +101,8 @@ class CheckpointForm:
     reason: str = ""
     changes: Mapping[str, Any] = field(default_factory=dict)
     layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    absent: Mapping[str, Gives] = field(default_factory=dict)
+    uncached: tuple[int, ...] = ()
     shapes: Mapping[str, list[int]] = field(default_factory=dict)
     attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     buffers: Mapping[str, Any] = field(default_factory=dict)
@@ -143,6 +158,7 @@ class _FormSearch:
         self, program: Program, norms: tuple[Folded, ...], builder: Builder, kept: Kept
     ) -> None:
         self.program = program
+        self.names = {*program.weights, *program.aliases}
         self.kept = kept
         self.norms = norms
         self.builder = builder
@@ -231,9 +247,10 @@ class _FormSearch:
     def _prove_resized(self, found: CheckpointForm) -> ChosenForm | None:
         if self.sizes_only:
             return ChosenForm(found, self.program)
-        found, model = self._with_buffers(found)
+        found, model = self._with_buffers(self._with_absences(found))
         layers = of_layers(self.program, model, found.shapes)
-        search = AttributeSearch(self.trial, self.builder.model({}), self._unit_sizes)
+        before = self._empty_model(CheckpointForm("remote-code", absent=found.absent))
+        search = AttributeSearch(self.trial, before, self._unit_sizes)
         attributes = search.run(model, merged(found.attributes, layers))
         if attributes is None:
             return None
@@ -244,7 +261,7 @@ class _FormSearch:
         if self.sizes_only:
             return ChosenForm(found, self.program)
         try:
-            found, model = self._with_buffers(found)
+            found, model = self._with_buffers(self._with_absences(found))
             if not self._difference(model):
                 return ChosenForm(found, self.program, model)
             # What a module computed from its sizes, such as the scale of attention, the program may
@@ -262,6 +279,20 @@ class _FormSearch:
         except BackendError:
             return None
 
+    def _with_absences(self, found: CheckpointForm) -> CheckpointForm:
+        """`found` without the modules of which the program has no weights."""
+        gone = absent_weights(self._empty_model(found), self.names)
+        if not gone:
+            return found
+        whole = model_of(self.program, self._config(found), pruned_class(self.base_class), gone)
+        absent = absent_modules(whole, gone, self.trial.difference)
+        why = f"no config says that {next(iter(absent))} is not there"
+        found = dataclasses.replace(found, absent=absent, reason=why)
+        uncached = uncached_layers(whole, self._pruned_model(found), self.trial)
+        found = dataclasses.replace(found, uncached=tuple(uncached))
+        check_cache(whole, self._pruned_model(found), self.trial)
+        return found
+
     def _with_buffers(self, found: CheckpointForm) -> tuple[CheckpointForm, Any]:
         """`found` with the buffers that its model would compute otherwise, and the model."""
         model = self._pruned_model(found)
@@ -275,14 +306,22 @@ class _FormSearch:
         return found, self._pruned_model(found)
 
     def _pruned_model(self, found: CheckpointForm) -> Any:
+        return model_of(self.program, self._config(found), pruned_class(self.base_class))
+
+    def _empty_model(self, found: CheckpointForm) -> Any:
+        return empty_model(self._config(found), pruned_class(self.base_class))
+
+    def _config(self, found: CheckpointForm) -> Any:
         config = self.builder.config(found.changes)
         config.graphprune = {
             "layers": found.layers,
+            "absent": found.absent,
+            "uncached": list(found.uncached),
             "shapes": found.shapes,
             "attributes": found.attributes,
             "buffers": found.buffers,
         }
-        return model_of(self.program, config, pruned_class(self.base_class))
+        return config
 
     def _as_before(self, found: CheckpointForm, model: Any) -> dict[str, dict[str, float]]:
         before = _numbers(self.builder.model(found.changes if self.kept else {}))
@@ -295,7 +334,8 @@ class _FormSearch:
 
     def _prove(self, config: Any) -> tuple[Any, str]:
         if self.sizes_only:
-            return None, ""
+            gone = absent_weights(empty_model(config, self.base_class), self.names)
+            return None, f"the checkpoint lacks {min(gone)}" if gone else ""
         try:
             model = model_of(self.program, config, self.base_class)
             if names := differing_buffers(self.program, model):

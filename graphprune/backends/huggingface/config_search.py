@@ -18,9 +18,9 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import nn
 
+from graphprune.backends.huggingface.model import empty_model
 from graphprune.errors import last_line
 from graphprune.ir.program import Program
 from graphprune.plan.steps import WeightDim
@@ -89,10 +89,7 @@ class Builder:
 
     def model(self, changes: Mapping[str, Any]) -> nn.Module:
         """Return the model of the config with `changes`, on the meta device."""
-        from transformers.initialization import no_init_weights
-
-        with torch.device("meta"), no_init_weights():
-            model: nn.Module = self.model_class(self.config(changes))
+        model: nn.Module = empty_model(self.config(changes), self.model_class)
         return model
 
     def sizes(self, changes: Mapping[str, Any]) -> Sizes | None:

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphprune.backends.huggingface.layered import FILE, modeling_text
+from graphprune.backends.huggingface.layers.modeling_file import FILE, modeling_text
 from graphprune.backends.huggingface.model import quiet
 from graphprune.errors import BackendError
+from graphprune.frontend.decoders import cache_layers
+from graphprune.frontend.patches.transformers_code import batched_experts
 from graphprune.io.companions import copy_companions
 from graphprune.ir.program import Program
-from graphprune.ir.provenance import Source
+from graphprune.ir.provenance import Source, layer_of
 from graphprune.weights.deferred import Deferred, made
 from graphprune.weights.files import is_finite
 from graphprune.weights.recorded import recorded_as
@@ -52,6 +54,8 @@ def write(
                 file.replace(directory / file.name)
         _name_layers(model, directory / "config.json")
         published = _as_published(model, weights)
+        if hasattr(model, "empty_weights"):
+            published |= model.empty_weights()
     write_shards(published, directory, shard_size=shard_size, track=track)
     main = cast or _main_type(weights)
     if main is not None and main is not model.dtype:
@@ -178,13 +182,19 @@ def _name_modeling_file(config: Any, base: type) -> None:
 
 
 def _name_layers(model: Any, path: Path) -> None:
-    """Write the sizes of layers as transformers does too, where that says what is meant and loads.
+    """Write what differs of layers as transformers does too, where that is meant and loads.
 
-    It knows one list of layers, each by its index, and fields of the config itself.
+    It knows one list of layers, each by its index, fields of the config itself, and layers without
+    attention or without MLP.
     """
     config = model.config
     ours = getattr(config, "graphprune", {})
     layers = ours.get("layers", {})
+    if ours.get("absent"):
+        skipped = _skipped(model, ours)
+        layers = {at: {**layers.get(at, {}), **skipped.get(at, {})} for at in (*layers, *skipped)}
+        if not skipped:
+            return
     lists = {layer.rpartition(".")[0] for layer in layers}
     nested = config.sub_configs or any("." in name for sizes in layers.values() for name in sizes)
     corrected = any(ours.get(name) for name in ("attributes", "shapes", "buffers"))
@@ -202,3 +212,22 @@ def _name_layers(model: Any, path: Path) -> None:
     except Exception:  # noqa: BLE001 - a config may refuse them in any way
         return
     path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _skipped(model: Any, ours: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
+    """Return layers that lack a branch, as transformers says it; none where that is not known.
+
+    A layer whose place in the KV cache came to be unused lacks its attention, and one that uses it
+    lacks something else.
+    """
+    layers = {layer_of(path) for path in ours["absent"]}
+    uncached = set(ours["uncached"])
+    with batched_experts(model):
+        cached = {at for at, *_ in cache_layers(model, without_data=True)[0]}
+    found = {}
+    for layer in sorted(layers):
+        at = int(layer.rpartition(".")[2] or -1)
+        if at not in uncached | cached:
+            return {}
+        found[layer] = {"skip": ["attention" if at in uncached else "mlp"]}
+    return found

@@ -57,17 +57,24 @@ def dtype_of(program: Program) -> torch.dtype:
     return next(floating, torch.float32)
 
 
-def model_of(program: Program, config: Any, model_class: Any) -> Any:
+def model_of(
+    program: Program,
+    config: Any,
+    model_class: Any,
+    zeros: Mapping[str, tuple[int, ...]] | None = None,
+) -> Any:
     """Return the model that `from_pretrained` makes of `config` and the program's own weights.
 
-    Those that lie in files stay there (`graphprune.weights.models`).
+    Those that lie in files stay there (`graphprune.weights.models`). Weights that the program does
+    not have are `zeros` of these sizes.
 
     Raises
     ------
     BackendError
         When they do not fit.
     """
-    weights, deferred = {}, {}
+    dtype, deferred = dtype_of(program), {}
+    weights = {n: light_zeros(torch.Size(size), dtype) for n, size in (zeros or {}).items()}
     for name, weight in program.operands.items():
         if program.kinds[name] not in ("parameter", "buffer"):
             continue
@@ -83,7 +90,7 @@ def model_of(program: Program, config: Any, model_class: Any) -> Any:
                 config=config,
                 state_dict=weights,
                 output_loading_info=True,
-                dtype=dtype_of(program),
+                dtype=dtype,
             )
     except Exception as error:  # model code may refuse in any way
         raise BackendError(f"transformers cannot load it: {first_line(error)}") from error
@@ -94,6 +101,14 @@ def model_of(program: Program, config: Any, model_class: Any) -> Any:
     tied = {alias: deferred[name] for alias, name in program.aliases.items() if name in deferred}
     stand_for(model, {name: w for name, w in {**deferred, **tied}.items() if name in held})
     return model.eval()
+
+
+def empty_model(config: Any, model_class: Any) -> Any:
+    """Return the model of `config` on the meta device."""
+    from transformers.initialization import no_init_weights
+
+    with torch.device("meta"), no_init_weights():
+        return model_class(config)
 
 
 def graph_of(model: Any, program: Program) -> Program:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from graphprune.backends.huggingface.layered import FILE, modeling_text, pruned_class
+from graphprune.backends.huggingface.layers.modeling_file import FILE, modeling_text, pruned_class
 from graphprune.backends.huggingface.model import quiet
 from graphprune.errors import CheckpointError, first_line, last_line
 from graphprune.frontend.capture import capture

@@ -90,14 +90,28 @@ def counted_as_before(program: Program, names: Iterable[str], gone: Collection[s
     )
 
 
-def numbered(names: Iterable[str]) -> dict[str, dict[str, None]]:
-    """Return the paths of lists of modules -> the last parts of the paths of theirs, in order."""
-    lists: dict[str, dict[str, None]] = {}
+def numbered(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the paths of lists of modules -> the last parts of the paths of theirs, in order.
+
+    The modules of a list are numbered from 0. One inside another list is taken for one where all
+    of its modules hold the same, as experts do: the two norms of a layer are no list, nor are its
+    attention and its MLP, whatever their names.
+    """
+    held: dict[str, dict[str, set[str]]] = {}
     for name in names:
         for path in _modules(name):
             parent, _, last = path.rpartition(".")
             if _NUMBERED.fullmatch(last):
-                lists.setdefault(parent, {})[last] = None
+                inside = held.setdefault(parent, {}).setdefault(last, set())
+                inside.add(name.removeprefix(f"{path}."))
+    lists: dict[str, list[str]] = {}
+    for parent in sorted(held, key=len):
+        first, *others = held[parent].values()
+        outer = (path.rpartition(".") for path in _modules(f"{parent}."))
+        inner = any(last in lists.get(path, ()) for path, _, last in outer)
+        from_zero = any(re.fullmatch(r"\D*0", last) for last in held[parent])
+        if from_zero and not (inner and any(each != first for each in others)):
+            lists[parent] = list(held[parent])
     return lists
 
 
@@ -106,12 +120,16 @@ def _moved(names: Iterable[str], left: Iterable[str]) -> dict[str, str]:
     alive = {path for name in left for path in _modules(name)}
     found = {}
     for parent, each in numbered(names).items():
-        paths = {f"{parent}.{last}" if parent else last: last for last in each}
+        paths = {_member(parent, last): last for last in each}
         kept = [path for path in paths if path in alive]
         for path, last in zip(kept, each, strict=False):
             if paths[path] != last:
                 found[path] = last
     return found
+
+
+def _member(parent: str, last: str) -> str:
+    return f"{parent}.{last}" if parent else last
 
 
 def _modules(name: str) -> Iterator[str]:
@@ -138,12 +156,13 @@ def shortened(before: Iterable[str], left: Iterable[str]) -> dict[str, list[int]
     left
         Those that are left, by the same names.
     """
-    alive = numbered(left)
-    return {
-        path: [at for at, last in enumerate(lasts) if last in alive[path]]
-        for path, lasts in numbered(before).items()
-        if path in alive and len(alive[path]) < len(lasts)
+    alive = {path for name in left for path in _modules(name)}
+    lists = numbered(before)
+    found = {
+        path: [at for at, last in enumerate(lasts) if _member(path, last) in alive]
+        for path, lasts in lists.items()
     }
+    return {path: kept for path, kept in found.items() if 0 < len(kept) < len(lists[path])}
 
 
 def depth_changes(builder: Builder, kept: Kept) -> Iterator[Changes]:

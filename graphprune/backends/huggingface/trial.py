@@ -27,7 +27,7 @@ from graphprune.ir.sample_inputs import random_inputs
 from graphprune.weights.deferred import Deferred, converted
 from graphprune.weights.models import lent, named_tensors
 
-_TOLERANCE = 1e-4
+TOLERANCE = 1e-4
 """Parts of many models compute in float32 whatever their weights are in."""
 
 _SCALES = (1.0, 0.1, None)
@@ -52,7 +52,7 @@ class Trial:
         # Some kernels lack the first type, in which other numbers are drawn at random.
         types = [torch.float64, torch.float32]
         self._types = types[1:] if random_nodes(program.graph) else types
-        self._inputs: dict[str, Tensor] = {}
+        self.inputs: dict[str, Tensor] = {}
         self._weights: Mapping[str, Tensor] = {}
         self._expected: dict[str, Tensor] = {}
 
@@ -68,15 +68,22 @@ class Trial:
             except Exception as error:  # noqa: BLE001 - a capture may have kept its example's sizes
                 return f"the program does not run on other inputs: {first_line(error)}", None
         try:
-            with self._lent(model), torch.no_grad(), quiet(), drawing():
-                found = model(**self._inputs, return_dict=True)
+            found = self.run(model)
         except Exception as error:  # noqa: BLE001 - model code may fail in any way
             if len(self._types) > 1 and _is_about_types(error):
                 self._take_narrower_type()
                 return self.compare(model)
             return f"the model does not run: {first_line(error)}", error
-        why = mismatch(self._expected, found, _TOLERANCE)
+        why = mismatch(self._expected, found, TOLERANCE)
         return why and f"{why} where both have drawn weights", None
+
+    def run(self, model: nn.Module, **changed: Any) -> Any:
+        """Return what `model` gives for the inputs, with those that are `changed`.
+
+        The program was compared with a model before.
+        """
+        with self._lent(model), torch.no_grad(), quiet(), drawing():
+            return model(**{**self.inputs, **changed}, return_dict=True)
 
     # -- the program's side -----------------------------------------------------------------------
 
@@ -85,7 +92,7 @@ class Trial:
         while True:
             dtype = self._types[0]
             program = _in_type(self.program, dtype)
-            self._inputs = random_inputs(program, batch=ROWS, length=LENGTH)
+            self.inputs = random_inputs(program, batch=ROWS, length=LENGTH)
             try:
                 for scale in _SCALES:
                     self._weights = _drawn(self.program, dtype, scale)
@@ -103,7 +110,7 @@ class Trial:
         weights = {
             n: converted(weight, weight.dtype, device) for n, weight in self._weights.items()
         }
-        inputs = {name: tensor.to(device) for name, tensor in self._inputs.items()}
+        inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
         with torch.no_grad(), drawing():
             outputs = program.run(weights, inputs)
         return {n: t.cpu() for n, t in outputs.items() if not n.startswith(PRESENT)}

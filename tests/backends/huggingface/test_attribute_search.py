@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 
 from graphprune.backends.huggingface import model as hf_model
 from graphprune.backends.huggingface.attribute_search import of_layers
-from graphprune.backends.huggingface.layered import pruned_class
+from graphprune.backends.huggingface.layers.modeling_file import pruned_class
 from graphprune.backends.huggingface.model import difference
 from graphprune.backends.huggingface.save import save_pretrained
 from graphprune.frontend.capture import capture

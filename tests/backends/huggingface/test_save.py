@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import transformers
+from architectures import without_branches
 from safetensors import safe_open
 from torch import Tensor
 
-from graphprune.backends.huggingface.layered import pruned_class
+from graphprune.backends.huggingface.layers.modeling_file import pruned_class
 from graphprune.backends.huggingface.save import checkpoint_form, save_pretrained
 from graphprune.backends.load import load
 from graphprune.errors import BackendError, OutputError, UsageError
@@ -216,8 +217,10 @@ for directory, trust in zip(sys.argv[1::2], sys.argv[2::2]):
     model = auto.from_pretrained(directory, trust_remote_code=trust == "True")
     with torch.no_grad():
         torch.save(model(input_ids=ids).logits, f"{directory}.logits")
-    made = model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    asked = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    made = model.generate(ids, **asked)
     assert made.shape == (2, 8)
+    assert made.tolist() == model.generate(ids, use_cache=False, **asked).tolist()
     print(type(model).__name__)
 assert "graphprune" not in sys.modules
 """
@@ -261,9 +264,10 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Written]:
     folder = tmp_path_factory.mktemp("written")
     sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 80}
     programs = {"plain": resized("llama", **sizes), "uneven": uneven("llama", UNEVEN)}
+    programs["half"], _ = without_branches("gemma3", 0, 3)
     for name, program in programs.items():
         save_pretrained(program, folder / name)
-    classes = _reloaded({folder / name: name == "uneven" for name in programs}, folder)
+    classes = _reloaded({folder / name: name != "plain" for name in programs}, folder)
     return {
         name: Written(program, folder / name, found)
         for (name, program), found in zip(programs.items(), classes, strict=True)
@@ -298,6 +302,14 @@ def test_layers_of_different_size_need_no_graphprune(
     assert_same(program, again)
     save_pretrained(again, tmp_path / "twice")
     assert (tmp_path / "twice/config.json").read_text() == (directory / "config.json").read_text()
+
+
+def test_layers_without_a_branch_need_no_graphprune(written: dict[str, Written]) -> None:
+    program, directory, name = written["half"]
+    assert name == "PrunedGemma3ForCausalLM"
+    assert_left_logits_of(program, directory)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        transformers.AutoModelForCausalLM.from_pretrained(directory)
 
 
 @pytest.mark.parametrize(

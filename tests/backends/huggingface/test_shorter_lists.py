@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.backends.huggingface.shorter_lists import renumbered
+from graphprune.backends.huggingface.shorter_lists import numbered, renumbered, shortened
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import module_path
 
@@ -77,3 +77,15 @@ def test_nodes_say_that_they_are_from_the_modules_of_the_new_names() -> None:
 def test_a_program_that_has_all_modules_stays_as_it_is() -> None:
     program = captured()
     assert renumbered(program, program.weights) is program
+
+
+def test_parts_of_a_layer_are_no_list_whatever_their_names() -> None:
+    parts = ["0.attention.weight", "1.mlp.weight", "2.experts.0.w", "2.experts.1.w"]
+    layers = [f"layers.{at}.{part}" for at in (0, 1) for part in ("ln_1.w", "ln_2.w", *parts)]
+    experts = {f"layers.{at}.2.experts": ["0", "1"] for at in (0, 1)}
+    assert numbered(layers) == {"layers": ["0", "1"], **experts}
+    left = [name for name in layers if "attention" not in name and "ln_1" not in name]
+    assert shortened(layers, left) == {}
+    assert shortened(layers, [n for n in layers if "1.2.experts.0" not in n]) == {
+        "layers.1.2.experts": [1]
+    }

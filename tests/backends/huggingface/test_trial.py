@@ -15,7 +15,7 @@ from architectures import relative_error
 from torch import Tensor, nn
 
 from graphprune.backends.huggingface import trial
-from graphprune.backends.huggingface.layered import pruned_class
+from graphprune.backends.huggingface.layers.modeling_file import pruned_class
 from graphprune.backends.huggingface.model import difference
 from graphprune.backends.huggingface.save import checkpoint_form, save_pretrained
 from graphprune.backends.huggingface.trial import Trial

@@ -1,27 +1,23 @@
-"""Models whose layers differ in size, as a config and a small modeling file beside it.
+"""The modeling file: builds a model from the field ``graphprune`` of its config.
 
-transformers has a field for that, ``per_layer_config``, but as of 5.23 its models are not built
-from it. So the sizes of each layer stand in a field of our own, ``graphprune``, which the modeling
-file reads; ``per_layer_config`` repeats them where it can say all: for one list of layers, by
-fields of the config itself, and without numbers or shapes that no field sets. Reading such a field
-of the whole config raises in transformers unless the config allows it, so it does, and the
-modeling file takes the list out of the config before a model is built. Its ``skip``, of branches
-that a layer lacks, is never written: no model of transformers reads that yet.
+transformers has a field for layers that differ, ``per_layer_config``, but as of 5.23 its models are
+not built from it. So the sizes of each layer, and the modules that it lacks, stand in a field of
+our own, which the modeling file reads; ``per_layer_config`` repeats them where it can say all: for
+one list of layers, by fields of the config itself, and without numbers or shapes that no field
+sets. Reading such a field of the whole config raises in transformers unless the config allows it,
+so it does, and the modeling file takes the list out of the config before a model is built.
+
+A layer that lacks its attention writes nothing into its place in the KV cache. transformers asks
+the first place for the length of the text before, unless that place is one of its ``DummyLayer``;
+so the modeling file puts one there.
 """
 
 from __future__ import annotations
 
-import itertools
 import linecache
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
 from types import ModuleType
 from typing import Any
-
-from torch import nn
-
-from graphprune.backends.huggingface.config_search import Builder, Changes, Search, Sizes
-from graphprune.plan.steps import WeightDim
 
 FILE = "modeling_graphprune.py"
 
@@ -29,14 +25,18 @@ _TEXT = '''\
 """A pruned {base}: some of its sizes are its own. Needs torch and transformers only.
 
 Written by graphprune. The field "graphprune" of the config says what differs: "layers" gives, for
-the path of a layer, the config fields that it is built from; "shapes" gives weights whose sizes no
-field sets, "attributes" numbers of modules, and "buffers" the values of buffers that the model
-would otherwise compute from its sizes.
+the path of a layer, the config fields that it is built from; "absent" says of modules that are not
+there what calling them gives; "uncached" lists the layers that write nothing into the KV cache;
+"shapes" gives weights whose sizes no field sets, "attributes" numbers of modules, and "buffers" the
+values of buffers that the model would otherwise compute from its sizes.
 """
 
 import copy
+import re
 
 import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DummyLayer
 from {module} import {base}
 
 
@@ -68,8 +68,47 @@ def _sized(config, sizes):
     return config
 
 
+def _leave_out_before(module, args, kwargs):
+    for value in (*args, *kwargs.values()):
+        _leave_out(value, module._uncached)
+
+
+def _leave_out_after(module, args, output):
+    for value in output.values() if isinstance(output, dict) else output:
+        _leave_out(value, module._uncached)
+
+
+def _leave_out(value, uncached):
+    """Let the other layers of a cache tell how long the text before is."""
+    cache = getattr(value, "self_attention_cache", value)
+    if isinstance(cache, Cache):
+        for at in uncached:
+            if at < len(cache.layers):
+                cache.layers[at] = DummyLayer()
+
+
+class _Absent(torch.nn.Module):
+    """In the place of a module that is not there: returns zeros, or what it is given."""
+
+    def __init__(self, gives):
+        super().__init__()
+        self.gives = gives
+
+    def forward(self, *args, **kwargs):
+        def value(entry):
+            if entry is None:
+                return None
+            ((kind, key),) = entry.items()
+            given = kwargs[key] if isinstance(key, str) else args[key]
+            return torch.zeros_like(given) if kind == "zeros_like" else given
+
+        if isinstance(self.gives, list):
+            return tuple(value(entry) for entry in self.gives)
+        return value(self.gives)
+
+
 class Pruned{base}({base}):
-    """A {base} in which each layer is built from its own sizes."""
+    """A {base} in which each layer is built from its own sizes, and modules may be absent."""
 
     graphprune_base = {base}
 
@@ -84,6 +123,20 @@ class Pruned{base}({base}):
             if key not in donors:
                 donors[key] = {base}(_sized(config, sizes), *args, **kwargs)
             self._replace(path, donors[key].get_submodule(path), sizes)
+        self._gone = []
+        for path, gives in changes.get("absent", {{}}).items():
+            name, _ = next(self.get_submodule(path).named_parameters())
+            self._gone.append(f"{{path}}.{{name}}")
+            self.set_submodule(path, _Absent(gives))
+        ignored = {{f"^{{re.escape(name)}}$" for name in self._gone}}
+        ignored.update(self._keys_to_ignore_on_load_unexpected or ())
+        self._keys_to_ignore_on_load_unexpected = ignored
+        if changes.get("uncached"):
+            for module in self.modules():
+                if isinstance(module, PreTrainedModel):
+                    module.register_forward_pre_hook(_leave_out_before, with_kwargs=True)
+                    module.register_forward_hook(_leave_out_after)
+                    module._uncached = changes["uncached"]
         for path, shape in changes.get("shapes", {{}}).items():
             self._resize(path, shape)
         for path, attributes in changes.get("attributes", {{}}).items():
@@ -91,6 +144,16 @@ class Pruned{base}({base}):
                 value = tuple(value) if isinstance(value, list) else value
                 setattr(self.get_submodule(path), name, value)
         self._set_buffers()
+
+    def empty_weights(self):
+        """What is stored of absent modules, so that no other class makes up weights for them."""
+        return {{name: torch.empty(0) for name in self._gone}}
+
+    def save_pretrained(self, *args, state_dict=None, **kwargs):
+        state = self.state_dict() if state_dict is None else state_dict
+        return super().save_pretrained(
+            *args, state_dict={{**state, **self.empty_weights()}}, **kwargs
+        )
 
     def _resize(self, path, shape):
         parent, _, name = path.rpartition(".")
@@ -147,85 +210,3 @@ def pruned_class(base: type) -> Any:
         # transformers looks classes up by the module that they say they are from.
         sys.modules[name] = module
     return getattr(sys.modules[name], f"Pruned{base.__name__}")
-
-
-def layer_paths(model: nn.Module) -> list[str]:
-    """Return the paths of the repeated layers: the children of the outermost module lists."""
-    found: list[str] = []
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{p}.") for p in found):
-            found += [f"{path}.{name}" for name, _ in module.named_children()]
-    return found
-
-
-class LayerSearch:
-    """Configs for the layers of a model, each searched by itself.
-
-    Parameters
-    ----------
-    builder
-        Builds the whole model, with the sizes that all layers share.
-    target
-        The sizes to reach.
-    base, unit_sizes
-        As for `Search`.
-    """
-
-    def __init__(
-        self,
-        builder: Builder,
-        target: Sizes,
-        base: Changes,
-        unit_sizes: Callable[[WeightDim], Collection[int]],
-    ) -> None:
-        self.builder = builder
-        self.target = target
-        self.base = base
-        self.unit_sizes = unit_sizes
-        self.paths = layer_paths(builder.model(base))
-        self.reason = ""
-
-    def solutions(self) -> Iterator[tuple[Changes, dict[str, Changes]]]:
-        """Yield changes for the whole model, and layer path -> what its config changes in that.
-
-        Where one config gives all layers their sizes, it comes first.
-        """
-        search = Search(self.builder, self.target, self.base, self.unit_sizes)
-        for changes in search.solutions():
-            yield changes, {}
-        outside = {
-            name: shape
-            for name, shape in self.target.items()
-            if not any(name.startswith(f"{path}.") for path in self.paths)
-        }
-        search = Search(self.builder, outside, self.base, self.unit_sizes)
-        for changes in itertools.islice(search.solutions(), 3):
-            for layers in self._layers(changes):
-                yield changes, layers
-        self.reason = self.reason or search.reason
-
-    def _layers(self, base: Mapping[str, Any]) -> Iterator[dict[str, Changes]]:
-        """Layer path -> what its config changes in that of the model; others are left out."""
-        # The sizes of one layer are never those of a whole model: its validation has no say.
-        single = Builder(self.builder.config(base), self.builder.model_class, checked=False)
-        sizes = single.sizes({})
-        if sizes is None:
-            self.reason = f"no model can be built: {single.failure}"
-            return
-        kinds: dict[Any, list[Changes]] = {}
-        kind_of: dict[str, Any] = {}
-        for path in self.paths:
-            start = len(path) + 1
-            names = [name for name in self.target if name.startswith(f"{path}.")]
-            kind = tuple((name[start:], sizes.get(name), self.target[name]) for name in names)
-            kind_of[path] = kind
-            if kind not in kinds:
-                search = Search(single, {n: self.target[n] for n in names}, {}, self.unit_sizes)
-                kinds[kind] = list(itertools.islice(search.solutions(), 3))
-                if not kinds[kind]:
-                    self.reason = search.reason
-                    return
-        for chosen in itertools.product(*kinds.values()):
-            changes = dict(zip(kinds, chosen, strict=True))
-            layers = {path: changes[kind_of[path]] for path in self.paths}
-            yield {path: layer for path, layer in layers.items() if layer}
