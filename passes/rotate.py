@@ -27,14 +27,18 @@ class Rotate(Pass):
 
         v[(kv d), hidden]  o[hidden, (kv q d)]  the first d matter most, the last ones hardly
 
-    so that `prune{target=head-dim}` then comes near to the best product of so many columns.
+    so that `prune{target=head-dim criterion=order}` then leaves the best product of so many
+    columns. With ``target=hidden`` the whole residual stream is turned into its principal
+    directions, where norms only divide by its length; their gains go into what reads them.
 
     Options
     -------
     target
         Which groups, as `prune` names them. Of these the ones are rotated whose units only pass
-        linearly through the graph: the width of values, and that of queries and keys where no
-        rotary embedding turns them. The report has the reason for each of the others.
+        linearly through the graph: the width of values, that of queries and keys where no rotary
+        embedding turns them, and a residual stream (hidden) with root mean square norms before its
+        branches and a head that is not tied to the embedding. The report has the reason for each of
+        the others.
     skip
         Globs over names of groups or weights that stay as they are.
 
@@ -55,7 +59,9 @@ class Rotate(Pass):
     Reference
     ---------
     Lin et al., MoDeGPT, 2408.09632, section 3.2 (type III, values and outputs, by singular value
-    decomposition); queries and keys likewise, where nothing turns them.
+    decomposition); queries and keys likewise, where nothing turns them. Ashkboos et al., SliceGPT,
+    2401.15024, section 3 (principal components of the stream), with one rotation for all layers,
+    so that the checkpoint keeps its form.
 
     Example
     -------

@@ -21,6 +21,7 @@ PASSES = {
     "prune-depth",
     "evolve",
     "merge-kv-heads",
+    "rotate",
     "sparsify",
     "reconstruct",
     "recover",

@@ -51,6 +51,7 @@ MORE = {
     "wanda": "prune{target=ffn ratio=0.25 criterion=wanda}",
     "knockoffs": "prune{target=ffn ratio=0.25 criterion=scop}",
     "measured loss": "prune{target=ffn ratio=0.25 criterion=l2 scope=global normalize=loss}",
+    "rotated": "rotate,prune{target=head-dim ratio=0.25 criterion=order}",
     "sparsegpt": "sparsify{pattern=2:4 criterion=sparsegpt}",
     "alps": "sparsify{pattern=2:4 criterion=alps}",
     "lora": "recover{steps=2 batch=4 micro=1 held_out=0.3 dropout=0.3}",

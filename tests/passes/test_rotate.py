@@ -43,6 +43,12 @@ def test_half_of_a_head_that_was_rotated_loses_less_with_and_without_a_refit(nam
         assert lost(turned, name) < 0.8 * lost(plain, name)
 
 
+def test_a_quarter_of_a_residual_stream_that_was_rotated_loses_less() -> None:
+    plain = run("llama-gqa", Prune("hidden", 0.25))
+    turned = run("llama-gqa", Rotate("hidden"), Prune("hidden", 0.25, "order"), Verify())
+    assert lost(turned, "llama-gqa") < 0.6 * lost(plain, "llama-gqa")
+
+
 def test_what_is_cut_in_order_are_the_last_units() -> None:
     wide = run("llama-gqa", Rotate()).program
     narrow = run("llama-gqa", Rotate(), HALF).program

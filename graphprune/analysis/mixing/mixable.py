@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import fx
@@ -10,8 +10,9 @@ from torch import fx
 from graphprune.analysis.axes import Atom
 from graphprune.analysis.coupling import Coupling
 from graphprune.analysis.groups import Group
-from graphprune.analysis.mixing.operators import Squares, read_node
-from graphprune.analysis.mixing.places import Bases, Unmixable
+from graphprune.analysis.mixing.gains import find_gains
+from graphprune.analysis.mixing.operators import Squares, read_node, read_norm
+from graphprune.analysis.mixing.places import Bases, Basis, Unmixable
 from graphprune.ir.program import PAST, PRESENT
 
 
@@ -25,15 +26,19 @@ class Mixable:
     ----------
     group
         The group.
-    sides
-        For each of its members 1, where a matrix T along it gives the new units, or -1, where it is
-        the inverse of the transpose of T.
+    bases
+        For each of its members how it is mixed, for a matrix A that is the same for all; None for
+        those that are gains.
+    gains
+        Parameters that become neutral, since others take over what they multiply by -> what the
+        graph adds to them.
     orthogonal
-        Whether T must be orthogonal.
+        Whether A must be orthogonal.
     """
 
     group: Group
-    sides: tuple[int, ...]
+    bases: tuple[Basis | None, ...]
+    gains: Mapping[str, float]
     orthogonal: bool
 
 
@@ -51,19 +56,27 @@ def mixable(coupling: Coupling, group: Group) -> Mixable:
     bases = Bases(types, atom)
     weights = dict(types.program.weight_nodes())
     _ends(coupling, bases)
-    squares: Squares = set()
-    for node in _around(coupling, atom):
-        read_node(bases, node, squares)
-    sides = bases.sides()
-    found = []
+    nodes = list(_around(coupling, atom))
+    gains = find_gains(bases, nodes)
+    inside = {node for gain in gains.values() for node in gain.nodes}
+    squares: Squares = {}
+    for node in nodes:
+        if node in gains:
+            read_norm(bases, node)
+            bases.gained(gains[node].source, gains[node].weight, node)
+        elif node not in inside:
+            read_node(bases, node, squares)
+    solved = bases.solved()
+    found: list[Basis | None] = []
     for member in group.members:
         node = weights[member.weight]
         if member.owner is not None:
             raise Unmixable("its units own whole weights", node)
         holder = bases.holder(node)
         at = [each.offset for each in holder.occurrences].index(member.offset)
-        found.append(sides.get(holder.places[at], 1))
-    return Mixable(group, tuple(found), bases.orthogonal)
+        found.append(None if node in inside else solved.get(holder.places[at], Basis()))
+    offsets = {gain.weight: gain.offset for gain in gains.values()}
+    return Mixable(group, tuple(found), offsets, bases.orthogonal)
 
 
 def _ends(coupling: Coupling, bases: Bases) -> None:

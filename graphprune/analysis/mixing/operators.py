@@ -27,8 +27,8 @@ from graphprune.ir.aten import (
 )
 from graphprune.ir.nodes import arguments_of, get_argument
 
-Squares = set[fx.Node]
-"""Values that hold squares of what is held in some basis."""
+Squares = dict[fx.Node, fx.Node]
+"""Values that hold squares -> what they are the squares of."""
 
 
 def read_node(bases: Bases, node: fx.Node, squares: Squares) -> None:
@@ -42,7 +42,7 @@ def read_node(bases: Bases, node: fx.Node, squares: Squares) -> None:
     name, holders = plain_name(node), [n for n in node.all_input_nodes if bases.holds(n)]
     if node.target is operator.getitem:
         _result_of_several(bases, node)
-    elif squares.intersection(holders):
+    elif squares.keys() & set(holders):
         _of_squares(bases, node, squares)
     elif holders and bases.types.axes_of.get(node) is None:
         if name and not name.startswith(("sym_", "_assert")):
@@ -217,15 +217,16 @@ def _power(bases: Bases, node: fx.Node, squares: Squares) -> None:
     squared = plain_name(node) != "pow" or node.args[1] == 2
     if not squared or node in bases.types.written:
         raise Unmixable(_not_linear(node), node)
-    squares.add(node)
+    squares[node] = node.args[0]  # type: ignore[assignment]
 
 
 def _of_squares(bases: Bases, node: fx.Node, squares: Squares) -> None:
     """Squares count only where they are summed over the whole axis."""
+    (source,) = (each for each in node.all_input_nodes if each in squares)
     if is_copy(node):
-        squares.add(node)
+        squares[node] = squares[source]
     elif plain_name(node) in ("mean", "sum") and not bases.holds(node):
-        bases.orthogonal = True
+        bases.keep_lengths(squares[source])
     else:
         raise Unmixable("squares of its units are used one by one", node)
 
@@ -240,7 +241,7 @@ def _norm(bases: Bases, node: fx.Node, squares: Squares) -> None:
     order = node.args[1] if len(node.args) > 1 else 2
     if bases.holds(node) or order != 2:
         raise Unmixable(_not_linear(node), node)
-    bases.orthogonal = True
+    bases.keep_lengths(node.args[0])  # type: ignore[arg-type]
 
 
 def _rms_norm(bases: Bases, node: fx.Node, squares: Squares) -> None:
@@ -248,10 +249,17 @@ def _rms_norm(bases: Bases, node: fx.Node, squares: Squares) -> None:
     _only(bases, node, source)
     if bases.holds(gain):
         raise Unmixable("its units are multiplied one by one", node)
-    first = len(source.meta["val"].shape) - len(get_argument(node, "normalized_shape"))
-    if bases.holder(source).dim >= first:
-        bases.orthogonal = True
+    read_norm(bases, node)
     bases.same(source, node)
+
+
+def read_norm(bases: Bases, node: fx.Node) -> None:
+    """Say that `node` takes a norm, where it is a root mean square over the axis."""
+    if plain_name(node) == "rms_norm":
+        source = get_argument(node, "input")
+        first = len(source.meta["val"].shape) - len(get_argument(node, "normalized_shape"))
+        if bases.holder(source).dim >= first:
+            bases.keep_lengths(source)
 
 
 # -- contractions ----------------------------------------------------------------------------------

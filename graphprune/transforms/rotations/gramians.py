@@ -2,7 +2,8 @@
 
 Of values x that are multiplied with a matrix W one Gramian is E[x xᵀ], the other Wᵀ W. Where two
 activations are multiplied, as queries with keys, each has the second moments of what makes it. With
-no data, inputs of matrices are taken to be white.
+no data, inputs of matrices are taken to be white. Where only lengths are kept, both sides are one,
+and values alone count.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from torch import Tensor, fx
 from graphprune.analysis.coupling import Coupling
 from graphprune.analysis.matrices import Matrix, bias_of, contractions
 from graphprune.analysis.mixing.mixable import Mixable
+from graphprune.analysis.mixing.places import Basis
 from graphprune.calibration.data import Calibration
 from graphprune.calibration.input_statistics import InputStatistics
 from graphprune.calibration.statistics import Statistics, run_layerwise
 from graphprune.io.progress import Progress, no_progress
 from graphprune.ir.program import Program
-from graphprune.transforms.rotations.layout import Copies, along
+from graphprune.transforms.rotations.layout import Copies, Diagonal, along
 
 Source = Literal["seen", "used", "made"]
 """What a Gramian is of: activations where they are multiplied with a matrix; that matrix; or what a
@@ -33,21 +35,14 @@ matrix makes."""
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """A matrix that holds a group: which of its sides, where, and the basis of the group there."""
+    """A matrix that holds a group: in which basis, and where its units are in it."""
 
     mixable: Mixable
     matrix: Matrix
-    side: int
+    basis: Basis
     place: Literal["in", "out"]
     copies: Copies
-    position: Tensor
-    """Index along the weight's dimension -> place in the matrix, or -1."""
-
-    def blocks(self, total: Tensor, products: Tensor) -> None:
-        """Add blocks of products of all pairs of inputs (or outputs) of the matrix."""
-        placed = Copies(self.position[self.copies.indices], self.copies.parents)
-        inside = (placed.indices >= 0).all(1)
-        Copies(placed.indices[inside], placed.parents[inside]).add_blocks(total, products)
+    diagonal: Diagonal
 
 
 @dataclass(eq=False)
@@ -69,9 +64,10 @@ class Gramians:
         moments = None if seen is None or seen.gram is None or not count else seen.gram / count
         if part.place == "in":
             if moments is not None:
-                self._add(part, -part.side, "seen", moments.sum(0))
-            flat = weight.flatten(0, 1)
-            self._add(part, part.side, "used", flat.mT @ flat)
+                self._add(part, -1, "seen", moments.sum(0))
+            if not part.mixable.orthogonal:  # there it is what is held that counts
+                flat = weight.flatten(0, 1)
+                self._add(part, 1, "used", flat.mT @ flat)
             return
         made = weight @ (weight.mT if moments is None else moments @ weight.mT)
         name = bias_of(self.coupling.program, part.matrix)
@@ -80,13 +76,16 @@ class Gramians:
             bias = self.coupling.program.take([name])[name].double()
             mean = weight[0] @ seen.mean[0]
             made = made + torch.outer(mean + bias, mean + bias) - torch.outer(mean, mean)
-        self._add(part, part.side, "made", made.sum(0))
+        self._add(part, 1, "made", made.sum(0))
 
     def _add(self, part: _Part, side: int, source: Source, products: Tensor) -> None:
-        key = part.mixable.group.name, side, source
+        """Add products of all pairs of indices, on the side of the matrix or (-1) on the other."""
+        on = 1 if part.mixable.orthogonal else side * part.basis.side
+        key = part.mixable.group.name, on, source
         if key not in self._sums:
             self._sums[key] = torch.zeros(self._shape(part.mixable), dtype=torch.float64)
-        part.blocks(self._sums[key], products.to(self._sums[key].device))
+        scale = part.diagonal.power(part.basis.powers, side)
+        part.copies.add_blocks(self._sums[key], products.to(scale.device), scale)
 
     def _shape(self, mixable: Mixable) -> tuple[int, int, int]:
         *parents, units = self.coupling.sizes(mixable.group)
@@ -104,7 +103,7 @@ class Gramians:
 def gramians(
     program: Program,
     coupling: Coupling,
-    chosen: Sequence[Mixable],
+    chosen: Mapping[Mixable, Diagonal],
     calibration: Calibration | None,
     track: Progress = no_progress,
 ) -> Gramians:
@@ -115,7 +114,7 @@ def gramians(
     program, coupling
         The program and its analysis.
     chosen
-        The groups.
+        The groups, and their gains.
     calibration
         Batches to run it on, or None.
     track
@@ -151,7 +150,7 @@ def gramians(
 
 
 def _parts(
-    program: Program, coupling: Coupling, chosen: Sequence[Mixable], *, measured: bool
+    program: Program, coupling: Coupling, chosen: Mapping[Mixable, Diagonal], *, measured: bool
 ) -> dict[str, list[_Part]]:
     """Return the matrices that tell of the groups, by their weights.
 
@@ -161,17 +160,17 @@ def _parts(
     for matrix in contractions(program).matrices:
         matrices[matrix.weight].append(matrix)
     found: dict[str, list[_Part]] = defaultdict(list)
-    for each in chosen:
+    for each, diagonal in chosen.items():
         held = []
-        for member, side in zip(each.group.members, each.sides, strict=True):
+        for member, basis in zip(each.group.members, each.bases, strict=True):
             shape = program.weights[member.weight].shape
             copies = Copies.of(coupling, each.group, member)
-            for matrix in matrices[member.weight]:
+            for matrix in matrices[member.weight] if basis is not None else ():
                 place, line = along(matrix, shape, member.dim)
-                if place:
-                    position = torch.full((shape[member.dim],), -1)
-                    position[line] = torch.arange(len(line))
-                    held.append(_Part(each, matrix, side, place, copies, position))
+                inside = copies.within(line, shape[member.dim])
+                if place and len(inside.indices):
+                    assert basis is not None
+                    held.append(_Part(each, matrix, basis, place, inside, diagonal))
         sums = any(part.place == "in" for part in held)
         for part in held:
             if part.place == "in" or not (measured and sums):

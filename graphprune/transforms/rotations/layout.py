@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,9 @@ from graphprune.analysis.coupling import Coupling
 from graphprune.analysis.groups import Group
 from graphprune.analysis.index_maps import unit_indices
 from graphprune.analysis.matrices import Matrix
+from graphprune.analysis.mixing.mixable import Mixable
+from graphprune.analysis.mixing.places import Unmixable
+from graphprune.ir.program import Program
 from graphprune.plan.index_map import IndexMap
 
 
@@ -42,6 +46,22 @@ class Copies:
             parents = parents * size + torch.arange(size).view(shape)
         return cls(found.flatten(0, -2), parents.flatten())
 
+    def within(self, line: Tensor, size: int) -> Copies:
+        """Return those that lie on a line, by their places there.
+
+        Parameters
+        ----------
+        line
+            ``[n]``: the index along the dimension at each place.
+        size
+            The size of the dimension.
+        """
+        position = torch.full((size,), -1)
+        position[line] = torch.arange(len(line))
+        placed = position[self.indices]
+        inside = (placed >= 0).all(1)
+        return Copies(placed[inside], self.parents[inside])
+
     def mix(self, weight: Tensor, dim: int, by: Tensor) -> None:
         """Replace the units along a dimension of `weight` by combinations of them, in place.
 
@@ -59,7 +79,7 @@ class Copies:
             old = rows[indices]
             rows[indices] = (by[parent].mT @ old.reshape(len(old), -1)).view(old.shape)
 
-    def add_blocks(self, total: Tensor, products: Tensor) -> None:
+    def add_blocks(self, total: Tensor, products: Tensor, scale: Tensor) -> None:
         """Add the products of pairs of units, copy by copy.
 
         Parameters
@@ -68,9 +88,62 @@ class Copies:
             ``[parents, units, units]``, added to in place.
         products
             ``[n, n]``, of all pairs of indices along the dimension.
+        scale
+            ``[parents, units]``: what each unit is multiplied by before.
         """
         for indices, parent in zip(self.indices, self.parents.tolist(), strict=True):
-            total[parent] += products[indices[:, None], indices]
+            factors = torch.outer(scale[parent], scale[parent])
+            total[parent] += factors * products[indices[:, None], indices]
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """The gains of a group, by which bases of its members differ.
+
+    Parameters
+    ----------
+    shape
+        ``(parents, units)``.
+    gains
+        Name of a gain -> what it multiplies each unit by, of that shape.
+    """
+
+    shape: tuple[int, int]
+    gains: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, program: Program, coupling: Coupling, mixable: Mixable) -> Diagonal:
+        """Read the gains of a group.
+
+        Raises
+        ------
+        Unmixable
+            When they differ among units that are mixed alike.
+        """
+        *parents, units = coupling.sizes(mixable.group)
+        shape, found = (math.prod(parents), units), dict[str, Tensor]()
+        for member, basis in zip(mixable.group.members, mixable.bases, strict=True):
+            if basis is not None:
+                continue
+            name, copies = member.weight, Copies.of(coupling, mixable.group, member)
+            if sorted(copies.parents.tolist()) != list(range(shape[0])):
+                (node,) = (n for each, n in program.weight_nodes() if each == name)
+                raise Unmixable(f"{name} multiplies units differently that are mixed alike", node)
+            weight = program.take([name])[name].double().cpu()
+            found[name] = weight[copies.indices[copies.parents.argsort()]] + mixable.gains[name]
+        return cls(shape, found)
+
+    def power(self, powers: Mapping[str, int], side: int = 1) -> Tensor:
+        """Return the product of gains in some powers, or in their inverse: ``[parents, units]``.
+
+        Where a gain is zero, so are all its powers: nothing passes there.
+        """
+        total = torch.ones(self.shape, dtype=torch.float64)
+        for name, power in powers.items():
+            gain = self.gains[name]
+            raised = gain.abs().clamp(min=1e-30).pow(power * side) * gain.sign() ** abs(power)
+            total *= torch.where(gain == 0, 0.0, raised)
+        return total
 
 
 def along(matrix: Matrix, shape: torch.Size, dim: int) -> tuple[Literal["in", "out", ""], Tensor]:

@@ -19,12 +19,10 @@ from graphprune.errors import VerificationError
 from graphprune.io.progress import Progress, no_progress
 from graphprune.ir.compare import relative_error, tolerance_of
 from graphprune.ir.program import PRESENT, Program, caches_of
-from graphprune.ir.provenance import whereabouts
 from graphprune.ir.sample_inputs import continuation, random_inputs
-from graphprune.plan.index_map import IndexMap
 from graphprune.transforms.rotations.balance import balanced, principal
 from graphprune.transforms.rotations.gramians import gramians
-from graphprune.transforms.rotations.layout import Copies
+from graphprune.transforms.rotations.layout import Copies, Diagonal
 from graphprune.verification.draws import Draws
 from graphprune.verification.walks import Walk
 
@@ -74,39 +72,54 @@ def rotate(
     CalibrationError
         When the batches do not fit the program.
     """
-    chosen, others = list[Mixable](), dict[str, str]()
+    chosen, others = dict[Mixable, Diagonal](), dict[str, str]()
     for group in groups:
         try:
-            chosen.append(mixable(coupling, group))
+            found = mixable(coupling, group)
+            chosen[found] = Diagonal.of(program, coupling, found)
         except Unmixable as reason:
-            others[group.name] = f"{reason.why}, at {whereabouts(reason.node)}"
-    found = gramians(program, coupling, chosen, calibration, track)
-    by_weight: dict[str, list[tuple[IndexMap, Copies, Tensor]]] = defaultdict(list)
+            others[group.name] = str(reason)
+    measured = gramians(program, coupling, chosen, calibration, track)
+    edits: dict[str, list[_Edit]] = defaultdict(list)
     shares = {}
-    for each in chosen:
-        held, used = found.of(each, 1), found.of(each, -1)
+    for each, diagonal in chosen.items():
+        held, used = measured.of(each, 1), measured.of(each, -1)
         mixing, values = principal(held) if each.orthogonal else balanced(held, used)
-        inverse = torch.linalg.inv(mixing).mT
+        sides = {1: mixing, -1: torch.linalg.inv(mixing).mT}
         shares[each.group.name] = (values.square() / values.square().sum(1, keepdim=True)).mean(0)
-        for member, side in zip(each.group.members, each.sides, strict=True):
+        for member, basis in zip(each.group.members, each.bases, strict=True):
+            by = None
+            if basis is not None:
+                by = diagonal.power(basis.powers)[..., None] * sides[basis.side]
             copies = Copies.of(coupling, each.group, member)
-            by_weight[member.weight].append((member, copies, mixing if side > 0 else inverse))
+            edits[member.weight].append(_Edit(member.dim, copies, by, each))
     changed = ChangedWeights(program)
-    changed.store_all(_mixed(program, by_weight, track))
+    changed.store_all(_edited(program, edits, track))
     return Rotated(program.with_weights(changed.weights) if chosen else program, shares, others)
 
 
-def _mixed(
-    program: Program,
-    by_weight: Mapping[str, Sequence[tuple[IndexMap, Copies, Tensor]]],
-    track: Progress,
+@dataclass(frozen=True, eq=False)
+class _Edit:
+    """What becomes of a weight along a dimension: it is mixed, or a gain that becomes neutral."""
+
+    dim: int
+    copies: Copies
+    by: Tensor | None
+    mixable: Mixable
+
+
+def _edited(
+    program: Program, edits: Mapping[str, Sequence[_Edit]], track: Progress
 ) -> Iterator[Mapping[str, Tensor]]:
     """Yield every weight that holds what is mixed, with its new values."""
-    for name, held in track(list(by_weight.items()), "rotating"):
+    for name, held in track(list(edits.items()), "rotating"):
         old = program.take([name])[name]
         new = old.double().clone()
-        for member, copies, by in held:
-            copies.mix(new, member.dim, by.to(new.device))
+        for edit in held:
+            if edit.by is None:
+                new[edit.copies.indices] = 1 - edit.mixable.gains[name]
+            else:
+                edit.copies.mix(new, edit.dim, edit.by.to(new.device))
         yield {name: new.to(old.dtype)}
 
 

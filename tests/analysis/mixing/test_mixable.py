@@ -11,7 +11,7 @@ import graphprune as gp
 from graphprune.analysis.coupling import Coupling
 from graphprune.analysis.groups import Group
 from graphprune.analysis.mixing.mixable import Mixable, mixable
-from graphprune.analysis.mixing.places import Unmixable
+from graphprune.analysis.mixing.places import Basis, Unmixable
 from graphprune.transforms.rotations.layout import Copies
 
 WIDTH = 6
@@ -56,7 +56,7 @@ ORTHOGONAL = {
 REFUSED: dict[str, tuple[Callable[[Bottleneck, Tensor], Tensor], str]] = {
     "a nonlinearity": (lambda m, h: torch.relu(h), "aten.relu.default is not known to be linear"),
     "a gate": (lambda m, h: h * torch.sigmoid(m.side(m.x)), "aten.sigmoid.default is not known"),
-    "a gain": (lambda m, h: h * m.gain, "multiplied one by one"),
+    "a gain of one way": (lambda m, h: h + h * m.gain, "gain multiplies its units on one way to"),
     "a number": (lambda m, h: h + 1.0, "joins it with what lacks it"),
     "a sum of units": (lambda m, h: h - h.sum(-1, keepdim=True), "its units are summed"),
     "a layer norm": (lambda m, h: nn.functional.layer_norm(h, (WIDTH,)), "aten.layer_norm.default"),
@@ -80,8 +80,10 @@ def error_of(coupling: Coupling, mixed: Mixable, mixing: Tensor) -> float:
     program = coupling.program
     new = {name: weight.clone() for name, weight in program.weights.items()}
     both = {1: mixing[None], -1: torch.linalg.inv(mixing).mT[None]}
-    for member, side in zip(mixed.group.members, mixed.sides, strict=True):
-        Copies.of(coupling, mixed.group, member).mix(new[member.weight], member.dim, both[side])
+    for member, basis in zip(mixed.group.members, mixed.bases, strict=True):
+        assert basis is not None
+        by = both[basis.side]
+        Copies.of(coupling, mixed.group, member).mix(new[member.weight], member.dim, by)
     x = torch.randn(2, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     (before,), (after,) = (p(x).values() for p in (program, program.with_weights(new)))
     return float((before - after).abs().max() / before.abs().max())
@@ -116,9 +118,8 @@ def test_what_looks_at_single_units_is_the_reason_to_refuse(name: str) -> None:
     coupling, group = coupled(between)
     with pytest.raises(Unmixable, match=why):
         mixable(coupling, group)
-    by_hand = Mixable(
-        group, tuple(-1 if m.weight == "up.weight" else 1 for m in group.members), False
-    )
+    bases = tuple(Basis(-1 if m.weight == "up.weight" else 1) for m in group.members)
+    by_hand = Mixable(group, bases, {}, False)
     assert error_of(coupling, by_hand, drawn(orthogonal=True)) > 1e-3  # and rightly so
 
 
@@ -129,7 +130,7 @@ def test_values_and_outputs_are_on_two_sides_in_every_attention(name: str) -> No
     for group in values:
         found = mixable(coupling, group)
         assert not found.orthogonal
-        assert set(found.sides) == {1, -1}
+        assert {basis.side for basis in found.bases if basis} == {1, -1}
 
 
 @pytest.mark.parametrize(
