@@ -25,6 +25,7 @@ from graphprune.passes.prune import Prune
 from graphprune.passes.reconstruct import Reconstruct
 from graphprune.search.candidates import Candidate
 from graphprune.search.draws import Draw
+from graphprune.search.latency import Latency
 from graphprune.selection.allocation import LEVELS
 from graphprune.selection.targets import target_groups
 from graphprune.training.local import samples_of_a_step
@@ -46,12 +47,15 @@ class Figures:
         Its size.
     seconds
         What it took to make the program and to measure it.
+    latency
+        The seconds that its kernels take, where that is asked for.
     """
 
     values: tuple[float, ...]
     parameters: int
     kv_bytes_per_token: int
     seconds: float
+    latency: float | None = None
 
     @property
     def mean(self) -> float:
@@ -90,6 +94,8 @@ class Bench:
         lies there of the same program, data and recipe is not measured again.
     seed
         Of whatever is random.
+    latency
+        A budget that every candidate has to meet as it comes out; None for none.
     limit
         Seconds that all of it may take, what follows the choice included; None for any number.
     progress
@@ -111,6 +117,7 @@ class Bench:
         folder: Path,
         *,
         seed: int = 0,
+        latency: Latency | None = None,
         limit: float | None = None,
         progress: DisplayFactory | None = None,
     ) -> None:
@@ -118,6 +125,7 @@ class Bench:
         self.coupling, self.program, self.draw = coupling, coupling.program, draw
         self.targets = targets
         self.seed, self.limit, self.progress = seed, limit, progress
+        self.latency = latency
         self.journal = Journal(folder, "search", Figures.from_json)
         self.measure_name, _ = measure_of(self.program, draw.choosing)
         self._identity = {
@@ -127,6 +135,7 @@ class Bench:
             "calibration": draw.fitted.sha256,
             "choosing": digest(draw.choosing),
             "seed": seed,
+            **({"latency": latency.times.provider} if latency else {}),
         }
         self._key = hashlib.sha256(repr(self._identity).encode()).hexdigest()[:12]
         self._failed: dict[str, GraphPruneError] = {}
@@ -171,6 +180,9 @@ class Bench:
             except (GraphPruneError, RuntimeError, MemoryError) as error:
                 reason = first_line(error)
             self.journal.add(self._of(text, samples), figures, reason)
+        if self.latency is not None and figures is not None and figures.latency is not None:
+            reason = self.latency.refusal(figures.latency)
+            figures = None if reason else figures
         tried = Tried(candidate, figures, reason)
         self.tried[text, samples] = tried
         return tried
@@ -190,6 +202,7 @@ class Bench:
             made.program.parameter_count(),
             made.program.kv_bytes_per_token(),
             time.monotonic() - began,
+            None if self.latency is None else self.latency.seconds(made.program),
         )
 
     def _kept(self, candidate: Candidate) -> str | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +19,8 @@ from graphprune.passes.prune import Prune
 from graphprune.passes.reconstruct import Reconstruct
 from graphprune.pipeline.pass_base import Pass
 from graphprune.pipeline.pipeline import Pipeline
-from graphprune.selection.cost import Cost, Costs
+from graphprune.search.latency import Latency
+from graphprune.selection.cost import Cost, Costs, Kernel
 from graphprune.selection.targets import TARGETS, target_groups
 
 WIDTHS, HEADS = ("ffn", "experts", "channels"), ("kv-heads", "query-heads")
@@ -33,6 +35,10 @@ Refit = Literal["none", "least-squares", "gradient"]
 
 Budgets = Mapping[Cost, float]
 """What is to go, as a part of all there is."""
+
+PARTS = 32
+"""In how many steps the smallest part of units is looked for that meets a latency: wider kernels
+may be faster, so that times have to be gone through one after the other."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +151,12 @@ class Candidate:
 
 
 def candidates(
-    coupling: Coupling, budgets: Budgets, targets: Sequence[str] = (), *, plain: bool = False
+    coupling: Coupling,
+    budgets: Budgets,
+    targets: Sequence[str] = (),
+    *,
+    plain: bool = False,
+    latency: Latency | None = None,
 ) -> list[Candidate]:
     """Return the ways to meet `budgets` in which all layers lose the same.
 
@@ -162,6 +173,8 @@ def candidates(
         What may be pruned; left out, whatever of `WIDTHS` and `HEADS` the program has.
     plain
         Whether groups keep only sizes that the config accepts.
+    latency
+        What is to go of the time, beside the budgets.
 
     Raises
     ------
@@ -169,20 +182,21 @@ def candidates(
         When there is no budget, a target matches nothing, or nothing meets the budgets: says how
         much could go at most.
     """
-    if not budgets:
-        raise SelectionError("no budget: give one of params, macs and kv_bytes")
+    if not budgets and latency is None:
+        raise SelectionError("no budget: give one of params, macs, kv_bytes and latency")
     form: Form = "plain" if plain else None
     known = _Known(coupling, targets)
     rest: dict[Cost, float] = {cost: part for cost, part in budgets.items() if cost != "kv_bytes"}
     found: list[Candidate] = []
-    ways: list[tuple[Prune | MergeKvHeads | None, dict[Cost, float]]] = [(None, {})]
+    ways = [_Way(None, {}, known.costs.kernels)]
     if "kv_bytes" in budgets:
         ways = list(known.fewer_kv_heads(budgets["kv_bytes"], form))
-    elif rest:
+    elif rest or latency is not None:
         ways += known.one_head_less(form)
-    for heads, saved in ways:
+    for way in ways:
+        heads, saved = way.step, way.saved
         left = known.left(rest, saved, before=isinstance(heads, Prune))
-        if not left:
+        if not left and known.ratio(latency, way, ()) == 0:
             found.append(Candidate(heads, None))
             continue
         taken = set(heads.target) if isinstance(heads, Prune) else set[str]()
@@ -190,8 +204,12 @@ def candidates(
             # Heads that a merge has made fewer stay as many as they are.
             spoken_for = taken or ({"kv-heads"} if heads is not None else set())
             if spoken_for.isdisjoint(names) and known.reaches(rest, names, saved):
+                ratio = known.ratio(latency, way, names)
+                if ratio is None:
+                    continue
                 widths = Prune(
                     names,
+                    ratio=ratio or None,
                     criterion=DATA_FREE,
                     scope="local",
                     form=form,
@@ -200,8 +218,14 @@ def candidates(
                 )
                 found.append(Candidate(heads, widths))
     if not found:
-        raise SelectionError(known.why_not(budgets))
+        raise SelectionError(known.why_not(budgets, latency))
     return found
+
+
+def too_slow(coupling: Coupling, targets: Sequence[str], latency: Latency) -> list[str]:
+    """Return the targets that do not meet a latency by themselves, whatever they lose."""
+    known = _Known(coupling, targets)
+    return [name for name in known.groups if known.time_share((name,), latency) < latency.part]
 
 
 def scores_all(name: str, coupling: Coupling, targets: Iterable[str]) -> bool:
@@ -209,6 +233,25 @@ def scores_all(name: str, coupling: Coupling, targets: Iterable[str]) -> bool:
     only = criterion(name).only
     held = (group for target in targets for group in target_groups(coupling, target))
     return not only or all(group.role in only for group in held)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """What makes fewer heads, if anything does, and what it saves.
+
+    Parameters
+    ----------
+    step
+        The pass.
+    saved
+        The parts of costs that it saves.
+    kernels
+        The kernels that are left once groups, by name, have lost units as well.
+    """
+
+    step: Prune | MergeKvHeads | None
+    saved: dict[Cost, float]
+    kernels: Callable[[Mapping[str, int]], Counter[Kernel]]
 
 
 class _Known:
@@ -264,7 +307,21 @@ class _Known:
                 found[cost] = math.ceil(wanted * 10**6) / 10**6 if gone else part
         return found
 
-    def one_head_less(self, form: Form) -> Iterator[tuple[Prune, dict[Cost, float]]]:
+    def ratio(self, latency: Latency | None, way: _Way, names: Sequence[str]) -> float | None:
+        """Return the part of the units of targets that goes for a latency; None for no way."""
+        groups = [group for name in names for group in self.groups[name]]
+        for step in range(PARTS if groups else 1):
+            counts = {g.name: math.floor(g.size * step / PARTS + 1e-9) for g in groups}
+            lost = {g.name: min(counts[g.name], g.size - g.min_units) for g in groups}
+            if latency is None or latency.met_by(way.kernels(lost)):
+                return step / PARTS
+        return None
+
+    def time_share(self, names: Sequence[str], latency: Latency) -> float:
+        """Return the part of the time that targets can lose at most."""
+        return 1 - latency.left(self.costs.kernels(self.most(names)))
+
+    def one_head_less(self, form: Form) -> Iterator[_Way]:
         """Yield, for each kind of heads, that every attention loses one under each parent."""
         for name in HEADS:
             groups = [g for g in self.groups.get(name, ()) if g.size > g.min_units]
@@ -272,11 +329,9 @@ class _Known:
                 continue
             ratio = math.ceil(10**6 / groups[0].size) / 10**6
             step = Prune((name,), ratio=ratio, criterion=DATA_FREE, scope="local", form=form)
-            yield step, self._saved({group.name: 1 for group in groups})
+            yield self._losing(step, {group.name: 1 for group in groups})
 
-    def fewer_kv_heads(
-        self, part: float, form: Form
-    ) -> Iterator[tuple[Prune | MergeKvHeads, dict[Cost, float]]]:
+    def fewer_kv_heads(self, part: float, form: Form) -> Iterator[_Way]:
         """Yield the ways to make the KV cache smaller by at least `part`."""
         groups = [group for group in self.coupling.groups if group.role == "kv-head"]
         lost = {g.name: min(math.ceil(g.size * part - 1e-9), g.size - g.min_units) for g in groups}
@@ -288,12 +343,10 @@ class _Known:
             share = 1 - self.total("kv_bytes", most) / whole
             raise SelectionError(f"kv_bytes {part:g} cannot go: KV heads hold at most {share:.3g}")
         step = Prune(("kv-heads",), kv_bytes=part, criterion=DATA_FREE, scope="local", form=form)
-        yield step, self._saved(lost)
+        yield self._losing(step, lost)
         yield from self._merges(groups, part, form)
 
-    def _merges(
-        self, groups: Sequence[Group], part: float, form: Form
-    ) -> Iterator[tuple[MergeKvHeads, dict[Cost, float]]]:
+    def _merges(self, groups: Sequence[Group], part: float, form: Form) -> Iterator[_Way]:
         """Yield the merge into the most heads that are few enough, where there is one."""
         sizes = {group.size for group in groups}
         fit = [n for n in range(1, max(sizes)) if n <= min(sizes) * (1 - part) + 1e-9]
@@ -307,18 +360,26 @@ class _Known:
             after = Costs(analyze(Pipeline([mean]).run(program).program))
         except MergeError:
             return
-        yield merge, {c: 1 - after.after(c, {}) / self.total(c) for c in self._counted}
+        saved = {c: 1 - after.after(c, {}) / self.total(c) for c in self._counted}
+        yield _Way(merge, saved, after.kernels)
 
     @property
     def _counted(self) -> list[Cost]:
         return [cost for cost in ("params", "macs") if self.total(cost)]
 
-    def _saved(self, lost: Mapping[str, int]) -> dict[Cost, float]:
-        return {cost: 1 - self.total(cost, lost) / self.total(cost) for cost in self._counted}
+    def _losing(self, step: Prune, lost: Mapping[str, int]) -> _Way:
+        """Return a step that takes units away."""
+        saved = {cost: 1 - self.total(cost, lost) / self.total(cost) for cost in self._counted}
+        return _Way(step, saved, lambda more: self.costs.kernels({**lost, **more}))
 
-    def why_not(self, budgets: Budgets) -> str:
+    def why_not(self, budgets: Budgets, latency: Latency | None) -> str:
         """Say how much could go of what is asked for."""
-        asked = " and ".join(f"{cost} {part:g}" for cost, part in budgets.items())
-        best = {cost: max(self.share(cost, names) for names in self.sets) for cost in budgets}
-        most = " and ".join(f"{share:.3g} of {cost}" for cost, share in best.items())
-        return f"nothing meets {asked}: {', '.join(self.groups)} can lose at most {most}"
+        sets = self.sets
+        asked = [f"{cost} {part:g}" for cost, part in budgets.items()]
+        most = [f"{max(self.share(c, names) for names in sets):.3g} of {c}" for c in budgets]
+        if latency is not None:
+            share = max(self.time_share(names, latency) for names in sets)
+            asked.append(f"latency {latency.part:g}")
+            most.append(f"{share:.3g} of latency")
+        held = ", ".join(self.groups)
+        return f"nothing meets {' and '.join(asked)}: {held} can lose at most {' and '.join(most)}"

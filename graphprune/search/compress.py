@@ -7,10 +7,11 @@ from contextlib import nullcontext
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import cast
+from typing import Any, cast
 
 from graphprune import ranks
-from graphprune.analysis.coupling import analyze
+from graphprune.analysis.coupling import Coupling, analyze
+from graphprune.backends.onnx.kernel_times import KernelTimes
 from graphprune.calibration.data import Calibration
 from graphprune.criteria import criterion
 from graphprune.errors import PROGRAMS, ProcessError, SelectionError, UsageError, refuse_other
@@ -20,11 +21,19 @@ from graphprune.passes.evolve import Evolve
 from graphprune.passes.verify import Verify
 from graphprune.pipeline.pipeline import Pipeline
 from graphprune.search.bench import Bench, Tried, ranked
-from graphprune.search.candidates import DATA_FREE, Budgets, Candidate, candidates, scores_all
+from graphprune.search.candidates import (
+    DATA_FREE,
+    Budgets,
+    Candidate,
+    candidates,
+    scores_all,
+    too_slow,
+)
 from graphprune.search.choice import choose
 from graphprune.search.draws import divide
+from graphprune.search.latency import Latency
 from graphprune.search.result import Compressed
-from graphprune.selection.cost import Cost
+from graphprune.selection.cost import Cost, Costs
 from graphprune.selection.targets import target_groups
 
 CRITERIA = ("taylor", "obs", "wanda", DATA_FREE, "reap")
@@ -47,6 +56,8 @@ def compress(
     params: float | None = None,
     macs: float | None = None,
     kv_bytes: float | None = None,
+    latency: float | None = None,
+    provider: str = "cpu",
     targets: Sequence[str] = (),
     criteria: Sequence[str] = CRITERIA,
     seconds: float | None = SECONDS,
@@ -73,6 +84,12 @@ def compress(
     params, macs, kv_bytes
         The part that is to go, in [0, 1): of the parameters, of the multiply-accumulates of a
         prompt, of the KV cache. All that are given are met.
+    latency
+        The part of the time that the matrix products and attentions of a prompt take, as `Evolve`
+        has it: each is measured in ONNX Runtime, once, in float32. Uniform recipes lose the fewest
+        32nds of their units that meet it; what turns out to be too slow is left out, and said.
+    provider
+        Of latency: what the result is to run on, such as cpu or cuda; it is measured here.
     targets
         What may be pruned, as in `Prune`; left out, FFN units, experts, channels and heads.
     criteria
@@ -82,7 +99,8 @@ def compress(
         best so far is taken. One recipe is always measured.
     folder
         Where what is measured is kept, so that a search that was interrupted goes on: a directory
-        that is empty, absent or of a search. None: nothing is kept.
+        that is empty, absent or of a search. None: nothing is kept, nor are the times of kernels,
+        without which a search over levels by latency is not the same again.
     plain
         Whether all layers are to stay alike, in sizes that the config accepts.
     seed
@@ -93,13 +111,16 @@ def compress(
     Raises
     ------
     SelectionError
-        Before any work: when nothing meets the budgets, or a target matches nothing.
+        Before any work: when nothing meets the budgets, or a target matches nothing. Later where
+        all that was tried came out too slow.
     CalibrationError
         Before any work: when there is too little data to hold some of it out, or it does not fit.
     UsageError
         For a budget outside of [0, 1), a time that is none, or an unknown criterion.
     OutputError
         When `folder` holds something else, or cannot be written.
+    BackendError
+        With a latency: when ONNX Runtime is not installed or lacks the provider.
     ProcessError
         When several processes divide the work.
     """
@@ -113,22 +134,43 @@ def compress(
         raise UsageError("there is no criterion to score units by")
     for name in criteria:
         criterion(name)  # refuses one that there is not
+    _budgets(latency=latency)
     coupling = analyze(program)
-    starts = candidates(coupling, budgets, targets, plain=plain)
-    if not any(scores_all(name, coupling, each.targets) for name in criteria for each in starts):
-        raise SelectionError(f"{', '.join(criteria)} cannot score what is to be pruned")
-    if calibration is None:
-        return _unmeasured(program, starts[0], seed)
-    calibration = calibration.for_program(program)
-    calibration.check(program)
-    draw = divide(calibration, program)
     with nullcontext(folder) if folder is not None else TemporaryDirectory() as kept:
+        timed = _latency(coupling, latency, provider, Path(kept))
+        starts = candidates(coupling, budgets, targets, plain=plain, latency=timed)
+        if not any(scores_all(name, coupling, one.targets) for name in criteria for one in starts):
+            raise SelectionError(f"{', '.join(criteria)} cannot score what is to be pruned")
+        if calibration is None:
+            return _unmeasured(program, starts, seed, timed)
+        calibration = calibration.for_program(program)
+        calibration.check(program)
+        draw = divide(calibration, program)
         pruned = dict.fromkeys(target for each in starts for target in each.targets)
         bench = Bench(
-            coupling, list(pruned), draw, Path(kept), seed=seed, limit=seconds, progress=progress
+            coupling,
+            list(pruned),
+            draw,
+            Path(kept),
+            seed=seed,
+            latency=timed,
+            limit=seconds,
+            progress=progress,
         )
+        if timed is not None:
+            timed.times.keep()
         _search(bench, starts, criteria, budgets, plain=plain)
-        return _chosen(bench, seed)
+        slow = too_slow(coupling, targets, timed) if timed is not None else []
+        return _chosen(bench, seed, slow)
+
+
+def _latency(coupling: Coupling, part: float | None, provider: str, folder: Path) -> Latency | None:
+    """Return the budget of time; None where none is asked for."""
+    if part is None:
+        if provider != "cpu":
+            raise UsageError("provider is of a latency, and none is asked for")
+        return None
+    return Latency.of(Costs(coupling), part, KernelTimes(provider, folder / "times.json"))
 
 
 def _budgets(**given: float | None) -> Budgets:
@@ -207,12 +249,21 @@ def _searched(bench: Bench, tried: Sequence[Tried], budgets: Budgets) -> list[Ca
             params=budgets.get("params"),
             macs=budgets.get("macs"),
             kv_bytes=budgets.get("kv_bytes"),
+            **_of_latency(bench.latency),
         )
         # It is measured, and made once more when it is chosen.
         if 2 * bench.seconds_by_search(given) <= bench.left:
             return [Candidate(None, None, search=given)]
     bench.left_out.append(Candidate(None, None, search=given))
     return []
+
+
+def _of_latency(latency: Latency | None) -> dict[str, Any]:
+    """Return the options of a search for a latency, by the times that are known here."""
+    if latency is None:
+        return {}
+    times = latency.times
+    return {"latency": latency.part, "provider": times.provider, "times": str(times.path)}
 
 
 def _trained(bench: Bench, tried: Sequence[Tried]) -> list[Candidate]:
@@ -257,7 +308,7 @@ def _elsewhere(bench: Bench, refitted: Sequence[Tried]) -> list[Candidate]:
     return found
 
 
-def _chosen(bench: Bench, seed: int) -> Compressed:
+def _chosen(bench: Bench, seed: int, slow: Sequence[str] = ()) -> Compressed:
     """Return what the best candidate gives, made anew, as its text alone makes it."""
     tried = list(bench.tried.values())
     full = [each for each in ranked(tried) if len(_values(each)) == bench.draw.samples]
@@ -275,6 +326,8 @@ def _chosen(bench: Bench, seed: int) -> Compressed:
     notes = []
     if not bench.draw.apart:
         notes.append("what is reported was measured on the samples that the choice was made on")
+    if slow:
+        notes.append(f"not fast enough by themselves, whatever they lose: {', '.join(slow)}")
     if bench.left_out:
         notes.append(f"there was no time for {len(bench.left_out)} recipes more")
     return Compressed(
@@ -286,17 +339,31 @@ def _chosen(bench: Bench, seed: int) -> Compressed:
         whole,
         (*pool, *(each for each in tried if each not in pool)),
         tuple(notes),
+        _times(bench.latency, result.program),
     )
 
 
-def _unmeasured(program: Program, start: Candidate, seed: int) -> Compressed:
-    """Return what can be done without data."""
-    pipeline = Pipeline([*start.passes, Verify()])
-    why = (
-        f"no calibration data was given, so nothing could be measured: {start}, with units scored "
-        f"by the size of their weights ({DATA_FREE})"
-    )
-    return Compressed(pipeline.run(program, seed=seed), pipeline, why)
+def _times(latency: Latency | None, program: Program) -> tuple[float, float] | None:
+    return None if latency is None else (latency.whole, latency.seconds(program))
+
+
+def _unmeasured(
+    program: Program, starts: Sequence[Candidate], seed: int, latency: Latency | None
+) -> Compressed:
+    """Return what can be done without data: the first that comes out fast enough."""
+    refusal = ""
+    for start in starts:
+        pipeline = Pipeline([*start.passes, Verify()])
+        result = pipeline.run(program, seed=seed)
+        times = _times(latency, result.program)
+        refusal = latency.refusal(times[1]) if latency and times else ""
+        if not refusal:
+            why = (
+                f"no calibration data was given, so nothing could be measured: {start}, with units "
+                f"scored by the size of their weights ({DATA_FREE})"
+            )
+            return Compressed(result, pipeline, why, latency=times)
+    raise SelectionError(f"{starts[-1]}: {refusal}")
 
 
 def _values(tried: Tried) -> Sequence[float]:

@@ -12,6 +12,7 @@ from graphprune.pipeline.pass_manager import Result
 from graphprune.pipeline.pipeline import Pipeline
 from graphprune.pipeline.report import change_text
 from graphprune.search.bench import Figures, Tried
+from graphprune.selection.cost import TOKENS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,6 +41,9 @@ class Compressed:
         The recipes: first those that were measured on all samples, the best first.
     notes
         What else is worth knowing, in sentences.
+    latency
+        The seconds that the kernels of a prompt take, before and after; None where no latency was
+        asked for.
     """
 
     result: Result
@@ -50,6 +54,7 @@ class Compressed:
     whole: Figures | None = None
     tried: tuple[Tried, ...] = ()
     notes: tuple[str, ...] = ()
+    latency: tuple[float, float] | None = None
 
     @property
     def program(self) -> Program:
@@ -75,7 +80,19 @@ class Compressed:
             "original": None if self.whole is None else self.whole.mean,
             "tried": [self._row(each) for each in self.tried],
             "notes": list(self.notes),
+            **({"latency": list(self.latency)} if self.latency else {}),
         }
+
+    @property
+    def latency_text(self) -> str:
+        """What is said of the latency before and after; "" where none was asked for."""
+        if self.latency is None:
+            return ""
+        before, after = self.latency
+        return (
+            f"kernels of a prompt of {TOKENS} tokens: {1e3 * before:.4g} ms, now "
+            f"{1e3 * after:.4g} ms ({after / before - 1:+.1%})"
+        )
 
     def _row(self, tried: Tried) -> dict[str, Any]:
         found = tried.figures
@@ -88,6 +105,7 @@ class Compressed:
             "parameters": found.parameters,
             "kv_bytes_per_token": found.kv_bytes_per_token,
             "seconds": found.seconds,
+            **({} if found.latency is None else {"latency": found.latency}),
         }
 
     def __rich__(self) -> Table:

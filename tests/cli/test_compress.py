@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shlex
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from command_line import Run, assert_refused
 from safetensors.torch import load_file
 
+from graphprune.backends.onnx.kernel_times import KernelTimes
 from graphprune.cli.verbs.compress import SEARCH
 
 ONLY = ("--target", "ffn", "--criterion", "wanda", "--params", 0.1)
@@ -46,10 +49,13 @@ def test_compress_writes_what_its_command_writes_again(
 
 
 def test_compress_without_text_says_by_what_it_scored(
-    graphprune: Run, checkpoint: Path, tmp_path: Path
+    graphprune: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = graphprune("compress", checkpoint, "--params", 0.1, "-o", tmp_path / "out")
+    monkeypatch.setattr(KernelTimes, "_measured", lambda _, kernel: 1e-9 * math.prod(kernel.sizes))
+    budgets = ("--params", 0.1, "--latency", 0.01)
+    done = graphprune("compress", checkpoint, *budgets, "-o", tmp_path / "out")
     assert done.status == 0, done
+    assert re.search(r"kernels of a prompt of 512 tokens: [\d.]+ ms, now [\d.]+ ms \(-", done.out)
     assert "no calibration data was given" in done.out and "(l2)" in done.out
     assert not (tmp_path / "out.search").exists()
 

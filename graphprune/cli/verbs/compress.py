@@ -69,6 +69,23 @@ def compress(
     kv_bytes: Annotated[
         float | None, typer.Option(help="The part of the KV cache.", rich_help_panel=_BUDGETS)
     ] = None,
+    latency: Annotated[
+        float | None,
+        typer.Option(
+            help="The part of the time that the kernels of a prompt take, each measured in ONNX "
+            "Runtime.",
+            rich_help_panel=_BUDGETS,
+        ),
+    ] = None,
+    provider: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Of --latency: what the result is to run on, a provider of ONNX Runtime, as "
+            "'cuda'.",
+            rich_help_panel=_BUDGETS,
+        ),
+    ] = "cpu",
     time: Annotated[
         str,
         typer.Option(
@@ -126,6 +143,8 @@ def compress(
             params=params,
             macs=macs,
             kv_bytes=kv_bytes,
+            latency=latency,
+            provider=provider,
             targets=target or (),
             criteria=criterion or CRITERIA,
             seconds=seconds,
@@ -155,6 +174,8 @@ def compress(
     if found.tried:
         show(found)
     print(f"{found.why}.")
+    if found.latency is not None:
+        print(f"{found.latency_text}.")
     for line in found.notes:
         note(line)
     show(summary)
