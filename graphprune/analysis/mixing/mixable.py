@@ -61,7 +61,7 @@ def mixable(coupling: Coupling, group: Group) -> Mixable:
     inside = {node for gain in gains.values() for node in gain.nodes}
     squares: Squares = {}
     for node in nodes:
-        if node in gains:
+        if node in gains and gains[node].source not in squares:
             read_norm(bases, node)
             bases.gained(gains[node].source, gains[node].weight, node)
         elif node not in inside:

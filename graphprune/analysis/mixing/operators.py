@@ -11,6 +11,7 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import fx
 
 from graphprune.analysis.mixing.places import Bases, Unmixable
@@ -26,6 +27,8 @@ from graphprune.ir.aten import (
     printed_name,
 )
 from graphprune.ir.nodes import arguments_of, get_argument
+
+_MASKS = (torch.bool, torch.uint8)
 
 Squares = dict[fx.Node, fx.Node]
 """Values that hold squares -> what they are the squares of."""
@@ -45,7 +48,7 @@ def read_node(bases: Bases, node: fx.Node, squares: Squares) -> None:
     elif squares.keys() & set(holders):
         _of_squares(bases, node, squares)
     elif holders and bases.types.axes_of.get(node) is None:
-        if name and not name.startswith(("sym_", "_assert")):
+        if not name.startswith(("sym_", "_assert")):
             raise Unmixable(_not_linear(node), node)
     elif is_copy(node) or name in RESHAPES | PERMUTES | REPEATS | {"neg"}:
         _moved(bases, node)
@@ -54,7 +57,7 @@ def read_node(bases: Bases, node: fx.Node, squares: Squares) -> None:
     elif name in SPLITS:
         _split(bases, node)
     elif name in PRODUCTS:
-        _product(bases, node, *node.all_input_nodes)
+        _product(bases, node, *node.args[:2])  # type: ignore[arg-type]
     elif name not in ("zeros", "zeros_like", "new_zeros"):
         raise Unmixable(_not_linear(node), node)
 
@@ -118,13 +121,12 @@ def _part(bases: Bases, node: fx.Node, squares: Squares) -> None:
         bases.link(whole.places, bases.holder(node).places)
         return
     given = arguments_of(node)
-    start, end, step = (given.get(name) for name in ("start", "end", "step"))
-    if plain_name(node) != "slice" or step != 1 or not _numbers(start or 0, end or 0):
+    start, step = given.get("start") or 0, given.get("step")
+    size, length = (_number(n.meta["val"].shape[whole.dim]) for n in (source, node))
+    if plain_name(node) != "slice" or step != 1 or not isinstance(start, int) or size < 0:
         raise Unmixable("a part of it is taken", node)
     if bases.holds(node):
-        size = source.meta["val"].shape[whole.dim]
-        first = (start or 0) + (size if (start or 0) < 0 else 0)
-        length = node.meta["val"].shape[whole.dim]
+        first = start + (size if start < 0 else 0)
         inside = [
             place
             for place, each in zip(whole.places, whole.occurrences, strict=True)
@@ -133,13 +135,15 @@ def _part(bases: Bases, node: fx.Node, squares: Squares) -> None:
         bases.link(inside or whole.places, bases.holder(node).places)
 
 
-def _numbers(*values: Any) -> bool:
-    return all(isinstance(value, int) for value in values)
+def _number(size: Any) -> int:
+    """Return a size that is known; -1 for another."""
+    return size if isinstance(size, int) else -1
 
 
 def _joined(bases: Bases, node: fx.Node, squares: Squares) -> None:
     """Concatenated along the axis in turn, or along another one all at once."""
-    parts: Any = [part for part in node.args[0] if part.meta["val"].numel() != 0]  # type: ignore[union-attr]
+    given: Any = node.args[0]
+    parts = [part for part in given if 0 not in map(_number, part.meta["val"].shape)]
     held = [part for part in parts if bases.holds(part)]
     whole, dim = bases.holder(node), get_argument(node, "dim") or 0
     dim %= len(node.meta["val"].shape)
@@ -157,11 +161,24 @@ def _looked_up(bases: Bases, node: fx.Node, squares: Squares) -> None:
     _only(bases, node, table)
     where = get_argument(node, "indices")
     dim = bases.holder(table).dim
-    picked = isinstance(where, list | tuple) and dim < len(where) and where[dim] is not None
+    several = isinstance(where, list | tuple)
+    picked = several and _is_indexed(where, dim)
     along = plain_name(node) == "index_select" and dim == _dim(node, table)
     if picked or along or any(map(bases.holds, indices)):
         raise Unmixable("single units of it are picked", node)
     bases.same(table, node)
+
+
+def _is_indexed(indices: Any, dim: int) -> bool:
+    """Return whether a list of indices, or None, reaches into a dimension; masks take several."""
+    at = 0
+    for index in indices:
+        value = None if index is None else index.meta["val"]
+        width = value.ndim if value is not None and value.dtype in _MASKS else 1
+        if value is not None and at <= dim < at + width:
+            return True
+        at += width
+    return False
 
 
 def _added_at(bases: Bases, node: fx.Node, squares: Squares) -> None:
@@ -171,11 +188,7 @@ def _added_at(bases: Bases, node: fx.Node, squares: Squares) -> None:
     _only(bases, node, base, added)
     dim = bases.holder(base).dim
     where = given.get("indices")
-    if where is None:
-        taken = dim == _dim(node, base)
-    else:
-        taken = dim < len(where) and where[dim] is not None
-    if taken:
+    if dim == _dim(node, base) if where is None else _is_indexed(where, dim):
         raise Unmixable("single units of it are written", node)
     bases.same(base, node, added)
 
@@ -222,11 +235,11 @@ def _power(bases: Bases, node: fx.Node, squares: Squares) -> None:
 
 def _of_squares(bases: Bases, node: fx.Node, squares: Squares) -> None:
     """Squares count only where they are summed over the whole axis."""
-    (source,) = (each for each in node.all_input_nodes if each in squares)
+    square: Any = node.args[0]
     if is_copy(node):
-        squares[node] = squares[source]
+        squares[node] = squares[square]
     elif plain_name(node) in ("mean", "sum") and not bases.holds(node):
-        bases.keep_lengths(squares[source])
+        bases.keep_lengths(squares[square])
     else:
         raise Unmixable("squares of its units are used one by one", node)
 
@@ -258,8 +271,9 @@ def read_norm(bases: Bases, node: fx.Node) -> None:
     if plain_name(node) == "rms_norm":
         source = get_argument(node, "input")
         first = len(source.meta["val"].shape) - len(get_argument(node, "normalized_shape"))
-        if bases.holder(source).dim >= first:
-            bases.keep_lengths(source)
+        if bases.holder(source).dim < first:
+            raise Unmixable("a norm is taken of each of its units", node)
+        bases.keep_lengths(source)
 
 
 # -- contractions ----------------------------------------------------------------------------------
@@ -291,8 +305,8 @@ def _affine(bases: Bases, node: fx.Node, squares: Squares) -> None:
 
 
 def _added_product(bases: Bases, node: fx.Node, squares: Squares) -> None:
-    base, left, right = node.all_input_nodes
-    _product(bases, node, left, right, base)
+    base, left, right = node.args[:3]
+    _product(bases, node, left, right, base)  # type: ignore[arg-type]
 
 
 def _einsum(bases: Bases, node: fx.Node, squares: Squares) -> None:

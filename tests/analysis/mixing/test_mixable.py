@@ -44,12 +44,14 @@ FREE: dict[str, Callable[[Bottleneck, Tensor], Tensor]] = {
     "tokens side by side": lambda m, h: torch.cat([h, m.side(m.x)], -2),
     "some tokens": lambda m, h: h[..., 1:, :],
     "a mask of tokens": lambda m, h: h.masked_fill(m.x[..., :1] > 0, 0.0),
+    "tokens of a mask": lambda m, h: h[m.x[..., 0] > 0],
     "mixed tokens": lambda m, h: torch.softmax(m.x @ m.x.transpose(-1, -2), -1) @ h,
     "a linear attention": lambda m, h: (m.side(m.x) @ h.transpose(-1, -2)) @ h,
 }
 
 ORTHOGONAL = {
     "a norm": lambda m, h: normalized(h),
+    "a fused norm": lambda m, h: torch.rms_norm(h, (WIDTH,)),
     "their scores": lambda m, h: torch.softmax(h @ h.transpose(-1, -2), -1) @ h,
 }
 
@@ -61,6 +63,11 @@ REFUSED: dict[str, tuple[Callable[[Bottleneck, Tensor], Tensor], str]] = {
     "a sum of units": (lambda m, h: h - h.sum(-1, keepdim=True), "its units are summed"),
     "a layer norm": (lambda m, h: nn.functional.layer_norm(h, (WIDTH,)), "aten.layer_norm.default"),
     "squares": (lambda m, h: h.pow(2), "squares of its units are used one by one"),
+    "squares with a gain": (lambda m, h: h.pow(2) * m.gain, "squares of its units are used one by"),
+    "norms of units": (
+        lambda m, h: torch.rms_norm(h.transpose(-1, -2), (4,)).transpose(-1, -2),
+        "a norm is taken of each of its units",
+    ),
     "a filling": (lambda m, h: h.masked_fill(m.x[..., :1] > 0, 1.0), "not known to be linear"),
 }
 
