@@ -30,6 +30,7 @@ from graphprune.cli.verbs import (
     trim_vocabulary,
 )
 from graphprune.errors import GraphPruneError
+from graphprune.io.atomic import NO_ROOM
 from graphprune.io.version import __version__
 
 _TOLD = "told to end, perhaps because another of the processes has ended"
@@ -80,9 +81,18 @@ def main() -> None:
         if status.code == ranks.TERMINATED and ranks.speaks():
             note(_TOLD)
         raise
+    except OSError as error:
+        if error.errno not in NO_ROOM or error.filename is not None:
+            _internal(error)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or what is left is written at the end
+        _fail(error, f"what it prints cannot be written: {error.strerror}")
     except Exception as error:  # noqa: BLE001 - whatever else it is, a user gets one line
-        reason = f"{type(error).__name__}: {error}".rstrip(": ")
-        _fail(error, f"internal error, please report it: {reason} (--traceback shows where)")
+        _internal(error)
+
+
+def _internal(error: Exception) -> None:
+    reason = f"{type(error).__name__}: {error}".rstrip(": ")
+    _fail(error, f"internal error, please report it: {reason} (--traceback shows where)")
 
 
 def _print_version(asked: bool) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graphprune import ranks
-from graphprune.cli.console import TRACEBACK, ask_traceback
+from graphprune.cli.console import TRACEBACK, ask_traceback, note
 from graphprune.cli.inputs import resolve
 from graphprune.cli.options import LoadOptions
 from graphprune.errors import UsageError
@@ -90,12 +90,14 @@ class Session:
         with self.working(f"loading {directory}"):
             from graphprune.backends.load import load
 
-            return load(
+            program = load(
                 resolve(directory),
                 dtype=str(given.compute_dtype),
                 device=given.device,
                 memory=given.memory,
             )
+        self._warn(directory, program)
+        return program
 
     def load_to_write(self, directory: str, options: LoadOptions, *, runs: bool) -> Program:
         """Load what is to be changed and written, to be run as well where `runs` is said.
@@ -114,8 +116,15 @@ class Session:
 
                 unrun = load_unrun(resolve(directory), memory=options.memory)
             if unrun is not None:
+                self._warn(directory, unrun)
                 return unrun
         return self.load(directory, options)
+
+    def _warn(self, directory: str, program: Program) -> None:
+        """Say what of a directory is not used."""
+        for each in program.notes:
+            if each.kind == "unread-weights":
+                note(f"{directory}: {each}")
 
     def writing(self, total: int) -> Callable[[int], object]:
         """Show a bar for so many bytes to write; returns what is told of those that are written.

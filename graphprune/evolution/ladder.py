@@ -192,7 +192,7 @@ class Ladder:
                     self._write(at, waiting.pop(at))
 
         also = set[str]().union(*left.values())
-        subject.refit(around, track=track, also=also, look=look)
+        subject.refit(around, track=track, also=also, look=look, onwards=False)
 
     def _refitted(
         self, at: int, matrices: Sequence[Matrix], statistics: Statistics

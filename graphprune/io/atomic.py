@@ -22,7 +22,7 @@ from graphprune import ranks
 from graphprune.errors import GraphPruneError, OutputError
 from graphprune.io.paths import path_of
 
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 """Failures of the place rather than of whoever writes to it."""
 
 _PROBE = 1 << 16
@@ -259,7 +259,7 @@ def _disk_full(path: str | os.PathLike[str], staged: Path) -> Iterator[None]:
         raise
     except Exception as error:
         full = error if isinstance(error, OSError) else _failure_of_probe(staged)
-        if full is None or full.errno not in _NO_ROOM:
+        if full is None or full.errno not in NO_ROOM:
             raise
         raise OutputError(f"{path} cannot be written: {full.strerror}") from error
 

@@ -312,3 +312,7 @@ class Segment:
             tuple(other for other in read if other not in inside),
             tuple(node for node in nodes if any(user not in inside for user in node.users)),
         )
+
+    def up_to(self, nodes: Iterable[fx.Node]) -> Segment:
+        """Return its beginning that has computed all of its `nodes`."""
+        return Segment.of(self.nodes[: 1 + max(map(self.nodes.index, nodes))])

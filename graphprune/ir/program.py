@@ -73,6 +73,7 @@ NoteKind = Literal[
     "optional-input",
     "state",
     "no-source",
+    "unread-weights",
 ]
 
 
@@ -88,7 +89,8 @@ class Note:
         input that is fixed or limited. ``example-path``: of a branch on data, the path that the
         example takes. ``full-loops``: loops over what is found run over everything.
         ``optional-input``: types of tokens may be left out, and are then zero. ``state``: what a
-        call writes is not kept. ``no-source``: its transformers model is unknown. "": old archives.
+        call writes is not kept. ``no-source``: its transformers model is unknown.
+        ``unread-weights``: files hold weights that the model has not. "": old archives.
     text
         One sentence.
     """

@@ -20,7 +20,7 @@ from graphprune.io.progress import Progress, no_progress
 from graphprune.ir.interpreter import call
 from graphprune.ir.program import Program
 from graphprune.plan.plan import Plan
-from graphprune.transforms.joint.addends import experts_of
+from graphprune.transforms.joint.addends import behind_cuts, experts_of
 from graphprune.transforms.joint.refit import refit_together
 from graphprune.transforms.sparsity import check_values
 from graphprune.verification.masked_reference import MaskedReference
@@ -63,6 +63,7 @@ def refit(
     memory: int | None = None,
     also: Collection[str] = (),
     look: Look | None = None,
+    onwards: bool = True,
 ) -> Refitted:
     """Return `program` with the units of `plan` at zero and their consumers refitted.
 
@@ -70,8 +71,9 @@ def refit(
     calibration data, the least squares solution is W' = W C[:, K] (C[K, K] + lambda I)^-1, where
     lambda is `damp` times the mean of the diagonal. Where the contraction has a bias of its own, C
     is the covariance, and the bias takes up the mean of what is gone. Layers follow each other: the
-    inputs are those that the refitted layers before give. Experts that stay are fitted together at
-    the end, where others go (`refit_together`).
+    inputs are those that the refitted layers before give. In the end experts that stay are fitted
+    together, where others go, and then, `onwards`, all that the units that go reach, towards what
+    it gave in `program` (`behind_cuts`, `refit_together`).
 
     Parameters
     ----------
@@ -94,6 +96,8 @@ def refit(
     look
         Sees matrices, layer after layer. Rows of units that go stay as they are for it, also in
         what is returned.
+    onwards
+        As above.
 
     Raises
     ------
@@ -110,9 +114,9 @@ def refit(
     weights = program.operands
     experts = experts_of(program, coupling, plan)
     later = {name for each in experts for name in each.weights}
-    every = [each for each in contractions(program).matrices if each.weight not in later]
-    removal = LostInputs.of(program, plan, every)
-    matrices = [each for each in every if each in removal.columns or each.weight in also]
+    others = [each for each in contractions(program).matrices if each.weight not in later]
+    removal = LostInputs.of(program, plan, others)
+    matrices = [each for each in others if each in removal.columns or each.weight in also]
     if not matrices and not experts:
         raise PlanError("no matrix lost a column: there is nothing to refit")
     gone = removal.gone
@@ -148,14 +152,16 @@ def refit(
     }
     fitted = program.with_weights({**rest, **layerwise.weights})
     bytes_taken = layerwise.peak_bytes, layerwise.statistics_bytes
-    if not experts:
+    reached = behind_cuts(program, gone, removal.columns) if onwards else []
+    if not (together := [*experts, *reached]):
         return Refitted(fitted, refitted, {}, *bytes_taken)
-    reference = MaskedReference(fitted, plan)
+    reference = MaskedReference(fitted, plan) if experts else None
     found = refit_together(
-        fitted, program, experts, calibration, reference=reference, damp=damp, track=track
+        fitted, program, together, calibration, reference=reference, damp=damp, track=track
     )
     peak = max(bytes_taken[0], found.peak_bytes)
-    return Refitted(found.program, refitted + found.names, found.errors, peak, bytes_taken[1])
+    every = list(dict.fromkeys(refitted + found.names))
+    return Refitted(found.program, every, found.errors, peak, bytes_taken[1])
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from graphprune.backends.huggingface.read import _left_in_files, _loaded
 from graphprune.backends.huggingface.save import save_pretrained
-from graphprune.backends.load import load, look
+from graphprune.backends.load import load, load_unrun, look
 from graphprune.errors import CheckpointError, UsageError
 from graphprune.ir.program import Program
 from graphprune.weights.deferred import Deferred
@@ -172,6 +172,17 @@ def test_a_malformed_config(checkpoint: Path) -> None:
 def test_an_invalid_config(checkpoint: Path) -> None:
     _edit(checkpoint, num_attention_heads=5)
     _refused(checkpoint, "config.json is no valid config", "multiple of the number of attention")
+
+
+@pytest.mark.parametrize("read", [load, load_unrun, look])
+def test_weights_that_the_config_has_no_place_for_are_said(
+    checkpoint: Path, read: Callable[[Path], Program]
+) -> None:
+    assert not any(note.kind == "unread-weights" for note in read(checkpoint).notes)
+    _edit(checkpoint, num_hidden_layers=1)
+    (text,) = [note.text for note in read(checkpoint).notes if note.kind == "unread-weights"]
+    assert text.startswith("its files hold 9 weights that its config has no place for, such as")
+    assert "model.layers.1.input_layernorm.weight" in text
 
 
 @pytest.mark.parametrize("read", [load, look])

@@ -617,6 +617,28 @@ def test_an_interrupt_is_one_line_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_cannot_be_printed_is_one_line() -> None:
+    command = [sys.executable, "-m", "graphprune", "operators"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "graphprune: what it prints cannot be written: No space left on device\n"
+    )
+
+
+def test_what_of_a_directory_is_not_used_is_said(
+    graphprune: Run, checkpoint: Path, tmp_path: Path
+) -> None:
+    shallow = shutil.copytree(checkpoint, tmp_path / "shallow")
+    config = json.loads((shallow / "config.json").read_text())
+    (shallow / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    recipe = "prune{target=ffn ratio=0.25 criterion=l2}"
+    done = graphprune("run", shallow, "--passes", recipe, "-o", tmp_path / "out", "-q")
+    assert f"{shallow}: its files hold" in done.err
+    assert "weights that its config has no place for" in done.err
+
+
 def test_an_unforeseen_error_is_one_line_too(
     graphprune: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

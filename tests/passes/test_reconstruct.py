@@ -17,11 +17,12 @@ from graphprune.passes.prune import Prune
 from graphprune.passes.reconstruct import Reconstruct
 from graphprune.passes.sparsify import Sparsify
 from graphprune.passes.verify import Verify
-from graphprune.pipeline.pass_base import Pass
+from graphprune.pipeline.pass_base import COUPLING, Pass
 from graphprune.pipeline.pass_manager import Result
 from graphprune.pipeline.pipeline import Pipeline
 from graphprune.plan.plan import Plan
 from graphprune.transforms.apply import apply_plan
+from graphprune.transforms.refit import refit
 
 DOWN = "model.layers.0.mlp.down_proj"
 
@@ -35,41 +36,68 @@ def run(name: str, *passes: Any, **options: Any) -> Result:
     return Pipeline(passes).run(program_of(name), **options)
 
 
-def kept_by(result: Result, weight: str, dim: int, size: int) -> Tensor:
-    gone = set(result.plan.removed[weight][dim])
+def with_consumers_refitted(name: str) -> tuple[Program, Plan]:
+    """Return what is left without a quarter of the FFN units, and what went."""
+    program, plan = program_of(name), run(name, Prune("ffn", 0.25, "l2")).plan
+    coupling, data = COUPLING.compute(program), calibration_of(name)
+    found = refit(program, coupling, plan, data, damp=1e-9, onwards=False)
+    return apply_plan(found.program, plan), plan
+
+
+def kept_by(plan: Plan, weight: str, dim: int, size: int) -> Tensor:
+    gone = set(plan.removed[weight][dim])
     return torch.tensor([index for index in range(size) if index not in gone])
 
 
 def test_a_down_projection_is_the_least_squares_fit_of_what_it_gave() -> None:
-    result = run("llama-gqa", Prune("ffn", 0.25, "l2"), Reconstruct(damp=1e-9))
+    smaller, plan = with_consumers_refitted("llama-gqa")
     (batch,) = calibration_of("llama-gqa")
     inputs = inputs_to(model_of("llama-gqa"), DOWN, batch).double()
     weight = program_of("llama-gqa").weights[f"{DOWN}.weight"].double()
-    kept = kept_by(result, f"{DOWN}.weight", 1, 48)
+    kept = kept_by(plan, f"{DOWN}.weight", 1, 48)
     expected = torch.linalg.lstsq(inputs[:, kept], inputs @ weight.T).solution.T
-    found = result.program.weights[f"{DOWN}.weight"].double()
+    found = smaller.weights[f"{DOWN}.weight"].double()
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-5)
     gate = "model.layers.0.mlp.gate_proj.weight"
-    assert torch.equal(result.program.weights[gate], program_of("llama-gqa").weights[gate][kept])
+    assert torch.equal(smaller.weights[gate], program_of("llama-gqa").weights[gate][kept])
 
 
 def test_a_bias_takes_up_the_mean_of_what_is_gone() -> None:
     """GPT-2's MLP has one: the fit is that of least squares with an intercept."""
-    result = run("gpt2", Prune("ffn", 0.25, "l2"), Reconstruct(damp=1e-9))
+    smaller, plan = with_consumers_refitted("gpt2")
     path = "transformer.h.0.mlp.c_proj"
     (batch,) = calibration_of("gpt2")
     inputs = inputs_to(model_of("gpt2"), path, batch).double()
     weights = program_of("gpt2").weights
     given = inputs @ weights[f"{path}.weight"].double() + weights[f"{path}.bias"].double()
-    kept = kept_by(result, f"{path}.weight", 0, len(weights[f"{path}.weight"]))
+    kept = kept_by(plan, f"{path}.weight", 0, len(weights[f"{path}.weight"]))
     ones = torch.ones(len(inputs), 1, dtype=torch.float64)
     best = torch.linalg.lstsq(torch.cat([inputs[:, kept], ones], 1), given).solution
     assert torch.allclose(
-        result.program.weights[f"{path}.weight"].double(), best[:-1], rtol=1e-3, atol=1e-5
+        smaller.weights[f"{path}.weight"].double(), best[:-1], rtol=1e-3, atol=1e-5
     )
-    assert torch.allclose(
-        result.program.weights[f"{path}.bias"].double(), best[-1], rtol=1e-3, atol=1e-5
+    assert torch.allclose(smaller.weights[f"{path}.bias"].double(), best[-1], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gpt-neox"])
+def test_what_units_that_go_reach_is_fitted_towards_the_original(name: str) -> None:
+    program, data = program_of(name), calibration_of(name)
+    plan = run(name, Prune("ffn", 0.25, "l2")).plan
+    coupling = COUPLING.compute(program)
+    alone, onwards = (
+        refit(program, coupling, plan, data, onwards=more, damp=0.1) for more in (False, True)
     )
+    assert set(alone.names) < set(onwards.names)
+    gone = plan.masks(program.weights)
+    first = [each for each in onwards.names if ".0." in each and each not in gone]
+    assert not first, "nothing before the first units that go is reached"
+    for weight, mask in gone.items():
+        assert not onwards.program.weights[weight][mask].any(), weight
+    (batch,) = data.batches
+    main = program.outputs[0].name
+    expected = program(**batch)[main]
+    errors = [(each.program(**batch)[main] - expected).norm() for each in (alone, onwards)]
+    assert errors[1] < 0.97 * errors[0]
 
 
 class Copies(nn.Module):
@@ -260,7 +288,8 @@ def test_training_starts_from_least_squares() -> None:
     trained = run("llama-gqa", prune, Reconstruct("gradient", 1, 1e3))
     details = trained.report.passes[-1].details
     assert details["refitted"] == fitted.report.passes[-1].details["refitted"]
-    assert list(details["held-out error"]) == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    branches = ["model.layers.0.mlp", "model.layers.1.mlp"]
+    assert list(details["held-out error"])[-2:] == branches
     for key, weight in fitted.program.weights.items():
         assert torch.equal(trained.program.weights[key], weight), key
 

@@ -17,7 +17,7 @@ from graphprune.calibration.data import Calibration
 from graphprune.transforms.apply import apply_plan
 from graphprune.transforms.joint import refit
 from graphprune.transforms.joint.addends import Addends, behind_merges
-from graphprune.transforms.joint.seen import Seen
+from graphprune.transforms.joint.seen import WORSE, Seen
 
 TOKENS, DAMP = 120, 0.1
 
@@ -74,10 +74,9 @@ def test_experts_and_their_units_are_refitted_together() -> None:
     text = "prune{target=experts,ffn ratio=0.25 criterion=l2},reconstruct,verify"
     made = gp.Pipeline.parse(text).run(program, calibration=data)
     details = made.report.passes[1].details
-    assert sum("down_proj" in name for name in details["refitted"]) == len(
-        details["held-out error"]
-    )
-    assert all(after < before for before, after in details["held-out error"].values())
+    fits = [pair for name, pair in details["held-out error"].items() if "expert" in name]
+    assert sum("down_proj" in name for name in details["refitted"]) == len(fits) == 2
+    assert all(after < before for before, after in fits)
 
 
 def refitted_behind_heads() -> tuple[gp.Program, dict[str, tuple[float, float]]]:
@@ -134,7 +133,7 @@ def test_sums_over_tokens_give_what_all_rows_give(
     assert seen and all(each.sums is not None and not each.rows.lacks for each in seen)
     assert any(after < before for before, after in errors.values())
     for name, (before, after) in errors.items():
-        assert after <= before
+        assert after <= WORSE * before
         assert theirs[name] == pytest.approx((before, after), rel=1e-6)
     for name, weight in rows.weights.items():
         torch.testing.assert_close(sums.weights[name], weight, rtol=1e-5, atol=1e-6)

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from graphprune.frontend.capture import capture
 from graphprune.frontend.torch_export import evaluation_mode
 from graphprune.frontend.transformers_models import capture_transformers
 from graphprune.io.whole_files import refuse_stand_in
-from graphprune.ir.program import Program
+from graphprune.ir.program import Note, Program
 from graphprune.weights.deferred import made
 from graphprune.weights.files import header_of, is_finite
 from graphprune.weights.models import leave_zeros
@@ -62,10 +62,10 @@ def read(
         stored, apart, config, model_class = _described(path)
         on_cpu = placement.device is None or placement.device.type == "cpu"
         compute = wanted or (torch.float32 if on_cpu else stored or config.dtype or torch.float32)
-        model = _model(path, config, model_class, compute, placement.memory)
+        model, unread = _model(path, config, model_class, compute, placement.memory)
         program = capture(model, cache=cache)
     del model
-    program = _from_files(program, path, stored, apart, placement)
+    program = _from_files(program, path, stored, apart, unread, placement)
     return _held(path, program, whole=wanted is not None)
 
 
@@ -82,10 +82,10 @@ def read_unrun(path: Path, placement: Placement) -> Program:
     """
     with quiet():
         stored, apart, config, model_class = _described(path)
-        model = _model(path, config, model_class, torch.float32)
+        model, unread = _model(path, config, model_class, torch.float32)
         with evaluation_mode(model):
             program = capture_transformers(model, fixed=True)
-    return _from_files(program, path, stored, apart, placement)
+    return _from_files(program, path, stored, apart, unread, placement)
 
 
 def _held(path: Path, program: Program, *, whole: bool) -> Program:
@@ -125,9 +125,9 @@ def read_structure(path: Path) -> Program:
         make = getattr(model_class, "from_config", None) or model_class._from_config
         with _refusing(path, config), torch.device("meta"):
             model = make(config, dtype=torch.float32)
-        _check_fit(path, config, model_class)
+        unread = _check_fit(path, config, model_class)
         program = capture(model)
-    return _from_files(program, path, stored, apart)
+    return _from_files(program, path, stored, apart, unread)
 
 
 def _described(path: Path) -> tuple[torch.dtype | None, dict[str, torch.dtype], Any, Any]:
@@ -148,6 +148,7 @@ def _from_files(
     path: Path,
     stored: torch.dtype | None,
     apart: dict[str, torch.dtype],
+    unread: Sequence[str],
     placement: Placement = Placement(),  # noqa: B008 - it never changes
 ) -> Program:
     """Return `program`, whose source says where it came from and what is stored there."""
@@ -155,7 +156,13 @@ def _from_files(
     source = dataclasses.replace(
         program.source, directory=path, stored_dtype=stored, stored_apart=apart
     )
-    return dataclasses.replace(program, source=source, placement=placement)
+    notes = program.notes
+    if unread:
+        what = f"the weight {unread[0]}" if len(unread) == 1 else f"{len(unread)} weights"
+        example = "" if len(unread) == 1 else f", such as {unread[0]}"
+        text = f"its files hold {what} that its config has no place for{example}: not used"
+        notes = (*notes, Note("unread-weights", text))
+    return dataclasses.replace(program, source=source, placement=placement, notes=notes)
 
 
 def _dtype(given: str | torch.dtype) -> torch.dtype | None:
@@ -331,8 +338,11 @@ def _model_class(path: Path, config: Any) -> Any:
 
 def _model(
     path: Path, config: Any, model_class: Any, dtype: torch.dtype, memory: int | None = None
-) -> Any:
-    """Load the model; its weights stay in their files where the loader can leave them there."""
+) -> tuple[Any, list[str]]:
+    """Load the model, and return the names in its files that it has no weight for.
+
+    Its weights stay in their files where the loader can leave them there.
+    """
     try:
         with _left_in_files():
             model, info = _loaded(path, config, model_class, dtype)
@@ -340,23 +350,23 @@ def _model(
     except CheckpointError:
         # What it does to the weights cannot be put off; or it fails, and says why below.
         model, info = _loaded(path, config, model_class, dtype)
-    _refuse_unfit(path, info)
-    return model
+    return model, _fit(path, info)
 
 
-def _check_fit(path: Path, config: Any, model_class: Any) -> None:
-    """Refuse weights that are not those that the config describes, where no value must be read."""
+def _check_fit(path: Path, config: Any, model_class: Any) -> list[str]:
+    """Do as `_fit` does, where no value must be read for it."""
     if all(file.suffix == ".safetensors" for file in _weight_files(path)):
         try:
             with _left_in_files():
                 _, info = _loaded(path, config, model_class, torch.float32)
         except CheckpointError:
-            return  # what it does to the weights cannot be put off
-        _refuse_unfit(path, info)
+            return []  # what it does to the weights cannot be put off
+        return _fit(path, info)
+    return []
 
 
-def _refuse_unfit(path: Path, info: Mapping[str, Any]) -> None:
-    """Refuse weights that a loader says are missing or of another size."""
+def _fit(path: Path, info: Mapping[str, Any]) -> list[str]:
+    """Refuse what a loader says is missing or of another size, and return what it did not use."""
     if missing := info["missing_keys"]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(f"{path} lacks the weight {min(missing)}{more}")
@@ -364,6 +374,7 @@ def _refuse_unfit(path: Path, info: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"{path}: the weight {name} is {tuple(stored)}, and its config makes it {tuple(due)}"
         )
+    return sorted(info["unexpected_keys"])
 
 
 @contextlib.contextmanager

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
 from graphprune.analysis.coupling import Coupling
 from graphprune.analysis.experts.outputs import ExpertOutputs, end_of_all, expert_outputs
-from graphprune.analysis.matrices import Matrix, contractions, last_sum
+from graphprune.analysis.matrices import Matrix, bias_of, contractions, last_sum
 from graphprune.errors import SelectionError
 from graphprune.ir.program import Program
 from graphprune.ir.provenance import layer_of
 from graphprune.plan.plan import Plan
 from graphprune.training.pieces import counterparts
 from graphprune.weights.deferred import made
+
+TOWARD = 0.5
+"""How far a matrix that lost inputs is drawn from what it would have given to what makes up for
+layers before it as well. On published and trained models a half is better than neither, and the
+whole way is worse where much went (`tools/REAL_MODELS.md`)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +41,20 @@ class Addends(ABC):
         Each with the unit that each of its parts is.
     end
         The value.
+    toward
+        How far what they are fitted to lies on the way from what they add up to now to what the
+        original has there, in (0, 1].
     """
 
     name: str
     matrices: Sequence[tuple[Matrix, Tensor]]
     end: fx.Node
+    toward: float = field(default=1.0, kw_only=True)
+
+    @property
+    def widths(self) -> dict[int, int]:
+        """Unit -> how many inputs it has."""
+        return {u: m.shape[2] for m, units in self.matrices for u in units.tolist()}
 
     @property
     def weights(self) -> set[str]:
@@ -47,6 +64,11 @@ class Addends(ABC):
     @abstractmethod
     def rows(self, values: Mapping[fx.Node, Any]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield inputs ``[rows, in]``, and unit and number of the token ``[rows]`` of each."""
+
+    def lacks(self, values: Mapping[fx.Node, Any], wanted: Tensor) -> Tensor:
+        """Return what the value lacks of what it is fitted to, ``[tokens, out]``."""
+        have: Tensor = values[self.end].reshape(wanted.shape)
+        return (wanted.float() - have) * self.toward
 
     def changed(
         self, weights: Mapping[str, Tensor], changes: Mapping[int, Tensor]
@@ -84,12 +106,75 @@ class Experts(Addends):
 
 @dataclass(frozen=True, eq=False)
 class Alone(Addends):
-    """A matrix that nothing is refitted together with."""
+    """A matrix that nothing is refitted together with.
+
+    Parameters
+    ----------
+    bias
+        The parameter that is added to its products alone, which is refitted with it, or "".
+    gone
+        ``[out, in]``, boolean: elements that are to stay as they are, as units go; None for none.
+    """
+
+    bias: str = ""
+    gone: Tensor | None = None
+
+    @classmethod
+    def of(cls, program: Program, matrix: Matrix, **options: Any) -> Alone | None:
+        """Return a matrix of `program` that is multiplied once, with a row of each token, or None.
+
+        What its products are fitted to is the last sum that they go into.
+        """
+        use = matrix.uses[0]
+        if len(matrix.uses) > 1 or matrix.view.ndim != 2 or not use.right or use.picks:
+            return None
+        end = last_sum(use.node)
+        made, ends = (node.meta["val"].shape for node in (use.node, end))
+        if made[-1] != len(matrix.view) or not _alike(made[:-1], ends[:-1]):
+            return None
+        one = torch.zeros(1, dtype=torch.int64)
+        return cls(matrix.name, [(matrix, one)], end, bias=bias_of(program, matrix), **options)
+
+    @property
+    def matrix(self) -> Matrix:
+        """The matrix."""
+        return self.matrices[0][0]
+
+    @property
+    def adds(self) -> bool:
+        """Whether its products are added to something."""
+        return self.end is not self.matrix.uses[0].node
+
+    @property
+    def widths(self) -> dict[int, int]:
+        """How many inputs it has, a one for its bias among them."""
+        return {0: self.matrix.shape[2] + bool(self.bias)}
+
+    def lacks(self, values: Mapping[fx.Node, Any], wanted: Tensor) -> Tensor:
+        """Return what the value lacks, which is nothing of what goes, ``[tokens, out]``."""
+        lacks = super().lacks(values, wanted)
+        return lacks if self.gone is None else lacks.masked_fill(self.gone.all(1), 0)
 
     def rows(self, values: Mapping[fx.Node, Any]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield all rows."""
-        inputs = _inputs(self.matrices[0][0], values).float()
+        inputs = _inputs(self.matrix, values).float()
+        if self.gone is not None:
+            inputs = inputs.masked_fill(self.gone.all(0), 0)
+        if self.bias:
+            inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
         yield inputs, torch.zeros(len(inputs), dtype=torch.int64), torch.arange(len(inputs))
+
+    def changed(
+        self, weights: Mapping[str, Tensor], changes: Mapping[int, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the weight, and its bias, with the change added."""
+        size = self.matrix.shape[2]
+        new = super().changed(weights, {unit: each[:, :size] for unit, each in changes.items()})
+        if self.bias:
+            old = weights[self.bias]
+            shift = sum(each[:, size].to(old.device) for each in changes.values())
+            new[self.bias] = (old.double() + shift).to(old.dtype)
+        return new
 
 
 def experts_of(program: Program, coupling: Coupling, plan: Plan) -> list[Experts]:
@@ -128,26 +213,65 @@ def behind_merges(program: Program, plan: Plan, original: Program) -> list[Alone
         What the program was made of.
     """
     merged = {m.weight for step in plan.steps for each in step.merges for m in each.members}
-    matrices = contractions(program).matrices
-    reached, same = set[fx.Node](), counterparts(program, original)
-    waiting = [use.node for matrix in matrices if matrix.weight in merged for use in matrix.uses]
-    while waiting:
-        new = waiting.pop().users.keys() - reached
-        reached |= new
-        waiting += new
+    same = counterparts(program, original)
 
     def as_it_was(weight: str) -> bool:
         return torch.equal(made(original.weights[weight]), made(program.weights[weight]))
 
     return [
-        Alone(matrix.name, [(matrix, torch.zeros(1, dtype=torch.int64))], end)
-        for matrix in matrices
-        for node in [matrix.uses[0].node]
-        if node in reached and matrix.weight not in merged
-        if len(matrix.uses) == 1 and matrix.outer == 0 and matrix.uses[0].right
-        if node.meta["val"].shape[-1] == matrix.shape[1] and (end := last_sum(node)) in same
-        if end is not node or (layer_of(matrix.weight) and as_it_was(matrix.weight))
+        each
+        for each in _behind(program, merged)
+        if each.weights.isdisjoint(merged) and each.end in same
+        if each.adds or (layer_of(each.matrix.weight) and as_it_was(each.matrix.weight))
     ]
+
+
+def behind_cuts(
+    program: Program, gone: Mapping[str, Tensor], lost: Collection[Matrix]
+) -> list[Alone]:
+    """Return the matrices that are fitted again once consumers of units that go have been.
+
+    These are, of all that such units reach, the consumers that add to a residual stream, and what
+    is within a layer and consumes no unit that goes. The former go a part of the way alone, since
+    they give by then what they would have given with all inputs.
+
+    Parameters
+    ----------
+    program
+        The program that loses units.
+    gone
+        Weight name -> boolean mask of what goes.
+    lost
+        The matrices that lose inputs.
+    """
+    narrow, found = {matrix.name for matrix in lost}, []
+    for each in _behind(program, gone):
+        weight = each.matrix.weight
+        if each.adds != (each.name in narrow) or not (each.adds or layer_of(weight)):
+            continue
+        stays = each.matrix.read(gone[weight])[0] if weight in gone else None
+        toward = TOWARD if each.adds else 1.0
+        found.append(dataclasses.replace(each, gone=stays, toward=toward))
+    return found
+
+
+def _behind(program: Program, weights: Collection[str]) -> list[Alone]:
+    """Return the matrices that products with some weights go into, and those of the weights."""
+    matrices = contractions(program).matrices
+    reached = {use.node for matrix in matrices if matrix.weight in weights for use in matrix.uses}
+    waiting = list(reached)
+    while waiting:
+        new = waiting.pop().users.keys() - reached
+        reached |= new
+        waiting += new
+    behind = (Alone.of(program, m) for m in matrices if m.uses[0].node in reached)
+    return [each for each in behind if each is not None]
+
+
+def _alike(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Return whether sizes that inputs alone decide are as many rows in both."""
+    known = not free_unbacked_symbols([*some, *others])
+    return known and bool(statically_known_true(math.prod(some) == math.prod(others)))
 
 
 def _inputs(matrix: Matrix, values: Mapping[fx.Node, Any]) -> Tensor:

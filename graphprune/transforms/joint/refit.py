@@ -9,7 +9,7 @@ Gauss-Seidel).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx
@@ -87,8 +87,9 @@ def refit_together(
     reference
         How `program` is run, where units are still to go.
     damp
-        lambda_u as a part of the mean square of u's inputs; None for what predicts tokens best
-        that a fit did not see, layer by layer.
+        lambda_u as a part of the mean square of u's inputs; None for what the number of tokens
+        asks for, or, of matrices that are fitted together, what predicts tokens best that a fit did
+        not see.
     track
         Wraps the loop over layers in a progress bar.
 
@@ -104,7 +105,9 @@ def refit_together(
     for name in {name for each in together for name in each.weights}:
         check_values(name, program.weights[name], moved=True)
     goals = _goals(program, original, together)
-    matrices = [matrix for each in together for matrix, _ in each.matrices]
+    order = {node: at for at, node in enumerate(program.graph.nodes)}
+    ordered = sorted(together, key=lambda each: order[each.matrices[0][0].uses[0].node])
+    matrices = [matrix for each in ordered for matrix, _ in each.matrices]
     parts = segments(program, matrices, among=ancestors(list(goals)))
     account = Memory()
     batches = list(unpadded(calibration))
@@ -121,27 +124,53 @@ def refit_together(
     changed = ChangedWeights(program, [part.nodes for part in parts], account)
     errors: dict[str, tuple[float, float]] = {}
     for part in track(parts, "refitting towards the original"):
-        for each in (each for each in together if each.end in part.nodes):
-            seen = Seen.nothing(each, program.device)
-            for wanted, execution in zip(theirs.values(goals[each.end]), ours, strict=True):
-                values = execution.trial(part)
-                seen.add(each, values, wanted)
+        inside = [each for each in ordered if each.end in part.nodes]
+        for stage in _stages(inside, lambda each: theirs.part_of(goals[each.end])):
+            seen = [Seen.nothing(each, program.device) for each in stage]
+            first = part.up_to([each.end for each in stage])
+            wanted = zip(*(theirs.values(goals[each.end]) for each in stage), strict=True)
+            for execution, streams in zip(ours, wanted, strict=True):
+                values = execution.trial(first)
+                for each, rows, stream in zip(stage, seen, streams, strict=True):
+                    rows.add(each, values, stream)
                 values.clear()
-            seen = seen.of_all_processes()
-            account.reserve(seen.nbytes)
-            [(changes, error)] = ranks.each_once([seen], lambda rows: rows.solved(damp))
-            account.reserve(-seen.nbytes)
-            if damp is None and not error[1] < error[0]:  # it would only fit what is by chance
-                errors[each.name] = error[0], error[0]
-                continue
-            errors[each.name] = error
-            stored = changed.store(each.changed({**program.weights, **changed.weights}, changes))
-            for execution in ours[:1]:  # they share their weights
-                execution.replace(stored)
+            seen = [rows.of_all_processes() for rows in seen]
+            taken = sum(rows.nbytes for rows in seen)
+            account.reserve(taken)
+            solved = list(ranks.each_once(seen, lambda rows: rows.solved(damp)))
+            account.reserve(-taken)
+            for each, (changes, error) in zip(stage, solved, strict=True):
+                errors[each.name] = error
+                if not changes:
+                    continue
+                given = {**program.weights, **changed.weights}
+                stored = changed.store(each.changed(given, changes))
+                for execution in ours[:1]:  # they share their weights
+                    execution.replace(stored)
         for execution in ours:
             execution.advance(part.nodes)
     names = [matrix.name for matrix in matrices]
     return Fitted(program.with_weights(changed.weights), names, errors, account.peak)
+
+
+def _stages(
+    together: Sequence[Addends], part_of: Callable[[Addends], int]
+) -> Iterator[list[Addends]]:
+    """Divide what is refitted, in order, into such as none of them changes what others are given.
+
+    All of a stage are compared with values of one part of the original.
+    """
+    stage: list[Addends] = []
+    for each in together:
+        products = {use.node for other in stage for m, _ in other.matrices for use in m.uses}
+        if stage and (
+            part_of(each) != part_of(stage[0]) or not products.isdisjoint(ancestors([each.end]))
+        ):
+            yield stage
+            stage = []
+        stage.append(each)
+    if stage:
+        yield stage
 
 
 def _goals(
@@ -177,9 +206,13 @@ class _Theirs:
             original, batches, self._parts, memory=account, goals=self._ends
         )
 
+    def part_of(self, goal: fx.Node) -> int:
+        """Return the number of the part that `goal` is computed in."""
+        return self._where[goal]
+
     def values(self, goal: fx.Node) -> Iterator[Tensor]:
         """Yield what it has at `goal` for each batch, once."""
-        while self._done <= self._where[goal]:
+        while self._done <= self.part_of(goal):
             for execution in self._executions:
                 execution.advance(self._parts[self._done])
             self._done += 1

@@ -20,6 +20,15 @@ from graphprune.training.local import squares_of_rows
 from graphprune.transforms.joint.addends import Addends
 from graphprune.transforms.joint.sums import STILL, SWEEPS, ByUnit, HeldOutSums, held_out
 
+NOISE = 6.0
+"""A matrix alone is damped by so much times its inputs over its tokens: a fit to few tokens follows
+what is by chance in them. It was chosen on the packaged model, with 512 to 12,288 tokens
+(`tools/REAL_MODELS.md`)."""
+
+WORSE = 1.1
+"""A matrix alone is not taken where its error on held-out tokens is so much times what it was. Most
+that are a little worse there are better for the whole model."""
+
 Solved = tuple[dict[int, Tensor], tuple[float, float]]
 """The change of every unit, ``[out, in]``, and the error before and after."""
 
@@ -56,7 +65,7 @@ class Rows:
             for unit in units.unique().tolist():
                 mine = (units == unit).to(rows.device)
                 self.inputs.setdefault(unit, []).append((rows[mine], tokens[mine] + first))
-        self.lacks.append((wanted.float() - values[addends.end].reshape(wanted.shape)) * scale)
+        self.lacks.append(addends.lacks(values, wanted) * scale)
 
     def append(self, other: Rows) -> None:
         """Take the rows of others after these."""
@@ -116,7 +125,7 @@ class Seen:
     @classmethod
     def nothing(cls, addends: Addends, device: torch.device) -> Seen:
         """Return what is to be seen of matrices; rows of one alone are summed up at once."""
-        widths = {u: m.shape[2] for m, units in addends.matrices for u in units.tolist()}
+        widths = addends.widths
         outputs = addends.matrices[0][0].shape[1]
         each = sum(widths.values()) ** 2 / 2 + sum(widths.values()) * outputs
         both = 2 * each * torch.float64.itemsize
@@ -126,6 +135,12 @@ class Seen:
     def nbytes(self) -> int:
         """What it takes."""
         return self.rows.nbytes + (self.sums.nbytes if self.sums else 0)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens there were."""
+        counted = self.sums.fitted.count + self.sums.held.count if self.sums else 0
+        return int(counted) + sum(map(len, self.rows.lacks))
 
     def add(self, addends: Addends, values: Mapping[fx.Node, Any], wanted: Tensor) -> None:
         """Take more tokens, from the values of a batch and what the stream was."""
@@ -157,17 +172,25 @@ class Seen:
         return found
 
     def solved(self, damp: float | None) -> Solved:
-        """Return changes, damped by `damp` or by what predicts tokens best that were held out.
+        """Return the changes, or none where held-out tokens speak against them.
+
+        Where `damp` is not given, a matrix alone is damped by `NOISE`, and taken unless it predicts
+        them by more than `WORSE` worse; several are damped as they ask for.
 
         Raises
         ------
         CalibrationError
             When inputs are too alike in spite of the damping.
         """
+        alone = len(self.widths) == 1
+        own = NOISE * self.widths[0] / max(self.tokens, 1) if alone and damp is None else damp
         if self.sums is None:
-            return self.rows.solved(damp)
-        best, before, after = self.sums.best(_tried(damp, self.sums.held.any))
-        return self.sums.changes(best), (before, after)
+            changes, (before, after) = self.rows.solved(own)
+        else:
+            best, before, after = self.sums.best(_tried(own, self.sums.held.any))
+            changes = self.sums.changes(best)
+        taken = damp is not None or after < before * (WORSE if alone else 1)
+        return (changes, (before, after)) if taken else ({}, (before, before))
 
 
 def _tried(damp: float | None, judged: bool) -> Sequence[float]:
