@@ -39,6 +39,10 @@ class Reconstruct(Pass):
 
         down[64, 84]  refitted; its bias, where it has one, takes up the mean of what went
 
+    What the units that went reach, in this layer and in those behind it, is then fitted again:
+    matrices within a layer towards what they gave, and the consumers that add to the residual
+    stream half the way to the stream as it was, which makes up for earlier layers too.
+
     Where experts went, tokens are sent to others: the last matrices of those that stay are fitted
     together, so that the stream behind them comes near to what it was. Behind KV heads that were
     merged, all matrices that add to the stream are refitted so, and those within an MLP to give
@@ -60,7 +64,11 @@ class Reconstruct(Pass):
         Of gradient: the highest learning rate, as a part of each weight's root mean square.
     damp
         What is added to the diagonal of the inputs' second moments, as a part of its mean. None:
-        of 0.01 to 1 what predicts best on calibration data that a fit did not see.
+        of 0.01 to 1 what predicts best on calibration data that a fit did not see; of what is
+        fitted again, six times its inputs over its tokens.
+    onwards
+        Whether what units that went reach is fitted again. It takes twice to three times as long as
+        without, and edits of nearly all matrices instead of some.
     memory
         The most MiB that second moments may take at once; a layer that takes more is run several
         times.
@@ -85,8 +93,9 @@ class Reconstruct(Pass):
     ---------
     Least squares of a layer's output on what is left of its input, as in channel pruning (He et al.
     1707.06168, equation 2), in closed form on second moments, layer after layer; of FFN units that
-    is the Nyström approximation of MoDeGPT (2408.09632, section 3.2, type I). Training each
-    attention and MLP to its dense output: 2510.14444.
+    is the Nyström approximation of MoDeGPT (2408.09632, section 3.2, type I). A target between what
+    a matrix gives on its own inputs and what it gave on the original's: GPTAQ (Li et al.
+    2504.02692), of rounding. Training each attention and MLP to its dense output: 2510.14444.
 
     Example
     -------
@@ -101,6 +110,7 @@ class Reconstruct(Pass):
     steps: int = 60
     lr: float = 0.01
     damp: float | None = None
+    onwards: bool = True
     memory: float | None = None
 
     def __post_init__(self) -> None:
@@ -188,6 +198,7 @@ class Reconstruct(Pass):
             plan,
             context.calibration,
             damp=self.damp,
+            onwards=self.onwards,
             track=context.track,
             memory=None if self.memory is None else int(self.memory * 2**20),
         )

@@ -66,7 +66,7 @@ def test_what_no_pass_edited_takes_no_file(tmp_path: Path) -> None:
 def test_only_edited_weights_are_brought_along() -> None:
     _, result = run(PIPELINES["reconstruct"])
     assert result.plan.edits is not None
-    assert all(name.endswith("down_proj.weight") for name in result.plan.edits.weights)
+    assert all(name.endswith("_proj.weight") for name in result.plan.edits.weights)
 
 
 def test_an_edited_weight_that_differs_is_refused() -> None:
