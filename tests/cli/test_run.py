@@ -107,11 +107,13 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
     done = graphprune("run", checkpoint, "--passes", passes, *options)
     assert (done.status, done.err) == (0, ""), done
     assert "12 of 48 ffn of model.layers.0.mlp" in done.out
-    assert "reconstruct" not in done.out
+    assert done.out.count("skipped") == 3
     assert "nothing is written" in done.out
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
     data = json.loads(graphprune("run", checkpoint, "--passes", passes, *options, "--json").out)
     assert data["plan"]["steps"] and data["form"] == "plain"
+    assert data["skipped"] == ["reconstruct", "verify", "export-onnx{path=model.onnx}"]
+    assert data["pipeline"] == passes and "summary" not in data
 
 
 def test_only_what_graphprune_wrote_is_overwritten(

@@ -168,7 +168,11 @@ def run(
         note_other_sizes(result.report)
         found = form_of(session, result.program, form)
         if output is None:
-            _show_plan(session, result, found, as_json)
+            ran = set(map(id, pipeline.passes))
+            left = (str(each) for each in whole.passes if id(each) not in ran)
+            skipped = (*result.report.skipped, *left)
+            report = dataclasses.replace(result.report, pipeline=str(whole), skipped=skipped)
+            _show_plan(session, dataclasses.replace(result, report=report), found, as_json)
             return
         files = write(session, result.program, result.plan, folder, found, dtype, shard_size)
         note_large_edits(folder, result.plan)
@@ -223,6 +227,7 @@ def _show_plan(session: Session, result: Result, form: CheckpointForm, as_json: 
     """Show what a dry run found."""
     if as_json:
         data = json.loads(result.report.to_json())
+        del data["summary"]  # of what is written
         print(json.dumps({**data, "plan": json.loads(result.plan.to_json()), "form": form.kind}))
         return
     print(result.plan)
