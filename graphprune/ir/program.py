@@ -84,13 +84,12 @@ class Note:
     Parameters
     ----------
     kind
-        ``no-cache``: a model that generates has none. ``stand-ins``: there are no weights, and
-        dynamic sizes are numbers. ``fixed-size``, ``least-size``, ``limited-size``: a size of an
-        input that is fixed or limited. ``example-path``: of a branch on data, the path that the
-        example takes. ``full-loops``: loops over what is found run over everything.
-        ``optional-input``: types of tokens may be left out, and are then zero. ``state``: what a
-        call writes is not kept. ``no-source``: its transformers model is unknown.
-        ``unread-weights``: files hold weights that the model has not. "": old archives.
+        ``no-cache``: a model that generates has none. ``stand-ins``: no weights, and dynamic sizes
+        are numbers. ``fixed-size``, ``least-size``, ``limited-size``: of an input. ``example-path``:
+        of a branch on data, the path that the example takes. ``full-loops``: loops over what is
+        found run over everything. ``optional-input``: types of tokens may be left out, and are then
+        zero. ``state``: what a call writes is not kept. ``no-source``: its transformers model is
+        unknown. ``unread-weights``: files hold weights that the model has not. "": old archives.
     text
         One sentence.
     """
