@@ -79,19 +79,17 @@ NoteKind = Literal[
 
 @dataclass(frozen=True)
 class Note:
-    """A remark on how a program was captured: a kind for code, a text for people.
+    """A remark on how a program was captured: a kind for code, a text of one sentence for people.
 
     Parameters
     ----------
     kind
-        ``no-cache``: a model that generates has none. ``stand-ins``: no weights, and dynamic sizes
-        are numbers. ``fixed-size``, ``least-size``, ``limited-size``: of an input. ``example-path``:
-        of a branch on data, the path that the example takes. ``full-loops``: loops over what is
-        found run over everything. ``optional-input``: types of tokens may be left out, and are then
-        zero. ``state``: what a call writes is not kept. ``no-source``: its transformers model is
-        unknown. ``unread-weights``: files hold weights that the model has not. "": old archives.
-    text
-        One sentence.
+        ``no-cache``: a model that generates has none. ``stand-ins``: no weights; dynamic sizes are
+        numbers. ``fixed-size``, ``least-size``, ``limited-size``: of an input. ``example-path``: of
+        a branch on data, the example's. ``full-loops``: loops over what is found take everything.
+        ``optional-input``: types of tokens are zero if left out. ``state``: what a call writes is
+        not kept. ``no-source``: its transformers model is unknown. ``unread-weights``: files hold
+        weights that the model has not. "": old archives.
     """
 
     kind: NoteKind
