@@ -17,9 +17,9 @@ UNTRIED_DAMP = 0.1
 
 
 def damped(gram: Tensor, damp: float) -> Tensor:
-    """Add `damp` times the mean of the diagonal of `gram`, ``[in, in]``, to its diagonal."""
-    mean = gram.diagonal().mean().clamp(min=1e-30)
-    return gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * damp * mean
+    """Add `damp` times the mean of the diagonal of `gram`, ``[..., in, in]``, to its diagonal."""
+    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)[..., None, None]
+    return gram + torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device) * damp * mean
 
 
 def damped_factor(gram: Tensor, damp: float) -> Tensor:

@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -90,7 +90,7 @@ def main() -> None:
         _internal(error)
 
 
-def _internal(error: Exception) -> None:
+def _internal(error: Exception) -> NoReturn:
     reason = f"{type(error).__name__}: {error}".rstrip(": ")
     _fail(error, f"internal error, please report it: {reason} (--traceback shows where)")
 
@@ -130,7 +130,7 @@ def _first_prints() -> Iterator[None]:
         yield
 
 
-def _fail(error: BaseException, message: str) -> None:
+def _fail(error: BaseException, message: str) -> NoReturn:
     if wants_traceback():
         raise error
     if ranks.speaks():

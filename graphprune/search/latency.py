@@ -44,13 +44,18 @@ class Latency:
             raise SelectionError("latency: the program has none to lose")
         return cls(part, times, whole)
 
+    @property
+    def most(self) -> float:
+        """The seconds that may be left."""
+        return self.whole * (1 - self.part)
+
     def left(self, kernels: Mapping[Kernel, int]) -> float:
         """Return the part of the time that `kernels` take."""
         return self.times.total(kernels) / self.whole
 
     def met_by(self, kernels: Mapping[Kernel, int]) -> bool:
         """Return whether `kernels` take little enough."""
-        return self.times.total(kernels) <= self.whole * (1 - self.part)
+        return self.times.total(kernels) <= self.most
 
     def seconds(self, program: Program) -> float:
         """Return what a program takes."""
@@ -58,7 +63,7 @@ class Latency:
 
     def refusal(self, seconds: float) -> str:
         """Say that a program of so many seconds is too slow; "" where it is not."""
-        if seconds <= self.whole * (1 - self.part):
+        if seconds <= self.most:
             return ""
         share = 1 - seconds / self.whole
         return f"it is too slow: {share:.3g} of the latency goes, and {self.part:g} has to"

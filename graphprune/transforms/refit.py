@@ -114,7 +114,8 @@ def refit(
     weights = program.operands
     experts = experts_of(program, coupling, plan)
     later = {name for each in experts for name in each.weights}
-    others = [each for each in contractions(program).matrices if each.weight not in later]
+    every = contractions(program).matrices
+    others = [each for each in every if each.weight not in later]
     removal = LostInputs.of(program, plan, others)
     matrices = [each for each in others if each in removal.columns or each.weight in also]
     if not matrices and not experts:
@@ -152,7 +153,7 @@ def refit(
     }
     fitted = program.with_weights({**rest, **layerwise.weights})
     bytes_taken = layerwise.peak_bytes, layerwise.statistics_bytes
-    reached = behind_cuts(program, gone, removal.columns) if onwards else []
+    reached = behind_cuts(program, every, gone, removal.columns) if onwards else []
     if not (together := [*experts, *reached]):
         return Refitted(fitted, refitted, {}, *bytes_taken)
     reference = MaskedReference(fitted, plan) if experts else None
@@ -160,8 +161,8 @@ def refit(
         fitted, program, together, calibration, reference=reference, damp=damp, track=track
     )
     peak = max(bytes_taken[0], found.peak_bytes)
-    every = list(dict.fromkeys(refitted + found.names))
-    return Refitted(found.program, every, found.errors, peak, bytes_taken[1])
+    refitted = list(dict.fromkeys(refitted + found.names))
+    return Refitted(found.program, refitted, found.errors, peak, bytes_taken[1])
 
 
 @dataclass(frozen=True, eq=False)

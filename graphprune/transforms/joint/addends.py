@@ -168,12 +168,11 @@ class Alone(Addends):
         self, weights: Mapping[str, Tensor], changes: Mapping[int, Tensor]
     ) -> dict[str, Tensor]:
         """Return the weight, and its bias, with the change added."""
-        size = self.matrix.shape[2]
-        new = super().changed(weights, {unit: each[:, :size] for unit, each in changes.items()})
+        change, size = changes[0], self.matrix.shape[2]
+        new = super().changed(weights, {0: change[:, :size]})
         if self.bias:
             old = weights[self.bias]
-            shift = sum(each[:, size].to(old.device) for each in changes.values())
-            new[self.bias] = (old.double() + shift).to(old.dtype)
+            new[self.bias] = (old.double() + change[:, size].to(old.device)).to(old.dtype)
         return new
 
 
@@ -220,14 +219,17 @@ def behind_merges(program: Program, plan: Plan, original: Program) -> list[Alone
 
     return [
         each
-        for each in _behind(program, merged)
+        for each in _behind(program, contractions(program).matrices, merged)
         if each.weights.isdisjoint(merged) and each.end in same
         if each.adds or (layer_of(each.matrix.weight) and as_it_was(each.matrix.weight))
     ]
 
 
 def behind_cuts(
-    program: Program, gone: Mapping[str, Tensor], lost: Collection[Matrix]
+    program: Program,
+    matrices: Sequence[Matrix],
+    gone: Mapping[str, Tensor],
+    lost: Collection[Matrix],
 ) -> list[Alone]:
     """Return the matrices that are fitted again once consumers of units that go have been.
 
@@ -239,15 +241,17 @@ def behind_cuts(
     ----------
     program
         The program that loses units.
+    matrices
+        All matrices of it.
     gone
         Weight name -> boolean mask of what goes.
     lost
-        The matrices that lose inputs.
+        Those of them that lose inputs.
     """
-    narrow, found = {matrix.name for matrix in lost}, []
-    for each in _behind(program, gone):
+    found = []
+    for each in _behind(program, matrices, gone):
         weight = each.matrix.weight
-        if each.adds != (each.name in narrow) or not (each.adds or layer_of(weight)):
+        if each.adds != (each.matrix in lost) or not (each.adds or layer_of(weight)):
             continue
         stays = each.matrix.read(gone[weight])[0] if weight in gone else None
         toward = TOWARD if each.adds else 1.0
@@ -255,9 +259,8 @@ def behind_cuts(
     return found
 
 
-def _behind(program: Program, weights: Collection[str]) -> list[Alone]:
+def _behind(program: Program, matrices: Sequence[Matrix], weights: Collection[str]) -> list[Alone]:
     """Return the matrices that products with some weights go into, and those of the weights."""
-    matrices = contractions(program).matrices
     reached = {use.node for matrix in matrices if matrix.weight in weights for use in matrix.uses}
     waiting = list(reached)
     while waiting:

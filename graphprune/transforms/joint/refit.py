@@ -20,7 +20,7 @@ from graphprune.calibration.layerwise import BatchExecution, ChangedWeights, unp
 from graphprune.calibration.segments import segments
 from graphprune.errors import SelectionError
 from graphprune.io.progress import Progress, no_progress
-from graphprune.ir.interpreter import Memory, ancestors, call
+from graphprune.ir.interpreter import Memory, Segment, ancestors, call
 from graphprune.ir.program import Program
 from graphprune.training.pieces import counterparts
 from graphprune.transforms.joint.addends import Addends
@@ -125,7 +125,7 @@ def refit_together(
     errors: dict[str, tuple[float, float]] = {}
     for part in track(parts, "refitting towards the original"):
         inside = [each for each in ordered if each.end in part.nodes]
-        for stage in _stages(inside, lambda each: theirs.part_of(goals[each.end])):
+        for stage in _stages(inside, part, lambda each: theirs.part_of(goals[each.end])):
             seen = [Seen.nothing(each, program.device) for each in stage]
             first = part.up_to([each.end for each in stage])
             wanted = zip(*(theirs.values(goals[each.end]) for each in stage), strict=True)
@@ -154,18 +154,17 @@ def refit_together(
 
 
 def _stages(
-    together: Sequence[Addends], part_of: Callable[[Addends], int]
+    together: Sequence[Addends], part: Segment, part_of: Callable[[Addends], int]
 ) -> Iterator[list[Addends]]:
-    """Divide what is refitted, in order, into such as none of them changes what others are given.
+    """Divide what is refitted in a part, in order, so that none changes what others are given.
 
     All of a stage are compared with values of one part of the original.
     """
-    stage: list[Addends] = []
+    stage, before = list[Addends](), set(part.inputs)
     for each in together:
         products = {use.node for other in stage for m, _ in other.matrices for use in m.uses}
-        if stage and (
-            part_of(each) != part_of(stage[0]) or not products.isdisjoint(ancestors([each.end]))
-        ):
+        depends = not products.isdisjoint(ancestors([each.end], before))
+        if stage and (depends or part_of(each) != part_of(stage[0])):
             yield stage
             stage = []
         stage.append(each)

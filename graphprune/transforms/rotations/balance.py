@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from graphprune.calibration.damping import damped
+
 _DAMP = 1e-6
 """What is added to the diagonal of a Gramian, as a part of its mean: bounds how far apart the
 lengths of new units can be, and so what rounding makes of them."""
@@ -37,7 +39,7 @@ def balanced(held: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
     >>> balanced(held[None].double(), used[None].double())[1].round(decimals=3).tolist()
     [[3.0, 2.0]]
     """
-    left, right = (torch.linalg.cholesky(_damped(each)) for each in (held, used))
+    left, right = (torch.linalg.cholesky(damped(each, _DAMP)) for each in (held, used))
     u, values, _ = torch.linalg.svd(left.mT @ right)
     mixing = torch.linalg.solve_triangular(left.mT, u * values.sqrt()[:, None, :], upper=True)
     return mixing, values
@@ -60,9 +62,3 @@ def principal(held: Tensor) -> tuple[Tensor, Tensor]:
     """
     values, vectors = torch.linalg.eigh(held)
     return vectors.flip(-1), values.flip(-1).clamp(min=0).sqrt()
-
-
-def _damped(gramian: Tensor) -> Tensor:
-    mean = gramian.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)
-    eye = torch.eye(gramian.shape[-1], dtype=gramian.dtype, device=gramian.device)
-    return gramian + _DAMP * mean[:, None, None] * eye
